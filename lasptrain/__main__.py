@@ -1,0 +1,5 @@
+"""`python -m lasptrain` is `lasptrain`."""
+
+from lasptrain.cli import main
+
+main()

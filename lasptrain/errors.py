@@ -1,0 +1,58 @@
+"""The errors lasptrain raises on purpose. Each kind has one exit code; everything else is a bug and exits with INTERNAL.
+
+A message is one line: it names the key or the file, what was found, and what fits. Only RecipeError may hold
+several lines, one per problem.
+"""
+
+from typing import ClassVar
+
+INTERRUPTED = 130
+INTERNAL = 70
+
+
+class LaspError(Exception):
+    """Anything the person at the keyboard can act on. `code` is the process's exit code."""
+
+    code: ClassVar[int] = INTERNAL
+
+
+class RecipeError(LaspError):
+    """The recipe or an option on the command line does not fit; one line per problem."""
+
+    code: ClassVar[int] = 2
+
+
+class DataError(LaspError):
+    """The corpus, the tokenizer or a token shard is missing, unreadable or damaged."""
+
+    code: ClassVar[int] = 3
+
+
+class CheckpointError(LaspError):
+    """A checkpoint is missing, damaged, or belongs to a different run."""
+
+    code: ClassVar[int] = 4
+
+
+class SetupError(LaspError):
+    """The environment does not fit: devices, topology, packages, or a run folder that is in use."""
+
+    code: ClassVar[int] = 5
+
+
+class NumericalError(LaspError):
+    """The loss or the gradients are no longer numbers that can be trained on."""
+
+    code: ClassVar[int] = 6
+
+
+class RankLostError(LaspError):
+    """Another rank died or stopped answering; never the cause, only the consequence."""
+
+    code: ClassVar[int] = 7
+
+
+class ResourceError(LaspError):
+    """Memory or disk space ran out."""
+
+    code: ClassVar[int] = 8
