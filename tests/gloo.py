@@ -1,0 +1,103 @@
+"""Run a function on several ranks of a real gloo group, one process each, on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+GRACE = 5.0  # seconds the other ranks get to end by themselves after one has failed
+
+
+def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) -> list[T]:
+    """Return `[fn(rank, world, *args) for rank in range(world)]`, each rank in a process of its own.
+
+    The default process group is gloo over a file, so no port is taken; a world of one has a real group too.
+    `fn` lives at module level; its arguments and results are pickled. Raises AssertionError with the traceback of
+    the rank that failed first, or naming the ranks that were still running after `timeout` seconds.
+    No process outlives the call.
+    """
+    context = mp.get_context("spawn")
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="gloo-") as name:
+        folder = Path(name)
+        processes: list[BaseProcess] = [
+            context.Process(target=_rank, args=(rank, world, folder, timeout, fn, args), daemon=True)
+            for rank in range(world)
+        ]
+        inherited = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the children while they import torch
+        try:
+            for process in processes:
+                process.start()
+            late = _wait(processes, deadline)
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+            if inherited is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = inherited
+        _raise_failure(folder, processes, late, timeout)
+        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world)]
+
+
+def _wait(processes: list[BaseProcess], deadline: float) -> list[int]:
+    """Wait until every process ended, `deadline`, or GRACE after a failure; return the ranks still running."""
+    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    while running and (left := deadline - time.monotonic()) > 0:
+        for sentinel in wait(list(running), timeout=left):
+            assert isinstance(sentinel, int)
+            process = processes[running.pop(sentinel)]
+            process.join()
+            if process.exitcode != 0:
+                deadline = min(deadline, time.monotonic() + GRACE)
+    return sorted(running.values())
+
+
+def _raise_failure(folder: Path, processes: list[BaseProcess], late: list[int], timeout: float) -> None:
+    """Raise AssertionError with the earliest recorded traceback, else naming dead, else late ranks."""
+    if records := sorted(pickle.loads(path.read_bytes()) for path in folder.glob("*.error")):
+        _, rank, text = records[0]
+        raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{text}")
+    dead = {r: p.exitcode for r, p in enumerate(processes) if p.exitcode != 0 and r not in late}
+    if dead:
+        raise AssertionError(f"ranks ended without a result (rank: exit code): {dead}")
+    if late:
+        raise AssertionError(f"ranks {late} of {len(processes)} still ran after {timeout:g} s")
+
+
+def _rank(rank: int, world: int, folder: Path, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run `fn` on one rank and leave its pickled result, or (time, rank, traceback), in `folder`."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        store = f"file://{folder}/store"
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
+        result = pickle.dumps(fn(rank, world, *args))
+        dist.barrier()  # no rank takes its group down while another still talks
+    except BaseException:  # SystemExit too: the parent reports whatever ended the rank
+        record = pickle.dumps((time.monotonic_ns(), rank, traceback.format_exc()))
+        (folder / f"{rank}.error").write_bytes(record)
+        os._exit(1)
+    (folder / f"{rank}.result").write_bytes(result)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
