@@ -1,0 +1,196 @@
+"""Linear attention with decay on one device: `S_t = a_t S_{t-1} + k_tᵀ v_t`, `o_t = q_t S_t`.
+
+Letters used in every shape of this project: B batch, T tokens in the slice, H heads, K key dim, V value dim, D model
+dim, C chunk, N window.
+
+Arguments common to the five functions below, which every kernel offers:
+
+| name | shape, dtype | meaning |
+|---|---|---|
+| `q`, `k` | [B, T, H, K] | |
+| `v`, `do` | [B, T, H, V] | values · gradient of the output |
+| `log_decay` | None, [H] or [B, T, H] fp32, ≤ 0 | no decay · constant per head, without gradient · per token, with gradient |
+| `doc` | None or [B, T] int32 | documents that have started in the slice up to and including t |
+| `entering`, `leaving` | [B, H, K, V] | states, at least fp32 |
+
+A document boundary is a decay of zero: document 0 continues from the left and alone reads the entering state, the last
+one writes the leaving state. `blocks` and `prefix` are states at block edges whose layout only the kernel knows.
+
+The functions are registered as PyTorch operators, so that selective recomputation and `torch.compile` see each as one.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from lasptrain.errors import SetupError
+
+Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def select(name: str, device: torch.device) -> str:
+    """Name of the kernel that `train.kernel: name` means on this device; SetupError where it cannot run."""
+    if name == "auto":
+        return "triton" if device.type == "cuda" else "chunked"
+    if name == "triton" and device.type != "cuda":
+        raise SetupError(f"train.kernel: triton needs a CUDA device, found {device.type}; use chunked or auto")
+    return name
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """States and accumulation are at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _module(kernel: str) -> ModuleType:
+    match kernel:
+        case "reference":
+            from lasptrain.ops import reference as module
+        case "chunked":
+            from lasptrain.ops import chunked as module
+        case "triton":
+            from lasptrain.ops import triton_kernels as module
+        case _:
+            raise ValueError(f"kernel {kernel!r}: one of reference, chunked, triton")
+    return module
+
+
+@custom_op("lasptrain::summarize", mutates_args=())
+def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
+    """State that a slice leaves behind when it starts from zero, its decay [B, H], and its block states."""
+    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc)
+    return state, decay, blocks
+
+
+@custom_op("lasptrain::attend", mutates_args=())
+def attend(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    entering: Tensor | None,
+    blocks: Tensor | None,
+) -> Pair:
+    """Output [B, T, H, V] in the dtype of `v`, and the states entering each block, which the backward needs."""
+    o, prefix = _module(kernel).attend(q, k, v, log_decay, doc, entering, blocks)
+    return o, prefix
+
+
+@custom_op("lasptrain::grad_entering", mutates_args=())
+def grad_entering(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
+    """Gradient that this slice's outputs alone send to the entering state, and its block states."""
+    dentering, dblocks = _module(kernel).grad_entering(q, do, log_decay, doc)
+    return dentering, dblocks
+
+
+@custom_op("lasptrain::grad_query", mutates_args=())
+def grad_query(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    prefix: Tensor,
+) -> Pair:
+    """`dq`, and Σ_K q·dq [B, T, H] in fp32 where the decay is per token (else empty)."""
+    dq, row = _module(kernel).grad_query(q, k, v, do, log_decay, doc, prefix)
+    return dq, row
+
+
+@custom_op("lasptrain::grad_key_value", mutates_args=())
+def grad_key_value(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    dleaving: Tensor | None,
+    dblocks: Tensor | None,
+    prefix: Tensor,
+    row: Tensor,
+) -> Triple:
+    """`dk`, `dv`, and the gradient of a per-token `log_decay` [B, T, H] in fp32 (else empty)."""
+    dk, dv, dlog = _module(kernel).grad_key_value(q, k, v, do, log_decay, doc, dleaving, dblocks, prefix, row)
+    return dk, dv, (row.new_empty(0) if dlog is None else dlog)
+
+
+@summarize.register_fake
+def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
+    b, _, h, kdim = k.shape
+    dtype = state_dtype(k)
+    state = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype)
+    return state, k.new_empty((b, h), dtype=dtype), k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
+
+
+@attend.register_fake
+def _(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    entering: Tensor | None,
+    blocks: Tensor | None,
+) -> Pair:
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(
+        _module(kernel).block_shape(k, v), dtype=state_dtype(q)
+    )
+
+
+@grad_entering.register_fake
+def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
+    b, _, h, kdim = q.shape
+    dtype = state_dtype(q)
+    return q.new_empty((b, h, kdim, do.shape[-1]), dtype=dtype), q.new_empty(
+        _module(kernel).block_shape(q, do), dtype=dtype
+    )
+
+
+def _row_shape(q: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
+    return tuple(q.shape[:3]) if log_decay is not None and log_decay.dim() == 3 else (0,)
+
+
+@grad_query.register_fake
+def _(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    prefix: Tensor,
+) -> Pair:
+    row = q.new_empty(_row_shape(q, log_decay), dtype=state_dtype(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), row
+
+
+@grad_key_value.register_fake
+def _(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    dleaving: Tensor | None,
+    dblocks: Tensor | None,
+    prefix: Tensor,
+    row: Tensor,
+) -> Triple:
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return dk, dv, q.new_empty(_row_shape(q, log_decay), dtype=state_dtype(q))

@@ -1,0 +1,139 @@
+"""The recurrence, token by token: the definition by which every other kernel is judged.
+
+The backward functions walk the same recurrence from the right. Signatures and shapes: `lasptrain.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasptrain.ops import state_dtype
+
+
+def starts(doc: Tensor) -> Tensor:
+    """True [B, T] where a token is the first of its document."""
+    before = torch.cat([torch.zeros_like(doc[:, :1]), doc[:, :-1]], dim=1)
+    return doc != before
+
+
+def token_decay(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
+    """a_t [B, T, H] of `like` [B, T, H, ·]; 0 where a document starts."""
+    b, t, h, _ = like.shape
+    dtype = state_dtype(like)
+    if log_decay is None:
+        a = torch.ones(b, t, h, dtype=dtype, device=like.device)
+    else:
+        a = log_decay.to(dtype).exp().expand(b, t, h)
+    return a if doc is None else a.masked_fill(starts(doc)[..., None], 0.0)
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, entering: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, H, V] (at least fp32) and leaving state; differentiable in every floating argument."""
+    b, t, h, kdim = k.shape
+    dtype = state_dtype(k)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    a = token_decay(k, log_decay, doc)
+    state = k.new_zeros(b, h, kdim, v.shape[-1]) if entering is None else entering.to(dtype)
+    outputs = []
+    for i in range(t):
+        state = a[:, i, :, None, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, i], state))
+    return torch.stack(outputs, dim=1), state
+
+
+def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of `blocks` and `prefix`: the whole slice is one block."""
+    b, _, h, kdim = k.shape
+    return b, h, 1, kdim, v.shape[-1]
+
+
+def summarize(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, state = recurrence(k, k, v, log_decay, doc, None)
+    return state, token_decay(k, log_decay, doc).prod(dim=1), state[:, :, None].clone()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    entering: Tensor | None,
+    blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    o, _ = recurrence(q, k, v, log_decay, doc, entering)
+    prefix = torch.zeros(block_shape(k, v), dtype=o.dtype, device=o.device)
+    if entering is not None:
+        prefix[:, :, 0] = entering
+    return o.to(v.dtype), prefix
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    entering: Tensor,
+    dleaving: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, entering and log_decay: G_t = q_tᵀ do_t + a_{t+1} G_{t+1} is the gradient of S_t."""
+    a = token_decay(k, log_decay, doc)
+    q, k, v, do, state = (x.to(a.dtype) for x in (q, k, v, do, entering))
+    states = [state]
+    for i in range(k.shape[1]):
+        state = a[:, i, :, None, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
+        states.append(state)
+    dq, dk, dv, dlog = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(a)
+    grad = torch.zeros_like(state) if dleaving is None else dleaving.to(a.dtype)
+    for i in reversed(range(k.shape[1])):
+        grad = grad + q[:, i, :, :, None] * do[:, i, :, None, :]
+        dq[:, i] = torch.einsum("bhv,bhkv->bhk", do[:, i], states[i + 1])
+        dk[:, i] = torch.einsum("bhv,bhkv->bhk", v[:, i], grad)
+        dv[:, i] = torch.einsum("bhk,bhkv->bhv", k[:, i], grad)
+        grad = a[:, i, :, None, None] * grad
+        dlog[:, i] = (grad * states[i]).sum((-1, -2))
+    return dq, dk, dv, grad, dlog
+
+
+def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros(block_shape(q, do), dtype=state_dtype(q), device=q.device)
+    dentering = _gradients(q, torch.zeros_like(q), torch.zeros_like(do), do, log_decay, doc, zero[:, :, 0], None)[3]
+    return dentering, zero
+
+
+def grad_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    prefix: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dq = _gradients(q, k, v, do, log_decay, doc, prefix[:, :, 0], None)[0]
+    per_token = log_decay is not None and log_decay.dim() == 3
+    return dq.to(q.dtype), (q * dq).sum(-1) if per_token else dq.new_empty(0)
+
+
+def grad_key_value(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    dleaving: Tensor | None,
+    dblocks: Tensor | None,
+    prefix: Tensor,
+    row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    _, dk, dv, _, dlog = _gradients(q, k, v, do, log_decay, doc, prefix[:, :, 0], dleaving)
+    per_token = log_decay is not None and log_decay.dim() == 3
+    return dk.to(k.dtype), dv.to(v.dtype), dlog if per_token else None

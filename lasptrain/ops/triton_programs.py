@@ -1,0 +1,246 @@
+# mypy: ignore-errors
+"""Triton programs of linear attention with decay; `triton_kernels` launches them.
+
+A slice is cut into NB blocks of L tokens, a block into chunks of C tokens. One program walks the chunks of one block of
+one head with the state in registers, in time or against it. Against time the state is its gradient, which flows from
+right to left through the same decays, so that every program here serves both directions.
+
+Decays are products of a ≤ 1 inside one chunk only, as differences of cumulative logarithms that never exceed 0. A document
+boundary is a decay of zero.
+
+Arguments common to the programs:
+
+| name | meaning |
+|---|---|
+| `x`, `y`, … | tensor descriptors of [B, H, T, K or V], read and written past T without harm |
+| `LOG_DECAY` | [H] or [B, T, H] fp32, see `DECAY` |
+| `DOC` | [B, T] int32, see `DOCS` |
+| `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block a state, its decay, and the decay from the slice's edge to the block |
+| `DECAY` | 0 none · 1 constant per head · 2 per token |
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SMALLEST_LOG2 = tl.constexpr(-160.0)  # its power of two is 0 in fp32; keeps a = 0 out of differences of infinities
+
+
+@triton.jit
+def _place(NB, H, TILES):
+    """Batch, head, block and tile of this program. Heads vary fast: the rows of neighbouring heads are adjacent."""
+    pid = tl.program_id(0)
+    tile = pid % TILES
+    rest = pid // TILES
+    head = rest % H
+    rest = rest // H
+    return rest // NB, head, rest % NB, tile
+
+
+@triton.jit
+def _head_log2_decay(LOG_DECAY, head, DECAY: tl.constexpr):
+    if DECAY == 1:
+        return tl.maximum(tl.load(LOG_DECAY + head) * LOG2_E, SMALLEST_LOG2)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+    """Decays of the chunk that starts at token t.
+
+    Returns `inside` [C], the cumulative log2 of the decay up to and including each token; `lead` [C], the weight of the
+    entering state in each token's output; `fold` [C], the weight of each token in the leaving state; `through`, the
+    weight of the entering state in the leaving one; `doc` [C].
+    """
+    i = tl.arange(0, C)
+    n = tl.minimum(C, T - t)
+    start = batch.to(tl.int64) * T + t
+    if DECAY == 2:
+        each = tl.load(LOG_DECAY + (start + i) * H + head, mask=i < n, other=0.0)
+        each = tl.maximum(each * LOG2_E, SMALLEST_LOG2)
+        inside = tl.cumsum(each, 0)
+        total = tl.sum(each, 0)
+    else:
+        inside = log2 * (i + 1).to(tl.float32)
+        total = log2 * n.to(tl.float32)
+    lead = tl.exp2(inside)
+    fold = tl.exp2(tl.minimum(total - inside, 0.0))
+    through = tl.exp2(total)
+    doc = i
+    if DOCS:
+        doc = tl.load(DOC + start + i, mask=i < n, other=-1)
+        before = tl.load(DOC + start - 1, mask=t > 0, other=0)
+        after = tl.load(DOC + start + n - 1)
+        lead = tl.where(doc == before, lead, 0.0)
+        fold = tl.where(doc == after, fold, 0.0)
+        through = tl.where(before == after, through, 0.0)
+    return inside, lead, fold, through, doc
+
+
+@triton.jit
+def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr):
+    """Decay between the tokens of a chunk [C, C]; row: the token that is written, column: the token that is read."""
+    i = tl.arange(0, C)
+    if REVERSE:
+        visible = i[:, None] <= i[None, :]
+        lag = inside[None, :] - inside[:, None]
+    else:
+        visible = i[:, None] >= i[None, :]
+        lag = inside[:, None] - inside[None, :]
+    if DOCS:
+        visible = visible & (doc[:, None] == doc[None, :])
+    return tl.where(visible, tl.exp2(lag), 0.0)
+
+
+@triton.jit
+def _scaled(x, weight):
+    return (x * weight[:, None]).to(x.dtype)
+
+
+@triton.jit
+def _rows(desc, batch, head, t, column, C: tl.constexpr, WIDTH: tl.constexpr):
+    """[C, WIDTH] of a tensor from token t; zero past its end."""
+    return desc.load([batch, head, t, column]).reshape(C, WIDTH)
+
+
+@triton.jit
+def _store_rows(desc, batch, head, t, column, x, C: tl.constexpr, WIDTH: tl.constexpr):
+    desc.store([batch, head, t, column], x.to(desc.dtype).reshape(1, 1, C, WIDTH))
+
+
+@triton.jit
+def summarize_blocks(
+    x, y, LOG_DECAY, DOC, BLOCKS, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """State Σ xᵀy [K, V] that each block adds, and the block's decay, into BLOCKS; grid B·NB·H·(V / TILE).
+
+    In time: x = k, y = v. Against time: x = q, y = do, the gradient that the block sends to the state entering it.
+    """
+    batch, head, block, tile = _place(NB, H, V // TILE)
+    log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    state = tl.zeros([K, TILE], tl.float32)
+    decay = 1.0
+    for step in range(chunks):
+        t = first + (chunks - 1 - step if REVERSE else step) * C
+        a = _rows(x, batch, head, t, 0, C, K)
+        b = _rows(y, batch, head, t, tile * TILE, C, TILE)
+        _, lead, fold, through, _ = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
+        a = _scaled(a, lead if REVERSE else fold)
+        state = tl.dot(tl.trans(a), b, state * through, input_precision="ieee")
+        decay *= through
+    slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
+    row = tl.arange(0, K)
+    column = tile * TILE + tl.arange(0, TILE)
+    tl.store(slot + row[:, None] * V + column[None, :], state)
+    if tile == 0:
+        tl.store(slot + K * V, decay)
+
+
+@triton.jit
+def scan_blocks(
+    BLOCKS, STATE, DECAY_OUT, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Exclusive scan of BLOCKS in place, from zero; the total into STATE [B·H, SIZE], DECAY_OUT [B·H]. Grid (SIZE / PART, B·H)."""
+    part = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    offset = part * PART + tl.arange(0, PART)
+    state = tl.zeros([PART], tl.float32)
+    decay = 1.0
+    for step in tl.range(NB, num_stages=4):
+        slot = BLOCKS + (line * (NB + 1) + (NB - 1 - step if REVERSE else step)) * (SIZE + 4)
+        added = tl.load(slot + offset)
+        through = tl.load(slot + SIZE)
+        tl.store(slot + offset, state)
+        if part == 0:
+            tl.store(slot + SIZE + 1, decay)
+        state = state * through + added
+        decay *= through
+    tl.store(STATE + line * SIZE + offset, state)
+    if part == 0:
+        tl.store(DECAY_OUT + line, decay)
+
+
+@triton.jit
+def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_EDGE: tl.constexpr):
+    """State at the edge of a block where its walk begins: what the scan left there, and what came from outside."""
+    slot = BLOCKS + (line * (NB + 1) + block) * (SIZE + 4)
+    state = tl.load(slot + offset)
+    if HAS_EDGE:
+        state += tl.load(slot + SIZE + 1) * tl.load(EDGE + line * SIZE + offset)
+    return state
+
+
+@triton.jit
+def walk(
+    x, y, z, w, out, LOG_DECAY, DOC, BLOCKS, EDGE, PREFIX, SUMS, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
+    HAS_EDGE: tl.constexpr, SAVE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """out = (x yᵀ ∘ weights) z + lead · x state, chunk by chunk; grid B·NB·H·tiles, tiles of the columns of out.
+
+    | | x, y, z | REVERSE | TRANSPOSE |
+    |---|---|---|---|
+    | o | q, k, v | no | no |
+    | dq | do, v, k | no | yes: x stateᵀ |
+    | dv | k, q, do | yes | no |
+    | dk | v, do, q | yes | yes |
+
+    SAVE writes the states that enter each block, and at last the one that leaves the slice, to PREFIX (laid out as
+    BLOCKS). SUM writes Σ w·out per token to SUMS [tiles, B, T, H], and at a chunk's first token instead the flow
+    ⟨state, (lead·w)ᵀ x⟩ through the chunk's edge.
+    """
+    WIDTH: tl.constexpr = K if TRANSPOSE else V
+    DEPTH: tl.constexpr = V if TRANSPOSE else K
+    ROWS: tl.constexpr = TILE if TRANSPOSE else K
+    COLUMNS: tl.constexpr = V if TRANSPOSE else TILE
+    SIZE: tl.constexpr = K * V
+    batch, head, block, tile = _place(NB, H, WIDTH // TILE)
+    line = (batch * H + head).to(tl.int64)
+    log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    begin = tile * TILE
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    if TRANSPOSE:
+        row += begin
+    else:
+        column += begin
+    offset = row[:, None] * V + column[None, :]
+    state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
+    if SAVE:
+        tl.store(PREFIX + (line * (NB + 1) + block) * (SIZE + 4) + offset, state)
+    i = tl.arange(0, C)
+    for step in range(chunks):
+        t = first + (chunks - 1 - step if REVERSE else step) * C
+        inside, lead, fold, through, doc = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
+        if REVERSE:
+            lead, fold = fold, lead
+        a = _rows(x, batch, head, t, 0, C, DEPTH)
+        b = _rows(y, batch, head, t, 0, C, DEPTH)
+        c = _rows(z, batch, head, t, begin, C, TILE)
+        near = tl.dot(a, tl.trans(b), input_precision="ieee") * _weights(inside, doc, C, DOCS, REVERSE)
+        cast = state.to(a.dtype)
+        far = tl.dot(a, tl.trans(cast) if TRANSPOSE else cast, input_precision="ieee") * lead[:, None]
+        result = tl.dot(near.to(a.dtype), c, far, input_precision="ieee")
+        _store_rows(out, batch, head, t, begin, result, C, TILE)
+        if SUM:
+            d = _rows(w, batch, head, t, begin, C, TILE)
+            sums = tl.sum(d.to(tl.float32) * result, 1)
+            passing = tl.dot(tl.trans(_scaled(d, lead)), a, input_precision="ieee")
+            flow = tl.sum(tl.sum(state * passing, 1), 0)
+            place = SUMS + ((tile * tl.num_programs(0).to(tl.int64) * 0 + batch.to(tl.int64)) * T + t + i) * H + head
+            tl.store(place, tl.where(i == 0, flow, sums), mask=t + i < T)
+        if TRANSPOSE:
+            state = tl.dot(tl.trans(_scaled(c, fold)), b, state * through, input_precision="ieee")
+        else:
+            state = tl.dot(tl.trans(_scaled(b, fold)), c, state * through, input_precision="ieee")
+    if SAVE:
+        if block == NB - 1:
+            tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)

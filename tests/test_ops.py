@@ -1,0 +1,160 @@
+"""Law 1: every kernel is the recurrence, in outputs and in all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasptrain.ops import reference
+from lasptrain.ops.reference import recurrence
+
+KERNELS = ["reference", "chunked"]
+LENGTHS = [1, 63, 64, 65, 130]
+DECAYS = ["none", "head", "token"]
+BOUNDARIES = {"none": [], "first": [0], "middle": [30], "last": [-1], "many": [0, 1, 2, 40, 64, 128, -1]}
+
+
+def inputs(length: int, decay: str, boundary: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+    b, h, kdim, vdim = 2, 3, 8, 5
+    g = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    log_decay = {
+        "none": None,
+        "head": -torch.tensor([0.0, 0.01, 2.0], dtype=torch.float64),
+        "token": -torch.rand(b, length, h, generator=g, dtype=torch.float64) * torch.tensor([0.01, 0.1, 2.0]),
+    }[decay]
+    begin = torch.zeros(b, length, dtype=torch.int32)
+    for i in BOUNDARIES[boundary]:
+        if i < length:
+            begin[0, i] = 1
+    return {
+        "q": normal(b, length, h, kdim),
+        "k": normal(b, length, h, kdim),
+        "v": normal(b, length, h, vdim),
+        "log_decay": log_decay,
+        "doc": begin.cumsum(1).int() if BOUNDARIES[boundary] else None,
+        "entering": normal(b, h, kdim, vdim),
+        "do": normal(b, length, h, vdim),
+        "dleaving": normal(b, h, kdim, vdim),
+    }
+
+
+def expected(x: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    names = ["q", "k", "v", "entering"]
+    if x["log_decay"] is not None and x["log_decay"].dim() == 3:
+        names.append("log_decay")
+    leaves = {n: x[n].detach().clone().requires_grad_() for n in names}  # type: ignore[union-attr]
+    arguments = {**x, **leaves}
+    o, leaving = recurrence(*(arguments[n] for n in ("q", "k", "v", "log_decay", "doc", "entering")))  # type: ignore[arg-type]
+    grads = torch.autograd.grad([o, leaving], list(leaves.values()), [x["do"], x["dleaving"]])
+    return {"o": o.detach(), "leaving": leaving.detach()} | {f"d{n}": g for n, g in zip(names, grads, strict=True)}
+
+
+def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dict[str, Tensor]:
+    ops = torch.ops.lasptrain
+    q, k, v, log_decay, doc, entering, do, dleaving = x.values()
+    assert entering is not None and dleaving is not None
+    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc)
+    o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, entering, blocks if with_blocks else None)
+    dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc)
+    dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
+    dk, dv, dlog = ops.grad_key_value(
+        kernel, q, k, v, do, log_decay, doc, dleaving, dblocks if with_blocks else None, prefix, row
+    )
+    found = {
+        "o": o,
+        "leaving": decay[..., None, None] * entering + state,
+        "dq": dq,
+        "dk": dk,
+        "dv": dv,
+        "dentering": dentering + decay[..., None, None] * dleaving,
+    }
+    return found | ({"dlog_decay": dlog} if dlog.numel() else {})
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_is_the_recurrence(kernel: str, length: int, decay: str, boundary: str) -> None:
+    if kernel == "reference" and length > 65:
+        pytest.skip("the reference is slow and does not depend on the length")
+    x = inputs(length, decay, boundary)
+    want = expected(x)
+    for with_blocks in (True, False):
+        got = measured(kernel, x, with_blocks)
+        assert got.keys() == want.keys()
+        for name in want:
+            assert error(got[name], want[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+def test_low_precision_inputs_keep_fp32_states(dtype: torch.dtype, bound: float) -> None:
+    x = inputs(500, "token", "many", dtype)
+    want = expected({n: t if t is None or n == "doc" else t.double() for n, t in x.items()})
+    got = measured("chunked", x, True)
+    assert got["leaving"].dtype == torch.float32 and got["o"].dtype == dtype
+    for name in want:
+        assert error(got[name], want[name]) < bound, name
+
+
+def test_decay_gradient_does_not_cancel_at_64k_tokens() -> None:
+    t, h = 65536, 1
+    g = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, t, h, 8, generator=g) for _ in range(4))
+    log_decay = -torch.rand(1, t, h, generator=g) * 1e-3
+    ops = torch.ops.lasptrain
+
+    def grad(dtype: torch.dtype) -> Tensor:
+        x = [y.to(dtype) for y in (q, k, v, do)]
+        decay = log_decay.to(dtype)
+        _, prefix = ops.attend("chunked", x[0], x[1], x[2], decay, None, None, None)
+        _, row = ops.grad_query("chunked", *x, decay, None, prefix)
+        return ops.grad_key_value("chunked", *x, decay, None, None, None, prefix, row)[2]
+
+    assert error(grad(torch.float32), grad(torch.float64)) < 1e-5
+
+
+def test_operators_have_fake_implementations() -> None:
+    x = inputs(65, "token", "middle", torch.float32)
+    q, k, v, log_decay, doc, entering, do, dleaving = x.values()
+    ops = torch.ops.lasptrain
+    _, _, blocks = ops.summarize("chunked", k, v, log_decay, doc)
+    _, prefix = ops.attend("chunked", q, k, v, log_decay, doc, entering, blocks)
+    _, row = ops.grad_query("chunked", q, k, v, do, log_decay, doc, prefix)
+    _, dblocks = ops.grad_entering("chunked", q, do, log_decay, doc)
+    checks = {
+        ops.summarize.default: ("chunked", k, v, log_decay, doc),
+        ops.attend.default: ("chunked", q, k, v, log_decay, doc, entering, blocks),
+        ops.grad_entering.default: ("chunked", q, do, log_decay, doc),
+        ops.grad_query.default: ("chunked", q, k, v, do, log_decay, doc, prefix),
+        ops.grad_key_value.default: ("chunked", q, k, v, do, log_decay, doc, dleaving, dblocks, prefix, row),
+    }
+    for op, args in checks.items():
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_document_never_sees_another() -> None:
+    x = inputs(200, "head", "middle")
+    first = measured("chunked", x, True)
+    for name in ("q", "k", "v", "do"):
+        x[name] = x[name].clone()  # type: ignore[union-attr]
+        x[name][0, 29] += 100.0  # type: ignore[index]
+    second = measured("chunked", x, True)
+    for name in ("o", "dq", "dk", "dv"):
+        assert torch.equal(first[name][0, 30:], second[name][0, 30:]), name
+        assert not torch.equal(first[name][0, :30], second[name][0, :30]), name
+    assert torch.equal(first["leaving"][0], second["leaving"][0])
+
+
+def test_reference_zeroes_the_state_where_a_document_starts() -> None:
+    doc = torch.tensor([[0, 1, 1]])
+    assert reference.starts(doc).tolist() == [[False, True, False]]
