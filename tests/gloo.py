@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import pickle
+import pickle  # noqa: TID251  of bytes that this run's own processes wrote
 import sys
 import tempfile
 import time
@@ -53,7 +53,7 @@ def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) ->
             else:
                 os.environ["OMP_NUM_THREADS"] = inherited
         _raise_failure(folder, processes, late, timeout)
-        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world)]
+        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world)]  # noqa: S301
 
 
 def _wait(processes: list[BaseProcess], deadline: float) -> list[int]:
@@ -71,7 +71,7 @@ def _wait(processes: list[BaseProcess], deadline: float) -> list[int]:
 
 def _raise_failure(folder: Path, processes: list[BaseProcess], late: list[int], timeout: float) -> None:
     """Raise AssertionError with the earliest recorded traceback, else naming dead, else late ranks."""
-    if records := sorted(pickle.loads(path.read_bytes()) for path in folder.glob("*.error")):
+    if records := sorted(pickle.loads(path.read_bytes()) for path in folder.glob("*.error")):  # noqa: S301
         _, rank, text = records[0]
         raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{text}")
     dead = {r: p.exitcode for r, p in enumerate(processes) if p.exitcode != 0 and r not in late}

@@ -1,0 +1,110 @@
+"""Cross-entropy of next-token predictions, computed in chunks of tokens: no tensor of (tokens, vocab) ever exists.
+
+T tokens, D model dim. The loss is a sum, not a mean: the caller divides by the number of valid tokens in the whole
+global batch, so that the result is the same number on every layout. Products take operands in x's dtype; logits,
+log-sum-exp, sums and the weight's gradient are at least fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # label of a token that has nothing to predict
+
+
+def chunked_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Return the summed cross-entropy of `softmax(x weightᵀ)` against `labels` as a scalar, fp32 (fp64 if x is fp64).
+
+    x [T, D]; weight [vocab, D], cast once to x's dtype; labels [T] int64, IGNORED or in [0, vocab); `chunk` tokens are
+    worked on at a time. Gradients are made along with the loss, so backward only scales them.
+    """
+    wanted = torch.is_grad_enabled()
+    needs = (wanted and x.requires_grad, wanted and weight.requires_grad)
+    loss: Tensor = _CrossEntropy.apply(x, weight, labels, chunk, needs)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Return each token's cross-entropy [T], 0 where ignored, in the same dtype as the loss; no gradient."""
+    weight = weight.to(x.dtype)
+    parts = zip(x.split(chunk), labels.split(chunk), strict=True)
+    return torch.cat([_losses(_logits(tokens, weight), label)[0] for tokens, label in parts])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, needs: tuple[bool, bool]) -> Tensor:
+        operand = weight.to(x.dtype)
+        exact = _accumulator(x)
+        loss = x.new_zeros((), dtype=exact)
+        dx = torch.empty_like(x) if needs[0] else None
+        dweight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(x[part], operand)
+            losses, log_sum = _losses(logits, labels[part])
+            loss += losses.sum()
+            if not any(needs):
+                continue
+            dlogits = _grad_logits(logits, log_sum, labels[part]).to(x.dtype)
+            if dx is not None:
+                torch.mm(dlogits, operand, out=dx[part])
+            if dweight is not None:
+                _accumulate(dweight, dlogits.T, x[part])
+        ctx.save_for_backward(dx, dweight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        scaled_x = None if dx is None else dx * grad.to(dx.dtype)
+        scaled_weight = None if dweight is None else (dweight * grad).to(ctx.weight_dtype)
+        return scaled_x, scaled_weight, None, None, None
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [C, D] times weight [vocab, D] transposed: [C, vocab], accumulated and returned in at least fp32."""
+    exact = _accumulator(x)
+    if x.dtype == exact:
+        return x @ weight.T
+    if x.is_cuda:
+        return torch.mm(x, weight.T, out_dtype=exact)
+    return x.to(exact) @ weight.to(exact).T
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where total is in at least fp32 and a, b may be shorter."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (cross-entropy [C], 0 where ignored; log-sum-exp [C]) of logits [C, vocab]."""
+    log_sum = logits.logsumexp(dim=1)
+    ignored = labels == IGNORED
+    target = logits.gather(1, labels.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+    return (log_sum - target).masked_fill(ignored, 0), log_sum
+
+
+def _grad_logits(logits: Tensor, log_sum: Tensor, labels: Tensor) -> Tensor:
+    """Turn logits [C, vocab] in place into the gradient of the summed loss: softmax minus one-hot, 0 where ignored."""
+    ignored = labels == IGNORED
+    softmax = logits.sub_(log_sum.unsqueeze(1)).exp_()
+    index = labels.masked_fill(ignored, 0).unsqueeze(1)
+    softmax.scatter_add_(1, index, softmax.new_full((1, 1), -1).expand_as(index))
+    return softmax.masked_fill_(ignored.unsqueeze(1), 0)
