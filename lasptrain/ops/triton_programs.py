@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SIZES = ["B", "T", "H", "NB", "L"]  # one compilation serves every length
 SMALLEST_LOG2 = tl.constexpr(-160.0)  # its power of two is 0 in fp32; keeps a = 0 out of differences of infinities
 
 
@@ -90,7 +91,7 @@ def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.const
         lag = inside[:, None] - inside[None, :]
     if DOCS:
         visible = visible & (doc[:, None] == doc[None, :])
-    return tl.where(visible, tl.exp2(lag), 0.0)
+    return tl.exp2(tl.where(visible, lag, float("-inf")))
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def _store_rows(desc, batch, head, t, column, x, C: tl.constexpr, WIDTH: tl.cons
     desc.store([batch, head, t, column], x.to(desc.dtype).reshape(1, 1, C, WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def summarize_blocks(
     x, y, LOG_DECAY, DOC, BLOCKS, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
@@ -141,7 +142,7 @@ def summarize_blocks(
         tl.store(slot + K * V, decay)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_blocks(
     BLOCKS, STATE, DECAY_OUT, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
@@ -176,8 +177,17 @@ def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_
 
 
 @triton.jit
+def _store_sums(SUMS, start, head, t, T, H, x, dx, state, passing, C: tl.constexpr):
+    """Σ x·dx per token of the chunk; in place of its first token's, the flow ⟨state, passing⟩ through the chunk's edge."""
+    i = tl.arange(0, C)
+    sums = tl.sum(x.to(tl.float32) * dx, 1)
+    flow = tl.sum(tl.sum(state * passing, 1), 0)
+    tl.store(SUMS + (start + t + i) * H + head, tl.where(i == 0, flow, sums), mask=t + i < T)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def walk(
-    x, y, z, w, out, LOG_DECAY, DOC, BLOCKS, EDGE, PREFIX, SUMS, T, H, NB, L,
+    x, y, z, w, out, LOG_DECAY, DOC, BLOCKS, EDGE, PREFIX, SUMS, B, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
     HAS_EDGE: tl.constexpr, SAVE: tl.constexpr, SUM: tl.constexpr,
@@ -232,15 +242,99 @@ def walk(
         _store_rows(out, batch, head, t, begin, result, C, TILE)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
-            sums = tl.sum(d.to(tl.float32) * result, 1)
             passing = tl.dot(tl.trans(_scaled(d, lead)), a, input_precision="ieee")
-            flow = tl.sum(tl.sum(state * passing, 1), 0)
-            place = SUMS + ((tile * tl.num_programs(0).to(tl.int64) * 0 + batch.to(tl.int64)) * T + t + i) * H + head
-            tl.store(place, tl.where(i == 0, flow, sums), mask=t + i < T)
+            _store_sums(SUMS, (tile * B + batch).to(tl.int64) * T, head, t, T, H, d, result, state, passing, C)
         if TRANSPOSE:
             state = tl.dot(tl.trans(_scaled(c, fold)), b, state * through, input_precision="ieee")
         else:
             state = tl.dot(tl.trans(_scaled(b, fold)), c, state * through, input_precision="ieee")
-    if SAVE:
-        if block == NB - 1:
-            tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
+    if SAVE and block == NB - 1:
+        tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def walk_key_value(
+    q, k, v, do, dk, dv, LOG_DECAY, DOC, BLOCKS, EDGE, SUMS, B, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, DOCS: tl.constexpr, HAS_EDGE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """dk and dv in one walk against time, where the gradient of the state fits into registers; grid B·NB·H. See `walk`."""
+    SIZE: tl.constexpr = K * V
+    batch, head, block, _ = _place(NB, H, 1)
+    line = (batch * H + head).to(tl.int64)
+    log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
+    state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
+    for step in range(chunks):
+        t = first + (chunks - 1 - step) * C
+        inside, lead, fold, through, doc = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
+        weights = _weights(inside, doc, C, DOCS, True)
+        cq = _rows(q, batch, head, t, 0, C, K)
+        ck = _rows(k, batch, head, t, 0, C, K)
+        cv = _rows(v, batch, head, t, 0, C, V)
+        cdo = _rows(do, batch, head, t, 0, C, V)
+        cast = state.to(ck.dtype)
+        near = (tl.dot(ck, tl.trans(cq), input_precision="ieee") * weights).to(ck.dtype)
+        far = tl.dot(ck, cast, input_precision="ieee") * fold[:, None]
+        _store_rows(dv, batch, head, t, 0, tl.dot(near, cdo, far, input_precision="ieee"), C, V)
+        near = (tl.dot(cv, tl.trans(cdo), input_precision="ieee") * weights).to(ck.dtype)
+        far = tl.dot(cv, tl.trans(cast), input_precision="ieee") * fold[:, None]
+        result = tl.dot(near, cq, far, input_precision="ieee")
+        _store_rows(dk, batch, head, t, 0, result, C, K)
+        if SUM:
+            passing = tl.dot(tl.trans(_scaled(ck, fold)), cv, input_precision="ieee")
+            _store_sums(SUMS, batch.to(tl.int64) * T, head, t, T, H, ck, result, state, passing, C)
+        state = tl.dot(tl.trans(_scaled(cq, lead)), cdo, state * through, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def decay_gradient(
+    ROW, COLUMN, PREFIX, BLOCKS, EDGE, DOC, OUT, T, H, NB, L,
+    SIZE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr, HAS_EDGE: tl.constexpr,
+):  # fmt: skip
+    """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
+
+    Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs to the end
+    of t's chunk only, where the flow ⟨gradient, state⟩ through the edge stands for all that follows. The flow itself is
+    taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there
+    (ROW and COLUMN at each chunk's first token), in fp32 from the same products as the states.
+    """
+    batch, head, block, _ = _place(NB, H, 1)
+    line = (batch * H + head).to(tl.int64)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    product = tl.zeros([PART], tl.float32)
+    for part in range(0, SIZE, PART):
+        offset = part + tl.arange(0, PART)
+        gradient = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
+        product += gradient * tl.load(PREFIX + (line * (NB + 1) + block + 1) * (SIZE + 4) + offset)
+    flow = tl.sum(product, 0)
+    i = tl.arange(0, C)
+    start = batch.to(tl.int64) * T
+    for step in range(chunks):
+        t = first + (chunks - 1 - step) * C
+        n = tl.minimum(C, T - t)
+        at = (start + t + i) * H + head
+        inner = (i > 0) & (i < n)
+        difference = tl.load(ROW + at, mask=inner, other=0.0) - tl.load(COLUMN + at, mask=inner, other=0.0)
+        entered = tl.load(ROW + (start + t) * H + head)
+        left = tl.load(COLUMN + (start + t) * H + head)
+        following = flow
+        flow -= left
+        visible = i[:, None] <= i[None, :]
+        if DOCS:
+            doc = tl.load(DOC + start + t + i, mask=i < n, other=-1)
+            previous = tl.load(DOC + start + t + i - 1, mask=(t + i > 0) & (i < n), other=0)
+            before = tl.load(DOC + start + t - 1, mask=t > 0, other=0)
+            after = tl.load(DOC + start + t + n - 1)
+            visible = visible & (doc[:, None] == doc[None, :])
+            following = tl.where(doc == after, following, 0.0)
+            flow = tl.where(before == after, flow, 0.0)
+        flow += entered
+        gradient = tl.sum(tl.where(visible, difference[None, :], 0.0), 1) + following
+        gradient = tl.where(i == 0, flow, gradient)
+        if DOCS:
+            gradient = tl.where(doc == previous, gradient, 0.0)
+        tl.store(OUT + at, gradient, mask=i < n)

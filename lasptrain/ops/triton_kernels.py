@@ -1,0 +1,382 @@
+"""Linear attention with decay in Triton, for Hopper: one pass over the blocks of a slice for their states, one for the rest.
+
+Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
+36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_entering` reads q, do;
+`grad_key_value` reads four and writes two. Signatures and shapes: `lasptrain.ops`; the programs: `triton_programs`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lasptrain.ops import triton_programs as programs
+
+DIMS = (32, 64, 128, 256)
+GRANULE = 128  # tokens; every chunk divides it
+LONGEST_BLOCK = 8192
+PROGRAMS = 264  # two per multiprocessor of an H100 or H200
+
+Kernel = Literal["summarize", "attend", "grad_query", "grad_key_value", "grad_value", "grad_key"]
+
+
+class Launch(NamedTuple):
+    """How a program is launched: tokens per chunk, columns of the output per program, warps, pipeline stages."""
+
+    chunk: int
+    tile: int
+    warps: int
+    stages: int
+
+
+# By kernel and the larger of K and V, for inputs of 16 bits.
+LAUNCHES: dict[tuple[Kernel, int], Launch] = {
+    ("summarize", 64): Launch(64, 64, 4, 3),
+    ("summarize", 128): Launch(64, 64, 4, 3),
+    ("summarize", 256): Launch(64, 64, 8, 3),
+    ("attend", 64): Launch(64, 64, 4, 3),
+    ("attend", 128): Launch(64, 128, 8, 3),
+    ("attend", 256): Launch(64, 64, 8, 2),
+    ("grad_query", 64): Launch(64, 64, 4, 3),
+    ("grad_query", 128): Launch(64, 128, 8, 3),
+    ("grad_query", 256): Launch(64, 64, 8, 2),
+    ("grad_key_value", 64): Launch(64, 64, 4, 3),
+    ("grad_key_value", 128): Launch(64, 128, 8, 2),
+    ("grad_value", 256): Launch(64, 64, 8, 2),
+    ("grad_key", 256): Launch(64, 64, 8, 2),
+}
+# fp32 inputs: exact products, without tensor cores, in tiles small enough for registers.
+EXACT = Launch(32, 32, 4, 1)
+
+
+def _width(dim: int) -> int:
+    """The smallest supported dim that holds `dim`."""
+    for width in DIMS:
+        if dim <= width:
+            return width
+    raise ValueError(f"key and value dims of the triton kernel reach {DIMS[-1]}, found {dim}")
+
+
+def _launch(kernel: Kernel, x: Tensor, y: Tensor, tiled: int) -> Launch:
+    if x.dtype == torch.float32:
+        launch = EXACT
+    else:
+        launch = LAUNCHES[kernel, max(64, x.shape[-1], y.shape[-1])]
+    return launch._replace(tile=min(launch.tile, tiled))
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x [B, T, H, ·] as the tensor map needs it: a supported dim, rows that start on 16 bytes."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"the triton kernel takes bf16, fp16 and fp32, found {x.dtype}")
+    missing = _width(x.shape[-1]) - x.shape[-1]
+    if missing:
+        return F.pad(x, (0, missing))
+    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor of x [B, T, H, ·] whose blocks are `rows` tokens × `columns` of one head."""
+    x = x.detach().transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
+
+
+class _Slice(NamedTuple):
+    """Sizes of a slice: [B, T, H, K or V], cut into `blocks` blocks of `length` tokens."""
+
+    batch: int
+    tokens: int
+    heads: int
+    keys: int
+    values: int
+    blocks: int
+    length: int
+
+    def grid(self, tiles: int = 1) -> tuple[int]:
+        return (self.batch * self.blocks * self.heads * tiles,)
+
+
+def _slice(k: Tensor, v: Tensor) -> _Slice:
+    b, t, h, kdim = k.shape
+    wanted = triton.cdiv(t * b * h, PROGRAMS)
+    length = min(max(triton.cdiv(wanted, GRANULE), 2) * GRANULE, LONGEST_BLOCK)
+    return _Slice(b, t, h, _width(kdim), _width(v.shape[-1]), triton.cdiv(t, length), length)
+
+
+def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of `blocks` and `prefix`: a state per block and one more, each followed by its decays."""
+    s = _slice(k, v)
+    return s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4
+
+
+def _blocks_like(x: Tensor, s: _Slice) -> Tensor:
+    return x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
+
+
+def _gates(log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, bool]:
+    """LOG_DECAY, DOC, DECAY and DOCS of the programs."""
+    kind = 0 if log_decay is None else 1 if log_decay.dim() == 1 else 2
+    if log_decay is not None:
+        log_decay = log_decay.detach().to(torch.float32).contiguous()
+    if doc is not None:
+        doc = doc.to(torch.int32).contiguous()
+    return log_decay, doc, kind, doc is not None
+
+
+def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
+    """A state from outside [B, H, K, V] as the programs read it: fp32, contiguous, of the supported dims."""
+    if state is None:
+        return None
+    state = state.detach().to(torch.float32)
+    return F.pad(state, (0, s.values - state.shape[-1], 0, s.keys - state.shape[-2])).contiguous()
+
+
+def _summarize(
+    x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State [B, H, K, V] and decay [B, H] of the slice, and its scanned blocks."""
+    s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
+    x, y = _padded(x), _padded(y)
+    launch = _launch("summarize", x, y, s.values)
+    log_decay, doc, kind, docs = _gates(log_decay, doc)
+    blocks = _blocks_like(x, s)
+    size = s.keys * s.values
+    state = blocks.new_empty((s.batch, s.heads, s.keys, s.values))
+    decay = blocks.new_empty((s.batch, s.heads))
+    with torch.cuda.device_of(x):
+        programs.summarize_blocks[s.grid(s.values // launch.tile)](
+            _rows(x, launch.chunk, s.keys),
+            _rows(y, launch.chunk, launch.tile),
+            log_decay,
+            doc,
+            blocks,
+            s.tokens,
+            s.heads,
+            s.blocks,
+            s.length,
+            K=s.keys,
+            V=s.values,
+            C=launch.chunk,
+            TILE=launch.tile,
+            DECAY=kind,
+            DOCS=docs,
+            REVERSE=reverse,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+        programs.scan_blocks[(size // 1024, s.batch * s.heads)](
+            blocks, state, decay, s.blocks, SIZE=size, PART=1024, REVERSE=reverse, num_warps=4
+        )
+    return state[..., :kdim, :vdim].contiguous(), decay, blocks
+
+
+def _walk(
+    kernel: Kernel,
+    rows: tuple[Tensor, Tensor, Tensor],
+    sizes: _Slice,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    blocks: Tensor,
+    edge: Tensor | None = None,
+    prefix: Tensor | None = None,
+    summed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Output of `programs.walk` over x, y, z, padded; with `summed` (w) also the sums Σ w·out [B, T, H]."""
+    s = sizes
+    x, y, z = rows
+    tiled = z.shape[-1]
+    launch = _launch(kernel, x, z, tiled)
+    tiles = tiled // launch.tile
+    log_decay, doc, kind, docs = _gates(log_decay, doc)
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    sums = None if summed is None else blocks.new_empty((tiles, s.batch, s.tokens, s.heads))
+    with torch.cuda.device_of(x):
+        programs.walk[s.grid(tiles)](
+            _rows(x, launch.chunk, x.shape[-1]),
+            _rows(y, launch.chunk, y.shape[-1]),
+            _rows(z, launch.chunk, launch.tile),
+            None if summed is None else _rows(summed, launch.chunk, launch.tile),
+            _rows(out, launch.chunk, launch.tile),
+            log_decay,
+            doc,
+            blocks,
+            edge,
+            prefix,
+            sums,
+            s.batch,
+            s.tokens,
+            s.heads,
+            s.blocks,
+            s.length,
+            K=s.keys,
+            V=s.values,
+            C=launch.chunk,
+            TILE=launch.tile,
+            DECAY=kind,
+            DOCS=docs,
+            REVERSE=kernel in ("grad_value", "grad_key"),
+            TRANSPOSE=kernel in ("grad_query", "grad_key"),
+            HAS_EDGE=edge is not None,
+            SAVE=prefix is not None,
+            SUM=summed is not None,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+    return out, None if sums is None else sums[0] if tiles == 1 else sums.sum(0)
+
+
+def _walk_key_value(
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: _Slice,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    dblocks: Tensor,
+    edge: Tensor | None,
+    per_token: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk, dv, and Σ k·dk [B, T, H] where the decay is per token, from q, k, v, do; all padded."""
+    s = sizes
+    q, k, v, do = rows
+    if k.dtype == torch.float32 or s.keys * s.values > 128 * 128:
+        dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
+        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=k if per_token else None)
+        return dk, dv, column
+    launch = _launch("grad_key_value", k, v, s.values)
+    log_decay, doc, kind, docs = _gates(log_decay, doc)
+    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    column = dblocks.new_empty((s.batch, s.tokens, s.heads)) if per_token else None
+    keys, values = (lambda x: _rows(x, launch.chunk, s.keys)), (lambda x: _rows(x, launch.chunk, s.values))
+    with torch.cuda.device_of(k):
+        programs.walk_key_value[s.grid()](
+            keys(q),
+            keys(k),
+            values(v),
+            values(do),
+            keys(dk),
+            values(dv),
+            log_decay,
+            doc,
+            dblocks,
+            edge,
+            column,
+            s.batch,
+            s.tokens,
+            s.heads,
+            s.blocks,
+            s.length,
+            K=s.keys,
+            V=s.values,
+            C=launch.chunk,
+            DECAY=kind,
+            DOCS=docs,
+            HAS_EDGE=edge is not None,
+            SUM=per_token,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+    return dk, dv, column
+
+
+def _grad_decay(
+    row: Tensor, column: Tensor, prefix: Tensor, dblocks: Tensor, edge: Tensor | None, doc: Tensor | None, s: _Slice, chunk: int
+) -> Tensor:
+    grad = torch.empty_like(row)
+    with torch.cuda.device_of(row):
+        programs.decay_gradient[s.grid()](
+            row,
+            column,
+            prefix,
+            dblocks,
+            edge,
+            doc,
+            grad,
+            s.tokens,
+            s.heads,
+            s.blocks,
+            s.length,
+            SIZE=s.keys * s.values,
+            PART=1024,
+            C=chunk,
+            DOCS=doc is not None,
+            HAS_EDGE=edge is not None,
+            num_warps=4,
+        )
+    return grad
+
+
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _summarize(k, v, log_decay, doc, reverse=False)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    entering: Tensor | None,
+    blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    s = _slice(k, v)
+    if blocks is None:
+        blocks = _summarize(k, v, log_decay, doc, reverse=False)[2]
+    prefix = torch.empty_like(blocks)
+    rows = _padded(q), _padded(k), _padded(v)
+    o, _ = _walk("attend", rows, s, log_decay, doc, blocks, _state(entering, s), prefix)
+    return o[..., : v.shape[-1]].contiguous(), prefix
+
+
+def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+    state, _, dblocks = _summarize(q, do.to(q.dtype), log_decay, doc, reverse=True)
+    return state, dblocks
+
+
+def grad_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    prefix: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`row` holds Σ q·dq, and at the first token of each chunk the flow that `decay_gradient` needs there."""
+    rows = _padded(do.to(q.dtype)), _padded(v), _padded(k)
+    per_token = log_decay is not None and log_decay.dim() == 3
+    dq, row = _walk(
+        "grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=_padded(q) if per_token else None
+    )
+    return dq[..., : q.shape[-1]].contiguous(), prefix.new_empty(0) if row is None else row
+
+
+def grad_key_value(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    dleaving: Tensor | None,
+    dblocks: Tensor | None,
+    prefix: Tensor,
+    row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    s = _slice(k, v)
+    do = do.to(q.dtype)
+    if dblocks is None:
+        dblocks = _summarize(q, do, log_decay, doc, reverse=True)[2]
+    edge = _state(dleaving, s)
+    rows = _padded(q), _padded(k), _padded(v), _padded(do)
+    per_token = log_decay is not None and log_decay.dim() == 3
+    dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge, per_token)
+    dlog = None
+    if column is not None:
+        chunk = _launch("grad_query", rows[3], rows[1], s.keys).chunk
+        dlog = _grad_decay(row, column, prefix, dblocks, edge, _gates(None, doc)[1], s, chunk)
+    return dk[..., : k.shape[-1]].contiguous(), dv[..., : v.shape[-1]].contiguous(), dlog
