@@ -1,0 +1,133 @@
+"""A folder of shards opened for training: totals, tokenizer facts, and its splits as rings of tokens."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lasptrain.data.manifest import FILE, Manifest, ShardEntry
+from lasptrain.data.shard import Shard, Tokens
+from lasptrain.errors import DataError
+
+
+class Split:
+    """One split, a ring of `tokens` tokens laid over its shards: after the last token comes the first."""
+
+    def __init__(self, name: str, shards: list[Shard], align: int) -> None:
+        self.name = name
+        self.shards = shards
+        self.align = align
+        self._ends = list(accumulate(shard.header.n_tokens for shard in shards))
+        self.tokens = self._ends[-1] if shards else 0
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        """Tokens [start, start + count) of the ring: int64 [count].
+
+        Every block touched, every id, and the number of BOS are verified. Raises DataError with shard and place.
+        """
+        if self.tokens == 0:
+            raise DataError(f"split {self.name}: it has no tokens")
+        parts: list[Tokens] = []
+        while count > 0:
+            start %= self.tokens
+            number = bisect_right(self._ends, start)
+            shard = self.shards[number]
+            begin = start - self._ends[number] + shard.header.n_tokens
+            size = min(count, shard.header.n_tokens - begin)
+            part = shard.read(begin, size)
+            shard.check_tokens(begin, part)
+            parts.append(part)
+            start, count = start + size, count - size
+        tokens = np.concatenate(parts) if parts else np.empty(0)
+        return torch.from_numpy(tokens.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """A dataset whose files are all there and are the ones that `dataset.json` names."""
+
+    folder: Path
+    manifest: Manifest
+    splits: dict[str, Split]
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenDataset:
+        """Open `folder`: reads headers and checksums, no tokens. Raises DataError naming the file that does not fit."""
+        manifest = Manifest.load(folder)
+        listed = {entry.name for entry in manifest.shards}
+        extra = sorted(path.name for path in folder.glob("*.ltok") if path.name not in listed)
+        if extra or len(listed) != len(manifest.shards):
+            raise DataError(
+                f"{folder / FILE}: it does not list the shard {extra[0]}"
+                if extra
+                else f"{folder / FILE}: it lists a shard twice"
+            )
+        shards: dict[str, list[Shard]] = {name: [] for name in manifest.splits}
+        for entry in manifest.shards:
+            shards.setdefault(entry.split, []).append(_open_shard(folder, entry, manifest))
+        splits = {name: Split(name, members, manifest.order.align) for name, members in shards.items()}
+        return cls(folder, manifest, splits)
+
+    def split(self, name: str) -> Split:
+        """The split of that name. Raises DataError when there is none."""
+        if name not in self.splits:
+            raise DataError(f"{self.folder}: no split {name!r}, it has {', '.join(sorted(self.splits)) or 'none'}")
+        return self.splits[name]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over shards, tokenizer and order: equal for two datasets that give the same tokens."""
+        return self.manifest.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+        return self.manifest.tokenizer.vocab_size
+
+    @property
+    def bos(self) -> int:
+        """The id every document starts with."""
+        return self.manifest.tokenizer.bos
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 of the tokenizer the shards were made with."""
+        return self.manifest.tokenizer.sha256
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats per token that a model of token frequencies alone would reach on the training split."""
+        return self.manifest.unigram_entropy
+
+    @property
+    def token_bytes(self) -> torch.Tensor:
+        """Bytes of text for each id, 0 for BOS: int64 [vocab_size]."""
+        return torch.tensor(self.manifest.tokenizer.token_bytes, dtype=torch.int64)
+
+
+def _open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
+    """Open a shard and compare it with its line in `dataset.json`."""
+    shard = Shard(folder / entry.name)
+    header = shard.header
+    expected: list[tuple[str, object, object]] = [
+        ("bytes", shard.bytes, entry.bytes),
+        ("tokenizer", header.tokenizer, manifest.tokenizer.sha256),
+        ("vocab_size", header.vocab_size, manifest.tokenizer.vocab_size),
+        ("bos", header.bos, manifest.tokenizer.bos),
+        ("split", header.split, entry.split),
+        ("align", header.align, manifest.order.align),
+        ("tokens", header.n_tokens, entry.tokens),
+        ("documents", header.n_documents, entry.documents),
+        ("identity", shard.identity, entry.identity),
+    ]
+    for key, found, listed in expected:
+        if found != listed:
+            raise DataError(
+                f"shard {entry.name}: {key} is {found}, {FILE} says {listed}: swapped, foreign or rewritten"
+            )
+    return shard

@@ -1,0 +1,150 @@
+"""From a step to the slices this rank trains on. The step determines everything; there is no loader state.
+
+For M segments, C = window / (M · sp): rank r of its sp group reads, for segment m, the C + 1 tokens from
+start + m·sp·C + r·C of the ring. The first C are inputs, the last C labels, so no rank needs its neighbour's token.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from lasptrain.data.dataset import Split
+from lasptrain.data.order import window_start
+from lasptrain.errors import DataError, RecipeError
+
+IGNORED = -100  # the label that counts in no loss; only validation's filling windows have it
+
+
+class Slice(NamedTuple):
+    """This rank's piece of one segment, for b windows.
+
+    tokens, labels: int64 [b, C]. doc: int32 [b, C], how many documents have started in the slice up to and including
+    the token, or None where documents are not kept apart.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    doc: torch.Tensor | None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Slice:
+        """The same slice on a device."""
+        doc = None if self.doc is None else self.doc.to(device, non_blocking=non_blocking)
+        return Slice(
+            self.tokens.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking), doc
+        )
+
+
+MicroBatch = tuple[Slice, ...]  # one slice for each segment, in the order of the window
+
+
+class SliceLoader:
+    """Reads a split for one rank of a dp × sp mesh: `window` and `segment` are tokens, `batch` windows a step."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        window: int,
+        batch: int,
+        micro_batch: int,
+        dp: int,
+        dp_rank: int,
+        sp: int,
+        sp_rank: int,
+        segment: int,
+        seed: int,
+        bos: int,
+        reset: bool,
+        prefetch: bool = True,
+    ) -> None:
+        """Check that all divides. Raises RecipeError where it does not, DataError for a split that is too short."""
+        if not (0 <= dp_rank < dp and 0 <= sp_rank < sp):
+            raise ValueError(f"rank ({dp_rank}, {sp_rank}) is not in a mesh of {dp} × {sp}")
+        _check_divides("data.window", window, "segment", segment)
+        _check_divides("segment", segment, "mesh.sp", sp)
+        _check_divides("data.window", window, "the dataset's align", split.align)
+        _check_divides("train.batch", batch, "mesh.dp × train.micro_batch", dp * micro_batch)
+        if split.tokens < window:
+            fits = split.tokens // sp * sp
+            raise DataError(
+                f"{split.tokens // 1024:,} windows of 1,024 would fit, 0 of {window:,}: "
+                f"split {split.name} has {split.tokens:,} tokens; longest window that fits: {fits:,}"
+            )
+        self.split, self.window, self.batch, self.micro_batch = split, window, batch, micro_batch
+        self.dp, self.dp_rank, self.sp_rank, self.segment = dp, dp_rank, sp_rank, segment
+        self.slice = segment // sp
+        self.seed, self.bos, self.reset = seed, bos, reset
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+
+    def window_starts(self, step: int) -> list[int]:
+        """Where each of the global batch's windows of a step starts in the ring."""
+        first = step * self.batch
+        return [
+            window_start(self.split.tokens, self.window, self.split.align, self.seed, sample)
+            for sample in range(first, first + self.batch)
+        ]
+
+    def read_step(self, step: int) -> list[MicroBatch]:
+        """What this rank trains on in a step: of its windows d, d + dp, …, `micro_batch` at a time."""
+        starts = self.window_starts(step)[self.dp_rank :: self.dp]
+        groups = range(0, len(starts), self.micro_batch)
+        return [self._micro_batch(starts[i : i + self.micro_batch]) for i in groups]
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """`read_step(step)`, normally read already, and a thread starts on the next; its errors are raised here."""
+        if self._thread is None:
+            return self.read_step(step)
+        ahead = self._ahead.pop(step, None) or self._thread.submit(self.read_step, step)
+        for other in self._ahead.values():
+            other.cancel()
+        self._ahead = {step + 1: self._thread.submit(self.read_step, step + 1)}
+        return ahead.result()
+
+    def validation_rounds(self, windows: int) -> int:
+        """How many times `validation_slices` is asked, by every rank, to cover the first `windows` windows."""
+        fit = self.split.tokens // self.window
+        if windows > fit:
+            raise DataError(
+                f"{windows} validation windows of {self.window:,} tokens asked, {fit} fit: split {self.split.name} has "
+                f"{self.split.tokens:,} tokens; lower eval.windows or hold out more with data.validation"
+            )
+        return -(-windows // (self.dp * self.micro_batch))
+
+    def validation_slices(self, index: int, windows: int) -> MicroBatch:
+        """Micro-batch `index` of the first `windows` windows, cut from the start of the split without shift or shuffle.
+
+        Row j is window (index · micro_batch + j) · dp + dp_rank. Ranks left without a window get window 0 with every
+        label IGNORED: all ranks run the same number of times, and only real labels count.
+        """
+        rows = range(index * self.micro_batch, (index + 1) * self.micro_batch)
+        numbers = [row * self.dp + self.dp_rank for row in rows]
+        slices = self._micro_batch([number * self.window if number < windows else 0 for number in numbers])
+        filling = torch.tensor([number >= windows for number in numbers])
+        return tuple(piece._replace(labels=piece.labels.masked_fill(filling[:, None], IGNORED)) for piece in slices)
+
+    def close(self) -> None:
+        """End the prefetch thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _micro_batch(self, starts: list[int]) -> MicroBatch:
+        offsets = range(self.sp_rank * self.slice, self.window, self.segment)
+        return tuple(self._slice([start + offset for start in starts]) for offset in offsets)
+
+    def _slice(self, starts: list[int]) -> Slice:
+        rows = torch.stack([self.split.read(start, self.slice + 1) for start in starts])
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        doc = (tokens == self.bos).cumsum(1, dtype=torch.int32) if self.reset else None
+        return Slice(tokens, labels, doc)
+
+
+def _check_divides(whole_key: str, whole: int, part_key: str, part: int) -> None:
+    if part < 1 or whole < 1 or whole % part:
+        near = sorted({max(part, 1) * max(1, whole // max(part, 1) + i) for i in (0, 1)})
+        raise RecipeError(
+            f"{whole_key}: {whole} is not a multiple of {part_key} = {part}; nearest: {', '.join(map(str, near))}"
+        )

@@ -1,0 +1,65 @@
+"""Which window a sample reads: a pure function of (seed, sample), computed in constant time and stored nowhere.
+
+A split of `total` tokens is a ring: its end joins its start at a document edge. Each epoch cuts it into
+W = total // window windows from a shifted start and visits them in the order of a Feistel permutation, so every window
+is used once an epoch, no token twice, and only total mod window tokens sit out, others in the next epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+ROUNDS = 6
+MASK = (1 << 64) - 1
+
+
+def splitmix64(value: int) -> int:
+    """A fixed mixing of 64 bits."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+@lru_cache(maxsize=64)
+def keys(seed: int, epoch: int, size: int) -> tuple[int, ...]:
+    """Seven keys of 64 bits: one for each round, and one for the shift of the epoch."""
+    digest = hashlib.blake2b(
+        f"{seed} {epoch} {size}".encode(), digest_size=8 * (ROUNDS + 1), usedforsecurity=False
+    ).digest()
+    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
+
+
+def permute(size: int, index: int, seed: int, epoch: int = 0) -> int:
+    """Where a pseudorandom bijection of range(size) sends `index`.
+
+    A Feistel network on the next even number of bits; values outside of the range walk their cycle until they are in.
+    Fewer rounds leave patterns in successive differences.
+    """
+    if not 0 <= index < size:
+        raise ValueError(f"index {index} is not in range({size})")
+    bits = ((size - 1).bit_length() + 1) // 2
+    low = (1 << bits) - 1
+    rounds = keys(seed, epoch, size)[:ROUNDS]
+    while True:
+        left, right = index >> bits, index & low
+        for key in rounds:
+            left, right = right, left ^ (splitmix64(right ^ key) & low)
+        index = left << bits | right
+        if index < size:
+            return index
+
+
+def window_start(total: int, window: int, align: int, seed: int, sample: int) -> int:
+    """The token of the ring where the window of `sample` starts.
+
+    `total` and `window` are tokens and multiples of `align`; window <= total. Sample s·G + g is window g of step s for
+    G windows a step.
+    """
+    windows = total // window
+    if windows == 0 or total % align or window % align:
+        raise ValueError(f"{total} tokens hold no window of {window} tokens on a grid of {align}")
+    epoch, index = divmod(sample, windows)
+    shift = keys(seed, epoch, windows)[ROUNDS] % (total // align) * align
+    return (shift + permute(windows, index, seed, epoch) * window) % total
