@@ -14,7 +14,8 @@ Arguments common to the five functions below, which every kernel offers:
 | `entering`, `leaving` | [B, H, K, V] | states, at least fp32 |
 
 A document boundary is a decay of zero: document 0 continues from the left and alone reads the entering state, the last
-one writes the leaving state. `blocks` and `prefix` are states at block edges whose layout only the kernel knows.
+one writes the leaving state. `blocks` and `prefix` [B, H, n, K, V] are states at the n block edges of the kernel;
+`prefix[:, :, 0]` is the entering state.
 
 The functions are registered as PyTorch operators, so that selective recomputation and `torch.compile` see each as one.
 """
@@ -60,11 +61,23 @@ def _module(kernel: str) -> ModuleType:
     return module
 
 
+def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
+    """Decay [B, H] of the whole slice k [B, T, H, K]: Π a_t, zero where a document starts inside."""
+    b, t, h, _ = k.shape
+    dtype = state_dtype(k)
+    if log_decay is None:
+        total = torch.zeros(b, h, dtype=dtype, device=k.device)
+    else:
+        total = log_decay.to(dtype).sum(1) if log_decay.dim() == 3 else (log_decay.to(dtype) * t).expand(b, h)
+    decay = total.exp()
+    return decay if doc is None else torch.where(doc[:, -1:] == 0, decay, 0.0)
+
+
 @custom_op("lasptrain::summarize", mutates_args=())
-def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
-    """State that a slice leaves behind when it starts from zero, its decay [B, H], and its block states."""
-    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc)
-    return state, decay, blocks
+def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
+    """State that a slice leaves behind when it starts from zero, and its block states."""
+    state, blocks = _module(kernel).summarize(k, v, log_decay, doc)
+    return state, blocks
 
 
 @custom_op("lasptrain::attend", mutates_args=())
@@ -126,11 +139,11 @@ def grad_key_value(
 
 
 @summarize.register_fake
-def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
+def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
     b, _, h, kdim = k.shape
     dtype = state_dtype(k)
     state = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype)
-    return state, k.new_empty((b, h), dtype=dtype), k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
+    return state, k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
 
 
 @attend.register_fake

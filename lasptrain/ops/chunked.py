@@ -104,12 +104,11 @@ def _scan(blocks: Tensor, through: Tensor, entering: Tensor | None) -> tuple[Ten
 
 def summarize(
     k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     chunks = _chunks(k, log_decay, doc)
     blocks = _block_states(_cut(k), _cut(v), chunks)
-    through = chunks.through()
-    _, state = _scan(blocks, through, None)
-    return state, through.prod(-1), blocks
+    _, state = _scan(blocks, chunks.through(), None)
+    return state, blocks
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, weights: Tensor, prefix: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def summarize(
     k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     _, state = recurrence(k, k, v, log_decay, doc, None)
-    return state, token_decay(k, log_decay, doc).prod(dim=1), state[:, :, None].clone()
+    return state, state[:, :, None].clone()
 
 
 def attend(

@@ -63,10 +63,10 @@ def _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C: tl.constexpr, DECAY: t
         inside = tl.cumsum(each, 0)
         total = tl.sum(each, 0)
     else:
-        inside = log2 * (i + 1).to(tl.float32)
+        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)  # of n, lest the compiler keep all weights in registers
         total = log2 * n.to(tl.float32)
     lead = tl.exp2(inside)
-    fold = tl.exp2(tl.minimum(total - inside, 0.0))
+    fold = tl.exp2(total - inside)
     through = tl.exp2(total)
     doc = i
     if DOCS:
@@ -95,8 +95,9 @@ def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.const
 
 
 @triton.jit
-def _scaled(x, weight):
-    return (x * weight[:, None]).to(x.dtype)
+def _update(x, y, weight):
+    """xᵀ (weight · y). The same side is weighted everywhere, so that every program adds bitwise the same to a state."""
+    return tl.dot(tl.trans(x), (y * weight[:, None]).to(y.dtype), input_precision="ieee")
 
 
 @triton.jit
@@ -131,8 +132,7 @@ def summarize_blocks(
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
         _, lead, fold, through, _ = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
-        a = _scaled(a, lead if REVERSE else fold)
-        state = tl.dot(tl.trans(a), b, state * through, input_precision="ieee")
+        state = state * through + _update(a, b, lead if REVERSE else fold)
         decay *= through
     slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
     row = tl.arange(0, K)
@@ -242,12 +242,12 @@ def walk(
         _store_rows(out, batch, head, t, begin, result, C, TILE)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
-            passing = tl.dot(tl.trans(_scaled(d, lead)), a, input_precision="ieee")
+            passing = _update(d, a, lead)
             _store_sums(SUMS, (tile * B + batch).to(tl.int64) * T, head, t, T, H, d, result, state, passing, C)
         if TRANSPOSE:
-            state = tl.dot(tl.trans(_scaled(c, fold)), b, state * through, input_precision="ieee")
+            state = state * through + _update(c, b, fold)
         else:
-            state = tl.dot(tl.trans(_scaled(b, fold)), c, state * through, input_precision="ieee")
+            state = state * through + _update(b, c, fold)
     if SAVE and block == NB - 1:
         tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
 
@@ -284,9 +284,9 @@ def walk_key_value(
         result = tl.dot(near, cq, far, input_precision="ieee")
         _store_rows(dk, batch, head, t, 0, result, C, K)
         if SUM:
-            passing = tl.dot(tl.trans(_scaled(ck, fold)), cv, input_precision="ieee")
+            passing = _update(ck, cv, fold)
             _store_sums(SUMS, batch.to(tl.int64) * T, head, t, T, H, ck, result, state, passing, C)
-        state = tl.dot(tl.trans(_scaled(cq, lead)), cdo, state * through, input_precision="ieee")
+        state = state * through + _update(cq, cdo, lead)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,0 +1,189 @@
+"""The language model: embedding, blocks of mixer and MLP, norm, head, loss."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasptrain.loss import chunked_cross_entropy, token_losses
+from lasptrain.models.decay import slopes
+from lasptrain.models.layers import Linear, Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
+from lasptrain.models.mixers import State, TransNormer, Undecayed
+from lasptrain.parallel.attention import Attention, Memory
+
+if TYPE_CHECKING:
+    from lasptrain.recipe import ModelSection
+
+INIT_STD = 0.02
+
+
+class Output(NamedTuple):
+    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `leaving`: one state per layer."""
+
+    loss: Tensor | None
+    leaving: list[State]
+
+
+class Block(nn.Module):
+    """x += mixer(norm1(x)); x += mlp(norm2(x)).
+
+    `recompute` calls `mix`: directly, or under activation checkpointing.
+    """
+
+    def __init__(self, norm1: nn.Module, mixer: TransNormer | Undecayed, norm2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
+        self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
+
+    def forward(
+        self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, State]:
+        phases = self.mixer.phases(x.shape[1])
+        x, leaving = self.recompute(self.mix, x, phases, doc, carry, memory, leave)
+        return x, leaving
+
+    def mix(
+        self, x: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, State]:
+        y, leaving = self.mixer(self.norm1(x), phases, doc, carry, memory, leave)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), leaving
+
+
+class LanguageModel(nn.Module):
+    """A model of `recipe.model`; built on any device, filled by `initialize`.
+
+    Args:
+        cfg: the recipe's section, `vocab` resolved to a number.
+        window: tokens of a window (for the decay schedule `window`).
+        attention: the recurrence on this mesh.
+        dtype: of activations and matrix products.
+        loss_chunk: tokens whose logits exist at a time.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelSection,
+        window: int,
+        attention: Attention,
+        *,
+        dtype: torch.dtype = torch.float32,
+        loss_chunk: int = 2048,
+    ):
+        super().__init__()
+        assert isinstance(cfg.vocab, int)
+        self.cfg, self.window, self.dtype, self.loss_chunk = cfg, window, dtype, loss_chunk
+        self.scale = math.sqrt(cfg.dim) if cfg.arch == "tnl" else 1.0
+        self.embed = nn.Embedding(cfg.vocab, cfg.dim)
+        self.layers = nn.ModuleList(_block(cfg, i, attention) for i in range(cfg.layers))
+        self.norm = _norm(cfg)
+        self.head = None if cfg.tie else Linear(cfg.dim, cfg.vocab)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        doc: Tensor | None = None,
+        carry: Sequence[State] | None = None,
+        memories: Sequence[Memory] | None = None,
+        leave: bool = False,
+        per_token: bool = False,
+    ) -> Output:
+        """One slice, tokens [B, T] int64, labels [B, T] int64 (−100: ignored), doc [B, T] int32.
+
+        Args:
+            carry: per layer, what entered the segment; None at a window's start.
+            memories: per layer, where entering states are kept or found.
+            leave: whether the leaving states are wanted.
+            per_token: losses [B·T] without gradient instead of their sum.
+        """
+        x, leaving = self.hidden(tokens, doc, carry, memories, leave)
+        if labels is None:
+            return Output(None, leaving)
+        x = self.norm(x).flatten(0, 1)
+        loss = (token_losses if per_token else chunked_cross_entropy)(
+            x, self.head_weight, labels.flatten(), self.loss_chunk
+        )
+        return Output(loss, leaving)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        doc: Tensor | None = None,
+        carry: Sequence[State] | None = None,
+        memories: Sequence[Memory] | None = None,
+        leave: bool = False,
+    ) -> tuple[Tensor, list[State]]:
+        """Activations [B, T, D] before the last norm, and the leaving states."""
+        x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
+        leaving = []
+        for i, layer in enumerate(self.layers):
+            entered = (None,) if carry is None else carry[i]
+            x, state = layer(x, doc, entered, Memory() if memories is None else memories[i], leave)
+            leaving.append(state)
+        return x, leaving
+
+    def logits(self, x: Tensor) -> Tensor:
+        """fp32 logits [..., vocab] of activations x [..., D]."""
+        x = self.norm(x)
+        return F.linear(x, self.head_weight.to(x.dtype)).float()
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def decays(self) -> Tensor:
+        """Slopes [layers, heads] in fp32."""
+        return slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window)
+
+
+def _norm(cfg: ModelSection) -> nn.Module:
+    return SimpleRMSNorm() if cfg.arch == "tnl" else RMSNorm(cfg.dim)
+
+
+def _block(cfg: ModelSection, index: int, attention: Attention) -> Block:
+    key_dim, value_dim = cfg.key_dim or cfg.dim // cfg.heads, cfg.value_dim or cfg.dim // cfg.heads
+    sizes = (cfg.dim, cfg.heads, key_dim, value_dim)
+    mixer: TransNormer | Undecayed
+    match cfg.arch:
+        case "tnl":
+            mixer = TransNormer(
+                *sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention
+            )
+        case "linear_transformer":
+            mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
+    return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"))
+
+
+def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Initial full-size parameters by name, one at a time.
+
+    Each has a generator of its own, seeded by (seed, name), so every layout of ranks starts from the same weights.
+    Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K.
+    """
+    lrpe = {f"{name}.theta" for name, module in model.named_modules() if isinstance(module, Lrpe)}
+    for name, parameter in model.named_parameters():
+        if name in lrpe:
+            count = parameter.numel()
+            channel = torch.arange(count, dtype=torch.float64, device=device)
+            yield name, (10000.0 ** (-2.0 * channel / count)).view(parameter.shape)
+        elif parameter.dim() == 1:
+            yield name, torch.ones(parameter.shape, device=device)
+        else:
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+            yield name, torch.empty(parameter.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
+
+
+def initial_buffers(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The decay of each layer, as a persistent buffer: in a checkpoint the numbers are the definition."""
+    table = model.decays()
+    for i, layer in enumerate(model.layers):
+        if getattr(layer.mixer, "slope", None) is not None:
+            yield f"layers.{i}.mixer.slope", table[i]

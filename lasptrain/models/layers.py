@@ -1,0 +1,97 @@
+"""Small layers shared by the architectures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ with W [out, in] cast to the dtype of x: the one place where weights change precision."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x divided by its root mean square over the last axis, statistics in at least fp32, without weight."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+
+
+class SimpleRMSNorm(nn.Module):
+    """`srms` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return srms(x)
+
+
+class RMSNorm(nn.Module):
+    """srms(x) times a weight [dim]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return srms(x) * self.weight.to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """down(act(gate x) ⊙ up x): SwiGLU, or SGLU (arXiv:2307.14995) without activation."""
+
+    def __init__(self, dim: int, width: int, *, activate: bool):
+        super().__init__()
+        self.gate, self.up, self.down = Linear(dim, width), Linear(dim, width), Linear(width, dim)
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        y: Tensor = self.down((F.silu(gate) if self.activate else gate) * self.up(x))
+        return y
+
+
+class Phases(NamedTuple):
+    """Angles θt of a slice, t = hi·STEP + lo from its start, as two small tables; and the turn θ·T over all of it."""
+
+    cos_lo: Tensor  # [STEP, H, K] at least fp32, like the other three
+    sin_lo: Tensor
+    cos_hi: Tensor  # [⌈T/STEP⌉, 1, H, K]
+    sin_hi: Tensor
+    turn: Tensor  # [H, K] fp64
+
+    def features(self, x: Tensor) -> Tensor:
+        """[x cos θt, x sin θt] [B, T, H, 2K] of x [B, T, H, K]."""
+        cos = (self.cos_hi * self.cos_lo - self.sin_hi * self.sin_lo).flatten(0, 1)[: x.shape[1]]
+        sin = (self.sin_hi * self.cos_lo + self.cos_hi * self.sin_lo).flatten(0, 1)[: x.shape[1]]
+        return torch.cat([x * cos, x * sin], dim=-1).to(x.dtype)
+
+
+class Lrpe(nn.Module):
+    """LRPE (arXiv:2307.14995) with learnt θ [H, K].
+
+    Positions count from the start of the slice, because only differences matter; the state that crosses slices is turned
+    by θ·T instead. So angles stay as exact at four million tokens as at a thousand.
+    """
+
+    full_precision = True
+    STEP = 256
+
+    def __init__(self, heads: int, key_dim: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.empty(heads, key_dim))
+
+    def forward(self, length: int) -> Phases:
+        """The phases of a slice of so many tokens; angles are made in fp64."""
+        theta = self.theta.double()
+        lo = theta * torch.arange(self.STEP, device=theta.device, dtype=torch.float64)[:, None, None]
+        blocks = torch.arange(-(-length // self.STEP), device=theta.device, dtype=torch.float64)
+        hi = theta * (blocks * self.STEP)[:, None, None, None]
+        tables = (f(x).to(self.theta.dtype) for x in (lo, hi) for f in (torch.cos, torch.sin))
+        return Phases(*tables, theta * length)

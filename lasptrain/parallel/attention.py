@@ -1,0 +1,219 @@
+"""Linear attention over a window that is spread over ranks: a kernel and a scan behind two calls.
+
+    pending = attention.begin(k, v, ...)       summarise the slice, start the exchange
+    o, leaving = attention.finish(pending, q)  by now the entering state has arrived
+
+Whatever the layer computes between the two hides the exchange. Autograd keeps that order backwards: the exchange of
+state gradients starts in the backward of `finish`, the gradient of q flows on, and only the backward of `begin`, which
+needs the state gradient from the right for dk and dv, waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lasptrain import ops
+from lasptrain.parallel.scan import Exchange, Ring, Scan, Scanned, Transition
+
+
+@dataclass
+class Memory:
+    """The states at the edges of one layer's slice, once known: recomputing the layer then needs no exchange."""
+
+    known: bool = False
+    entering: Tensor | None = None  # [B, H, K, V]; None is zero
+    leaving: Tensor | None = None  # what the scan handed out; whoever does not need it again may drop it
+
+
+class _Given(NamedTuple):
+    """An exchange that is not needed: the entering state is known."""
+
+    scanned: Scanned
+
+    def wait(self) -> Scanned:
+        return self.scanned
+
+
+@dataclass
+class _Backward:
+    """What the backward of `finish` leaves for the backward of `begin`."""
+
+    q: Tensor
+    do: Tensor
+    prefix: Tensor
+    row: Tensor
+    dblocks: Tensor
+    exchange: Exchange
+
+
+@dataclass
+class Pending:
+    """A layer between `begin` and `finish`."""
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    doc: Tensor | None
+    transition: Transition
+    has_carry: bool
+    leave: bool
+    memory: Memory
+    exchange: Exchange | _Given
+    blocks: Tensor | None
+    link: Tensor  # empty; ties the two halves together in the autograd graph
+    backward: _Backward | None = None
+
+
+class Attention:
+    """The recurrence of one model on one mesh.
+
+    Args:
+        kernel: name of a kernel of `lasptrain.ops`.
+        scan: the scan over the sp group; without one the slice is the whole window.
+    """
+
+    def __init__(self, kernel: str, scan: Scan | None = None):
+        self.kernel = kernel
+        self.scan: Scan = scan if scan is not None else Ring(None, torch.device("cpu"))
+
+    def begin(
+        self,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        doc: Tensor | None,
+        *,
+        angle: Tensor | None = None,
+        carry: Tensor | None = None,
+        memory: Memory | None = None,
+        leave: bool = False,
+    ) -> Pending:
+        """Summarise the slice k [B, T, H, K], v [B, T, H, V] and start the exchange.
+
+        Args:
+            log_decay, doc: as in `lasptrain.ops`.
+            angle: [H, K/2] fp64 radians by which keys turn over the slice, where they are rotated.
+            carry: the state that entered the segment, as the scan handed it out; None at a window's start.
+            memory: where the entering state is kept, or found if the layer is being recomputed.
+            leave: whether `finish` is to return what enters the next segment.
+        """
+        pending: Pending = Pending.__new__(Pending)
+        pending.leave = leave
+        pending.memory = memory if memory is not None else Memory()
+        pending.backward = None
+        pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc, self, pending)
+        return pending
+
+    def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Outputs [B, T, H, V] for q [B, T, H, K], and what enters the next segment (None unless asked for)."""
+        o, leaving = _Finish.apply(q, pending.link, self, pending)
+        return o, leaving
+
+
+class _Begin(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        angle: Tensor | None,
+        carry: Tensor | None,
+        doc: Tensor | None,
+        attention: Attention,
+        pending: Pending,
+    ) -> Tensor:
+        # Recomputation under selective checkpointing must not run an operator that the first pass did not run.
+        transition = pending.transition = Transition(ops.slice_decay(k, log_decay, doc), angle)
+        blocks = None
+        if pending.memory.known:
+            pending.exchange = _Given(_remembered(pending, k, v))
+        else:
+            state, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc)
+            state = transition.rotate(state)
+            pending.exchange = attention.scan.start(state, transition, carry, leave=pending.leave)
+        pending.k, pending.v, pending.log_decay, pending.doc = k, v, log_decay, doc
+        pending.blocks = blocks
+        pending.has_carry = carry is not None and ctx.needs_input_grad[4]
+        ctx.attention, ctx.pending = attention, pending
+        ctx.save_for_backward(k, v, log_decay, doc, angle, transition.decay)
+        return k.new_empty(0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, log_decay, doc, angle, decay = ctx.saved_tensors
+        handed: _Backward = ctx.pending.backward
+        ctx.pending.backward = None
+        kernel = ctx.attention.kernel
+        transition = Transition(decay, angle)
+        right, dcarry = handed.exchange.wait()
+        dangle = None
+        if angle is not None and right is not None:
+            state, _ = ops.summarize(kernel, k, v, log_decay, doc)
+            leaving = transition.apply(handed.prefix[:, :, 0], transition.rotate(state))
+            dangle = _grad_angle(right, leaving)
+        dleaving = None if right is None else transition.transpose().rotate(right)
+        dk, dv, dlog = ops.grad_key_value(
+            kernel, handed.q, k, v, handed.do, log_decay, doc, dleaving, handed.dblocks, handed.prefix, handed.row
+        )
+        return dk, dv, (dlog if dlog.numel() else None), dangle, dcarry, None, None, None
+
+
+def _remembered(pending: Pending, k: Tensor, v: Tensor) -> Scanned:
+    """States of an earlier pass. A leaving state that was dropped has no reader left; only its gradient has a use."""
+    memory = pending.memory
+    if not pending.leave:
+        return Scanned(memory.entering, None)
+    if memory.leaving is not None:
+        return Scanned(memory.entering, memory.leaving.detach())
+    b, _, h, kdim = k.shape
+    return Scanned(memory.entering, pending.transition.decay.new_zeros(()).expand(b, h, kdim, v.shape[-1]))
+
+
+def _grad_angle(right: Tensor, leaving: Tensor) -> Tensor:
+    """Gradient [H, K/2] of the angle: turning the leaving state moves cosine rows by sine rows and back."""
+    by_cos, by_sin = leaving.chunk(2, dim=-2)
+    to_cos, to_sin = right.chunk(2, dim=-2)
+    return (to_cos * by_sin - to_sin * by_cos).sum((0, -1)).double()
+
+
+class _Finish(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, link: Tensor, attention: Attention, pending: Pending
+    ) -> tuple[Tensor, Tensor | None]:
+        entering, leaving = pending.exchange.wait()
+        memory = pending.memory
+        memory.known, memory.entering = True, entering
+        memory.leaving = None if leaving is None else leaving.detach()
+        o, prefix = ops.attend(
+            attention.kernel, q, pending.k, pending.v, pending.log_decay, pending.doc, entering, pending.blocks
+        )
+        ctx.attention, ctx.pending = attention, pending
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, *pending.transition
+        )
+        del pending.k, pending.v, pending.blocks, pending.exchange, pending.transition, pending.log_decay, pending.doc
+        return o, leaving
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, do: Tensor | None, dleaving: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, doc, prefix, decay, angle = ctx.saved_tensors
+        kernel, pending = ctx.attention.kernel, ctx.pending
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc)
+        exchange = ctx.attention.scan.start(
+            dentering, Transition(decay, angle).transpose(), dleaving, reverse=True, leave=pending.has_carry
+        )
+        dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
+        pending.backward = _Backward(q, do, prefix, row, dblocks, exchange)
+        return dq, q.new_zeros(0), None, None

@@ -1,0 +1,52 @@
+"""The 2D mesh of ranks: `dp` replicas of the batch × `sp` slices of a window.
+
+What is called sp here is *context* parallelism in Megatron and torchtitan.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def device() -> torch.device:
+    """The device of this rank: the GPU of its local rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+class Mesh(NamedTuple):
+    """Ranks as dp × sp, and the same ranks in one row, over which parameters are sharded or replicated."""
+
+    grid: DeviceMesh
+    flat: DeviceMesh
+
+    @property
+    def size(self) -> int:
+        return self.flat.size()
+
+    def rank(self, axis: str) -> int:
+        """This rank's place on `dp` or `sp`."""
+        return self.grid.get_local_rank(axis)
+
+    @property
+    def sp_group(self) -> dist.ProcessGroup:
+        return self.grid.get_group("sp")
+
+
+def build(dp: int, sp: int) -> Mesh:
+    """The mesh of all ranks; consecutive ranks share a window, so that its slices travel the shortest way."""
+    grid = init_device_mesh(device().type, (dp, sp), mesh_dim_names=("dp", "sp"))
+    return Mesh(grid, grid["dp", "sp"]._flatten("dp_sp"))
+
+
+def total(*values: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[float]:
+    """Sums of scalars over all ranks of the group, in one exchange, as float64."""
+    summed = torch.stack([v.detach().double().reshape(()) for v in values])
+    dist.all_reduce(summed, group=group)
+    return [float(v) for v in summed]

@@ -1,0 +1,202 @@
+"""The exclusive scan of states over the ranks of an sp group: LASP's ring and LASP-2's all-gather.
+
+Rank r contributes the affine map S ↦ transition_r · S + state_r of its slice and gets the state that enters it,
+
+    entering_0 = carry,    entering_{r+1} = transition_r · entering_r + state_r,    leaving = entering_sp,
+
+where carry is what entered the segment and leaving what enters the next one. Backward is the same scan from the right
+with transposed transitions: state_r is then the gradient that the slice's own outputs send to its entering state.
+
+States are [B, H, K, V], decays [B, H]. One rank is the scan over one element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed in torch 2.13
+
+
+class Transition(NamedTuple):
+    """What a run of tokens does to a state: decays it and, where keys are rotated, moves its origin to the run's end.
+
+    The first half of the key rows are cosine features, the second half sine features (LRPE, arXiv:2307.14995).
+    """
+
+    decay: Tensor  # [B, H]
+    angle: Tensor | None = None  # [H, K/2] radians
+
+    def rotate(self, state: Tensor) -> Tensor:
+        """The state [B, H, K, V] seen from an origin that lies `angle` further on."""
+        if self.angle is None:
+            return state
+        cos, sin = (f(self.angle).to(state.dtype)[..., None] for f in (torch.cos, torch.sin))
+        by_cos, by_sin = state.chunk(2, dim=-2)
+        return torch.cat([cos * by_cos + sin * by_sin, cos * by_sin - sin * by_cos], dim=-2)
+
+    def apply(self, state: Tensor | None, plus: Tensor) -> Tensor:
+        """transition · state + plus; a state of None is zero."""
+        if state is None:
+            return plus
+        return torch.addcmul(plus, self.decay[..., None, None], self.rotate(state))
+
+    def transpose(self) -> Transition:
+        return Transition(self.decay, None if self.angle is None else -self.angle)
+
+
+class Scanned(NamedTuple):
+    """What a scan gives this rank; None is a state of zeros."""
+
+    entering: Tensor | None
+    leaving: Tensor | None
+
+
+class Exchange:
+    """A scan under way. On a GPU it runs on a stream of its own; elsewhere it runs when it is waited for."""
+
+    def __init__(self, body: Callable[[], Scanned], stream: torch.cuda.Stream | None, needs: tuple[Tensor | None, ...]):
+        self._body: Callable[[], Scanned] | None = body
+        self._stream = stream
+        if stream is None:
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            self._result = body()
+        for tensor in needs:
+            if tensor is not None:
+                tensor.record_stream(stream)
+        self._done = stream.record_event()
+        self._body = None
+
+    def wait(self) -> Scanned:
+        """The result, ready for use on the current stream."""
+        if self._body is not None:
+            self._result, self._body = self._body(), None
+        elif self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_event(self._done)
+            for tensor in self._result:
+                if tensor is not None:
+                    tensor.record_stream(current)
+        return self._result
+
+
+class Scan(Protocol):
+    """One way to compute the exclusive scan.
+
+    `carry` and `leaving` belong together: what one call returns as `leaving` the next takes as `carry`, and the
+    gradient of the one is what the reversed call takes and returns. Which ranks hold them is the scan's own matter.
+    """
+
+    bytes_sent: int
+    calls: int
+
+    def start(
+        self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
+    ) -> Exchange:
+        """Begin the scan; every rank of the group calls it with the same `reverse`, `leave` and presence of carry."""
+        ...
+
+
+class _Scan:
+    """What both scans share: their group, their stream and their counters."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and self.size > 1 else None
+        self.bytes_sent = 0
+        self.calls = 0
+
+    def _exchange(self, body: Callable[[], Scanned], needs: tuple[Tensor | None, ...]) -> Exchange:
+        self.calls += 1
+        return Exchange(body, self.stream, needs)
+
+
+class Ring(_Scan):
+    """LASP (arXiv:2404.02882): each rank receives from its neighbour, folds in its slice, and sends on.
+
+    Carry and leaving live on rank 0 in both directions.
+    """
+
+    def start(
+        self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
+    ) -> Exchange:
+        first, last, step = (self.size - 1, 0, -1) if reverse else (0, self.size - 1, 1)
+
+        def body() -> Scanned:
+            entering = carry
+            if carry is not None:
+                entering = self._move(carry, 0, first)
+            if self.rank != first:
+                entering = self._receive(state, self.rank - step)
+            if self.rank == last and not leave:
+                return Scanned(entering, None)
+            leaving = transition.apply(entering, state)
+            if self.rank != last:
+                self._send(leaving, self.rank + step)
+            return Scanned(entering, self._move(leaving, last, 0) if leave else None)
+
+        return self._exchange(body, (state, transition.decay, carry))
+
+    def _move(self, x: Tensor, source: int, target: int) -> Tensor:
+        """x of `source` on `target`; what the other ranks get has its shape only."""
+        if source != target and self.rank == source:
+            self._send(x, target)
+        if source != target and self.rank == target:
+            return self._receive(x, source)
+        return x
+
+    def _send(self, x: Tensor, to: int) -> None:
+        self.bytes_sent += x.numel() * x.element_size()
+        dist.send(x.contiguous(), group=self.group, group_dst=to)
+
+    def _receive(self, like: Tensor, source: int) -> Tensor:
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        dist.recv(x, group=self.group, group_src=source)
+        return x
+
+
+class AllGather(_Scan):
+    """LASP-2 (arXiv:2502.07563): all ranks gather all states and decays, and each folds what lies before it.
+
+    Carry and leaving are the same on every rank.
+    """
+
+    def start(
+        self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
+    ) -> Exchange:
+        order = range(self.size - 1, -1, -1) if reverse else range(self.size)
+
+        def body() -> Scanned:
+            states, decays = self._gather(state, transition.decay)
+            entering, running = None, carry
+            for rank in order:
+                if rank == self.rank:
+                    entering = running
+                    if not leave:
+                        break
+                running = Transition(decays[rank], transition.angle).apply(running, states[rank])
+            return Scanned(entering, running if leave else None)
+
+        return self._exchange(body, (state, transition.decay, carry))
+
+    def _gather(self, state: Tensor, decay: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        if self.size == 1:
+            return [state], [decay]
+        packed = torch.cat([state.flatten(), decay.flatten()])
+        gathered = packed.new_empty(self.size * packed.numel())
+        _all_gather(gathered, packed, group=self.group)
+        self.bytes_sent += packed.numel() * packed.element_size()
+        rows = gathered.view(self.size, -1)
+        split = [row.split([state.numel(), decay.numel()]) for row in rows]
+        return [s.view_as(state) for s, _ in split], [d.view_as(decay) for _, d in split]
+
+
+SCANS: dict[str, type[Ring] | type[AllGather]] = {"ring": Ring, "all_gather": AllGather}

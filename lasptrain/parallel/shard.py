@@ -1,0 +1,120 @@
+"""From a model on the meta device to one that is spread over a mesh: recompute → FSDP or DDP → initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lasptrain import ops
+from lasptrain.parallel.mesh import Mesh
+
+aten = torch.ops.aten
+KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, ops.attend._opoverload}
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute(blocks: Iterable[nn.Module], mode: str) -> None:
+    """Activation checkpointing of blocks whose forward goes through their attribute `recompute`.
+
+    `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of the
+    recurrence.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        block.recompute = partial(checkpoint, **options)
+
+
+def _fully_shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """FSDP2 of each block and of the rest. Forward inputs are not cast, because states enter in fp32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False)
+    for module in list(model.modules()):
+        if getattr(module, "full_precision", False):
+            fully_shard(module, mesh=mesh, mp_policy=exact)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _replicate(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> DistributedDataParallel:
+    """DDP that leaves buffers alone and copies nothing at the start, because every rank has made the same values."""
+    new_name = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch >= 2.13
+    buffers: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        process_group=mesh.get_group(),
+        init_sync=False,
+        gradient_as_bucket_view=True,
+        **buffers,
+    )
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Write full-size values into parameters and buffers by name; a sharded one takes its own rows."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in values:
+        target = named[name]
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(value)
+
+
+def parallelize(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    kind: str,
+    mode: str,
+    dtype: torch.dtype,
+    values: Iterable[tuple[str, Tensor]],
+) -> nn.Module:
+    """The model, given on the meta device, on this rank: what to call in place of it.
+
+    Parameters are the same on every sp rank, so for parameters and gradients sp ranks are data-parallel ranks: both
+    kinds work over the flattened dp × sp mesh. Gradients are reduced in at least fp32 to the MEAN over ranks, so callers
+    scale the loss by the number of ranks.
+
+    Args:
+        kind: `fsdp` or `ddp`.
+        mode: of recomputation, see `recompute`.
+        dtype: of parameters in forward and backward; their own is at least fp32.
+        values: initial parameters and buffers by name, full size; may be lazy.
+    """
+    blocks = list(blocks)
+    flat = mesh.flat
+    recompute(blocks, mode)
+    if kind == "fsdp":
+        _fully_shard(model, blocks, flat, dtype)
+    model.to_empty(device=device)
+    fill(model, values)
+    return _replicate(model, flat, device) if kind == "ddp" else model
+
+
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on

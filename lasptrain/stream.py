@@ -1,0 +1,89 @@
+"""The gradient of one window, taken segment by segment: exact back-propagation in memory that does not grow with it.
+
+Forward without gradients over all segments but the last keeps, per layer and segment, the state that entered this rank's
+slice. Then, from the last segment back to the first, each is run with gradients from its kept states, and the gradient
+of the states that entered it is handed to the segment before. A window of one segment has no extra forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lasptrain.models.mixers import State
+from lasptrain.parallel.attention import Memory
+
+
+class Slice(Protocol):
+    """A rank's piece of one segment."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # [B, T] int64
+
+    @property
+    def labels(self) -> Tensor: ...  # [B, T] int64
+
+    @property
+    def doc(self) -> Tensor | None: ...  # [B, T] int32
+
+
+def _placeholder(state: Tensor | None) -> Tensor | None:
+    """Stands for a state whose value is kept elsewhere, to receive its gradient."""
+    return None if state is None else state.new_zeros(()).expand(state.shape).requires_grad_()
+
+
+def _forward_states(
+    model: nn.Module, layers: int, segments: Sequence[Slice]
+) -> tuple[list[list[Memory]], list[State] | None]:
+    """What entered this rank's slice of each segment, per layer, and the states that enter the last segment."""
+    kept: list[list[Memory]] = []
+    carry: list[State] | None = None
+    with torch.no_grad():
+        for segment in segments:
+            kept.append([Memory() for _ in range(layers)])
+            carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
+            for memory in kept[-1]:
+                memory.leaving = None
+    return kept, carry
+
+
+def backward(
+    model: nn.Module,
+    layers: int,
+    segments: Sequence[Slice],
+    scale: float,
+    before_last_backward: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Add the gradient of scale · (sum of this window's losses) to the parameters; return that sum, detached.
+
+    Args:
+        model: a `LanguageModel`, or what `parallelize` made of one.
+        segments: this rank's slice of each segment, in order.
+        before_last_backward: called before the forward that precedes the last backward, to turn gradient reduction on.
+    """
+    kept, carry = _forward_states(model, layers, segments[:-1])
+    kept.append([Memory() for _ in range(layers)])
+    total: Tensor | None = None
+    grads: list[Tensor | None] = []
+    for index in reversed(range(len(segments))):
+        segment, last = segments[index], index == len(segments) - 1
+        if index == 0:
+            before_last_backward()
+        entered = None
+        if carry is not None and index > 0:
+            entered = [
+                tuple(s if s is None else s.detach().requires_grad_() if last else _placeholder(s) for s in state)
+                for state in carry
+            ]
+        out = model(segment.tokens, segment.labels, segment.doc, entered, kept.pop(), leave=not last)
+        leaving = [] if last else [s for state in out.leaving for s in state]
+        pairs = [(s, g) for s, g in zip(leaving, grads, strict=True) if s is not None and g is not None]
+        torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
+        grads = [] if entered is None else [None if s is None else s.grad for state in entered for s in state]
+        loss = out.loss.detach()
+        total = loss if total is None else total + loss
+    assert total is not None
+    return total

@@ -1,0 +1,284 @@
+"""Laws 2 and 3: every layout of ranks and segments is one device, and a document never sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasptrain import stream
+from lasptrain.models.language_model import LanguageModel, initial_buffers, initial_values
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
+from lasptrain.parallel.shard import fill, parallelize, set_gradient_sync
+from tests.gloo import spawn
+
+WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
+BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
+CPU = torch.device("cpu")
+
+
+def config(arch: str) -> Any:
+    extra = {"lrpe": (0,), "decay": "tnl"} if arch == "tnl" else {"lrpe": (), "decay": "none"}
+    return SimpleNamespace(
+        arch=arch, dim=24, layers=3, heads=3, key_dim=8, value_dim=4, mlp=20, vocab=VOCAB, tie=arch == "tnl",
+        normalizer=True, **extra
+    )  # fmt: skip
+
+
+class Piece(NamedTuple):
+    tokens: Tensor
+    labels: Tensor
+    doc: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    dp: int
+    sp: int
+    scan: str = "all_gather"
+    kind: str = "ddp"
+    recompute: str = "none"
+    segments: int = 1
+
+
+def windows() -> Tensor:
+    """Token ids [BATCH, WINDOW + 1]: one document over the whole first window, many edges in the second."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, VOCAB, (BATCH, WINDOW + 1), generator=g)
+    for edge in (0, 1, 20, 39, 40, 59, 60, 61, 80, 119):
+        tokens[1, edge] = BOS
+    return tokens
+
+
+def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Piece]:
+    length = WINDOW // (sp * segments)
+    result = []
+    for m in range(segments):
+        start = (m * sp + rank) * length
+        part = tokens[:, start : start + length]
+        result.append(Piece(part, tokens[:, start + 1 : start + length + 1], (part == BOS).cumsum(1).int()))
+    return result
+
+
+def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Initial values, with matrices five times larger: rounding then stays small beside the activations."""
+    for name, value in chain(initial_values(model, 7, CPU), initial_buffers(model)):
+        yield name, value * 5 if name.endswith("weight") else value
+
+
+@cache
+def single(arch: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss sum and gradients of one process, one segment, from the token-by-token reference."""
+    model = LanguageModel(config(arch), WINDOW, Attention("reference"), dtype=dtype, loss_chunk=32).to(dtype)
+    fill(model, values(model))
+    loss = stream.backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distributed(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, dict[str, Tensor], Ring | AllGather]:
+    mesh = meshes.build(layout.dp, layout.sp)
+    scan = SCANS[layout.scan](mesh.sp_group, CPU)
+    with torch.device("meta"):
+        model = LanguageModel(config(arch), WINDOW, Attention("chunked", scan), dtype=dtype, loss_chunk=32).to(dtype)
+    called = parallelize(
+        model, model.layers, mesh, CPU, kind=layout.kind, mode=layout.recompute, dtype=dtype, values=values(model)
+    )
+    world = layout.dp * layout.sp
+    mine = range(mesh.rank("dp"), BATCH, layout.dp)
+    loss = torch.zeros((), dtype=dtype)
+    for window in mine:  # one micro-batch each
+        set_gradient_sync(called, False)
+        last = window == mine[-1]
+        loss += stream.backward(
+            called,
+            3,
+            pieces(windows()[window : window + 1], layout.sp, mesh.rank("sp"), layout.segments),
+            world / (BATCH * WINDOW),
+            (lambda: set_gradient_sync(called, True)) if last else (lambda: None),
+        )
+    total = torch.tensor(meshes.total(loss), dtype=torch.float64)
+    grads = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        grads[name] = getattr(parameter.grad, "full_tensor", lambda p=parameter: p.grad)()
+    return total, grads, scan
+
+
+def compare(arch: str, dtype: torch.dtype, layout: Layout) -> None:
+    want_loss, want = single(arch, dtype)
+    loss, grads, _ = distributed(arch, dtype, layout)
+    assert abs(float(loss) / float(want_loss) - 1) < BOUNDS[dtype], layout
+    assert grads.keys() == want.keys()
+    for name, grad in grads.items():
+        error = float((grad - want[name]).norm() / want[name].norm())
+        assert error < BOUNDS[dtype], (layout, name, error)
+
+
+def layouts(world: int) -> list[Layout]:
+    meshes_of = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(1, 3)], 4: [(2, 2), (1, 4)]}[world]
+    return [
+        Layout(dp, sp, scan, kind, mode)
+        for dp, sp in meshes_of
+        for scan in ("ring", "all_gather")
+        for kind in ("ddp", "fsdp")
+        for mode in ("none", "full", "selective")
+    ]
+
+
+def streamed(world: int) -> list[Layout]:
+    sp = {1: 1, 2: 2, 3: 3}[world]
+    return [
+        Layout(1, sp, scan, kind, mode, segments)
+        for scan in ("ring", "all_gather")
+        for kind, mode in (("ddp", "none"), ("fsdp", "full"), ("fsdp", "selective"))
+        for segments in (2, 3, 5)
+        if WINDOW % (sp * segments) == 0
+    ]
+
+
+def check_all(rank: int, world: int, cases: list[tuple[str, torch.dtype, Layout]]) -> int:
+    for case in cases:
+        compare(*case)
+    return len(cases)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_layout_is_one_device(world: int) -> None:
+    cases = [("tnl", torch.float32, layout) for layout in layouts(world)]
+    cases += [("linear_transformer", torch.float32, layout) for layout in layouts(world)[::5]]
+    cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
+    assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_number_of_segments_is_one_device(world: int) -> None:
+    cases = [("tnl", torch.float64, layout) for layout in streamed(world)]
+    cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
+    assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
+
+
+def broken(rank: int, world: int, mutation: str) -> bool:
+    """Whether the comparison notices that a scan loses what comes from the left, or its gradient from the right."""
+    start = AllGather.start
+
+    def lossy(self: AllGather, state: Tensor, *args: Any, reverse: bool = False, **kwargs: Any) -> Exchange:
+        exchange = start(self, state, *args, reverse=reverse, **kwargs)
+        if reverse != (mutation == "gradient dropped"):
+            return exchange
+        entering, leaving = exchange.wait()
+        return Exchange(lambda: Scanned(None if entering is None else entering * 0, leaving), None, ())
+
+    AllGather.start = lossy  # type: ignore[method-assign]
+    try:
+        compare("tnl", torch.float32, Layout(1, world))
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("mutation", ["exchange skipped", "gradient dropped"])
+def test_a_broken_exchange_is_noticed(mutation: str) -> None:
+    assert any(spawn(2, broken, mutation))
+
+
+def exchanges(rank: int, world: int) -> dict[str, tuple[int, int]]:
+    """Scans started and bytes sent by one window, per layout."""
+    found = {}
+    for scan in ("ring", "all_gather"):
+        for mode in ("none", "full", "selective"):
+            for segments in (1, 2):
+                _, _, used = distributed("tnl", torch.float32, Layout(1, world, scan, "ddp", mode, segments))
+                found[f"{scan}/{mode}/{segments}"] = (used.calls, used.bytes_sent)
+    return found
+
+
+def test_recomputation_repeats_no_exchange() -> None:
+    results = spawn(2, exchanges)
+    for found in results:
+        for scan in ("ring", "all_gather"):
+            for segments in (1, 2):
+                counts = {found[f"{scan}/{mode}/{segments}"] for mode in ("none", "full", "selective")}
+                assert len(counts) == 1, found
+                layers_and_directions = 3 * 2 * BATCH
+                assert counts.pop()[0] == layers_and_directions * segments
+
+
+def bytes_by_window(rank: int, world: int, scan: str) -> dict[int, tuple[int, int]]:
+    """Bytes sent by one layer forward, and forward and backward, at two window lengths."""
+    group = meshes.build(1, world).sp_group
+    found = {}
+    for window in (1024, 65536):
+        used = SCANS[scan](group, CPU)
+        attention = Attention("chunked", used)
+        q, k, v = (torch.randn(1, window // world, 2, 16, requires_grad=True) for _ in range(3))
+        o, _ = attention.finish(attention.begin(k, v, torch.tensor([-0.1, -1e-5]), None), q)
+        forward = used.bytes_sent
+        o.sum().backward()
+        found[window] = (forward, used.bytes_sent - forward)
+    return found
+
+
+@pytest.mark.parametrize("scan", ["ring", "all_gather"])
+def test_bytes_sent_do_not_depend_on_the_window(scan: str) -> None:
+    state, decay = 2 * 16 * 16 * 4, 2 * 4
+    results = spawn(3, bytes_by_window, scan)
+    for rank, found in enumerate(results):
+        assert found[1024] == found[65536]
+        if scan == "ring":  # a chain has ends that do not send
+            assert found[1024] == (state * (rank < 2), state * (rank > 0))
+        else:
+            assert found[1024] == (state + decay, state + decay)
+
+
+def gradients_of(rank: int, world: int, last_of_a: int, segments: int) -> tuple[Tensor, Tensor]:
+    """Per-token losses of a window of documents A and B, and the gradient of B's loss at the embedding of each token."""
+    mesh = meshes.build(1, world)
+    model = LanguageModel(config("tnl"), WINDOW, Attention("chunked", AllGather(mesh.sp_group, CPU)), loss_chunk=32)
+    fill(model, values(model))
+    tokens = windows()[:1]
+    edge = 61
+    tokens[0, edge] = BOS
+    tokens[0, edge - 1] = last_of_a
+    captured = []
+    model.embed.weight.requires_grad_(False)
+    hook = model.layers[0].register_forward_pre_hook(
+        lambda _, args: captured.append(args[0].requires_grad_()) if torch.is_grad_enabled() else None
+    )
+    mine = pieces(tokens, world, rank, segments)
+    masked = []
+    for m, piece in enumerate(mine):
+        length = piece.tokens.shape[1]
+        position = (m * world + rank) * length + torch.arange(length)
+        masked.append(piece._replace(labels=torch.where(position >= edge, piece.labels, -100)))
+    stream.backward(model, 3, masked, 1.0)
+    hook.remove()
+    carry, losses = None, []
+    with torch.no_grad():
+        for piece in mine:
+            out = model(piece.tokens, piece.labels, piece.doc, carry, leave=True, per_token=True)
+            carry = out.leaving
+            losses.append(out.loss)
+    return torch.cat(losses), torch.cat([x.grad[0] for x in reversed(captured)])
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_document_never_sees_another(world: int, segments: int) -> None:
+    first = spawn(world, gradients_of, 5, segments)
+    second = spawn(world, gradients_of, 9, segments)
+    length = WINDOW // (world * segments)
+    for rank in range(world):
+        position = torch.cat([(m * world + rank) * length + torch.arange(length) for m in range(segments)])
+        in_b = position >= 61
+        assert torch.equal(first[rank][0][in_b], second[rank][0][in_b])
+        assert torch.equal(first[rank][1][in_b], second[rank][1][in_b])
+        assert not first[rank][1][~in_b].any()
