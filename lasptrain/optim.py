@@ -1,0 +1,90 @@
+"""AdamW, the learning rate as a function of the step, and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lasptrain.recipe import Optim
+
+FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
+
+
+def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
+    """Return AdamW over the trainable parameters of `model`, plain or sharded; call after sharding.
+
+    Matrices decay. Vectors (norms, biases) and angles (`theta`) do not: pulling them to zero has no meaning.
+    """
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim < 2 or name.rpartition(".")[2] == "theta"
+            (others if free else decaying).append(parameter)
+    groups = [
+        {"params": decaying, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = all(parameter.device.type in FUSED for parameter in decaying + others)
+    return AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+
+
+def initialise_state(optimizer: AdamW) -> None:
+    """Create the state that AdamW would create in its first step, so that a state exists to be saved or loaded into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not (state := optimizer.state[parameter]):
+                device = parameter.device if group["fused"] or group["capturable"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def learning_rate(cfg: Optim, steps: int, step: int) -> float:
+    """Return the learning rate of update `step`, 0 being the first of `steps`.
+
+    The first `warmup` updates rise linearly to `lr`. From there `cosine` falls to `min_lr * lr` over the rest, `wsd`
+    stays and falls linearly over the last `decay` updates (a fifth of all if None), `constant` stays. The lowest
+    value belongs to the update after the last one, so no update is wasted on a rate of zero.
+    """
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    match cfg.schedule:
+        case "cosine":
+            fall = (1 - math.cos(math.pi * _progress(step, cfg.warmup, steps))) / 2
+        case "wsd":
+            length = math.ceil(steps / 5) if cfg.decay is None else cfg.decay
+            fall = _progress(step, steps - length, steps)
+        case "constant":
+            fall = 0.0
+    return cfg.lr * warm * (1 - (1 - cfg.min_lr) * fall)
+
+
+def _progress(step: int, first: int, end: int) -> float:
+    """How far `step` is between `first` and `end`, within [0, 1]."""
+    return min(max((step - first) / max(end - first, 1), 0.0), 1.0)
+
+
+def set_learning_rate(optimizer: AdamW, lr: float) -> None:
+    """Give every parameter group the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to the global L2 norm `max_norm` (0: leave them) and return the norm they had.
+
+    The norm is a local scalar, at least fp32, the same on every rank; it takes one all-reduce where gradients are
+    sharded. It is not finite if any gradient is not, and then the gradients are lost.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total = nn.utils.get_total_norm(gradients)
+    norm: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
+    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    if max_norm > 0:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], scale)
+    return norm
