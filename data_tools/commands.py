@@ -1,0 +1,136 @@
+"""What `lasptrain data …` does: each function returns a result that prints itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools import tokenizer as tokenizers
+from data_tools.prepare import Progress
+from data_tools.prepare import prepare as prepare_folder
+from data_tools.sources import Reading, open_source
+from lasptrain.data.manifest import Manifest
+from lasptrain.data.shard import Shard, file_sha256
+from lasptrain.errors import DataError, SetupError
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer that was trained and written."""
+
+    path: Path
+    vocab: int
+    sha256: str
+    bytes_per_token: float
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.vocab} pieces, {self.bytes_per_token:.2f} bytes per token, SHA-256 {self.sha256}"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a dataset holds; with a window, also how many fit."""
+
+    folder: Path
+    manifest: Manifest
+    window: int | None = None
+
+    def __str__(self) -> str:
+        manifest = self.manifest
+        lines = [
+            f"{self.folder}",
+            f"  source       {' + '.join(source.name for source in manifest.sources)}",
+            f"  tokenizer    {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size} pieces",
+            f"  fingerprint  {manifest.fingerprint}",
+            f"  entropy      {manifest.unigram_entropy:.4f} nats per token (unigram)",
+        ]
+        for name, split in manifest.splits.items():
+            rate = split.bytes / max(1, split.tokens)
+            fits = f", {split.tokens // self.window:,} windows of {self.window:,}" if self.window else ""
+            lines.append(
+                f"  {name:<12} {split.tokens:,} tokens, {split.documents:,} documents ({split.duplicates:,} twice), "
+                f"{rate:.2f} bytes per token{fits}"
+            )
+        lines.append(f"  dropped      {', '.join(f'{n:,} {why}' for why, n in manifest.dropped.items()) or 'nothing'}")
+        lines += [
+            f"  {1 << i:>10,} tokens or more: {documents:,} documents with {tokens:,} tokens"
+            for i, (documents, tokens) in enumerate(
+                zip(manifest.lengths.documents, manifest.lengths.tokens, strict=True)
+            )
+            if documents
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One line for each shard; `failures` counts those that are damaged."""
+
+    lines: tuple[str, ...]
+    failures: int
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokenizer:
+    """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
+    if out.exists():
+        raise SetupError(f"{out}: it exists; a tokenizer is written to a new file")
+    dropped: Counter[str] = Counter()
+    texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
+    model = tokenizers.train(texts, vocab)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(model)
+    trained = tokenizers.load_tokenizer(out)
+    sample = texts[:: max(1, len(texts) // 100)]
+    tokens = sum(len(trained.encode(piece)) for text in sample for piece in tokenizers.cut(text))
+    rate = sum(len(text.encode()) for text in sample) / max(1, tokens)
+    return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate)
+
+
+def prepare(
+    sources: list[str],
+    tokenizer_path: str,
+    out: Path,
+    reading: Reading,
+    validation_ppm: int = 20_000,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Write a dataset and show what is in it."""
+    folder = prepare_folder(
+        sources,
+        tokenizer_path,
+        out,
+        reading=reading,
+        validation_ppm=validation_ppm,
+        seed=seed,
+        workers=workers,
+        progress=progress,
+    )
+    return inspect(folder)
+
+
+def inspect(folder: Path, window: int | None = None) -> Inspection:
+    """Read `dataset.json`."""
+    return Inspection(folder, Manifest.load(folder), window)
+
+
+def verify(folder: Path) -> Verification:
+    """Read every byte of a dataset and check all there is to check."""
+    lines, failures = [], 0
+    for entry in Manifest.load(folder).shards:
+        try:
+            shard = Shard(folder / entry.name)
+            shard.verify()
+            found = file_sha256(shard.path)
+            if found != entry.sha256:
+                raise DataError(f"shard {entry.name}: SHA-256 {found[:16]}, dataset.json says {entry.sha256[:16]}")
+            lines.append(f"shard {entry.name}: {entry.tokens:,} tokens, good")
+        except DataError as error:
+            lines.append(str(error))
+            failures += 1
+    return Verification(tuple(lines), failures)
