@@ -1,4 +1,4 @@
-"""The errors lasptrain raises on purpose. Each kind has one exit code; everything else is a bug and exits with INTERNAL.
+"""The errors lasptrain raises on purpose. Each kind has one exit code; anything else is a bug and exits with INTERNAL.
 
 A message is one line: it names the key or the file, what was found, and what fits. Only RecipeError may hold
 several lines, one per problem.

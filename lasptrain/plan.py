@@ -35,7 +35,7 @@ def state_bytes(model: Model) -> int:
 
 
 def _state_keys(model: Model) -> list[int]:
-    """Key dim of each layer's state: LRPE doubles it (cosine and sine), the normalizer is one more value."""
+    """Key dim of each layer's state: LRPE doubles it (cosine and sine)."""
     return [model.K * (2 if layer in model.lrpe else 1) for layer in range(model.layers)]
 
 

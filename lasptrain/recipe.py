@@ -327,6 +327,17 @@ def resolve_mesh(recipe: Recipe, world: int) -> tuple[int, int]:
     return found
 
 
+def resolve_vocabulary(model: Model, pieces: int) -> int:
+    """Rows of the embedding for a tokenizer of `pieces`; auto rounds up to 64. RecipeError where they are too few."""
+    if model.vocab == "auto":
+        return -(-pieces // 64) * 64
+    if model.vocab < pieces:
+        raise RecipeError(
+            f"model.vocab: {model.vocab} rows for a tokenizer of {pieces} pieces; expected at least {pieces}"
+        )
+    return model.vocab
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe and applies overrides (`section.key=value`). RecipeError holds every problem, one per line."""
     file = find_file(Path(path))

@@ -1,0 +1,398 @@
+"""Processes: one per GPU through torch's elastic agent, or this one where torchrun or Slurm has already started them.
+
+The launcher prepares the data, holds the run folder, starts the ranks, and answers with the exit code of the rank that
+failed first. A rank that fails leaves a record, `ranks/RANK.json`, and ends; whoever only lost its peer says so with
+code 7 and is not the cause.
+"""
+
+import ctypes
+import errno
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lasptrain import recipe as recipes
+from lasptrain import run as runs
+from lasptrain.data.source import open_dataset
+from lasptrain.errors import INTERNAL, INTERRUPTED, LaspError, RankLostError, ResourceError, SetupError
+from lasptrain.parallel import mesh
+from lasptrain.recipe import Recipe
+
+TRAIN = "lasptrain.train:train"
+TERMINATED = 143
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Place(NamedTuple):
+    """Which run folder is asked for: `folder` instead of runs/NAME; `fresh`: one that does not exist yet."""
+
+    folder: Path | None = None
+    fresh: bool = False
+
+
+USUAL = Place()
+
+
+class Nodes(NamedTuple):
+    """Several machines with a launcher each; all name the same `rendezvous`, host:port on the machine of rank 0."""
+
+    total: int
+    rank: int
+    rendezvous: str
+
+
+class Failure(NamedTuple):
+    """How a rank ended: its exit code, the kind of error, its message (for code 70 a traceback), when (Unix time)."""
+
+    rank: int
+    code: int
+    kind: str
+    message: str
+    time: float
+
+
+def launch(
+    recipe: Recipe, place: Place = USUAL, nproc: int | None = None, nodes: Nodes | None = None, target: str = TRAIN
+) -> int:
+    """Trains a recipe and returns the exit code; what went wrong in a rank has been printed, once.
+
+    Raises LaspError for what is wrong before any process starts. `target` names the function `(recipe, run)` that every
+    rank calls inside an initialised process group.
+    """
+    joined = _joined()
+    if joined is not None:
+        recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
+        os.environ.update(joined)
+        _rank(recipe, target, place=place)
+    nproc = _processes(nproc)
+    recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lasptrain-")))
+        run = None
+        if nodes is None or nodes.rank == 0:
+            run = stack.enter_context(_adopted(recipe, place))
+        records = folder if run is None else run / runs.RANKS
+        runs.write(folder / runs.RECIPE, recipes.dump(recipe))
+        return _agent(folder, run, records, nproc, nodes, target)
+
+
+def resolve(recipe: Recipe, world: int) -> Recipe:
+    """The recipe with its mesh and vocabulary as numbers; prepares the data, which knows the vocabulary."""
+    dp, sp = recipes.resolve_mesh(recipe, world)
+    with _progress() as progress:
+        vocab = recipes.resolve_vocabulary(recipe.model, open_dataset(recipe.data, progress).vocab_size)
+    return recipe.model_copy(
+        update={
+            "mesh": recipe.mesh.model_copy(update={"dp": dp, "sp": sp}),
+            "model": recipe.model.model_copy(update={"vocab": vocab}),
+        }
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for each stage of preparing data, which appears with the first report."""
+    bars = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if not tasks:
+            bars.start()
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(f"preparing data: {stage}")
+        bars.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if tasks:
+            bars.stop()
+
+
+@contextmanager
+def _adopted(recipe: Recipe, place: Place) -> Iterator[Path]:
+    """The run folder, locked, holding the recipe and no records of failures past."""
+    run = runs.choose(recipe.name, place.folder, place.fresh).absolute()
+    with runs.lock(run):
+        runs.adopt(run, recipe)
+        (run / runs.RANKS).mkdir(exist_ok=True)
+        for record in (run / runs.RANKS).glob("*.json"):
+            record.unlink()
+        yield run
+
+
+def _processes(nproc: int | None) -> int:
+    gpus = torch.cuda.device_count()
+    if nproc is not None and gpus and nproc > gpus:
+        raise SetupError(f"--nproc: {nproc} processes for {gpus} visible GPUs; expected at most {gpus}")
+    return nproc or gpus or 1
+
+
+def _joined() -> dict[str, str] | None:
+    """What torchrun or Slurm says of this process, as torchrun's variables; None if nobody has started ranks."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return {"LOCAL_RANK": env["RANK"], **{key: value for key, value in env.items() if key in _TORCHRUN}}
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" not in env or tasks == "1":
+        return None
+    hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": env.get("MASTER_ADDR", first_host(hosts)),
+        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)),
+    }
+
+
+def first_host(hosts: str) -> str:
+    """The first of a Slurm list of hosts: `node[07-12,20],login` is node07."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hosts)
+    return "".join(part or "" for part in match.groups()) if match else hosts
+
+
+def _agent(folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str) -> int:
+    """Runs this machine's ranks under the elastic agent and returns what they returned."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)  # we say what happened, once
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    if nodes is None and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    here = sys.path[0] in ("", str(Path.cwd()))
+    entry = ["-m", "lasptrain.launch"] if here else ["-P", "-m", "lasptrain.launch"]
+    arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
+    try:
+        elastic_launch(_config(folder, nproc, nodes), sys.executable)("-u", *entry, *arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return report(cause(codes, records))
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else TERMINATED
+    except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
+        place = nodes.rendezvous if nodes else "this machine"
+        raise SetupError(
+            f"--rdzv: no rendezvous at {place}: {_first_line(error)}; expected a free, open port"
+        ) from None
+    return 0
+
+
+def _config(folder: Path, nproc: int, nodes: Nodes | None) -> LaunchConfig:
+    common: dict[str, Any] = {
+        "nproc_per_node": nproc,
+        "max_restarts": 0,
+        "logs_specs": DefaultLogsSpecs(log_dir=str(folder)),
+        "metrics_cfg": {},
+    }
+    if nodes is None:
+        return LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            rdzv_configs={"is_host": True, "timeout": 60},
+            local_addr="127.0.0.1",
+            **common,
+        )
+    return LaunchConfig(
+        min_nodes=nodes.total,
+        max_nodes=nodes.total,
+        run_id="lasptrain",
+        rdzv_backend="static",
+        rdzv_endpoint=nodes.rendezvous,
+        rdzv_configs={"rank": nodes.rank, "timeout": 300},
+        **common,
+    )
+
+
+def cause(codes: dict[int, int], records: Path) -> Failure:
+    """Who failed first: the earliest record of one that did not just lose a peer, else a rank killed by a signal."""
+    found = sorted(_read_records(records), key=lambda failure: failure.time)
+    own = [failure for failure in found if failure.code != RankLostError.code]
+    if own:
+        return own[0]
+    recorded = {failure.rank for failure in found}
+    silent = {rank: code for rank, code in codes.items() if rank not in recorded}
+    killed = {rank: -code for rank, code in silent.items() if code < 0}
+    # The agent ends the others by SIGTERM, so a rank that died of anything else comes first.
+    for rank, number in sorted(killed.items(), key=lambda item: item[1] == signal.SIGTERM):
+        if number != signal.SIGTERM or not found:
+            name = signal.Signals(number).name
+            hint = ": out of host memory?" if number == signal.SIGKILL else ""
+            return Failure(rank, RankLostError.code, "killed", f"rank {rank} was killed by {name}{hint}", 0.0)
+    if found:
+        return found[0]
+    rank, code = min(silent.items(), default=(0, INTERNAL))
+    return Failure(rank, INTERNAL, "ended", f"rank {rank} ended with exit code {code}, see above", 0.0)
+
+
+def _read_records(folder: Path) -> Iterator[Failure]:
+    for file in folder.glob("*.json"):
+        try:
+            yield Failure(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+
+
+def report(failure: Failure) -> int:
+    """Prints a failure on stderr and returns its code."""
+    if failure.code != INTERRUPTED:
+        end = "" if failure.message.endswith("\n") else "\n"
+        prefix = "" if failure.code == INTERNAL and failure.kind != "ended" else "error: "
+        sys.stderr.write(f"{prefix}{failure.message}{end}")
+    return failure.code
+
+
+def _worker(launcher: str, recipe: str, run: str, records: str, target: str) -> NoReturn:
+    """A rank's whole life, in a process that the agent of `launcher` started."""
+    _die_with(int(launcher))
+    _rank(recipes.load(recipe), target, run=Path(run) if run else None, records=Path(records))
+
+
+def _die_with(launcher: int) -> None:
+    """Linux: SIGKILL for this process when its parent dies, so that no rank trains on without a launcher."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:
+            os._exit(RankLostError.code)
+
+
+def _rank(
+    recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: Place = USUAL
+) -> NoReturn:
+    """Joins the process group, calls the target and ends the process with its code.
+
+    Without `records` no launcher of ours is there to print what happens: rank 0 takes the run folder itself.
+    """
+    launched = records is not None
+    code = 0
+    try:
+        digest = runs.digest(recipe)
+        with ExitStack() as stack:
+            if not launched and os.environ["LOCAL_RANK"] == "0":
+                recipe = resolve(recipe, int(os.environ["WORLD_SIZE"]))
+            _join_group(recipe)
+            _agree(digest)
+            run, recipe = _share(run, recipe, lambda: stack.enter_context(_adopted(recipe, place)))
+            records = records or run / runs.RANKS
+            _function(target)(recipe, run)
+            dist.destroy_process_group()
+    except BaseException as error:
+        failure = _failure(int(os.environ["RANK"]), error)
+        code = failure.code
+        if records is not None:
+            _record(records, failure)
+        if not launched:
+            report(failure)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an interpreter that takes down a group which others still hold may abort
+
+
+def _join_group(recipe: Recipe) -> None:
+    """The process group of all ranks: NCCL for what is on GPUs, gloo for the rest."""
+    device = mesh.device()
+    timeout = timedelta(seconds=recipe.launch.timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def _agree(digest: str) -> None:
+    """SetupError on every rank, naming those that were given another recipe than rank 0."""
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise SetupError(
+            f"recipe: rank {', '.join(others)} has another one than rank 0; give all the same file and --set"
+        )
+
+
+def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
+    """Rank 0's run folder and recipe, on every rank. Where rank 0 fails, the others raise RankLostError."""
+    box: list[Any] = [None]
+    try:
+        if dist.get_rank() == 0:
+            run = run or find()
+            box = [(str(run), recipe.model_dump())]
+    finally:
+        dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        raise RankLostError("rank 0 could not open the run folder")
+    folder, values = box[0]
+    return Path(folder), Recipe.model_validate(values)
+
+
+def _function(target: str) -> Callable[[Recipe, Path], None]:
+    module, _, name = target.partition(":")
+    function: Callable[[Recipe, Path], None] = getattr(importlib.import_module(module), name)
+    return function
+
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out waiting", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
+
+
+def _failure(rank: int, error: BaseException) -> Failure:
+    """What kind of end an exception is."""
+    name = f"rank {rank} on {socket.gethostname()}"
+    kind = type(error).__name__
+    match error:
+        case LaspError():
+            code, message = error.code, str(error)
+        case KeyboardInterrupt():
+            code, message = INTERRUPTED, "interrupted"
+        case _ if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+            hint = "lower train.segment, or set parallel.recompute to full"
+            code, message = ResourceError.code, f"{name}: out of memory: {_first_line(error)}; {hint}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            code, message = ResourceError.code, f"{name}: {error.filename or 'a file'}: no space left; expected some"
+        case RuntimeError() if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            code, message = RankLostError.code, f"{name}: lost the other ranks: {_first_line(error)}"
+        case _:
+            code, message = INTERNAL, f"{name}: {''.join(traceback.format_exception(error))}"
+    return Failure(rank, code, kind, message, time.time())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _record(folder: Path, failure: Failure) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write(folder / f"{failure.rank}.json", json.dumps(failure._asdict()))
+    except OSError:
+        report(failure)  # nobody could read it there
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

@@ -1,0 +1,122 @@
+"""The run folder: where it is, who may write it, and the recipe it belongs to. No torch."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lasptrain import recipe as recipes
+from lasptrain.errors import CheckpointError, SetupError
+from lasptrain.recipe import Recipe
+
+RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
+
+# What may change when a run is resumed: how it is computed, not what.
+_FREE = re.compile(
+    r"(name|mesh|parallel|checkpoint|eval|launch)(\..*)?"
+    r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk)|data\.cache"
+)
+
+
+def choose(name: str, folder: Path | None = None, fresh: bool = False) -> Path:
+    """The run folder: `folder`, or the newest of runs/NAME, runs/NAME-2, …; where `fresh`, the next free one."""
+    base = folder or Path("runs") / name
+    numbers = [1] if _occupied(base) else []
+    pattern = re.compile(re.escape(base.name) + r"-([2-9]|[1-9]\d{1,8})")
+    if base.parent.is_dir():
+        names = (pattern.fullmatch(path.name) for path in base.parent.iterdir() if path.is_dir())
+        numbers += [int(match[1]) for match in names if match]
+    if not numbers or (folder and not fresh):
+        return base
+    number = max(numbers) + fresh
+    return base if number == 1 else base.with_name(f"{base.name}-{number}")
+
+
+def _occupied(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Makes the run folder and holds it alone. SetupError where it is in use, not writable, or not a run folder."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        stranger = not (run / RECIPE).exists() and any(path.name != LOCK for path in run.iterdir())
+        if stranger:
+            raise SetupError(f"{run}: holds files but no {RECIPE}; expected a run folder or an empty one")
+        file = (run / LOCK).open("a+")
+    except OSError as error:
+        raise SetupError(f"{run}: {error.strerror}; expected a run folder that can be written, see --run") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SetupError(f"{run}: in use by {_holder(run)}; expected it free, or use --fresh or --run") from None
+        file.truncate(0)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
+        file.flush()
+        yield
+
+
+def _holder(run: Path) -> str:
+    try:
+        who = json.loads((run / LOCK).read_text())
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def adopt(run: Path, recipe: Recipe) -> None:
+    """Writes the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
+    file = run / RECIPE
+    if file.exists() and any((run / CHECKPOINTS).glob("step-*")):
+        changed = differences(recipes.load(file), recipe)
+        if changed:
+            raise CheckpointError(
+                f"{run}: belongs to a different recipe: {'; '.join(changed)}; use --fresh for a new run"
+            )
+    write(file, recipes.dump(recipe))
+
+
+def differences(there: Recipe, here: Recipe) -> list[str]:
+    """Keys that must not change on resume and did, as `key: VALUE there, VALUE here`. Folders may move."""
+    old, new = _flat(there.model_dump()), _flat(here.model_dump())
+    return [
+        f"{key}: {old[key]} there, {new[key]} here"
+        for key in old
+        if not _FREE.fullmatch(key) and _identity(key, old[key]) != _identity(key, new[key])
+    ]
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 of what every rank must be given alike; folders may differ from machine to machine."""
+    flat = {key: _identity(key, value) for key, value in _flat(recipe.model_dump()).items() if key != "data.cache"}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, keys in recipe.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    }
+
+
+def _identity(key: str, value: Any) -> Any:
+    return Path(value).name if key in ("data.source", "data.tokenizer") else value
+
+
+def write(file: Path, text: str) -> None:
+    """Replaces a small file in one step, so that nobody ever reads half of it."""
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
