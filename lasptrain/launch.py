@@ -27,8 +27,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import Progress, TaskID
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -39,6 +37,7 @@ from lasptrain import run as runs
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import INTERNAL, INTERRUPTED, LaspError, RankLostError, ResourceError, SetupError
 from lasptrain.parallel import mesh
+from lasptrain.progress import preparing
 from lasptrain.recipe import Recipe
 
 TRAIN = "lasptrain.train:train"
@@ -103,7 +102,7 @@ def launch(
 def resolve(recipe: Recipe, world: int) -> Recipe:
     """The recipe with its mesh and vocabulary as numbers; prepares the data, which knows the vocabulary."""
     dp, sp = recipes.resolve_mesh(recipe, world)
-    with _progress() as progress:
+    with preparing() as progress:
         vocab = recipes.resolve_vocabulary(recipe.model, open_dataset(recipe.data, progress).vocab_size)
     return recipe.model_copy(
         update={
@@ -111,26 +110,6 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
             "model": recipe.model.model_copy(update={"vocab": vocab}),
         }
     )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each stage of preparing data, which appears with the first report."""
-    bars = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        if not tasks:
-            bars.start()
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(f"preparing data: {stage}")
-        bars.update(tasks[stage], completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        if tasks:
-            bars.stop()
 
 
 @contextmanager

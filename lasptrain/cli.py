@@ -1,0 +1,225 @@
+"""The command line: parse, call, print. Every error is one line on stderr and an exit code; torch is imported late."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lasptrain import __version__, plan
+from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
+from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
+
+app = typer.Typer(
+    help="Pretrain linear-attention language models on sequences of millions of tokens.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+data_app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mode=None, no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(data_app, name="data")
+data_app.add_typer(tokenizer_app, name="tokenizer")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides section.key.")]
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE…", help="python:source, or files and folders of text, JSONL, code.")
+]
+Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
+
+
+def main() -> NoReturn:
+    """Runs the command line and ends the process with its exit code."""
+    try:
+        app()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except LaspError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        code = error.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        code = INTERNAL
+    sys.exit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lasptrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """What stands before a command."""
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes here; one per GPU, or 1 without any.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; runs/NAME if not given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new run folder.")] = False,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines; start this command on each of them.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="The number of this machine, from 0.")] = 0,
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A free port on machine 0.")] = None,
+) -> None:
+    """Train a recipe, or go on with its newest run."""
+    loaded = load(recipe, overrides)
+    _check_nodes(nnodes, node_rank, rdzv)
+    from lasptrain.launch import Nodes, Place, launch
+
+    nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None
+    raise typer.Exit(launch(loaded, Place(run, fresh), nproc, nodes))
+
+
+def _check_nodes(nnodes: int, node_rank: int, rdzv: str | None) -> None:
+    if nnodes > 1 and rdzv is None:
+        raise RecipeError(f"--rdzv: missing with --nnodes {nnodes}; expected HOST:PORT, a free port on machine 0")
+    if node_rank >= nnodes:
+        raise RecipeError(f"--node-rank: found {node_rank} of --nnodes {nnodes}; expected 0 to {nnodes - 1}")
+    if rdzv is not None:
+        host, _, port = rdzv.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise RecipeError(f"--rdzv: found {rdzv!r}; expected HOST:PORT such as 10.0.0.1:29400")
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to lay the recipe out for.")] = None,
+) -> None:
+    """Show what a recipe means: parameters, tokens, layout. Needs no GPU and no data."""
+    loaded = load(recipe, overrides)
+    given = [axis for axis in (loaded.mesh.dp, loaded.mesh.sp) if axis != "auto"]
+    world = nproc or (given[0] * given[-1] if len(given) == 2 else sum(given) or 1)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, value in _meaning(loaded, world):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
+    from data_tools.tokenizer import load_tokenizer
+
+    model, train = recipe.model, recipe.train
+    dp, sp = resolve_mesh(recipe, world)
+    vocab = resolve_vocabulary(model, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    layout = plan.layout(recipe, dp, sp)
+    parts = plan.parameters(model, vocab)
+    total = sum(parts.values())
+    return [
+        ("recipe", f"{recipe.name}: {model.arch}, {model.layers} layers of {model.dim}, {model.heads} heads"),
+        ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
+        ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
+        ("heads", f"key dim {model.K}, value dim {model.V}, decay {model.decay}"),
+        ("mesh", f"dp {dp} × sp {sp}, {world} processes, {recipe.parallel.data_parallel}, scan {recipe.mesh.scan}"),
+        ("window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"),
+        ("slice", f"{layout.slice:,} tokens per rank and segment"),
+        (
+            "step",
+            f"{layout.tokens_per_step:,} tokens: {_times(train.batch, 'window')}, "
+            f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
+        ),
+        ("training", f"{train.steps:,} steps, {train.steps * layout.tokens_per_step:,} tokens"),
+        ("work", f"{plan.flops_per_token(model, vocab) / 1e9:.3g} GFLOP per token"),
+        ("state", f"{plan.state_bytes(model) / 2**20:.3g} MiB per window over all layers"),
+        ("checkpoint", f"{12 * total / 1e9:.3g} GB"),
+    ]
+
+
+def _times(count: int, word: str, plural: str = "s") -> str:
+    return f"{count:,} {word}{plural if count != 1 else ''}"
+
+
+@data_app.command()
+def prepare(
+    sources: Sources,
+    tokenizer: Annotated[str, typer.Option(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
+    seed: Annotated[int, typer.Option(help="Of the shuffle of documents.")] = 0,
+    validation: Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")] = 20_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
+    errors: Annotated[
+        Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")
+    ] = "fail",
+    field: Annotated[str, typer.Option(help="The key of JSON lines that holds the text.")] = "text",
+    max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
+) -> None:
+    """Turn text into token shards."""
+    from data_tools import commands
+    from data_tools.sources import Reading
+    from lasptrain.progress import preparing
+
+    reading = Reading(errors, field, max_bad)
+    with preparing() as progress:
+        prepared = commands.prepare(sources, tokenizer, out, reading, validation, seed, workers, progress)
+    typer.echo(str(prepared))
+
+
+@data_app.command()
+def inspect(
+    folder: Dataset,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens; shows how many windows fit.")] = None,
+) -> None:
+    """Show what a dataset holds."""
+    from data_tools import commands
+
+    typer.echo(str(commands.inspect(folder, window)))
+
+
+@data_app.command()
+def verify(folder: Dataset) -> None:
+    """Read every byte of a dataset and check it."""
+    from data_tools import commands
+
+    verified = commands.verify(folder)
+    typer.echo(str(verified))
+    if verified.failures:
+        raise typer.Exit(DataError.code)
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The new model.")],
+    vocab: Annotated[int, typer.Option(min=300, max=1 << 20, help="Pieces.")] = 16384,
+) -> None:
+    """Train a sentencepiece tokenizer on text."""
+    from data_tools import commands
+
+    typer.echo(str(commands.train_tokenizer(sources, vocab, out)))
+
+
+@tokenizer_app.command("inspect")
+def inspect_tokenizer(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    text: Annotated[str | None, typer.Option(help="Text to cut into pieces.")] = None,
+) -> None:
+    """Show a tokenizer, and how it cuts a text."""
+    from data_tools.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(file)
+    typer.echo(f"{tokenizer.name}: {tokenizer.vocab_size} pieces, BOS {tokenizer.bos}, SHA-256 {tokenizer.sha256}")
+    if text is not None:
+        ids = tokenizer.encode(text)
+        typer.echo(" ".join(repr(tokenizer.decode([i])) for i in ids))
+        typer.echo(f"{len(ids)} tokens")
