@@ -32,6 +32,10 @@ class Launch(NamedTuple):
     tile: int
     warps: int
     stages: int
+    registers: int | None = None  # per thread at most, to fit more programs onto a multiprocessor
+
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 # By kernel and the larger of K and V, for inputs of 16 bits.
@@ -167,8 +171,7 @@ def _summarize(
             DECAY=kind,
             DOCS=docs,
             REVERSE=reverse,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **launch.options(),
         )
         programs.scan_blocks[(size // 1024, s.batch * s.heads)](
             blocks, state, decay, s.blocks, SIZE=size, PART=1024, REVERSE=reverse, num_warps=4
@@ -225,8 +228,7 @@ def _walk(
             HAS_EDGE=edge is not None,
             SAVE=prefix is not None,
             SUM=summed is not None,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **launch.options(),
         )
     return out, None if sums is None else sums[0] if tiles == 1 else sums.sum(0)
 
@@ -243,7 +245,7 @@ def _walk_key_value(
     """dk, dv, and Σ k·dk [B, T, H] where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
-    if k.dtype == torch.float32 or s.keys * s.values > 128 * 128:
+    if k.dtype == torch.float32 or ("grad_key_value", max(64, s.keys, s.values)) not in LAUNCHES:
         dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
         dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=k if per_token else None)
         return dk, dv, column
@@ -277,8 +279,7 @@ def _walk_key_value(
             DOCS=docs,
             HAS_EDGE=edge is not None,
             SUM=per_token,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **launch.options(),
         )
     return dk, dv, column
 
