@@ -15,10 +15,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +82,7 @@ def ensure_dataset(
     if not (final / FILE).exists():
         with _building(final, wait=True) as hidden:
             if hidden is not None:
-                _build(hidden, [opened], tokenizer_path, Reading(), validation_ppm, seed, workers, progress)
+                _build(hidden, _Task([opened], tokenizer_path, Reading(), validation_ppm, seed, workers, progress))
     return final
 
 
@@ -106,7 +108,7 @@ def prepare(
     with _building(out, wait=False) as hidden:
         if hidden is None:
             raise SetupError(f"{out}: another process has just written it")
-        _build(hidden, opened, tokenizer_path, reading, validation_ppm, seed, workers, progress)
+        _build(hidden, _Task(opened, tokenizer_path, reading, validation_ppm, seed, workers, progress))
     return out
 
 
@@ -142,38 +144,60 @@ def _building(final: Path, wait: bool) -> Iterator[Path | None]:
         raise SetupError(f"{final}: {error.strerror or error}") from error
 
 
-def _build(
-    folder: Path,
-    sources: list[Source],
-    tokenizer_path: str | Path,
-    reading: Reading,
-    validation_ppm: int,
-    seed: int,
-    workers: int | None,
-    progress: Progress | None,
-) -> None:
-    tokenizer = load_tokenizer(tokenizer_path)
-    name = " + ".join(source.name for source in sources)
+@dataclass(frozen=True)
+class _Task:
+    """Everything that says what a dataset will hold, and by how many processes it is made."""
+
+    sources: list[Source]
+    tokenizer_path: str | Path
+    reading: Reading
+    validation_ppm: int
+    seed: int
+    workers: int | None
+    progress: Progress | None
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(stage, done, total)
+
+
+def _build(folder: Path, task: _Task) -> None:
+    """Write the shards and, last, `dataset.json`."""
+    tokenizer = load_tokenizer(task.tokenizer_path)
+    name = " + ".join(source.name for source in task.sources)
     dropped: Counter[str] = Counter()
-    spools = {split: _Spool(folder / f"{split}.spool", tokenizer.vocab_size) for split in SPLITS}
-    for document, ids in _encoded(sources, tokenizer, tokenizer_path, reading, workers, dropped, progress):
-        content = document.text.encode()
-        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8, usedforsecurity=False).digest(), "little")
-        spools["validation" if digest % MILLION < validation_ppm else "train"].add(ids, len(content), digest)
-        dropped["replaced ▁"] += document.text.count("▁")
-    if spools["train"].tokens == 0:
-        held = len(spools["validation"].lengths)
-        raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {dict(+dropped)}")
-    shards: list[ShardEntry] = []
-    total = sum(spool.tokens for spool in spools.values())
-    for split, spool in spools.items():
-        header = ShardHeader(
-            tokenizer.vocab_size, tokenizer.bos, tokenizer.sha256, name, split, f"lasptrain {__version__}"
-        )
-        shards += _write_shards(folder, header, spool.shuffled(seed))
-        if progress:
-            progress("write", sum(shard.tokens for shard in shards), total)
-    Manifest(
+    with ExitStack() as stack:
+        spools = {
+            split: stack.enter_context(_Spool(folder / f"{split}.spool", tokenizer.vocab_size)) for split in SPLITS
+        }
+        for document, ids in _encoded(task, tokenizer, dropped):
+            _assign(document, ids, spools, task.validation_ppm)
+            dropped["replaced ▁"] += document.text.count("▁")
+        if spools["train"].tokens == 0:
+            held = len(spools["validation"].lengths)
+            raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {dict(+dropped)}")
+        shards: list[ShardEntry] = []
+        for split, spool in spools.items():
+            header = ShardHeader(
+                tokenizer.vocab_size, tokenizer.bos, tokenizer.sha256, name, split, f"lasptrain {__version__}"
+            )
+            shards += _write_shards(folder, header, spool.shuffled(task.seed))
+            task.report("write", sum(shard.tokens for shard in shards), sum(s.tokens for s in spools.values()))
+    _manifest(task, tokenizer, spools, dropped, shards).save(folder)
+
+
+def _assign(document: Document, ids: Ids, spools: dict[str, _Spool], validation_ppm: int) -> None:
+    """Content alone decides the split: adding documents moves none, and equal ones fall on one side."""
+    content = document.text.encode()
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8, usedforsecurity=False).digest(), "little")
+    split = "validation" if digest % MILLION < validation_ppm else "train"
+    spools[split].add(ids, len(content), digest)
+
+
+def _manifest(
+    task: _Task, tokenizer: Tokenizer, spools: dict[str, _Spool], dropped: Counter[str], shards: list[ShardEntry]
+) -> Manifest:
+    return Manifest(
         tokenizer=TokenizerEntry(
             name=tokenizer.name,
             sha256=tokenizer.sha256,
@@ -181,17 +205,17 @@ def _build(
             bos=tokenizer.bos,
             token_bytes=tuple(tokenizer.token_bytes),
         ),
-        order=OrderEntry(seed=seed),
+        order=OrderEntry(seed=task.seed),
         splits={split: spool.totals() for split, spool in spools.items()},
         unigram_entropy=spools["train"].entropy(),
         dropped=dict(+dropped),
-        lengths=spools["train"].histogram(seed),
+        lengths=spools["train"].histogram(task.seed),
         sources=tuple(
             SourceEntry(name=source.name, files=len(source.files), bytes=source.bytes, sha256=source.sha256)
-            for source in sources
+            for source in task.sources
         ),
         shards=tuple(shards),
-    ).save(folder)
+    )
 
 
 class _Spool:
@@ -206,6 +230,13 @@ class _Spool:
         self._counts = np.zeros(vocab_size, np.int64)
         self._file = path.open("wb")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
@@ -218,14 +249,13 @@ class _Spool:
         self.bytes += text_bytes
 
     def shuffled(self, seed: int) -> Iterator[Ids]:
-        """Every document once, in the order of `seed`. Removes the spool file."""
-        self._file.close()
+        """Every document once, in the order of `seed`."""
+        self._file.flush()
         ends = np.cumsum(self.lengths) * self.dtype.itemsize
         with self.path.open("rb") as file:
             for document in self._order(seed):
                 size = self.lengths[document] * self.dtype.itemsize
                 yield np.frombuffer(os.pread(file.fileno(), size, int(ends[document]) - size), self.dtype)
-        self.path.unlink()
 
     def totals(self) -> SplitEntry:
         documents = len(self.lengths)
@@ -257,11 +287,10 @@ def _write_shards(folder: Path, header: ShardHeader, documents: Iterator[Ids]) -
     entries: list[ShardEntry] = []
     for first in documents:
         path = folder / f"{header.split}-{len(entries):05}.ltok"
-        writer = ShardWriter(path, header)
-        writer.add(first)
-        while writer.n_tokens < SHARD_TOKENS and (following := next(documents, None)) is not None:
-            writer.add(following)
-        writer.close()
+        with ShardWriter(path, header) as writer:
+            writer.add(first)
+            while writer.n_tokens < SHARD_TOKENS and (following := next(documents, None)) is not None:
+                writer.add(following)
         shard = Shard(path)
         entries.append(
             ShardEntry(
@@ -277,33 +306,18 @@ def _write_shards(folder: Path, header: ShardHeader, documents: Iterator[Ids]) -
     return entries
 
 
-def _encoded(
-    sources: list[Source],
-    tokenizer: Tokenizer,
-    tokenizer_path: str | Path,
-    reading: Reading,
-    workers: int | None,
-    dropped: Counter[str],
-    progress: Progress | None,
-) -> Iterator[tuple[Document, Ids]]:
+def _encoded(task: _Task, tokenizer: Tokenizer, dropped: Counter[str]) -> Iterator[tuple[Document, Ids]]:
     """Every document with its ids, BOS first: uint32 [tokens], in the order of the sources."""
-    total, done = sum(source.bytes for source in sources), 0
-    for source in sources:
-        units = _units(source.documents(reading, dropped))
+    total, done = sum(source.bytes for source in task.sources), 0
+    for source in task.sources:
+        units = _units(source.documents(task.reading, dropped))
         first = next(units, [])
         may_cut = cuts_safely(tokenizer, (document.text for document in first))
-        encode = partial(_encode, tokenizer_path, may_cut)
-        for unit, documents in _in_order(encode, _chain(first, units), _workers(workers, total)):
+        encode = partial(_encode, task.tokenizer_path, may_cut)
+        for unit, documents in _in_order(encode, chain([first], units), _workers(task.workers, total)):
             yield from zip(unit, documents, strict=True)
-            if progress:
-                progress("encode", done + unit[-1].done, total)
+            task.report("encode", done + (unit[-1].done if unit else 0), total)
         done += source.bytes
-
-
-def _chain(first: list[Document], rest: Iterator[list[Document]]) -> Iterator[list[Document]]:
-    if first:
-        yield first
-    yield from rest
 
 
 def _units(documents: Iterator[Document]) -> Iterator[list[Document]]:

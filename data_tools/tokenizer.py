@@ -132,7 +132,8 @@ def cut(text: str, longest: int = PIECE) -> Iterator[str]:
         end = _cut_place(text, start, longest)
         yield text[start:end]
         start = end
-    yield text[start:]
+    if start < len(text):
+        yield text[start:]
 
 
 def cuts_safely(tokenizer: Tokenizer, texts: Iterable[str], probes: int = 1000) -> bool:

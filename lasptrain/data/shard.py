@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -75,9 +75,9 @@ def file_sha256(path: Path) -> str:
 
 
 class ShardWriter:
-    """Writes one shard, document by document; `close` writes index, checksums and, last, the header.
+    """Writes one shard, document by document; leaving the context writes index, checksums and, last, the header.
 
-    Memory: one block of tokens and eight bytes for each document.
+    Memory: one block of tokens and a number for each document.
     """
 
     def __init__(self, path: Path, header: ShardHeader) -> None:
@@ -101,8 +101,16 @@ class ShardWriter:
             self._write(bytes(self._block[:full]))
             del self._block[:full]
 
-    def close(self) -> None:
-        """Finish the file and flush it to disk."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the file and flush it to disk, unless an error has left it half done."""
+        with self._file:
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
         self._write(bytes(self._block))
         token_bytes = self.n_tokens * self._dtype.itemsize
         starts_at = self._pad(PAGE)
@@ -118,7 +126,6 @@ class ShardWriter:
         self._file.write(self._head())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
 
     def _head(self) -> bytes:
         counts = {

@@ -1,0 +1,249 @@
+"""Text to dataset: sources, tokenizers, cutting, and the same bytes whoever prepares them."""
+
+import gzip
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from data_tools import commands
+from data_tools.prepare import ensure_dataset, prepare
+from data_tools.sources import Reading, open_source
+from data_tools.tokenizer import ByteTokenizer, Tokenizer, cut, cuts_safely, load_tokenizer
+from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.manifest import Manifest
+from lasptrain.errors import DataError, LaspError, SetupError
+
+MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
+HARD = [
+    "a\r\nb\x00c\td",
+    "  two  blanks \n\n\n",
+    "é e\u0301 ﬁ \ufeff 😀 \u202e",
+    "<s></s><unk>",
+    "x" * 500,
+    " ",
+    "1234567 89",
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> list[str]:
+    """Part of the standard library, long files included."""
+    texts = [document.text for document in open_source("python:source").documents(Reading(), Counter())]
+    return texts[::6]
+
+
+@pytest.fixture(scope="module", params=["bytes", "model"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return load_tokenizer("bytes" if request.param == "bytes" else MODEL)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("first text\n" * 30)
+    (folder / "deep" / "b.txt").write_bytes("\ufeffsecond text\r\n".encode() * 20)
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b"third text\n" * 50))
+    lines = [json.dumps({"text": f"line {i} " * (i % 7 + 1), "other": 1}) for i in range(200)]
+    (folder / "d.jsonl").write_text("\n".join([*lines, "", json.dumps({"text": "  "})]))
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_text_comes_back_and_bytes_are_counted(tokenizer: Tokenizer, library: list[str]) -> None:
+    for text in [*HARD, *library]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.bos not in ids and max(ids) < tokenizer.vocab_size
+        assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+        if "▁" not in text:  # sentencepiece's own sign for the space
+            assert tokenizer.decode(ids) == text
+            assert sum(tokenizer.token_bytes[i] for i in ids) == len(text.encode())
+    ids = tokenizer.encode("end")
+    assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.vocab_size + 5]) == "end"
+    assert tokenizer.token_bytes[tokenizer.bos] == 0
+
+
+def test_cutting_changes_no_token(tokenizer: Tokenizer, library: list[str]) -> None:
+    assert cuts_safely(tokenizer, library)
+    for text in library[:40]:
+        pieces = list(cut(text, 300))
+        assert "".join(pieces) == text
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_cut_places() -> None:
+    assert list(cut("ab\ncd\nefgh", 7)) == ["ab\ncd\n", "efgh"]
+    assert list(cut("ab cd  efgh", 8)) == ["ab cd", "  efgh"]
+    assert list(cut("abcdefghij k", 4)) == ["abcdefghij", " k"]
+    assert [len(piece) for piece in cut("x" * (3 << 19))] == [1 << 20, 1 << 19]
+
+
+def test_a_tokenizer_that_may_not_be_cut_is_found_out(library: list[str]) -> None:
+    class Prefixing(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [32, *super().encode(text)]
+
+    assert not cuts_safely(Prefixing(), library[:1])
+
+
+def test_training_a_tokenizer_is_deterministic(corpus: Path, tmp_path: Path) -> None:
+    one, two = (commands.train_tokenizer([str(corpus)], 300, tmp_path / f"{i}.model") for i in "ab")
+    assert one.sha256 == two.sha256 and one.vocab == 300 and one.sha256 in str(one)
+    with pytest.raises(SetupError, match=r"a\.model: it exists"):
+        commands.train_tokenizer([str(corpus)], 300, tmp_path / "a.model")
+    with pytest.raises(DataError, match="a tokenizer of 5000 pieces cannot be trained on this text"):
+        commands.train_tokenizer([str(corpus)], 5000, tmp_path / "c.model")
+
+
+def test_the_shipped_tokenizer_is_the_one_its_page_names() -> None:
+    assert load_tokenizer(MODEL).sha256 in (MODEL.parent / "README.md").read_text()
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "bad.model").write_text("no model")
+    for name in ("bad.model", "none.model"):
+        with pytest.raises(DataError, match=f"{name}: no sentencepiece model"):
+            load_tokenizer(tmp_path / name)
+
+
+def test_a_dataset_holds_the_documents(corpus: Path, tmp_path: Path) -> None:
+    dataset = TokenDataset.open(prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=100_000, seed=3))
+    tokenizer = load_tokenizer("bytes")
+    read = {}
+    for name, split in dataset.splits.items():
+        text = split.read(0, split.tokens).tolist()
+        assert text[0] == dataset.bos
+        marks = [i for i, token in enumerate(text) if token == dataset.bos] + [len(text)]
+        read[name] = [tokenizer.decode(text[a:b]) for a, b in pairwise(marks)]
+        assert dataset.manifest.splits[name].documents == len(read[name])
+        assert dataset.manifest.splits[name].bytes == int(dataset.token_bytes[split.read(0, split.tokens)].sum())
+    expected = [document.text for document in open_source(str(corpus)).documents(Reading(), Counter())]
+    assert sorted(read["train"] + read["validation"]) == sorted(expected) and len(expected) == 203
+    assert not set(read["train"]) & set(read["validation"]) and read["validation"]
+    assert [text for text in expected if text in set(read["train"])] != read["train"]  # shuffled
+    assert dataset.manifest.dropped == {"empty": 1}
+    assert "second" in expected[-1] and "\ufeff" not in expected[-1][:1]
+
+
+def test_unigram_entropy(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aaab")
+    manifest = Manifest.load(prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", validation_ppm=0))
+    assert manifest.unigram_entropy == pytest.approx(0.950271, abs=1e-6)  # shares 3/5, 1/5, 1/5
+    assert manifest.lengths.documents == (0, 0, 1) and manifest.lengths.tokens == (0, 0, 5)
+
+
+def test_the_same_bytes_from_any_number_of_workers(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.prepare.UNIT", 200)
+    monkeypatch.setattr("data_tools.prepare.SHARD_TOKENS", 2000)
+    stages = []
+    one = prepare([str(corpus)], MODEL, tmp_path / "1", workers=1, validation_ppm=100_000)
+    two = prepare(
+        [str(corpus)], MODEL, tmp_path / "2", workers=2, validation_ppm=100_000, progress=lambda *x: stages.append(x)
+    )
+    assert files(one) == files(two) and len(files(one)) > 3
+    assert {stage for stage, _, _ in stages} == {"encode", "write"}
+    assert all(0 < done <= total for _, done, total in stages) and stages[-1][1] == stages[-1][2]
+    other = prepare([str(corpus)], MODEL, tmp_path / "3", workers=1, validation_ppm=100_000, seed=1)
+    assert Manifest.load(other).fingerprint != Manifest.load(one).fingerprint
+    assert commands.verify(one).failures == 0
+    assert "windows of 512" in str(commands.inspect(one, 512))
+
+
+def test_many_callers_prepare_once(corpus: Path, tmp_path: Path) -> None:
+    found: list[Path] = []
+
+    def call() -> None:
+        found.append(ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and len(found) == 4
+    times = {path: path.stat().st_mtime_ns for path in found[0].iterdir()}
+    again = ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0)
+    assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == times
+    assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 1) != again
+    (corpus / "a.txt").write_text("changed text")
+    assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0) != again
+    assert ensure_dataset(str(again), "bytes", tmp_path / "cache", 1, 1) == again
+
+
+def test_what_a_killed_prepare_left_is_replaced(corpus: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / ".out.partial"
+    hidden.mkdir()
+    (hidden / "train-00000.ltok").write_text("half")
+    out = prepare([str(corpus)], "bytes", tmp_path / "out")
+    assert not hidden.exists() and commands.verify(out).failures == 0
+    with pytest.raises(SetupError, match="it is not empty"):
+        prepare([str(corpus)], "bytes", out)
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
+    out = prepare([str(corpus)], "bytes", tmp_path / "out")
+    with pytest.raises(DataError, match=r"made with tokenizer bytes .* the recipe has python-4k\.model \(SHA-256 "):
+        ensure_dataset(str(out), MODEL, tmp_path / "cache", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"ok \xff", r"a\.txt: byte 3 is not UTF-8"),
+        ("a.txt", b" \n", r"0 documents in .* to train on: 0 held out, dropped: \{'empty': 1\}"),
+        ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], r"a\.txt\.gz: "),
+        ("a.jsonl", b'{"text": "good"}\n{"text": 5}', r"a\.jsonl:2: no text under 'text'; 0 such lines"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": ', r"a\.jsonl:2: "),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: "),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}', r"a\.jsonl:1: character 2 is a lone surrogate"),
+        ("a.pdf", b"text", r"0 files to read; \.txt"),
+    ],
+)
+def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        prepare([str(tmp_path / name)], "bytes", tmp_path / "out", workers=1)
+    assert (
+        "\n" not in str(caught.value) and not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    )
+
+
+@pytest.mark.parametrize(("errors", "texts"), [("replace", ["a � b", "c �", "d"]), ("skip", ["d"])])
+def test_policies_for_text_that_is_not_unicode(tmp_path: Path, errors: str, texts: list[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a \\ud800 b"}\n{"text": "c \xff"}\n\n{"none": 1}\n{"text": "d"}')
+    dropped: Counter[str] = Counter()
+    reading = Reading(errors=errors, max_bad=1)  # type: ignore[arg-type]
+    assert [document.text for document in open_source(str(tmp_path)).documents(reading, dropped)] == texts
+    assert dropped == {"malformed": 1, "repaired" if errors == "replace" else "invalid": 2}
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    source = open_source("python:source")
+    places = [document.place for document in source.documents(Reading(), Counter())]
+    assert len(places) > 300 and not any("site-packages" in place or "/test/" in place for place in places)
+    assert len(open_source("python:source", tests=True).files) >= len(source.files)
+    with pytest.raises(DataError, match="no such source"):
+        open_source("python:sorce")
+
+
+def test_preparing_needs_no_torch() -> None:
+    code = "import sys, data_tools.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
+    for source in ("", "/nonexistent", str(tmp_path)):
+        with pytest.raises(LaspError):
+            ensure_dataset(source, "bytes", tmp_path / "cache", 0, 0)
