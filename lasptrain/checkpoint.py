@@ -1,0 +1,485 @@
+"""Checkpoints: the files of torch's distributed checkpoint (DCP) behind a manifest, and a protocol that commits them.
+
+    RUN/checkpoints/step-1200/                 manifest.json  .metadata  __0_0.distcp  __1_0.distcp …
+    RUN/checkpoints/.step-1500.tmp-1f2e3d4c/   being written
+    RUN/checkpoints/.step-900.del/             being deleted
+    RUN/checkpoints/step-1500.bad-1767225600/  damaged, then overtaken by a newer save; kept for a person
+
+A step exists once `.step-N.tmp-*` has been renamed to `step-N`; whatever dies before that changes nothing else. The
+manifest lists every file with its size and SHA-256, so damage is found before anything is loaded. Tensors are stored
+under their global names and shapes (`model.NAME`, `optimizer.NAME.exp_avg`, …), so any mesh reads what any other wrote.
+
+DCP alone does neither: it loads flipped bits, casts dtypes silently, executes pickles, and its exceptions escape
+`except Exception`. Every rank brings its own error to a vote, so one rank's error becomes the same CheckpointError on
+all of them. Ranks share one file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle  # noqa: TID251  only to restrict it
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from lasptrain import __version__
+from lasptrain.errors import CheckpointError
+from lasptrain.optim import initialise_state
+
+FORMAT = 1
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+METADATA = ".metadata"  # DCP's own table of tensors
+SPARE = 1.1  # free space asked for, as a multiple of what is written
+
+T = TypeVar("T")
+Json = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded besides tensors: the step, what `save` was given as `meta`, and the folder it came from."""
+
+    step: int
+    meta: Json
+    folder: Path
+
+
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: AdamW,
+    meta: Json,
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Commit the state after `step` updates as RUN/checkpoints/step-N, then delete all but the newest `keep` steps.
+
+    Collective over `group` (default: all ranks); returns when the step is committed. `meta` is any JSON object. Raises
+    the same CheckpointError on every rank if any failed; then nothing has changed on disk.
+    """
+    tensors = _tensors(model, optimizer)
+    rank = dist.get_rank(group)
+    what = f"{run}: step {step} not saved"
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    name = _first(_vote(what, lambda: _begin(run, step, size) if rank == 0 else None, group))
+    folder = run / FOLDER / name
+    try:
+        tables = _vote(what, lambda: _write(folder, tensors, rank, group), group)
+        files = {name: entry for table in tables for name, entry in table.items()}
+        _vote(what, lambda: _commit(folder, step, meta, files, len(tables)) if rank == 0 else None, group)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if rank == 0:
+        _prune(run, step, keep)
+
+
+def load(
+    run: Path,
+    model: nn.Module,
+    optimizer: AdamW | None,
+    expect: Json | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded | None:
+    """Load the newest intact step of RUN into `model` and `optimizer`, on any mesh; None if the run has no step.
+
+    Collective over `group` (default: all ranks). A damaged step is named in a warning and the next older one is taken.
+    Without an optimizer only the model is read. Nothing on disk changes, and nothing in memory before all checks
+    have passed. Raises CheckpointError if there are steps but none is intact, if what was saved as `meta` differs from
+    `expect` in a key that `expect` has, or if names, shapes or dtypes of tensors differ.
+    """
+    rank = dist.get_rank(group)
+    steps = _first(_vote(f"{run}: cannot list checkpoints", lambda: committed(run) if rank == 0 else None, group))
+    for step in steps:
+        folder = run / FOLDER / f"step-{step}"
+        manifest, problems = _verify(folder, step, group)
+        if not problems:
+            _compare_meta(folder, expect or {}, manifest["meta"])
+            _restore(folder, manifest["files"], model, optimizer, group)
+            return Loaded(step, manifest["meta"], folder)
+        if rank == 0:
+            log.warning("%s is damaged and not used: %s", folder, "; ".join(problems))
+    if steps:
+        raise CheckpointError(
+            f"{run / FOLDER}: none of the steps {steps} is intact; move the folder away to start over"
+        )
+    return None
+
+
+def committed(run: Path) -> list[int]:
+    """The steps in RUN/checkpoints, newest first, intact or not."""
+    folder = run / FOLDER
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
+    return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
+
+
+def latest(run: Path) -> Path | None:
+    """The folder of the newest step whose manifest is intact; its other files are not looked at."""
+    for step in committed(run):
+        folder = run / FOLDER / f"step-{step}"
+        if not _read_manifest(folder, step)[1]:
+            return folder
+    return None
+
+
+def sweep(run: Path) -> None:
+    """Delete what killed saves and deletions left. For one process that alone may write RUN."""
+    folder = run / FOLDER
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if re.fullmatch(r"\.step-\d+\.(tmp-[0-9a-f]+|del)", path.name):
+            shutil.rmtree(path)
+
+
+# Voting
+
+
+def _vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Run `action` on every rank and return all results by rank, or raise the same CheckpointError on every rank."""
+    ballot: tuple[dict[int, str], T | None]
+    try:
+        ballot = {}, action()
+    except CheckpointException as error:  # DCP has gathered it: every rank has the errors of all
+        ballot = {rank: _reason(cause) for rank, (cause, _) in error.failures.items()}, None
+    except Exception as error:
+        ballot = {dist.get_rank(group): _reason(error)}, None
+    ballots: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ballots, ballot, group=group)
+    ranks: dict[str, set[int]] = {}
+    for reasons, _ in ballots:
+        for rank, reason in reasons.items():
+            ranks.setdefault(reason, set()).add(rank)
+    if ranks:
+        told = (f"rank {', '.join(map(str, sorted(who)))}: {reason}" for reason, who in ranks.items())
+        raise CheckpointError(f"{what}: {'; '.join(told)}")
+    return [value for _, value in ballots]
+
+
+def _first(values: list[T | None]) -> T:
+    """The value of rank 0, which alone has one."""
+    assert values[0] is not None
+    return values[0]
+
+
+def _reason(error: BaseException) -> str:
+    """One error in the words of a message: no class for what is plain without it."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+# What is saved
+
+
+def _tensors(model: nn.Module, optimizer: AdamW | None) -> dict[str, Tensor]:
+    """Every tensor of the state by its name in a checkpoint, sharing memory with the live state; tied ones once."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    if optimizer is not None:
+        initialise_state(optimizer)
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        name = key.replace("_orig_mod.", "")  # put there by torch.compile
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensors[f"model.{name}"] = tensor.detach()
+        if optimizer is not None and tensor in optimizer.state:
+            tensors |= {f"optimizer.{name}.{part}": value for part, value in optimizer.state[tensor].items()}
+    return tensors
+
+
+# Saving
+
+
+def _begin(run: Path, step: int, size: int) -> str:
+    """Make the folder to write into and return its name."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    _sync(run)
+    free = shutil.disk_usage(folder).free
+    if free < SPARE * size:
+        raise CheckpointError(f"{folder} has {free:,} bytes free, a checkpoint needs {int(SPARE * size):,}")
+    name = f".step-{step}.tmp-{secrets.token_hex(4)}"
+    (folder / name).mkdir()
+    return name
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], rank: int, group: dist.ProcessGroup | None) -> Json:
+    """Write this rank's files, synced, and return their sizes and digests by name."""
+    save_state(tensors, storage_writer=_Writer(folder, thread_count=1, sync_files=True), process_group=group)
+    own = list(folder.glob(f"__{rank}_*")) + ([folder / METADATA] if rank == 0 else [])
+    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in own}
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, which tells why the disk refused: its serialiser hides that behind an error of its own.
+
+    To be used with one thread: errors of further ones would be lost.
+    """
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # the folder's name would be the temporary one
+
+
+def _commit(folder: Path, step: int, meta: Json, files: Json, world: int) -> None:
+    """Write the manifest, then give the folder its final name; everything is on disk when this returns."""
+    if set(files) != (found := {path.name for path in folder.iterdir()}):
+        raise CheckpointError(f"{folder} should hold {sorted(files)}, found {sorted(found)}")
+    versions = {"lasptrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    meta = json.loads(json.dumps(meta, allow_nan=False))  # as a reader will see it
+    manifest = {"format": FORMAT, "step": step, "meta": meta, "world": world, "versions": versions, "files": files}
+    text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1, sort_keys=True)
+    with (folder / MANIFEST).open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync(folder)
+    parent = folder.parent
+    for other in committed(parent.parent):
+        # Training starts from the newest intact step, so a step from here on belongs to a timeline that was given up.
+        if other >= step:
+            (parent / f"step-{other}").rename(parent / f"step-{other}.bad-{time.time_ns() // 10**6}")
+    folder.rename(parent / f"step-{step}")
+    _sync(parent)
+
+
+def _prune(run: Path, step: int, keep: int) -> None:
+    """Delete the steps before `step` beyond the newest `keep`; a folder without a manifest of ours is not touched."""
+    for old in [other for other in committed(run) if other <= step][max(keep, 1) :]:
+        folder = run / FOLDER / f"step-{old}"
+        doomed = run / FOLDER / f".step-{old}.del"
+        try:
+            if _read_manifest(folder, old)[1] is None:
+                folder.rename(doomed)
+                _sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
+                shutil.rmtree(doomed)
+        except (OSError, CheckpointError) as error:
+            log.warning("cannot delete %s: %s", folder, _reason(error))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(manifest: Json) -> str:
+    """SHA-256 of a manifest without its own digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Verifying
+
+
+def _read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
+    """Return (manifest, None), or ({}, what is wrong with it). Raises CheckpointError if a newer lasptrain wrote it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256", None)
+    except FileNotFoundError:
+        return {}, f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {}, f"{MANIFEST}: {_reason(error)}"
+    if digest != _digest(manifest):
+        return {}, f"{MANIFEST} does not match its own SHA-256"
+    if manifest["format"] > FORMAT:
+        version = manifest["versions"]["lasptrain"]
+        raise CheckpointError(
+            f"{folder} has format {manifest['format']}, written by lasptrain {version}; {FORMAT} fits"
+        )
+    if manifest["step"] != step:
+        return {}, f"{MANIFEST} is of step {manifest['step']}"
+    if strange := [name for name in manifest["files"] if not _plain(name)]:
+        return {}, f"{MANIFEST} lists {strange}, which are no plain file names"
+    return manifest, None
+
+
+def _plain(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def _verify(folder: Path, step: int, group: dist.ProcessGroup | None) -> tuple[Json, list[str]]:
+    """Return (manifest, what is wrong with the step), the same on every rank; ranks share the hashing."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    what = f"{folder} cannot be read"
+    manifest, problem = _first(_vote(what, lambda: _read_manifest(folder, step) if rank == 0 else None, group))
+    if problem:
+        return manifest, [problem]
+    own = sorted(manifest["files"].items())[rank::world]
+    found = _vote(what, lambda: [p for name, entry in own for p in _problems(folder / name, entry)], group)
+    return manifest, [problem for problems in found for problem in problems]
+
+
+def _problems(path: Path, entry: Json) -> Iterator[str]:
+    """What is wrong with a file that the manifest describes as `entry`."""
+    if path.is_symlink() or not path.is_file():
+        yield f"{path.name} is missing"
+    elif (size := path.stat().st_size) != entry["size"]:
+        yield f"{path.name} has {size} bytes instead of {entry['size']}"
+    elif _sha256(path) != entry["sha256"]:
+        yield f"{path.name} does not match its SHA-256"
+
+
+def _compare_meta(folder: Path, expect: Json, meta: Json) -> None:
+    """Raise CheckpointError listing the keys of `expect` whose value in the checkpoint is another one."""
+    saved, now = dict(_leaves(meta)), dict(_leaves(json.loads(json.dumps(expect))))
+    lines = [f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+    if lines:
+        raise CheckpointError("\n  ".join([f"{folder} is of another run:", *lines]))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+# Loading
+
+
+def _restore(
+    folder: Path, files: Json, model: nn.Module, optimizer: AdamW | None, group: dist.ProcessGroup | None
+) -> None:
+    """Compare the stored tensors with the live ones, then overwrite the live ones."""
+    tensors = _tensors(model, optimizer)
+    reader = _Reader(folder, files)
+    what = f"{folder} not loaded"
+    _vote(what, lambda: _compare_tensors(reader.read_metadata(), tensors, partial=optimizer is None), group)
+    _vote(what, lambda: load_state(tensors, storage_reader=reader, planner=_Planner(), process_group=group), group)
+
+
+def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool) -> None:
+    """Raise CheckpointError listing all names, shapes and dtypes that differ; `partial` leaves the optimizer out."""
+    live = {key: _Form(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    stored = {
+        key: _Form.of(entry)
+        for key, entry in table.state_dict_metadata.items()
+        if not (partial and key.startswith("optimizer."))
+    }
+    lines = [
+        f"{key}: checkpoint {stored.get(key, 'has none')}, model {live.get(key, 'has none')}"
+        for key in sorted(stored.keys() | live.keys())
+        if stored.get(key) != live.get(key)
+    ]
+    if lines:
+        raise CheckpointError("\n  ".join([f"{len(lines)} tensors differ:", *lines]))
+
+
+class _Form(NamedTuple):
+    """Shape and dtype of a tensor; what is no tensor has none."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, entry: object) -> _Form:
+        if isinstance(entry, TensorStorageMetadata):
+            return cls(tuple(entry.size), entry.properties.dtype)
+        return cls((), None)
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader, which runs nothing it finds in the table of tensors and follows it to `files` only."""
+
+    def __init__(self, folder: Path, files: Json) -> None:
+        super().__init__(folder)
+        self.table = folder / METADATA
+        self.files = files
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with self.table.open("rb") as stream:
+            table = _Unpickler(stream).load()
+        if not isinstance(table, Metadata):
+            raise CheckpointError(f"{METADATA} holds {type(table).__name__} instead of a table of tensors")
+        for place in table.storage_data.values():
+            if place.relative_path not in self.files:
+                raise CheckpointError(f"{METADATA} points at {place.relative_path!r}, which is not in the manifest")
+        return table
+
+
+class _Planner(DefaultLoadPlanner):
+    """DCP's planner, which never unpickles objects: we store tensors only."""
+
+    def load_bytes(self, read_item: Any, value: object) -> NoReturn:
+        raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes that DCP's table of tensors consists of, and no other global."""
+
+    CLASSES: tuple[type, ...] = (
+        Metadata,
+        metadata.MetadataIndex,
+        TensorStorageMetadata,
+        metadata.TensorProperties,
+        metadata.ChunkStorageMetadata,
+        metadata.BytesStorageMetadata,
+        StorageMeta,
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+        torch.Size,
+        OrderedDict,
+    )
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+        self.known: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in self.CLASSES}
+        self.known["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.known:
+            return self.known[module, name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        raise CheckpointError(f"{METADATA} refers to {module}.{name}, which no checkpoint needs; refused")

@@ -1,0 +1,557 @@
+"""A committed checkpoint loads on any mesh and equals what was saved; a damaged or unfinished one is never loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing as mp
+import os
+import pickle  # noqa: TID251  to write what must be refused
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from lasptrain import checkpoint
+from lasptrain.checkpoint import committed, latest, load, save, sweep
+from lasptrain.errors import CheckpointError
+from lasptrain.optim import build_optimizer, clip_gradients
+from lasptrain.recipe import Optim
+from tests.gloo import spawn
+
+META = {"recipe": {"name": "small", "optim": {"lr": 0.01}}, "windows": 4}
+
+
+class _Net(nn.Module):
+    """Tied matrices whose rows do not divide by 2 or 4, vectors, a buffer, and fewer rows than ranks."""
+
+    def __init__(self, width: int = 6, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width, dtype=dtype)
+        self.block = nn.Linear(width, width, dtype=dtype)
+        self.narrow = nn.Linear(width, 1, bias=False, dtype=dtype)
+        self.head = nn.Linear(width, 11, bias=False, dtype=dtype)
+        self.head.weight = self.embed.weight
+        self.register_buffer("angles", torch.arange(3.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.block(self.embed(tokens)).tanh()
+        out: Tensor = nn.functional.cross_entropy(self.head(h * self.narrow(h)), tokens)
+        return out
+
+
+def _build(kind: str, seed: int = 0, **shape: Any) -> tuple[nn.Module, AdamW]:
+    """A model and its optimizer; other seeds give other values, which loading must replace."""
+    torch.manual_seed(seed)
+    net = _Net(**shape)
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_sp",))
+        fully_shard(net.block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    model = DistributedDataParallel(net) if kind == "ddp" else net
+    return model, build_optimizer(model, Optim(lr=0.01))
+
+
+def _train(net: nn.Module, optimizer: AdamW, steps: range) -> list[float]:
+    """Train on 4 x 5 tokens a step, a function of the step; return the global loss of each step."""
+    losses = []
+    for step in steps:
+        tokens = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(step))
+        loss = net(tokens[dist.get_rank() :: dist.get_world_size()].flatten())
+        loss.backward()
+        clip_gradients(net, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+    return losses
+
+
+def _full(net: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Every tensor of the state, whole, without going through the code under test."""
+    net = net.module if isinstance(net, DistributedDataParallel) else net
+    found: dict[str, Any] = dict(net.named_parameters()) | dict(net.named_buffers())
+    for name, parameter in net.named_parameters():
+        found |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in found.items()}
+    return {name: t.detach().clone() for name, t in whole.items()}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Any mesh
+
+
+def _save_on_four(rank: int, world: int, run: Path) -> tuple[dict[str, Tensor], list[float]]:
+    net, optimizer = _build("fsdp")
+    _train(net, optimizer, range(3))
+    save(run, 3, net, optimizer, META, keep=2)
+    return _full(net, optimizer), _train(net, optimizer, range(3, 6))
+
+
+def _load_and_continue(rank: int, world: int, run: Path, kinds: list[str]) -> list[tuple[Any, ...]]:
+    results = []
+    for kind in kinds:
+        net, optimizer = _build(kind, seed=1)
+        loaded = load(run, net, optimizer, {"recipe": META["recipe"]})
+        assert loaded is not None
+        results.append((loaded.step, loaded.meta, _full(net, optimizer), _train(net, optimizer, range(3, 6))))
+    return results
+
+
+def _on_two(rank: int, world: int, run: Path, own: Path) -> list[tuple[Any, ...]]:
+    _resume_is_bitwise(own / "resume")
+    _one_rank_cannot_write(rank, own / "full")
+    _one_rank_sees_a_hostile_table(rank, own / "hostile")
+    return _load_and_continue(rank, world, run, ["fsdp", "ddp"])
+
+
+def _resume_is_bitwise(run: Path) -> None:
+    for kind in ("fsdp", "ddp"):
+        net, optimizer = _build(kind)
+        losses = _train(net, optimizer, range(20))
+        first, first_optimizer = _build(kind)
+        before = _train(first, first_optimizer, range(10))
+        save(run / kind, 10, first, first_optimizer, META, keep=1)
+        second, second_optimizer = _build(kind, seed=1)
+        assert load(run / kind, second, second_optimizer) is not None
+        assert before + _train(second, second_optimizer, range(10, 20)) == losses
+        assert _same(_full(net, optimizer), _full(second, second_optimizer))
+
+
+def _one_rank_cannot_write(rank: int, run: Path) -> None:
+    """A real EFBIG on rank 1 is every rank's error; the step before stays and nothing else is left."""
+    net, optimizer = _build("fsdp")
+    save(run, 1, net, optimizer, META, keep=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step 2 not saved: rank 1: File too large$"):
+            save(run, 2, net, optimizer, META, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    save(run, 2, net, optimizer, META, keep=1)
+    loaded = load(run, net, optimizer)
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def _one_rank_sees_a_hostile_table(rank: int, run: Path) -> None:
+    """What one rank refuses is refused by all, before any of them waits for another."""
+    net, optimizer = _build("fsdp")
+    save(run, 1, net, optimizer, META, keep=1)
+    original = checkpoint._Unpickler.find_class
+    if rank == 1:
+        setattr(checkpoint._Unpickler, "find_class", _refuse)  # noqa: B010
+    with pytest.raises(CheckpointError, match="rank 1: refused"):
+        load(run, net, optimizer)
+    setattr(checkpoint._Unpickler, "find_class", original)  # noqa: B010
+
+
+def _refuse(*_: Any) -> Any:
+    raise CheckpointError("refused")
+
+
+def test_saved_on_four_loads_on_two_on_one_and_replicated(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    state, losses = spawn(4, _save_on_four, run)[0]
+    for other in (spawn(2, _on_two, run, tmp_path), spawn(1, _load_and_continue, run, ["plain", "fsdp", "ddp"])):
+        for rank in other:
+            for step, meta, loaded, continued in rank:
+                assert (step, meta) == (3, META)
+                assert _same(loaded, state)
+                assert continued == pytest.approx(losses, rel=1e-5)
+
+
+# One process
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run(group: None, tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def _save_steps(run: Path, steps: list[int], keep: int = 9) -> dict[int, dict[str, Tensor]]:
+    """Train and save at each of `steps`; return the state at each."""
+    net, optimizer = _build("plain")
+    states = {}
+    done = 0
+    for step in steps:
+        _train(net, optimizer, range(done, step))
+        save(run, step, net, optimizer, META, keep=keep)
+        states[step] = _full(net, optimizer)
+        done = step
+    return states
+
+
+def _load_state(run: Path) -> tuple[int, dict[str, Tensor]] | None:
+    net, optimizer = _build("plain", seed=1)
+    loaded = load(run, net, optimizer, META)
+    return None if loaded is None else (loaded.step, _full(net, optimizer))
+
+
+def _names(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_no_checkpoint(run: Path) -> None:
+    assert _load_state(run) is None
+    assert latest(run) is None
+    sweep(run)
+
+
+def test_state_before_the_first_step(run: Path) -> None:
+    """A run that was stopped in its first step continues as if nothing had happened."""
+    net, optimizer = _build("plain")
+    save(run, 0, net, optimizer, META, keep=1)
+    again, again_optimizer = _build("plain", seed=1)
+    assert load(run, again, again_optimizer) is not None
+    untouched, untouched_optimizer = _build("plain")
+    for n, o in ((net, optimizer), (again, again_optimizer), (untouched, untouched_optimizer)):
+        _train(n, o, range(3))
+        assert _same(_full(n, o), _full(net, optimizer))
+
+
+def test_weights_alone(run: Path) -> None:
+    state = _save_steps(run, [2])[2]
+    net, _ = _build("plain", seed=1)
+    assert load(run, net, None) is not None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.named_parameters())
+
+
+def test_keep_prunes_only_our_own(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    for name in ("step-1", "step-01", "step-2.bak", "notes", ".step-7.tmp-0123abcd", ".step-8.del"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "file").touch()
+    _save_steps(run, [2, 4, 6, 8], keep=2)
+    strangers = {"step-1", "step-01", "step-2.bak", "notes"}
+    assert _names(run) == strangers | {".step-7.tmp-0123abcd", ".step-8.del", "step-6", "step-8"}
+    sweep(run)
+    assert _names(run) == strangers | {"step-6", "step-8"}
+    assert committed(run) == [8, 6, 1]
+    assert latest(run) == checkpoints / "step-8"
+
+
+Damage = Callable[[Path], None]
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def _swap(path: Path) -> None:
+    path.write_bytes((path.parent.parent / "step-2" / path.name).read_bytes())
+
+
+@pytest.mark.parametrize("damage", [_flip, _shorten, _lengthen, _swap, Path.unlink])
+def test_damage_is_named_and_the_older_step_taken(run: Path, damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+    states = _save_steps(run, [2, 4])
+    folder = run / "checkpoints" / "step-4"
+    intact = run / "intact"
+    shutil.copytree(folder, intact)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [".metadata", "__0_0.distcp", "manifest.json"]
+    for name in files:
+        caplog.clear()
+        damage(folder / name)
+        if damage is _swap and name == ".metadata":
+            continue  # the table of tensors is the same in every step
+        found = _load_state(run)
+        assert found is not None
+        assert found[0] == 2
+        assert _same(found[1], states[2])
+        warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert f"{folder} is damaged" in warnings[0]
+        assert name in warnings[0]
+        shutil.rmtree(folder)
+        shutil.copytree(intact, folder)
+    assert _load_state(run) is not None
+
+
+def test_nothing_intact_is_an_error(run: Path) -> None:
+    _save_steps(run, [2, 4])
+    for step in (2, 4):
+        _flip(run / "checkpoints" / f"step-{step}" / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match=r"none of the steps \[4, 2\] is intact") as caught:
+        _load_state(run)
+    assert caught.value.code == 4
+
+
+def test_a_given_up_timeline_is_set_aside(run: Path) -> None:
+    """Training went on from step 2 because 6 was damaged: neither keep=1 nor a later load may trust the old 6."""
+    _save_steps(run, [2, 6])
+    _flip(run / "checkpoints" / "step-6" / "__0_0.distcp")
+    states = _save_steps(run, [4], keep=1)
+    found = _load_state(run)
+    assert found is not None
+    assert found[0] == 4
+    assert _same(found[1], states[4])
+    assert committed(run) == [4]
+    assert {name.rpartition("-")[0] for name in _names(run)} == {"step", "step-6.bad"}
+
+
+def _rewrite(folder: Path, **changes: Any) -> None:
+    """Change a manifest, and make it agree with the files and with itself, as an attacker would."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    del manifest["sha256"]
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        entry |= {"size": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+class _Payload:
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.args
+
+
+@pytest.mark.parametrize("function", [os.mkdir, eval, getattr, torch.hub.load])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_hostile_table_is_refused(run: Path, function: Callable[..., Any], protocol: int) -> None:
+    _save_steps(run, [2])
+    folder = run / "checkpoints" / "step-2"
+    proof = run / "proof"
+    arguments = {os.mkdir: (str(proof),), eval: (f"__import__('os').mkdir({str(proof)!r})",)}
+    payload = _Payload(function, *arguments.get(function, (str(proof), "parent")))
+    (folder / ".metadata").write_bytes(pickle.dumps(payload, protocol=protocol))
+    _rewrite(folder)
+    with pytest.raises(CheckpointError, match=r"\.metadata refers to .*; refused"):
+        _load_state(run)
+    assert not proof.exists()
+
+
+def test_table_pointing_outside_is_refused(run: Path) -> None:
+    _save_steps(run, [2])
+    folder = run / "checkpoints" / "step-2"
+    table = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301
+    for place in table.storage_data.values():
+        place.relative_path = "../../secret"
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    _rewrite(folder)
+    with pytest.raises(CheckpointError, match=r"points at '\.\./\.\./secret'"):
+        _load_state(run)
+
+
+def test_hostile_tensor_file_is_refused(run: Path) -> None:
+    """Each tensor in a data file is a torch.save archive, whose pickle must not run either."""
+    _save_steps(run, [2])
+    folder = run / "checkpoints" / "step-2"
+    table = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301
+    proof = run / "proof"
+    data = folder / "__0_0.distcp"
+    with data.open("wb") as stream:
+        torch.save(_Payload(os.mkdir, str(proof)), stream)
+    for place in table.storage_data.values():
+        place.offset, place.length = 0, data.stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    _rewrite(folder)
+    with pytest.raises(CheckpointError, match="not loaded: rank 0: UnpicklingError"):
+        _load_state(run)
+    assert not proof.exists()
+
+
+def test_manifest_names_must_be_plain_and_format_known(run: Path) -> None:
+    _save_steps(run, [2])
+    folder = run / "checkpoints" / "step-2"
+    (run / "outside").touch()
+    _rewrite(folder, files={"../../outside": {}})
+    with pytest.raises(CheckpointError, match="none of the steps"):
+        _load_state(run)
+    _rewrite(folder, files={}, format=2)
+    with pytest.raises(CheckpointError, match="format 2, written by lasptrain"):
+        _load_state(run)
+
+
+def test_every_difference_of_tensors_is_listed_and_nothing_overwritten(run: Path) -> None:
+    _save_steps(run, [2])
+    net, optimizer = _build("plain", seed=1, width=8)
+    net.register_buffer("angles", None)
+    net.register_buffer("extra", torch.zeros(2))
+    before = _full(net, optimizer)
+    with pytest.raises(CheckpointError) as caught:
+        load(run, net, optimizer)
+    lines = str(caught.value).splitlines()
+    assert caught.value.code == 4
+    assert "tensors differ" in lines[0]
+    assert "  model.embed.weight: checkpoint [11, 6] float32, model [11, 8] float32" in lines
+    assert "  optimizer.block.bias.exp_avg: checkpoint [6] float32, model [8] float32" in lines
+    assert "  model.angles: checkpoint [3] float32, model has none" in lines
+    assert "  model.extra: checkpoint has none, model [2] float32" in lines
+    after = _full(net, optimizer)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    half, half_optimizer = _build("plain", dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"block\.weight: checkpoint \[6, 6\] float32, model \[6, 6\] bfloat16"):
+        load(run, half, half_optimizer)
+
+
+def test_differences_of_the_recipe_are_listed(run: Path) -> None:
+    _save_steps(run, [2])
+    net, optimizer = _build("plain")
+    expect = {"recipe": {"name": "small", "optim": {"lr": 0.02}}, "windows": 4, "seed": 7}
+    with pytest.raises(CheckpointError) as caught:
+        load(run, net, optimizer, expect)
+    assert str(caught.value).splitlines()[1:] == ["  recipe.optim.lr: 0.01, now 0.02", "  seed: None, now 7"]
+
+
+# Killed while saving
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process: nothing handles it."""
+
+
+def test_a_save_that_dies_in_any_call_hurts_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die before the n-th call that changes what is on disk, for every n, while step 4 replaces step 2."""
+    states = _save_steps(run, [2])
+    outcomes = []
+    for n in range(100):
+        trial = run.with_name(f"trial-{n}")
+        shutil.copytree(run, trial)
+        net, optimizer = _build("plain", seed=1)
+        load(trial, net, optimizer)
+        _train(net, optimizer, range(2, 4))
+        states[4] = _full(net, optimizer)
+        calls = iter(range(n + 1))
+
+        def dying(function: Callable[..., Any], calls: Iterator[int] = calls) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if next(calls, None) is None:
+                    raise _Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "open"), (shutil, "rmtree")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                save(trial, 4, net, optimizer, META, keep=1)
+                outcomes.append("saved")
+            except (_Killed, CheckpointError):
+                outcomes.append("died")
+        found = _load_state(trial)
+        assert found is not None
+        assert _same(found[1], states[found[0]])
+        sweep(trial)
+        assert _names(trial) <= {"step-2", "step-4"}
+        if outcomes[-1] == "saved":
+            assert _names(trial) == {"step-4"}
+            break
+    assert outcomes[-1] == "saved"
+    assert len(outcomes) > 10
+
+
+def _rank_of_trial(rank: int, run: Path, store: Path, acknowledged: Path) -> None:
+    """Save every step, with values that are a function of the step, until killed."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=30)
+    )
+    net, optimizer = _build("fsdp")
+    loaded = load(run, net, optimizer)
+    for step in range(loaded.step + 1 if loaded else 1, 10**6):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(float(step))
+        save(run, step, net, optimizer, META, keep=2)
+        if rank == 0:
+            acknowledged.write_text(str(step))
+
+
+def _check_of_trial(run: Path, store: Path, acknowledged: Path) -> None:
+    """What loads is whole, and not older than the last step that `save` returned from."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    sweep(run)
+    net, optimizer = _build("plain")
+    loaded = load(run, net, optimizer)
+    step = loaded.step if loaded else 0
+    assert step >= int(acknowledged.read_text() or 0)
+    assert loaded is None or all(bool((p == step).all()) for p in net.parameters())
+
+
+def _fork(function: Callable[..., None], *args: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function(*args)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def _kill_trials(folder: Path, trials: int) -> None:
+    """Kill rank 0, rank 1 or both at a random time, over and over in one run folder; runs in a process of its own."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the survivor's complaints
+    chance = random.Random(0)
+    run, acknowledged = folder / "run", folder / "acknowledged"
+    acknowledged.write_text("0")
+    for trial in range(trials):
+        ranks = [_fork(_rank_of_trial, rank, run, folder / f"store-{trial}", acknowledged) for rank in (0, 1)]
+        started, deadline = acknowledged.read_text(), time.monotonic() + 30
+        while acknowledged.read_text() in (started, "") and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        victims = chance.choice([[0], [1], [0, 1]])
+        for rank in victims:
+            os.kill(ranks[rank], signal.SIGKILL)
+        time.sleep(0.05)
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        checker = _fork(_check_of_trial, run, folder / f"check-{trial}", acknowledged)
+        assert os.waitpid(checker, 0)[1] == 0, f"trial {trial}, killed {victims}"
+    assert int(acknowledged.read_text()) >= trials
+
+
+def test_kill_9_while_saving(tmp_path: Path) -> None:
+    process = mp.get_context("spawn").Process(target=_kill_trials, args=(tmp_path, 8), daemon=True)
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0, f"exit code {process.exitcode}; steps {committed(tmp_path / 'run')}"
