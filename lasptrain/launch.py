@@ -5,7 +5,6 @@ failed first. A rank that fails leaves a record, `ranks/RANK.json`, and ends; wh
 code 7 and is not the cause.
 """
 
-import ctypes
 import errno
 import importlib
 import json
@@ -86,7 +85,7 @@ def launch(
     if joined is not None:
         recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
-        _rank(recipe, target, place=place)
+        rank_process(recipe, target, place=place)
     nproc = _processes(nproc)
     recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
     with ExitStack() as stack:
@@ -157,13 +156,13 @@ def first_host(hosts: str) -> str:
 
 def _agent(folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str) -> int:
     """Runs this machine's ranks under the elastic agent and returns what they returned."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)  # we say what happened, once
+    _silence("torch.distributed.elastic")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     if nodes is None and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     here = sys.path[0] in ("", str(Path.cwd()))
-    entry = ["-m", "lasptrain.launch"] if here else ["-P", "-m", "lasptrain.launch"]
+    entry = ["-m", "lasptrain.rank"] if here else ["-P", "-m", "lasptrain.rank"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
     try:
         elastic_launch(_config(folder, nproc, nodes), sys.executable)("-u", *entry, *arguments)
@@ -178,6 +177,13 @@ def _agent(folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nod
             f"--rdzv: no rendezvous at {place}: {_first_line(error)}; expected a free, open port"
         ) from None
     return 0
+
+
+def _silence(package: str) -> None:
+    """Turns off a package's loggers, which set levels of their own: we say what happened, once."""
+    for name in [package, *logging.root.manager.loggerDict]:
+        if name.startswith(package):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _config(folder: Path, nproc: int, nodes: Nodes | None) -> LaunchConfig:
@@ -247,21 +253,7 @@ def report(failure: Failure) -> int:
     return failure.code
 
 
-def _worker(launcher: str, recipe: str, run: str, records: str, target: str) -> NoReturn:
-    """A rank's whole life, in a process that the agent of `launcher` started."""
-    _die_with(int(launcher))
-    _rank(recipes.load(recipe), target, run=Path(run) if run else None, records=Path(records))
-
-
-def _die_with(launcher: int) -> None:
-    """Linux: SIGKILL for this process when its parent dies, so that no rank trains on without a launcher."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != launcher:
-            os._exit(RankLostError.code)
-
-
-def _rank(
+def rank_process(
     recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: Place = USUAL
 ) -> NoReturn:
     """Joins the process group, calls the target and ends the process with its code.
@@ -362,7 +354,8 @@ def _failure(rank: int, error: BaseException) -> Failure:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S+\] ", "", line)  # where in torch's source it was raised
 
 
 def _record(folder: Path, failure: Failure) -> None:
@@ -371,7 +364,3 @@ def _record(folder: Path, failure: Failure) -> None:
         runs.write(folder / f"{failure.rank}.json", json.dumps(failure._asdict()))
     except OSError:
         report(failure)  # nobody could read it there
-
-
-if __name__ == "__main__":
-    _worker(*sys.argv[1:])

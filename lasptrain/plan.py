@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from lasptrain.recipe import Model, Recipe
 
+AUTO_SLICE = 32_768  # tokens; longer ones are no faster and only need more memory
+
 
 def parameters(model: Model, vocab: int) -> dict[str, int]:
     """Parameters by part of the model; their sum is the model's. `vocab` is the number of rows of the embedding."""
@@ -52,9 +54,16 @@ class Layout(NamedTuple):
 
 
 def layout(recipe: Recipe, dp: int, sp: int) -> Layout:
-    """How a step's windows fall on a dp × sp mesh; `train.segment: auto` is the whole window."""
+    """How a step's windows fall on a dp × sp mesh. `train.segment: auto` cuts windows into equal slices of at most
+    AUTO_SLICE tokens, or not at all where no such cut leaves slices worth having.
+    """
     window, train = recipe.data.window, recipe.train
-    segment = window if train.segment == "auto" else train.segment
+    if train.segment == "auto":
+        whole = window // sp
+        length = next((n for n in range(min(AUTO_SLICE, whole), 1023, -1) if whole % n == 0), whole)
+        segment = length * sp
+    else:
+        segment = train.segment
     return Layout(
         dp=dp,
         sp=sp,
