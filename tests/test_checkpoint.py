@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import multiprocessing as mp
@@ -527,6 +528,7 @@ def _fork(function: Callable[..., None], *args: Any) -> int:
 def _kill_trials(folder: Path, trials: int) -> None:
     """Kill rank 0, rank 1 or both at a random time, over and over in one run folder; runs in a process of its own."""
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")  # or fully_shard does so in every fork, for seconds
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the survivor's complaints
     chance = random.Random(0)
     run, acknowledged = folder / "run", folder / "acknowledged"
