@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -350,7 +351,8 @@ def _in_order(
         return
     pending: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
     todo = iter(units)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
         try:
             while True:
                 pending.extend((unit, pool.submit(encode, unit)) for unit in islice(todo, 2 * workers - len(pending)))
@@ -360,6 +362,18 @@ def _in_order(
                 yield unit, future.result()
         except BrokenProcessPool as error:
             raise ResourceError("a process that encoded text was killed, probably for its memory") from error
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for its next unit for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -190,6 +192,29 @@ def test_what_a_killed_prepare_left_is_replaced(corpus: Path, tmp_path: Path) ->
     assert not hidden.exists() and commands.verify(out).failures == 0
     with pytest.raises(SetupError, match="it is not empty"):
         prepare([str(corpus)], "bytes", out)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from data_tools import prepare
+
+if __name__ == "__main__":
+    prepare.UNIT = 200
+    kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    prepare.prepare([sys.argv[1]], "bytes", pathlib.Path(sys.argv[2]), workers=2, progress=kill)
+"""
+
+
+def test_a_killed_prepare_leaves_nothing_visible_and_no_process(corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(corpus), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(MODEL.parent.parent)}
+    ended = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)  # waits for all
+    assert ended.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
+    whole = prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1)
+    assert files(prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)) == files(whole)
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
