@@ -261,6 +261,7 @@ def rank_process(
     Without `records` no launcher of ours is there to print what happens: rank 0 takes the run folder itself.
     """
     launched = records is not None
+    folders = {records} if records else set()
     code = 0
     try:
         digest = runs.digest(recipe)
@@ -270,14 +271,14 @@ def rank_process(
             _join_group(recipe)
             _agree(digest)
             run, recipe = _share(run, recipe, lambda: stack.enter_context(_adopted(recipe, place)))
-            records = records or run / runs.RANKS
+            folders.add(run / runs.RANKS)  # other machines' launchers look there too
             _function(target)(recipe, run)
             dist.destroy_process_group()
     except BaseException as error:
         failure = _failure(int(os.environ["RANK"]), error)
         code = failure.code
-        if records is not None:
-            _record(records, failure)
+        for folder in folders:
+            _record(folder, failure)
         if not launched:
             report(failure)
     sys.stdout.flush()
@@ -355,7 +356,9 @@ def _failure(rank: int, error: BaseException) -> Failure:
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"^\[\S+\] ", "", line)  # where in torch's source it was raised
+    return re.sub(
+        r"^\[\S+\] |\. This is typically .*", "", line
+    )  # where in torch it was raised, and what torch guesses
 
 
 def _record(folder: Path, failure: Failure) -> None:
