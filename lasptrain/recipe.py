@@ -747,7 +747,7 @@ def _elsewhere(section: str, key: str) -> tuple[str, ...]:
 
 
 def _suggest(word: str, known: list[str], elsewhere: tuple[str, ...] = ()) -> str:
-    close = [*elsewhere, *difflib.get_close_matches(word, known, n=1, cutoff=0.6)]
+    close = elsewhere or difflib.get_close_matches(word, known, n=1)
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
 
 
