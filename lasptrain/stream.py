@@ -1,8 +1,8 @@
 """The gradient of one window, taken segment by segment: exact back-propagation in memory that does not grow with it.
 
-Forward without gradients over all segments but the last keeps, per layer and segment, the state that entered this rank's
-slice. Then, from the last segment back to the first, each is run with gradients from its kept states, and the gradient
-of the states that entered it is handed to the segment before. A window of one segment has no extra forward.
+Forward without gradients over all segments but the last keeps, per layer and segment, the state that entered this
+rank's slice. Then, from the last segment back to the first, each is run with gradients from its kept states, and the
+gradient of the states that entered it is handed to the segment before. A window of one segment has no extra forward.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def backward(
     model: nn.Module,
     layers: int,
     segments: Sequence[Slice],
-    scale: float,
+    scale: Tensor | float,
     before_last_backward: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Add the gradient of scale · (sum of this window's losses) to the parameters; return that sum, detached.

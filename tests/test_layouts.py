@@ -5,33 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from lasptrain import stream
-from lasptrain.models.language_model import LanguageModel, initial_buffers, initial_values
+from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize, set_gradient_sync
+from lasptrain.recipe import Model
 from tests.gloo import spawn
 
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
+Arch = Literal["tnl", "linear_transformer"]
 
 
-def config(arch: str) -> Any:
-    extra = {"lrpe": (0,), "decay": "tnl"} if arch == "tnl" else {"lrpe": (), "decay": "none"}
-    return SimpleNamespace(
-        arch=arch, dim=24, layers=3, heads=3, key_dim=8, value_dim=4, mlp=20, vocab=VOCAB, tie=arch == "tnl",
-        normalizer=True, **extra
-    )  # fmt: skip
+def config(arch: Arch) -> Model:
+    tnl = arch == "tnl"
+    return Model(
+        arch=arch,
+        dim=24,
+        layers=3,
+        heads=3,
+        key_dim=8,
+        value_dim=4,
+        mlp=20,
+        vocab=VOCAB,
+        decay="tnl" if tnl else "none",
+        lrpe=(0,) if tnl else (),
+        tie=tnl,
+        normalizer=not tnl,
+    )
 
 
 class Piece(NamedTuple):
@@ -48,6 +58,9 @@ class Layout:
     kind: str = "ddp"
     recompute: str = "none"
     segments: int = 1
+
+
+Case = tuple[Arch, torch.dtype, Layout]
 
 
 def windows() -> Tensor:
@@ -71,12 +84,12 @@ def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Piece]:
 
 def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Initial values, with matrices five times larger: rounding then stays small beside the activations."""
-    for name, value in chain(initial_values(model, 7, CPU), initial_buffers(model)):
+    for name, value in initial_values(model, 7, CPU):
         yield name, value * 5 if name.endswith("weight") else value
 
 
 @cache
-def single(arch: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+def single(arch: Arch, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss sum and gradients of one process, one segment, from the token-by-token reference."""
     model = LanguageModel(config(arch), WINDOW, Attention("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
@@ -84,7 +97,7 @@ def single(arch: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def distributed(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, dict[str, Tensor], Ring | AllGather]:
+def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, dict[str, Tensor], Ring | AllGather]:
     mesh = meshes.build(layout.dp, layout.sp)
     scan = SCANS[layout.scan](mesh.sp_group, CPU)
     with torch.device("meta"):
@@ -105,7 +118,7 @@ def distributed(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, 
             world / (BATCH * WINDOW),
             (lambda: set_gradient_sync(called, True)) if last else (lambda: None),
         )
-    total = torch.tensor(meshes.total(loss), dtype=torch.float64)
+    total = meshes.sum_over_ranks(loss)
     grads = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -113,7 +126,7 @@ def distributed(arch: str, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, 
     return total, grads, scan
 
 
-def compare(arch: str, dtype: torch.dtype, layout: Layout) -> None:
+def compare(arch: Arch, dtype: torch.dtype, layout: Layout) -> None:
     want_loss, want = single(arch, dtype)
     loss, grads, _ = distributed(arch, dtype, layout)
     assert abs(float(loss) / float(want_loss) - 1) < BOUNDS[dtype], layout
@@ -145,7 +158,7 @@ def streamed(world: int) -> list[Layout]:
     ]
 
 
-def check_all(rank: int, world: int, cases: list[tuple[str, torch.dtype, Layout]]) -> int:
+def check_all(rank: int, world: int, cases: list[Case]) -> int:
     for case in cases:
         compare(*case)
     return len(cases)
@@ -153,7 +166,7 @@ def check_all(rank: int, world: int, cases: list[tuple[str, torch.dtype, Layout]
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_layout_is_one_device(world: int) -> None:
-    cases = [("tnl", torch.float32, layout) for layout in layouts(world)]
+    cases: list[Case] = [("tnl", torch.float32, layout) for layout in layouts(world)]
     cases += [("linear_transformer", torch.float32, layout) for layout in layouts(world)[::5]]
     cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
@@ -161,7 +174,7 @@ def test_every_layout_is_one_device(world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_number_of_segments_is_one_device(world: int) -> None:
-    cases = [("tnl", torch.float64, layout) for layout in streamed(world)]
+    cases: list[Case] = [("tnl", torch.float64, layout) for layout in streamed(world)]
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
@@ -240,7 +253,7 @@ def test_bytes_sent_do_not_depend_on_the_window(scan: str) -> None:
 
 
 def gradients_of(rank: int, world: int, last_of_a: int, segments: int) -> tuple[Tensor, Tensor]:
-    """Per-token losses of a window of documents A and B, and the gradient of B's loss at the embedding of each token."""
+    """Losses of a window of documents A and B per token, and the gradient of B's loss at each token's embedding."""
     mesh = meshes.build(1, world)
     model = LanguageModel(config("tnl"), WINDOW, Attention("chunked", AllGather(mesh.sp_group, CPU)), loss_chunk=32)
     fill(model, values(model))

@@ -57,7 +57,7 @@ def expected(x: dict[str, Tensor | None]) -> dict[str, Tensor]:
 def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dict[str, Tensor]:
     ops = torch.ops.lasptrain
     q, k, v, log_decay, doc, entering, do, dleaving = x.values()
-    assert entering is not None and dleaving is not None
+    assert k is not None and entering is not None and dleaving is not None
     state, blocks = ops.summarize(kernel, k, v, log_decay, doc)
     decay = slice_decay(k, log_decay, doc)
     o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, entering, blocks if with_blocks else None)
@@ -119,7 +119,8 @@ def test_decay_gradient_does_not_cancel_at_64k_tokens() -> None:
         decay = log_decay.to(dtype)
         _, prefix = ops.attend("chunked", x[0], x[1], x[2], decay, None, None, None)
         _, row = ops.grad_query("chunked", *x, decay, None, prefix)
-        return ops.grad_key_value("chunked", *x, decay, None, None, None, prefix, row)[2]
+        dlog: Tensor = ops.grad_key_value("chunked", *x, decay, None, None, None, prefix, row)[2]
+        return dlog
 
     assert error(grad(torch.float32), grad(torch.float64)) < 1e-5
 

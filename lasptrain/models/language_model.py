@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Linear, Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.mixers import State, TransNormer, Undecayed
 from lasptrain.parallel.attention import Attention, Memory
-
-if TYPE_CHECKING:
-    from lasptrain.recipe import ModelSection
+from lasptrain.recipe import Model
 
 INIT_STD = 0.02
 
@@ -41,9 +39,7 @@ class Block(nn.Module):
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
 
-    def forward(
-        self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool
-    ) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool) -> tuple[Tensor, State]:
         phases = self.mixer.phases(x.shape[1])
         x, leaving = self.recompute(self.mix, x, phases, doc, carry, memory, leave)
         return x, leaving
@@ -69,7 +65,7 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        cfg: ModelSection,
+        cfg: Model,
         window: int,
         attention: Attention,
         *,
@@ -143,29 +139,27 @@ class LanguageModel(nn.Module):
         return slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window)
 
 
-def _norm(cfg: ModelSection) -> nn.Module:
+def _norm(cfg: Model) -> nn.Module:
     return SimpleRMSNorm() if cfg.arch == "tnl" else RMSNorm(cfg.dim)
 
 
-def _block(cfg: ModelSection, index: int, attention: Attention) -> Block:
-    key_dim, value_dim = cfg.key_dim or cfg.dim // cfg.heads, cfg.value_dim or cfg.dim // cfg.heads
-    sizes = (cfg.dim, cfg.heads, key_dim, value_dim)
+def _block(cfg: Model, index: int, attention: Attention) -> Block:
+    sizes = (cfg.dim, cfg.heads, cfg.K, cfg.V)
     mixer: TransNormer | Undecayed
     match cfg.arch:
         case "tnl":
-            mixer = TransNormer(
-                *sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention
-            )
+            mixer = TransNormer(*sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention)
         case "linear_transformer":
             mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
     return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"))
 
 
 def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Initial full-size parameters by name, one at a time.
+    """Initial full-size parameters and buffers by name, one at a time.
 
     Each has a generator of its own, seeded by (seed, name), so every layout of ranks starts from the same weights.
-    Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K.
+    Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K. The decay of a
+    layer is a persistent buffer: in a checkpoint the numbers are the definition.
     """
     lrpe = {f"{name}.theta" for name, module in model.named_modules() if isinstance(module, Lrpe)}
     for name, parameter in model.named_parameters():
@@ -179,11 +173,6 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
             yield name, torch.empty(parameter.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
-
-
-def initial_buffers(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """The decay of each layer, as a persistent buffer: in a checkpoint the numbers are the definition."""
-    table = model.decays()
-    for i, layer in enumerate(model.layers):
-        if getattr(layer.mixer, "slope", None) is not None:
-            yield f"layers.{i}.mixer.slope", table[i]
+    for layer, slope in zip(model.layers, model.decays(), strict=True):
+        if (buffer := getattr(layer.mixer, "slope", None)) is not None:
+            yield next(n for n, b in model.named_buffers() if b is buffer), slope

@@ -76,8 +76,8 @@ class Phases(NamedTuple):
 class Lrpe(nn.Module):
     """LRPE (arXiv:2307.14995) with learnt θ [H, K].
 
-    Positions count from the start of the slice, because only differences matter; the state that crosses slices is turned
-    by θ·T instead. So angles stay as exact at four million tokens as at a thousand.
+    Positions count from the start of the slice, because only differences matter; the state that crosses slices is
+    turned by θ·T instead. So angles stay as exact at four million tokens as at a thousand.
     """
 
     full_precision = True
@@ -93,5 +93,5 @@ class Lrpe(nn.Module):
         lo = theta * torch.arange(self.STEP, device=theta.device, dtype=torch.float64)[:, None, None]
         blocks = torch.arange(-(-length // self.STEP), device=theta.device, dtype=torch.float64)
         hi = theta * (blocks * self.STEP)[:, None, None, None]
-        tables = (f(x).to(self.theta.dtype) for x in (lo, hi) for f in (torch.cos, torch.sin))
-        return Phases(*tables, theta * length)
+        cos_lo, sin_lo, cos_hi, sin_hi = (f(x).to(self.theta.dtype) for x in (lo, hi) for f in (torch.cos, torch.sin))
+        return Phases(cos_lo, sin_lo, cos_hi, sin_hi, theta * length)

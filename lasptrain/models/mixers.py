@@ -66,13 +66,11 @@ class TransNormer(nn.Module):
 class Undecayed(nn.Module):
     """The linear transformer's attention (arXiv:2006.16236): φ(x) = elu(x) + 1, no decay, no gate.
 
-    Without normaliser o = rms(q S / √K) per head; with it o = rms(q S / (q z + 1e-10)), where z, the sum of keys, is one
-    more column of the state because v gets a column of ones.
+    Without normaliser o = rms(q S / √K) per head; with it o = rms(q S / (q z + 1e-10)), where z, the sum of keys, is
+    one more column of the state because v gets a column of ones.
     """
 
-    def __init__(
-        self, dim: int, heads: int, key_dim: int, value_dim: int, *, normalizer: bool, attention: Attention
-    ):
+    def __init__(self, dim: int, heads: int, key_dim: int, value_dim: int, *, normalizer: bool, attention: Attention):
         super().__init__()
         self.heads, self.normalizer, self.attention = heads, normalizer, attention
         self.scale = key_dim**-0.5

@@ -9,7 +9,7 @@ Arguments common to the five functions below, which every kernel offers:
 |---|---|---|
 | `q`, `k` | [B, T, H, K] | |
 | `v`, `do` | [B, T, H, V] | values · gradient of the output |
-| `log_decay` | None, [H] or [B, T, H] fp32, ≤ 0 | no decay · constant per head, without gradient · per token, with gradient |
+| `log_decay` | None, [H] or [B, T, H] fp32, ≤ 0 | no decay · constant, without gradient · per token, with gradient |
 | `doc` | None or [B, T] int32 | documents that have started in the slice up to and including t |
 | `entering`, `leaving` | [B, H, K, V] | states, at least fp32 |
 
@@ -22,6 +22,7 @@ The functions are registered as PyTorch operators, so that selective recomputati
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -29,6 +30,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lasptrain.errors import SetupError
+
+MODULES = {"reference": "reference", "chunked": "chunked", "triton": "triton_kernels"}
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -49,16 +52,8 @@ def state_dtype(x: Tensor) -> torch.dtype:
 
 
 def _module(kernel: str) -> ModuleType:
-    match kernel:
-        case "reference":
-            from lasptrain.ops import reference as module
-        case "chunked":
-            from lasptrain.ops import chunked as module
-        case "triton":
-            from lasptrain.ops import triton_kernels as module
-        case _:
-            raise ValueError(f"kernel {kernel!r}: one of reference, chunked, triton")
-    return module
+    """Imported when first used: Triton is not everywhere."""
+    return import_module(f"lasptrain.ops.{MODULES[kernel]}")
 
 
 def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:

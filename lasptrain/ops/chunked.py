@@ -60,10 +60,15 @@ def _pad_doc(doc: Tensor) -> Tensor:
     return torch.cat([doc, doc[:, -1:].expand(-1, missing)], dim=1) if missing else doc
 
 
+def _by_chunk(x: Tensor) -> Tensor:
+    """[B, n·C, …] → [B, n, C, …]."""
+    return x.view(x.shape[0], -1, CHUNK, *x.shape[2:])
+
+
 def _cut(x: Tensor) -> Tensor:
     """[B, T, H, ·] → [B, H, n, C, ·], at least fp32."""
     x = _pad(x).to(state_dtype(x))
-    return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
+    return _by_chunk(x).permute(0, 3, 1, 2, 4)
 
 
 def _chunks(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Chunks:
@@ -71,9 +76,9 @@ def _chunks(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Chunk
     dtype = state_dtype(like)
     if log_decay is None:
         log_decay = torch.zeros(h, dtype=dtype, device=like.device)
-    decays = _pad(log_decay.to(dtype).expand(b, t, h)).unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2)
+    decays = _by_chunk(_pad(log_decay.to(dtype).expand(b, t, h))).permute(0, 3, 1, 2)
     doc = _zero_doc(like) if doc is None else doc
-    numbers = _pad_doc(doc).unflatten(1, (-1, CHUNK))[:, None]
+    numbers = _by_chunk(_pad_doc(doc))[:, None]
     before = F.pad(numbers[:, :, :-1, -1:], (0, 0, 1, 0))
     return Chunks(decays.cumsum(-1), numbers, before)
 
@@ -102,9 +107,7 @@ def _scan(blocks: Tensor, through: Tensor, entering: Tensor | None) -> tuple[Ten
     return prefix, state
 
 
-def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
     chunks = _chunks(k, log_decay, doc)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
@@ -222,9 +225,9 @@ def _grad_decay(
     leaving = torch.addcmul(last, prefix[:, :, -1], chunks.through()[:, :, -1, None, None])
     states = torch.cat([prefix[:, :, 1:], leaving[:, :, None]], dim=2)
     anchor = (suffix * states).sum((-1, -2))  # [B, H, n] before the first decay of the next chunk
-    first = _pad(token_decay(k, log_decay, doc)).unflatten(1, (-1, CHUNK))[:, 1:, 0].transpose(1, 2)
+    first = _by_chunk(_pad(token_decay(k, log_decay, doc)))[:, 1:, 0].transpose(1, 2)
     anchor = anchor * F.pad(first, (0, 1), value=1.0)
-    inside = _pad(difference).unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2)
+    inside = _by_chunk(_pad(difference)).permute(0, 3, 1, 2)
     same = chunks.doc[..., :, None] == chunks.doc[..., None, :]
     total = (same.to(inside.dtype).triu() @ inside[..., None])[..., 0]
     total = total + torch.where(chunks.doc == chunks.doc[..., -1:], anchor[..., None], 0.0)

@@ -50,9 +50,7 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return b, h, 1, kdim, v.shape[-1]
 
 
-def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
     _, state = recurrence(k, k, v, log_decay, doc, None)
     return state, state[:, :, None].clone()
 

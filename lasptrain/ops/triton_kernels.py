@@ -1,4 +1,4 @@
-"""Linear attention with decay in Triton, for Hopper: one pass over the blocks of a slice for their states, one for the rest.
+"""Linear attention with decay in Triton, for Hopper: a pass over a slice for its blocks' states, one for the rest.
 
 Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
 36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_entering` reads q, do;
@@ -7,6 +7,7 @@ Floor per token and head with dims D in 16 bits: forward 8·D bytes, both direct
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from lasptrain.ops import triton_programs as programs
 
 DIMS = (32, 64, 128, 256)
 GRANULE = 128  # tokens; every chunk divides it
-LONGEST_BLOCK = 8192
+SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
 
 Kernel = Literal["summarize", "attend", "grad_query", "grad_key_value", "grad_value", "grad_key"]
@@ -54,8 +55,8 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
     ("grad_value", 256): Launch(64, 64, 8, 2),
     ("grad_key", 256): Launch(64, 64, 8, 2),
 }
-# fp32 inputs: exact products, without tensor cores, in tiles small enough for registers.
-EXACT = Launch(32, 32, 4, 1)
+# fp32 inputs: small tiles, since every operand is held three times.
+EXACT = Launch(32, 32, 8, 1)
 
 
 def _width(dim: int) -> int:
@@ -85,6 +86,11 @@ def _padded(x: Tensor) -> Tensor:
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def _device(x: Tensor) -> AbstractContextManager[None]:
+    """Makes the device of x current, where there is one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of x [B, T, H, ·] whose blocks are `rows` tokens × `columns` of one head."""
     x = x.detach().transpose(1, 2)
@@ -108,8 +114,8 @@ class _Slice(NamedTuple):
 
 def _slice(k: Tensor, v: Tensor) -> _Slice:
     b, t, h, kdim = k.shape
-    wanted = triton.cdiv(t * b * h, PROGRAMS)
-    length = min(max(triton.cdiv(wanted, GRANULE), 2) * GRANULE, LONGEST_BLOCK)
+    blocks = min(max(PROGRAMS // (b * h), triton.cdiv(t, LONGEST_BLOCK)), triton.cdiv(t, SHORTEST_BLOCK))
+    length = triton.cdiv(triton.cdiv(t, blocks), GRANULE) * GRANULE
     return _Slice(b, t, h, _width(kdim), _width(v.shape[-1]), triton.cdiv(t, length), length)
 
 
@@ -143,8 +149,8 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
 
 def _summarize(
     x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """State [B, H, K, V] and decay [B, H] of the slice, and its scanned blocks."""
+) -> tuple[Tensor, Tensor]:
+    """State [B, H, K, V] of the slice, and its scanned blocks."""
     s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", x, y, s.values)
@@ -152,8 +158,7 @@ def _summarize(
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
     state = blocks.new_empty((s.batch, s.heads, s.keys, s.values))
-    decay = blocks.new_empty((s.batch, s.heads))
-    with torch.cuda.device_of(x):
+    with _device(x):
         programs.summarize_blocks[s.grid(s.values // launch.tile)](
             _rows(x, launch.chunk, s.keys),
             _rows(y, launch.chunk, launch.tile),
@@ -174,9 +179,9 @@ def _summarize(
             **launch.options(),
         )
         programs.scan_blocks[(size // 1024, s.batch * s.heads)](
-            blocks, state, decay, s.blocks, SIZE=size, PART=1024, REVERSE=reverse, num_warps=4
+            blocks, state, s.blocks, SIZE=size, PART=1024, REVERSE=reverse, num_warps=4
         )
-    return state[..., :kdim, :vdim].contiguous(), decay, blocks
+    return state[..., :kdim, :vdim].contiguous(), blocks
 
 
 def _walk(
@@ -199,7 +204,7 @@ def _walk(
     log_decay, doc, kind, docs = _gates(log_decay, doc)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     sums = None if summed is None else blocks.new_empty((tiles, s.batch, s.tokens, s.heads))
-    with torch.cuda.device_of(x):
+    with _device(x):
         programs.walk[s.grid(tiles)](
             _rows(x, launch.chunk, x.shape[-1]),
             _rows(y, launch.chunk, y.shape[-1]),
@@ -253,15 +258,14 @@ def _walk_key_value(
     log_decay, doc, kind, docs = _gates(log_decay, doc)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     column = dblocks.new_empty((s.batch, s.tokens, s.heads)) if per_token else None
-    keys, values = (lambda x: _rows(x, launch.chunk, s.keys)), (lambda x: _rows(x, launch.chunk, s.values))
-    with torch.cuda.device_of(k):
+    with _device(k):
         programs.walk_key_value[s.grid()](
-            keys(q),
-            keys(k),
-            values(v),
-            values(do),
-            keys(dk),
-            values(dv),
+            _rows(q, launch.chunk, s.keys),
+            _rows(k, launch.chunk, s.keys),
+            _rows(v, launch.chunk, s.values),
+            _rows(do, launch.chunk, s.values),
+            _rows(dk, launch.chunk, s.keys),
+            _rows(dv, launch.chunk, s.values),
             log_decay,
             doc,
             dblocks,
@@ -285,10 +289,17 @@ def _walk_key_value(
 
 
 def _grad_decay(
-    row: Tensor, column: Tensor, prefix: Tensor, dblocks: Tensor, edge: Tensor | None, doc: Tensor | None, s: _Slice, chunk: int
+    row: Tensor,
+    column: Tensor,
+    prefix: Tensor,
+    dblocks: Tensor,
+    edge: Tensor | None,
+    doc: Tensor | None,
+    s: _Slice,
+    chunk: int,
 ) -> Tensor:
     grad = torch.empty_like(row)
-    with torch.cuda.device_of(row):
+    with _device(row):
         programs.decay_gradient[s.grid()](
             row,
             column,
@@ -311,7 +322,7 @@ def _grad_decay(
     return grad
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
     return _summarize(k, v, log_decay, doc, reverse=False)
 
 
@@ -326,7 +337,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     s = _slice(k, v)
     if blocks is None:
-        blocks = _summarize(k, v, log_decay, doc, reverse=False)[2]
+        blocks = _summarize(k, v, log_decay, doc, reverse=False)[1]
     prefix = torch.empty_like(blocks)
     rows = _padded(q), _padded(k), _padded(v)
     o, _ = _walk("attend", rows, s, log_decay, doc, blocks, _state(entering, s), prefix)
@@ -334,8 +345,7 @@ def attend(
 
 
 def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
-    state, _, dblocks = _summarize(q, do.to(q.dtype), log_decay, doc, reverse=True)
-    return state, dblocks
+    return _summarize(q, do.to(q.dtype), log_decay, doc, reverse=True)
 
 
 def grad_query(
@@ -350,9 +360,7 @@ def grad_query(
     """`row` holds Σ q·dq, and at the first token of each chunk the flow that `decay_gradient` needs there."""
     rows = _padded(do.to(q.dtype)), _padded(v), _padded(k)
     per_token = log_decay is not None and log_decay.dim() == 3
-    dq, row = _walk(
-        "grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=_padded(q) if per_token else None
-    )
+    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=_padded(q) if per_token else None)
     return dq[..., : q.shape[-1]].contiguous(), prefix.new_empty(0) if row is None else row
 
 
@@ -371,7 +379,7 @@ def grad_key_value(
     s = _slice(k, v)
     do = do.to(q.dtype)
     if dblocks is None:
-        dblocks = _summarize(q, do, log_decay, doc, reverse=True)[2]
+        dblocks = _summarize(q, do, log_decay, doc, reverse=True)[1]
     edge = _state(dleaving, s)
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
     per_token = log_decay is not None and log_decay.dim() == 3

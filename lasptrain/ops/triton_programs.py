@@ -5,8 +5,8 @@ A slice is cut into NB blocks of L tokens, a block into chunks of C tokens. One 
 one head with the state in registers, in time or against it. Against time the state is its gradient, which flows from
 right to left through the same decays, so that every program here serves both directions.
 
-Decays are products of a ≤ 1 inside one chunk only, as differences of cumulative logarithms that never exceed 0. A document
-boundary is a decay of zero.
+Decays are products of a ≤ 1 inside one chunk only, as differences of cumulative logarithms that never exceed 0. A
+document boundary is a decay of zero.
 
 Arguments common to the programs:
 
@@ -15,13 +15,14 @@ Arguments common to the programs:
 | `x`, `y`, … | tensor descriptors of [B, H, T, K or V], read and written past T without harm |
 | `LOG_DECAY` | [H] or [B, T, H] fp32, see `DECAY` |
 | `DOC` | [B, T] int32, see `DOCS` |
-| `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block a state, its decay, and the decay from the slice's edge to the block |
+| `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block a state, its decay, that from the slice's edge to it |
 | `DECAY` | 0 none · 1 constant per head · 2 per token |
 """
 
 import triton
 import triton.language as tl
 
+PRECISION = tl.constexpr("tf32x3")  # of fp32 inputs: three tensor-core products that together are exact to fp32
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = ["B", "T", "H", "NB", "L"]  # one compilation serves every length
 SMALLEST_LOG2 = tl.constexpr(-160.0)  # its power of two is 0 in fp32; keeps a = 0 out of differences of infinities
@@ -40,10 +41,10 @@ def _place(NB, H, TILES):
 
 @triton.jit
 def _head_log2_decay(LOG_DECAY, head, DECAY: tl.constexpr):
+    log2 = 0.0
     if DECAY == 1:
-        return tl.maximum(tl.load(LOG_DECAY + head) * LOG2_E, SMALLEST_LOG2)
-    else:
-        return 0.0
+        log2 = tl.maximum(tl.load(LOG_DECAY + head) * LOG2_E, SMALLEST_LOG2)
+    return log2
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.const
 @triton.jit
 def _update(x, y, weight):
     """xᵀ (weight · y). The same side is weighted everywhere, so that every program adds bitwise the same to a state."""
-    return tl.dot(tl.trans(x), (y * weight[:, None]).to(y.dtype), input_precision="ieee")
+    return tl.dot(tl.trans(x), (y * weight[:, None]).to(y.dtype), input_precision=PRECISION)
 
 
 @triton.jit
@@ -144,9 +145,9 @@ def summarize_blocks(
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_blocks(
-    BLOCKS, STATE, DECAY_OUT, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
+    BLOCKS, STATE, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Exclusive scan of BLOCKS in place, from zero; the total into STATE [B·H, SIZE], DECAY_OUT [B·H]. Grid (SIZE / PART, B·H)."""
+    """Exclusive scan of BLOCKS in place, from zero; the total into STATE [B·H, SIZE]. Grid (SIZE / PART, B·H)."""
     part = tl.program_id(0)
     line = tl.program_id(1).to(tl.int64)
     offset = part * PART + tl.arange(0, PART)
@@ -162,8 +163,6 @@ def scan_blocks(
         state = state * through + added
         decay *= through
     tl.store(STATE + line * SIZE + offset, state)
-    if part == 0:
-        tl.store(DECAY_OUT + line, decay)
 
 
 @triton.jit
@@ -178,7 +177,7 @@ def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_
 
 @triton.jit
 def _store_sums(SUMS, start, head, t, T, H, x, dx, state, passing, C: tl.constexpr):
-    """Σ x·dx per token of the chunk; in place of its first token's, the flow ⟨state, passing⟩ through the chunk's edge."""
+    """Σ x·dx per token of the chunk; in place of its first token's, the flow ⟨state, passing⟩ through its edge."""
     i = tl.arange(0, C)
     sums = tl.sum(x.to(tl.float32) * dx, 1)
     flow = tl.sum(tl.sum(state * passing, 1), 0)
@@ -226,7 +225,6 @@ def walk(
     state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
     if SAVE:
         tl.store(PREFIX + (line * (NB + 1) + block) * (SIZE + 4) + offset, state)
-    i = tl.arange(0, C)
     for step in range(chunks):
         t = first + (chunks - 1 - step if REVERSE else step) * C
         inside, lead, fold, through, doc = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
@@ -235,10 +233,10 @@ def walk(
         a = _rows(x, batch, head, t, 0, C, DEPTH)
         b = _rows(y, batch, head, t, 0, C, DEPTH)
         c = _rows(z, batch, head, t, begin, C, TILE)
-        near = tl.dot(a, tl.trans(b), input_precision="ieee") * _weights(inside, doc, C, DOCS, REVERSE)
+        near = tl.dot(a, tl.trans(b), input_precision=PRECISION) * _weights(inside, doc, C, DOCS, REVERSE)
         cast = state.to(a.dtype)
-        far = tl.dot(a, tl.trans(cast) if TRANSPOSE else cast, input_precision="ieee") * lead[:, None]
-        result = tl.dot(near.to(a.dtype), c, far, input_precision="ieee")
+        far = tl.dot(a, tl.trans(cast) if TRANSPOSE else cast, input_precision=PRECISION) * lead[:, None]
+        result = tl.dot(near.to(a.dtype), c, far, input_precision=PRECISION)
         _store_rows(out, batch, head, t, begin, result, C, TILE)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
@@ -258,7 +256,7 @@ def walk_key_value(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, HAS_EDGE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv in one walk against time, where the gradient of the state fits into registers; grid B·NB·H. See `walk`."""
+    """dk and dv in one walk against time, where the state's gradient fits into registers; grid B·NB·H. See `walk`."""
     SIZE: tl.constexpr = K * V
     batch, head, block, _ = _place(NB, H, 1)
     line = (batch * H + head).to(tl.int64)
@@ -276,12 +274,12 @@ def walk_key_value(
         cv = _rows(v, batch, head, t, 0, C, V)
         cdo = _rows(do, batch, head, t, 0, C, V)
         cast = state.to(ck.dtype)
-        near = (tl.dot(ck, tl.trans(cq), input_precision="ieee") * weights).to(ck.dtype)
-        far = tl.dot(ck, cast, input_precision="ieee") * fold[:, None]
-        _store_rows(dv, batch, head, t, 0, tl.dot(near, cdo, far, input_precision="ieee"), C, V)
-        near = (tl.dot(cv, tl.trans(cdo), input_precision="ieee") * weights).to(ck.dtype)
-        far = tl.dot(cv, tl.trans(cast), input_precision="ieee") * fold[:, None]
-        result = tl.dot(near, cq, far, input_precision="ieee")
+        near = (tl.dot(ck, tl.trans(cq), input_precision=PRECISION) * weights).to(ck.dtype)
+        far = tl.dot(ck, cast, input_precision=PRECISION) * fold[:, None]
+        _store_rows(dv, batch, head, t, 0, tl.dot(near, cdo, far, input_precision=PRECISION), C, V)
+        near = (tl.dot(cv, tl.trans(cdo), input_precision=PRECISION) * weights).to(ck.dtype)
+        far = tl.dot(cv, tl.trans(cast), input_precision=PRECISION) * fold[:, None]
+        result = tl.dot(near, cq, far, input_precision=PRECISION)
         _store_rows(dk, batch, head, t, 0, result, C, K)
         if SUM:
             passing = _update(ck, cv, fold)
@@ -296,8 +294,8 @@ def decay_gradient(
 ):  # fmt: skip
     """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
 
-    Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs to the end
-    of t's chunk only, where the flow ⟨gradient, state⟩ through the edge stands for all that follows. The flow itself is
+    Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs to the
+    end of t's chunk only, where the flow ⟨gradient, state⟩ through the edge stands for all that follows. The flow is
     taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there
     (ROW and COLUMN at each chunk's first token), in fp32 from the same products as the states.
     """

@@ -107,13 +107,13 @@ class Attention:
         pending.leave = leave
         pending.memory = memory if memory is not None else Memory()
         pending.backward = None
-        pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc, self, pending)
+        pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc, self, pending)  # type: ignore[no-untyped-call]
         return pending
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs [B, T, H, V] for q [B, T, H, K], and what enters the next segment (None unless asked for)."""
-        o, leaving = _Finish.apply(q, pending.link, self, pending)
-        return o, leaving
+        result: tuple[Tensor, Tensor | None] = _Finish.apply(q, pending.link, self, pending)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _Begin(Function):
@@ -146,7 +146,7 @@ class _Begin(Function):
         return k.new_empty(0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, doc, angle, decay = ctx.saved_tensors
         handed: _Backward = ctx.pending.backward
@@ -198,14 +198,12 @@ class _Finish(Function):
         )
         ctx.attention, ctx.pending = attention, pending
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, *pending.transition
-        )
+        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, *pending.transition)
         del pending.k, pending.v, pending.blocks, pending.exchange, pending.transition, pending.log_decay, pending.doc
         return o, leaving
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dleaving: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, doc, prefix, decay, angle = ctx.saved_tensors
         kernel, pending = ctx.attention.kernel, ctx.pending

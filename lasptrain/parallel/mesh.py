@@ -6,6 +6,8 @@ What is called sp here is *context* parallelism in Megatron and torchtitan.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,10 @@ class Mesh(NamedTuple):
     def size(self) -> int:
         return self.flat.size()
 
+    def length(self, axis: str) -> int:
+        """Ranks along `dp` or `sp`."""
+        return self.grid.size(("dp", "sp").index(axis))
+
     def rank(self, axis: str) -> int:
         """This rank's place on `dp` or `sp`."""
         return self.grid.get_local_rank(axis)
@@ -45,8 +51,16 @@ def build(dp: int, sp: int) -> Mesh:
     return Mesh(grid, grid["dp", "sp"]._flatten("dp_sp"))
 
 
-def total(*values: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[float]:
-    """Sums of scalars over all ranks of the group, in one exchange, as float64."""
-    summed = torch.stack([v.detach().double().reshape(()) for v in values])
-    dist.all_reduce(summed, group=group)
-    return [float(v) for v in summed]
+def peak_memory(on: torch.device) -> int:
+    """Bytes: the most that tensors have taken on this GPU, or that this process has taken on a CPU."""
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over all ranks, in its own dtype."""
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x

@@ -29,8 +29,8 @@ def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 def recompute(blocks: Iterable[nn.Module], mode: str) -> None:
     """Activation checkpointing of blocks whose forward goes through their attribute `recompute`.
 
-    `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of the
-    recurrence.
+    `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of
+    the recurrence.
     """
     if mode == "none":
         return
@@ -38,7 +38,7 @@ def recompute(blocks: Iterable[nn.Module], mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.recompute = partial(checkpoint, **options)
+        block.recompute = partial(checkpoint, **options)  # type: ignore[assignment]
 
 
 def _fully_shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -93,8 +93,8 @@ def parallelize(
     """The model, given on the meta device, on this rank: what to call in place of it.
 
     Parameters are the same on every sp rank, so for parameters and gradients sp ranks are data-parallel ranks: both
-    kinds work over the flattened dp × sp mesh. Gradients are reduced in at least fp32 to the MEAN over ranks, so callers
-    scale the loss by the number of ranks.
+    kinds work over the flattened dp × sp mesh. Gradients are reduced in at least fp32 to the MEAN over ranks, so
+    callers scale the loss by the number of ranks.
 
     Args:
         kind: `fsdp` or `ddp`.

@@ -1,0 +1,71 @@
+"""Loss on held-out windows: per token, per byte, and by position in the window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lasptrain.data.loader import IGNORED, MicroBatch
+from lasptrain.parallel.mesh import Mesh, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over all valid labels of the held-out windows."""
+
+    loss: float  # nats per token
+    bits_per_byte: float
+    tokens: int
+    by_position: dict[int, float]  # loss of positions [2^i, 2^(i+1)), key 2^i; positions count from 1
+
+    def scalars(self) -> dict[str, float]:
+        """Names and numbers for logs."""
+        positions = {f"loss_at_{start}": loss for start, loss in self.by_position.items()}
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, **positions}
+
+
+def _losses(model: nn.Module, segments: MicroBatch) -> Iterable[tuple[int, Tensor, Tensor]]:
+    """Per segment its number, labels [b, C] and losses [b, C] of this rank's slice."""
+    carry = None
+    for m, piece in enumerate(segments):
+        out = model(piece.tokens, piece.labels, piece.doc, carry, leave=m + 1 < len(segments), per_token=True)
+        carry = out.leaving
+        yield m, piece.labels, out.loss.view_as(piece.labels)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], mesh: Mesh, window: int, token_bytes: Tensor
+) -> Validation:
+    """Evaluate on all ranks together.
+
+    Args:
+        micro_batches: this rank's slices, as `SliceLoader.validation_slices` gives them, on the model's device.
+        token_bytes: [vocab] int64, bytes of text each token stands for.
+    """
+    buckets = int(math.log2(window)) + 1
+    sp, sp_rank = mesh.length("sp"), mesh.rank("sp")
+    table: Tensor | None = None  # rows: loss, tokens, bytes; columns: buckets
+    for segments in micro_batches:
+        for m, labels, losses in _losses(model, segments):
+            length = labels.shape[1]
+            position = (m * sp + sp_rank) * length + torch.arange(1, length + 1, device=labels.device)
+            bucket = position.double().log2().floor().long().expand_as(labels).flatten()
+            valid = labels.flatten() != IGNORED
+            size = token_bytes.to(labels.device)[labels.flatten().clamp(min=0)]
+            rows = torch.stack([losses.flatten().double(), valid.double(), size.double()]) * valid
+            counted = torch.zeros(3, buckets, dtype=torch.float64, device=labels.device).index_add_(1, bucket, rows)
+            table = counted if table is None else table + counted
+    assert table is not None
+    sums = sum_over_ranks(table)
+    loss, tokens, size_total = (float(row.sum()) for row in sums)
+    return Validation(
+        loss=loss / tokens,
+        bits_per_byte=loss / math.log(2) / size_total,
+        tokens=int(tokens),
+        by_position={2**i: float(sums[0, i] / sums[1, i]) for i in range(buckets) if sums[1, i] > 0},
+    )

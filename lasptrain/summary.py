@@ -1,0 +1,79 @@
+"""What a finished run says of itself: losses against the corpus, a text continued by the model, what to type next."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from data_tools.tokenizer import Tokenizer, load_tokenizer
+from lasptrain.data.dataset import TokenDataset
+from lasptrain.eval.generate import generate
+from lasptrain.eval.validation import Validation
+from lasptrain.models.language_model import LanguageModel
+from lasptrain.ops import select
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Recipe
+
+PROMPT = 48  # tokens of held-out text that the sample continues
+
+
+def summarize(
+    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation, speaks: bool
+) -> None:
+    """Print the summary on the rank that speaks. Collective over all ranks, because the weights are gathered."""
+    whole = gather(model, speaks)
+    if whole is None:
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_losses(validation, dataset, recipe))
+    if recipe.eval.sample:
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+        prompt = dataset.split("validation").read(0, PROMPT).tolist()
+        console.print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
+    console.print(
+        f"run        {run}\ncurves     tensorboard --logdir {run}\ncontinue   the same command with more train.steps"
+    )
+
+
+def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
+    """The model on this rank alone, where it is wanted; other ranks only help. Parameters come one at a time."""
+    alone = None
+    if wanted:
+        with torch.device("meta"):
+            attention = Attention(select("auto", model.embed.weight.device))
+            alone = LanguageModel(model.cfg, model.window, attention, dtype=model.dtype)
+            alone.to(model.embed.weight.dtype)
+        alone.to_empty(device=model.embed.weight.device)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if alone is not None:
+            fill(alone, [(name, whole)])
+    return alone
+
+
+def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Table:
+    table = Table(title=f"{recipe.name}: {validation.tokens:,} held-out tokens", title_justify="left")
+    table.add_column("")
+    table.add_column("nats per token", justify="right")
+    table.add_column("", justify="left")
+    table.add_row("uniform over the vocabulary", f"{math.log(dataset.vocab_size):.3f}", "knows nothing")
+    table.add_row(
+        "unigram entropy of the corpus", f"{dataset.unigram_entropy:.3f}", "knows how often each token occurs"
+    )
+    table.add_row("this model", f"{validation.loss:.3f}", f"{validation.bits_per_byte:.3f} bits per byte")
+    for start, loss in validation.by_position.items():
+        if start >= 64 and start % 4 ** (start.bit_length() // 2) == 0:
+            table.add_row(f"  from position {start}", f"{loss:.3f}", "")
+    return table
+
+
+def _sample(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], count: int) -> str:
+    continued = generate(model, prompt, count)
+    return f"[dim]{escape(tokenizer.decode(prompt))}[/dim][bold]{escape(tokenizer.decode(continued))}[/bold]\n"

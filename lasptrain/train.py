@@ -1,0 +1,223 @@
+"""The training loop. Every rank runs `train` inside an initialised process group."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lasptrain import checkpoint, ops, plan, stream
+from lasptrain import recipe as recipes
+from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.loader import IGNORED, MicroBatch, SliceLoader
+from lasptrain.data.source import open_dataset
+from lasptrain.errors import NumericalError
+from lasptrain.eval.validation import Validation, validate
+from lasptrain.metrics import Metrics
+from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.mesh import Mesh, sum_over_ranks
+from lasptrain.parallel.scan import SCANS
+from lasptrain.parallel.shard import parallelize, set_gradient_sync
+from lasptrain.recipe import Recipe
+from lasptrain.summary import summarize
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of, on this rank."""
+
+    recipe: Recipe  # its vocabulary is a number
+    run: Path
+    device: torch.device
+    mesh: Mesh
+    dataset: TokenDataset
+    model: LanguageModel
+    called: nn.Module  # the model as it is spread over the mesh
+    optimizer: AdamW
+    loader: SliceLoader
+
+
+def train(recipe: Recipe, run: Path) -> None:
+    """Train `recipe` in the folder `run`, from its newest checkpoint on, to the last step.
+
+    Collective over all ranks. Raises the errors of `lasptrain.errors`; the newest checkpoint then stays as it was.
+    """
+    job = build(recipe, run)
+    recipe = job.recipe
+    meta = identity(job)
+    loaded = checkpoint.load(run, job.model, job.optimizer, meta)
+    start, steps = (0 if loaded is None else loaded.step), recipe.train.steps
+    speaks = dist.get_rank() == 0
+    validation = None
+    with Metrics(run, steps=steps, start=start, speaks=speaks) as metrics:
+        for step in range(start, steps):
+            metrics.log(step + 1, **one_step(job, step))
+            if _due(recipe.eval.every, step + 1, steps):
+                validation = evaluate(job)
+                metrics.log_eval(step + 1, **validation.scalars())
+            if _due(recipe.checkpoint.every, step + 1, steps):
+                checkpoint.save(run, step + 1, job.model, job.optimizer, meta, recipe.checkpoint.keep)
+                metrics.committed(step + 1)
+    job.loader.close()
+    summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), speaks)
+
+
+def _due(every: int, step: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def build(recipe: Recipe, run: Path) -> Job:
+    """Mesh, data, model and optimizer of this rank; the model has its initial weights."""
+    device = meshes.device()
+    dp, sp = recipes.resolve_mesh(recipe, dist.get_world_size())
+    mesh = meshes.build(dp, sp)
+    dataset = open_dataset(recipe.data)
+    vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab": vocab})})
+    attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
+    with torch.device("meta"):
+        model = language_model(recipe, attention)
+    called = parallelize(
+        model,
+        model.layers,
+        mesh,
+        device,
+        kind=recipe.parallel.data_parallel,
+        mode=recipe.parallel.recompute,
+        dtype=model.dtype,
+        values=initial_values(model, recipe.train.seed, device),
+    )
+    loader = SliceLoader(
+        dataset.split("train"),
+        window=recipe.data.window,
+        batch=recipe.train.batch,
+        micro_batch=recipe.train.micro_batch,
+        dp=dp,
+        dp_rank=mesh.rank("dp"),
+        sp=sp,
+        sp_rank=mesh.rank("sp"),
+        segment=plan.layout(recipe, dp, sp).segment,
+        seed=recipe.data.seed,
+        bos=dataset.bos,
+        reset=recipe.data.reset_at_documents,
+    )
+    return Job(recipe, run, device, mesh, dataset, model, called, build_optimizer(model, recipe.optim), loader)
+
+
+def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
+    """The recipe's model, its parameters in at least fp32."""
+    dtype = DTYPES[recipe.train.precision]
+    model = LanguageModel(recipe.model, recipe.data.window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
+    return model.to(torch.promote_types(dtype, torch.float32))
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued: the data and its order, the model and its decays."""
+    recipe = job.recipe
+    return {
+        "model": recipe.model.model_dump(mode="json"),
+        "decays": job.model.decays().tolist(),
+        "dataset": job.dataset.fingerprint,
+        "order": {
+            "seed": recipe.data.seed,
+            "window": recipe.data.window,
+            "batch": recipe.train.batch,
+            "reset_at_documents": recipe.data.reset_at_documents,
+        },
+    }
+
+
+def one_step(job: Job, step: int) -> dict[str, float]:
+    """Update number `step` (0 is the first) and its metrics. Raises NumericalError before anything has changed."""
+    recipe, began = job.recipe, time.perf_counter()
+    micro_batches = [tuple(piece.to(job.device, non_blocking=True) for piece in m) for m in job.loader.step(step)]
+    data_wait = time.perf_counter() - began
+    loss, norm = accumulate(job, micro_batches)
+    lr = learning_rate(recipe.optim, recipe.train.steps, step)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise NumericalError(
+            f"step {step + 1}: loss {float(loss)}, gradient norm {float(norm)}; expected finite numbers. The weights "
+            f"are those of step {step}; its windows start at tokens {job.loader.window_starts(step)}; try a lower optim.lr"
+        )
+    set_learning_rate(job.optimizer, lr)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    tokens = recipe.train.batch * recipe.data.window
+    seconds = time.perf_counter() - began
+    return {
+        "loss": float(loss),
+        "lr": lr,
+        "grad_norm": float(norm),
+        "tokens": (step + 1) * tokens,
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_per_gpu": tokens / seconds / job.mesh.size,
+        "flops": plan.flops_per_token(recipe.model, job.model.embed.num_embeddings) * tokens / seconds / job.mesh.size,
+        "memory_peak": meshes.peak_memory(job.device),
+        "data_wait": data_wait,
+        "step_time": seconds,
+    }
+
+
+def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+    """Gradients of the global batch, clipped. Returns its mean loss and the norm the gradients had, on every rank.
+
+    The loss is the sum over all valid labels of the global batch divided by their number, whatever the layout;
+    gradients are averaged over ranks, so each rank scales its part by their number.
+    """
+    valid = sum(
+        ((piece.labels != IGNORED).sum() for m in micro_batches for piece in m), torch.zeros((), device=job.device)
+    )
+    total = sum_over_ranks(valid)
+    loss = torch.zeros((), dtype=torch.float64, device=job.device)
+    for number, micro_batch in enumerate(micro_batches):
+        set_gradient_sync(job.called, False)
+        last = number == len(micro_batches) - 1
+        loss += stream.backward(
+            job.called,
+            job.recipe.model.layers,
+            micro_batch,
+            job.mesh.size / total,
+            (lambda: set_gradient_sync(job.called, True)) if last else (lambda: None),
+        )
+    norm = clip_gradients(job.model, job.recipe.optim.clip)
+    return sum_over_ranks(loss) / total, norm
+
+
+def evaluate(job: Job) -> Validation:
+    """Loss on the held-out windows of `eval.windows`."""
+    recipe = job.recipe
+    held_out = SliceLoader(
+        job.dataset.split("validation"),
+        window=recipe.data.window,
+        batch=job.mesh.length("dp") * recipe.train.micro_batch,
+        micro_batch=recipe.train.micro_batch,
+        dp=job.mesh.length("dp"),
+        dp_rank=job.mesh.rank("dp"),
+        sp=job.mesh.length("sp"),
+        sp_rank=job.mesh.rank("sp"),
+        segment=job.loader.segment,
+        seed=recipe.data.seed,
+        bos=job.dataset.bos,
+        reset=recipe.data.reset_at_documents,
+        prefetch=False,
+    )
+    rounds = held_out.validation_rounds(recipe.eval.windows)
+    slices = (held_out.validation_slices(i, recipe.eval.windows) for i in range(rounds))
+    return validate(
+        job.called,
+        (tuple(piece.to(job.device) for piece in segments) for segments in slices),
+        job.mesh,
+        recipe.data.window,
+        job.dataset.token_bytes,
+    )
