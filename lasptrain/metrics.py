@@ -1,0 +1,220 @@
+"""What a run reports while it trains: RUN/metrics.jsonl, TensorBoard events, status.json, and a line on the terminal.
+
+metrics.jsonl is only ever appended to, one object a line: `{"step": 7, "loss": …}` for an update,
+`{"step": 10, "event": "eval", …}`, and `{"step": 4, "event": "resumed"}`, which takes back all that came before it
+about later steps. Steps count finished updates. Read it with `read_metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lasptrain import run as runs
+
+FILE, EVENTS, STATUS = "metrics.jsonl", "tensorboard", "status.json"
+QUIET = 2.0  # seconds between lines where there is no terminal to redraw
+RENEWED = 1.0  # seconds between renewals of status.json
+
+# bf16 matrix products a GPU sustains, FLOP/s, by a part of its name: H200 and H100 measured, A100 from its data sheet.
+PEAKS = {"H200": 792e12, "H100": 792e12, "A100": 312e12}
+
+Value = float | int | None
+Record = dict[str, Any]
+
+
+class Metrics:
+    """Writes the metrics of one run from step `start` on, as a context manager; silent unless it `speaks`."""
+
+    def __init__(
+        self, run: Path, *, steps: int, start: int = 0, speaks: bool = True, console: Console | None = None
+    ) -> None:
+        self._run, self._steps, self._speaks = run, steps, speaks
+        self._status: Record = {"state": "running", "step": start, "steps": steps, "committed": start or None}
+        self._renewed = -math.inf
+        if not speaks:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+
+        self._display = _Display(console or Console(soft_wrap=True, highlight=False), steps, start)
+        self._file = _append(run / FILE)
+        if self._file.tell():
+            self._write({"step": start, "event": "resumed"})
+        events = str(run / EVENTS)
+        self._events = SummaryWriter(events, purge_step=start + 1)
+        self._renew()
+
+    def log(self, step: int, **values: Value) -> None:
+        """Report update number `step` (1 is the first): loss, lr, grad_norm, tokens_per_s, step_time, …"""
+        if not self._speaks:
+            return
+        self._write({"step": step, **values})
+        self._plot("train", step, values)
+        self._display.show(step, values)
+        self._status |= {"step": step, "tokens_per_s": values.get("tokens_per_s")}
+        if step == self._steps or time.monotonic() - self._renewed > RENEWED:
+            self._renew()
+
+    def log_eval(self, step: int, **values: Value) -> None:
+        """Report a loss on held-out windows after update `step`, and what came with it."""
+        if not self._speaks:
+            return
+        self._write({"step": step, "event": "eval", **values})
+        self._plot("eval", step, values)
+        self._display.say(f"step {step}/{self._steps}  held-out loss {_number(values.get('loss'), '.4f')}")
+
+    def committed(self, step: int) -> None:
+        """Report that a checkpoint of `step` is on disk."""
+        if not self._speaks:
+            return
+        self._status["committed"] = step
+        self._renew()
+        self._display.say(f"committed step {step}")
+
+    def say(self, text: str) -> None:
+        """Print a line without disturbing the display."""
+        if self._speaks:
+            self._display.say(text)
+
+    def close(self, state: str = "finished") -> None:
+        """Leave the terminal and the files as they should stay; `state` goes to status.json."""
+        if not self._speaks:
+            return
+        self._speaks = False
+        self._display.close()
+        self._file.close()
+        self._events.close()
+        self._status["state"] = state
+        self._renew()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("finished" if kind is None else f"ended by {kind.__name__}")
+
+    def _write(self, record: Record) -> None:
+        """One line at once, so that a killed run leaves at most a torn last line. NaN and infinity are null in JSON."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
+
+    def _plot(self, group: str, step: int, values: dict[str, Value]) -> None:
+        for key, value in values.items():
+            if value is not None:
+                self._events.add_scalar(f"{group}/{key}", value, step)
+
+    def _renew(self) -> None:
+        self._renewed = time.monotonic()
+        runs.write(self._run / STATUS, json.dumps(self._status | {"time": round(time.time(), 3)}))
+
+
+class _Display:
+    """A bar that is redrawn on a terminal; elsewhere a line for the first, the last, and sometimes another step."""
+
+    def __init__(self, console: Console, steps: int, start: int) -> None:
+        self.console, self.steps = console, steps
+        self.began, self.first = time.monotonic(), start
+        self.printed = -math.inf
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        if console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(None), TextColumn("ETA {task.fields[eta]}")
+            self.bar = Progress(*columns, console=console, expand=True)
+            self.task = self.bar.add_task(f"step {start}/{steps}", total=steps, completed=start, eta="-")
+            self.bar.start()
+
+    def show(self, step: int, values: dict[str, Value]) -> None:
+        now = time.monotonic()
+        eta = duration((now - self.began) / max(step - self.first, 1) * (self.steps - step))
+        text = f"step {step}/{self.steps}  {_describe(values)}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=text, eta=eta)
+        elif step in (self.first + 1, self.steps) or now - self.printed >= QUIET:
+            self.printed = now
+            self.console.print(f"{text}  ETA {eta}", markup=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def _describe(values: dict[str, Value]) -> str:
+    parts = [
+        f"loss {_number(values.get('loss'), '.4f')}",
+        f"lr {_number(values.get('lr'), '.2e')}",
+        f"norm {_number(values.get('grad_norm'), '.3f')}",
+        f"{_number(values.get('tokens_per_s'), ',.0f')} tokens/s",
+    ]
+    if values.get("mfu") is not None:
+        parts.append(f"MFU {_number(values['mfu'], '.1%')}")
+    return "  ".join(parts)
+
+
+def _number(value: Value, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss, h:mm:ss or d d hh:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def peak_rate(device_name: str) -> float | None:
+    """FLOP/s of bf16 matrix products on a GPU of that name, None if unknown."""
+    return next((rate for part, rate in PEAKS.items() if part in device_name), None)
+
+
+def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation in [0, 1]: what the model needs of what a GPU sustains; None without a peak."""
+    return None if peak is None else tokens_per_s_per_gpu * flops_per_token / peak
+
+
+def _append(file: Path) -> IO[str]:
+    """Open for appending, on a line of its own even if the last one was torn."""
+    stream = file.open("a+b")
+    size = stream.seek(0, 2)
+    if size:
+        stream.seek(-1, 2)
+        if stream.read(1) != b"\n":
+            stream.write(b"\n")
+    stream.close()
+    return file.open("a", encoding="utf-8")
+
+
+def read_metrics(run: Path, event: str | None = None) -> list[Record]:
+    """The records of RUN/metrics.jsonl by step: of updates, or of an `event` (`eval`); [] if there is no file.
+
+    Of a step that was trained more than once the last record counts, and none after the step a run resumed from.
+    Lines torn by a kill are skipped.
+    """
+    if not (run / FILE).exists():
+        return []
+    kept: dict[int, Record] = {}
+    for line in (run / FILE).read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("event") == "resumed":
+            kept = {step: other for step, other in kept.items() if step <= record["step"]}
+        elif record.get("event") == event:
+            kept[record["step"]] = record
+    return [kept[step] for step in sorted(kept)]
