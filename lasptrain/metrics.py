@@ -14,8 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from lasptrain import run as runs
 
@@ -119,36 +121,39 @@ class Metrics:
 
 
 class _Display:
-    """A bar that is redrawn on a terminal; elsewhere a line for the first, the last, and sometimes another step."""
+    """A bar and the latest numbers, redrawn on a terminal; elsewhere a line for the first, the last and some steps."""
 
     def __init__(self, console: Console, steps: int, start: int) -> None:
         self.console, self.steps = console, steps
         self.began, self.first = time.monotonic(), start
         self.printed = -math.inf
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        if console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(None), TextColumn("ETA {task.fields[eta]}")
-            self.bar = Progress(*columns, console=console, expand=True)
-            self.task = self.bar.add_task(f"step {start}/{steps}", total=steps, completed=start, eta="-")
-            self.bar.start()
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(None),
+            TextColumn("{task.fields[eta]}"),
+        )
+        self.bar = Progress(*columns, console=console, expand=True)
+        self.task = self.bar.add_task("", total=steps, completed=start, eta="")
+        self.live = Live(self.bar, console=console) if console.is_terminal else None
+        if self.live:
+            self.live.start()
 
     def show(self, step: int, values: dict[str, Value]) -> None:
         now = time.monotonic()
-        eta = duration((now - self.began) / max(step - self.first, 1) * (self.steps - step))
-        text = f"step {step}/{self.steps}  {_describe(values)}"
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=text, eta=eta)
+        eta = f"ETA {duration((now - self.began) / max(step - self.first, 1) * (self.steps - step))}"
+        if self.live:
+            self.bar.update(self.task, completed=step, eta=eta)
+            self.live.update(Group(self.bar, Text(_describe(values), no_wrap=True, overflow="ellipsis")))
         elif step in (self.first + 1, self.steps) or now - self.printed >= QUIET:
             self.printed = now
-            self.console.print(f"{text}  ETA {eta}", markup=False)
+            self.console.print(f"step {step}/{self.steps}  {_describe(values)}  {eta}", markup=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
+        if self.live:
+            self.live.stop()
 
 
 def _describe(values: dict[str, Value]) -> str:

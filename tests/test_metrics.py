@@ -114,12 +114,14 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     console, text = _console(terminal=True)
     with Metrics(tmp_path, steps=2, console=console) as metrics:
-        metrics.log(1, **_values(2.0) | {"mfu": 0.413})
+        metrics.log(1, **_values(2.0))
         metrics.say("above the bar")
-        metrics.log(2, **_values(1.0))
+        metrics.log(2, **_values(1.0) | {"mfu": 0.413})
     shown = text.getvalue()
     assert "above the bar" in shown
-    assert "step 2/2  loss 1.0000" in shown
+    assert "step 2/2" in shown
+    assert "loss 1.0000  lr 1.00e-03  norm 0.500  12,346 tokens/s" in shown
+    assert "MFU 41.3%" in shown
     assert "ETA 0:00" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor comes back
 
