@@ -1,0 +1,151 @@
+"""The command line: one line per error, the right exit code, never a traceback, nothing overwritten."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lasptrain import __version__
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+
+
+def lasptrain(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in `cwd` with the repository importable, and nothing that a launcher may have set."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "lasptrain", *arguments],
+        cwd=cwd,
+        env={**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cwd / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def refused(code: int, message: str, *arguments: str, cwd: Path) -> None:
+    """Asserts that the command ends with `code` and one line that matches `message`."""
+    done = lasptrain(*arguments, cwd=cwd)
+    assert done.returncode == code, done.stderr
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
+    assert not done.stdout
+
+
+def test_version_and_help(tmp_path: Path) -> None:
+    assert lasptrain("--version", cwd=tmp_path).stdout == f"lasptrain {__version__}\n"
+    help_text = lasptrain("--help", cwd=tmp_path).stdout
+    assert all(command in help_text for command in ("pretrain", "check", "data"))
+
+
+@pytest.mark.parametrize("arguments", [["pretrian"], ["check", "--nproc", "0", QUICKSTART], ["check", "--nope"]])
+def test_usage_errors_end_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    done = lasptrain(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_check_shows_what_a_recipe_means_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = lasptrain("check", QUICKSTART, "--nproc", "4", "--set", "mesh.sp=2", "--set", "mesh.dp=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for expected in ("tnl, 4 layers of 256", "4,522,240", "dp 2 × sp 2, 4 processes", "4,096 tokens per rank"):
+        assert expected in " ".join(done.stdout.split())
+    assert "16,384 tokens: 2 windows" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "torch.py"]
+
+
+def test_every_problem_of_a_recipe_is_a_line(tmp_path: Path) -> None:
+    done = lasptrain("check", QUICKSTART, "--set", "model.dmi=3", "--set", "train.steps=x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: --set model.dmi=3: model.dmi: no such key; did you mean dim?",
+        "error: --set train.steps=x: train.steps: found 'x'; expected an integer",
+    ]
+
+
+def test_recipe_errors(tmp_path: Path) -> None:
+    refused(2, "no such file; expected a recipe", "pretrain", "absent.yaml", cwd=tmp_path)
+    refused(
+        2,
+        "data.window: 8192 tokens do not split into mesh.sp = 3 equal slices; nearest: 8190, 8193",
+        *("pretrain", QUICKSTART, "--set", "mesh.sp=3"),
+        cwd=tmp_path,
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mesh_for_another_number_of_processes(tmp_path: Path) -> None:
+    arguments = [QUICKSTART, "--nproc", "3", "--set", "mesh.dp=2", "--set", "mesh.sp=2"]
+    refused(5, "3 processes do not make dp = 2 × sp = 2.*nearest: --nproc 4", "check", *arguments, cwd=tmp_path)
+    refused(5, "3 processes do not make dp = 2 × sp = 2.*nearest: --nproc 4", "pretrain", *arguments, cwd=tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nnodes", "2"], "--rdzv: missing with --nnodes 2; expected HOST:PORT"),
+        (["--nnodes", "2", "--node-rank", "2", "--rdzv", "a:1"], "--node-rank: found 2 of --nnodes 2; expected 0 to 1"),
+        (["--rdzv", "somewhere"], "--rdzv: found 'somewhere'; expected HOST:PORT"),
+        (["--rdzv", "a:99999"], "--rdzv: found 'a:99999'; expected HOST:PORT"),
+    ],
+)
+def test_options_for_several_machines(tmp_path: Path, options: list[str], message: str) -> None:
+    refused(2, message, "pretrain", QUICKSTART, *options, cwd=tmp_path)
+
+
+def test_data_errors_come_before_any_run(tmp_path: Path) -> None:
+    refused(3, "corpus: no such source", "pretrain", QUICKSTART, "--set", "data.source=corpus", cwd=tmp_path)
+    refused(3, "absent.model", "pretrain", QUICKSTART, "--set", "data.tokenizer=absent.model", cwd=tmp_path)
+    refused(3, "absent.model", "check", QUICKSTART, "--set", "data.tokenizer=absent.model", cwd=tmp_path)
+    refused(2, "model.vocab: 100 rows for a tokenizer of 4096", "check", QUICKSTART, "--set", "model.vocab=100",
+            cwd=tmp_path)  # fmt: skip
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_that_does_not_match_the_shards(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
+    prepared = lasptrain("data", "prepare", "text.txt", "--tokenizer", "bytes", "--out", "shards", cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    refused(3, "shards: made with tokenizer bytes", "pretrain", QUICKSTART, "--set", "data.source=shards", cwd=tmp_path)
+
+
+def test_data_commands_make_inspect_and_verify_a_dataset(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"document {number} says: to be or not to be\n" * 50)
+    sources = [f"{number}.txt" for number in range(20)]
+    trained = lasptrain("data", "tokenizer", "train", *sources, "--vocab", "300", "--out", "t.model", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "300 pieces" in lasptrain("data", "tokenizer", "inspect", "t.model", cwd=tmp_path).stdout
+    shown = lasptrain("data", "tokenizer", "inspect", "bytes", "--text", "ab", cwd=tmp_path).stdout
+    assert "'a' 'b'\n2 tokens" in shown
+    prepare = ["data", "prepare", *sources, "--tokenizer", "t.model", "--out", "set", "--validation", "200000"]
+    assert lasptrain(*prepare, cwd=tmp_path).returncode == 0
+    refused(5, "set: it is not empty", *prepare, cwd=tmp_path)
+    inspected = lasptrain("data", "inspect", "set", "--window", "64", cwd=tmp_path)
+    assert "windows of 64" in inspected.stdout
+    assert lasptrain("data", "verify", "set", cwd=tmp_path).returncode == 0
+    shard = next((tmp_path / "set").glob("train-*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert lasptrain("data", "verify", "set", cwd=tmp_path).returncode == 3
+
+
+def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None:
+    program = "import lasptrain.cli as cli; cli.load = lambda *_: 1 / 0; cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "check", "x.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 70
+    assert done.stderr.count("Traceback") == 1
