@@ -46,16 +46,16 @@ class _CrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            logits = _logits(x[part], operand)
-            losses, log_sum = _losses(logits, labels[part])
+            losses, softmax = _losses(_logits(x[part], operand), labels[part])
             loss += losses.sum()
             if not any(needs):
                 continue
-            dlogits = _grad_logits(logits, log_sum, labels[part]).to(x.dtype)
+            ignored = (labels[part] == IGNORED).unsqueeze(1)
+            dlogits = _minus_one_hot(softmax, labels[part]).to(x.dtype)  # of rows that are not ignored
             if dx is not None:
-                torch.mm(dlogits, operand, out=dx[part])
+                torch.mm(dlogits, operand, out=dx[part]).masked_fill_(ignored, 0)
             if dweight is not None:
-                _accumulate(dweight, dlogits.T, x[part])
+                _accumulate(dweight, dlogits.T, x[part].masked_fill(ignored, 0))
         ctx.save_for_backward(dx, dweight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -94,17 +94,16 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (cross-entropy [C], 0 where ignored; log-sum-exp [C]) of logits [C, vocab]."""
-    log_sum = logits.logsumexp(dim=1)
+    """Return (cross-entropy [C], 0 where ignored; softmax [C, vocab]) of logits [C, vocab]."""
+    softmax = logits.softmax(dim=1)
+    largest, place = logits.max(dim=1, keepdim=True)
+    log_sum = largest - softmax.gather(1, place).log()  # exact: the largest probability is at least 1 / vocab
     ignored = labels == IGNORED
-    target = logits.gather(1, labels.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
-    return (log_sum - target).masked_fill(ignored, 0), log_sum
+    target = logits.gather(1, labels.masked_fill(ignored, 0).unsqueeze(1))
+    return (log_sum - target).squeeze(1).masked_fill(ignored, 0), softmax
 
 
-def _grad_logits(logits: Tensor, log_sum: Tensor, labels: Tensor) -> Tensor:
-    """Turn logits [C, vocab] in place into the gradient of the summed loss: softmax minus one-hot, 0 where ignored."""
-    ignored = labels == IGNORED
-    softmax = logits.sub_(log_sum.unsqueeze(1)).exp_()
-    index = labels.masked_fill(ignored, 0).unsqueeze(1)
-    softmax.scatter_add_(1, index, softmax.new_full((1, 1), -1).expand_as(index))
-    return softmax.masked_fill_(ignored.unsqueeze(1), 0)
+def _minus_one_hot(softmax: Tensor, labels: Tensor) -> Tensor:
+    """Subtract 1 at each label from softmax [C, vocab] in place: the gradient of the summed loss by the logits."""
+    index = labels.clamp(min=0).unsqueeze(1)
+    return softmax.scatter_add_(1, index, softmax.new_full((1, 1), -1).expand_as(index))

@@ -26,7 +26,7 @@ QUIET = 2.0  # seconds between lines where there is no terminal to redraw
 RENEWED = 1.0  # seconds between renewals of status.json
 
 # bf16 matrix products a GPU sustains, FLOP/s, by a part of its name: H200 and H100 measured, A100 from its data sheet.
-PEAKS = {"H200": 792e12, "H100": 792e12, "A100": 312e12}
+PEAKS = {"H200": 792e12, "H100": 675e12, "A100": 312e12}
 
 Value = float | int | None
 Record = dict[str, Any]
