@@ -1,0 +1,93 @@
+"""Inputs on which a kernel is compared with another, and one call of all its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """A slice of `tokens` tokens; `boundaries` are the first tokens of documents in batch element 0."""
+
+    tokens: int
+    keys: int
+    values: int
+    decay: str  # none, head or token
+    boundaries: tuple[int, ...] = ()
+    batch: int = 2
+    heads: int = 3
+    edges: bool = True
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    log_decay: Tensor | None
+    doc: Tensor | None
+    entering: Tensor | None
+    dleaving: Tensor | None
+
+    def double(self) -> Inputs:
+        """The same in float64."""
+        return self.map(lambda x: x.double() if x.is_floating_point() else x)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs._make(None if x is None else change(x) for x in self)
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Fresh normal inputs of `dtype`; decays from almost none to forgetting in a token."""
+    b, t, h = case.batch, case.tokens, case.heads
+    generator = torch.Generator(device).manual_seed(t)
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(kind)
+
+    rates = torch.logspace(-3, 0.3, h, device=device)
+    log_decay: Tensor | None = None
+    match case.decay:
+        case "head":
+            log_decay = -rates
+        case "token":
+            log_decay = -torch.rand(b, t, h, generator=generator, device=device) * rates
+    doc = None
+    if case.boundaries:
+        begin = torch.zeros(b, t, dtype=torch.int32, device=device)
+        begin[0, list(case.boundaries)] = 1
+        doc = begin.cumsum(1).int()
+    state = (b, h, case.keys, case.values)
+    return Inputs(
+        q=normal(b, t, h, case.keys),
+        k=normal(b, t, h, case.keys),
+        v=normal(b, t, h, case.values),
+        do=normal(b, t, h, case.values),
+        log_decay=log_decay,
+        doc=doc,
+        entering=normal(*state, kind=torch.float32) if case.edges else None,
+        dleaving=normal(*state, kind=torch.float32) if case.edges else None,
+    )
+
+
+def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True) -> dict[str, Tensor]:
+    """Every output and gradient of the five functions of a kernel module."""
+    state, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc)
+    o, prefix = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks if with_blocks else None)
+    dentering, dblocks = kernel.grad_entering(x.q, x.do, x.log_decay, x.doc)
+    dq, row = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
+    dk, dv, dlog = kernel.grad_key_value(
+        x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks if with_blocks else None, prefix, row
+    )
+    found = {"state": state, "o": o, "dentering": dentering, "dq": dq, "dk": dk, "dv": dv}
+    return found if dlog is None else found | {"dlog_decay": dlog}
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖; infinite where a is not finite."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30)) if bool(torch.isfinite(a).all()) else float("inf")

@@ -1,0 +1,54 @@
+"""Law 1 for the Triton kernels, in Triton's interpreter on the CPU; small sizes. On a GPU: test_gpu_kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lasptrain.ops import chunked
+from tests.kernel_cases import Case, backward, error, inputs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CASES = [
+    Case(1, 32, 32, "token", (0,)),
+    Case(63, 32, 64, "head"),
+    Case(65, 64, 32, "token", (0, 30, 64), heads=2),
+    Case(130, 32, 33, "none", (1, 64, 129), batch=1, heads=2),
+    Case(300, 32, 32, "token", (3, 100, 255, 256, 299), batch=1),
+    Case(300, 64, 64, "token", batch=1, heads=1),
+    Case(33, 256, 32, "head", (5,), batch=1, heads=1),
+]
+
+
+def test_in_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when a program is decorated, so the cases run in a process of their own."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "recurrence"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{2 * len(CASES)} passed" in done.stdout
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype, bound: float) -> None:
+    from lasptrain.ops import triton_kernels
+
+    x = inputs(case, dtype, torch.device("cpu"))
+    want = backward(chunked, x.double())
+    got = backward(triton_kernels, x, with_blocks=case.tokens != 65)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert error(got[name], want[name]) < bound, name
