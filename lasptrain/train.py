@@ -19,7 +19,7 @@ from lasptrain.data.loader import IGNORED, MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError
 from lasptrain.eval.validation import Validation, validate
-from lasptrain.metrics import Metrics
+from lasptrain.metrics import Metrics, mfu, peak_rate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from lasptrain.parallel import mesh as meshes
@@ -46,6 +46,8 @@ class Job:
     called: nn.Module  # the model as it is spread over the mesh
     optimizer: AdamW
     loader: SliceLoader
+    flops_per_token: int
+    peak: float | None  # FLOP/s of this device in bf16, where it is known
 
 
 def train(recipe: Recipe, run: Path) -> None:
@@ -112,7 +114,19 @@ def build(recipe: Recipe, run: Path) -> Job:
         bos=dataset.bos,
         reset=recipe.data.reset_at_documents,
     )
-    return Job(recipe, run, device, mesh, dataset, model, called, build_optimizer(model, recipe.optim), loader)
+    return Job(
+        recipe,
+        run,
+        device,
+        mesh,
+        dataset,
+        model,
+        called,
+        build_optimizer(model, recipe.optim),
+        loader,
+        plan.flops_per_token(recipe.model, vocab),
+        peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+    )
 
 
 def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
@@ -138,7 +152,7 @@ def identity(job: Job) -> dict[str, Any]:
     }
 
 
-def one_step(job: Job, step: int) -> dict[str, float]:
+def one_step(job: Job, step: int) -> dict[str, float | int | None]:
     """Update number `step` (0 is the first) and its metrics. Raises NumericalError before anything has changed."""
     recipe, began = job.recipe, time.perf_counter()
     micro_batches = [tuple(piece.to(job.device, non_blocking=True) for piece in m) for m in job.loader.step(step)]
@@ -162,7 +176,7 @@ def one_step(job: Job, step: int) -> dict[str, float]:
         "tokens": (step + 1) * tokens,
         "tokens_per_s": tokens / seconds,
         "tokens_per_s_per_gpu": tokens / seconds / job.mesh.size,
-        "flops": plan.flops_per_token(recipe.model, job.model.embed.num_embeddings) * tokens / seconds / job.mesh.size,
+        "mfu": mfu(tokens / seconds / job.mesh.size, job.flops_per_token, job.peak),
         "memory_peak": meshes.peak_memory(job.device),
         "data_wait": data_wait,
         "step_time": seconds,
