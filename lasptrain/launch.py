@@ -275,7 +275,7 @@ def rank_process(
             _function(target)(recipe, run)
             dist.destroy_process_group()
     except BaseException as error:
-        failure = _failure(int(os.environ["RANK"]), error)
+        failure = failure_of(int(os.environ["RANK"]), error)
         code = failure.code
         for folder in folders:
             _record(folder, failure)
@@ -333,7 +333,7 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tim
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
 
 
-def _failure(rank: int, error: BaseException) -> Failure:
+def failure_of(rank: int, error: BaseException) -> Failure:
     """What kind of end an exception is."""
     name = f"rank {rank} on {socket.gethostname()}"
     kind = type(error).__name__

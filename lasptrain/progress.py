@@ -1,27 +1,35 @@
-"""A bar on the terminal while data is prepared."""
+"""What a terminal shows while data is prepared."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+PATIENCE = 2.0  # seconds of work that need no word
+
 
 @contextmanager
 def preparing() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each stage of preparing data, which appears with the first report."""
-    bars = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    """Yields a function `(stage, done, total)`: a bar on stderr for each stage, a line where it is no terminal."""
+    console = Console(stderr=True)
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
+    began = time.monotonic()
 
     def show(stage: str, done: int, total: int) -> None:
+        if time.monotonic() - began < PATIENCE:
+            return
         if not tasks:
             bars.start()
         if stage not in tasks:
             tasks[stage] = bars.add_task(f"preparing data: {stage}")
+            if not console.is_terminal:
+                console.print(f"preparing data: {stage}")
         bars.update(tasks[stage], completed=done, total=total)
 
     try:
         yield show
     finally:
-        if tasks:
-            bars.stop()
+        bars.stop()

@@ -1,0 +1,70 @@
+"""Stand-ins for `lasptrain.train.train`, each with its own way to end; run as a program, a launcher of them.
+
+python -m tests.fake_train TARGET RECIPE NPROC [NODES NODE_RANK HOST:PORT [KEY=VALUE]…]
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lasptrain.errors import LaspError, NumericalError
+from lasptrain.recipe import Recipe, load
+
+
+def agree(recipe: Recipe, run: Path) -> None:
+    """Every rank leaves a file of what it was given; rank 0 first waits for all."""
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    told = {"world": int(total), "dp": recipe.mesh.dp, "sp": recipe.mesh.sp, "vocab": recipe.model.vocab}
+    (run / f"rank-{dist.get_rank()}.json").write_text(json.dumps(told | {"threads": os.environ["OMP_NUM_THREADS"]}))
+
+
+def refuse(recipe: Recipe, run: Path) -> None:
+    """The last rank stops with an error of ours; the others wait for it."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise NumericalError("step 3: loss nan; expected a number")
+    dist.barrier()
+
+
+def bug(recipe: Recipe, run: Path) -> None:
+    """As `refuse`, with an error that is nobody's."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise ZeroDivisionError("an accident")
+    dist.barrier()
+
+
+def die(recipe: Recipe, run: Path) -> None:
+    """As `refuse`, by SIGKILL."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def wait(recipe: Recipe, run: Path) -> None:
+    """Says that it is there, and stays."""
+    (run / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def main() -> int:
+    """Launches a target of this file; prints errors as the command line does."""
+    from lasptrain.launch import USUAL, Nodes, launch
+
+    target, recipe, nproc, *rest = sys.argv[1:]
+    nodes = Nodes(int(rest[0]), int(rest[1]), rest[2]) if len(rest) >= 3 else None
+    overrides = rest[3:] if nodes else []
+    try:
+        return launch(load(recipe, overrides), USUAL, int(nproc), nodes, target=f"tests.fake_train:{target}")
+    except LaspError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""Launching: ranks agree, the cause of a failure is told once, and nothing outlives its launcher."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lasptrain import run as runs
+from lasptrain.errors import CheckpointError, NumericalError, SetupError
+from lasptrain.launch import Failure, cause, failure_of, first_host
+from lasptrain.recipe import Recipe, dump, load
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """\
+model: {arch: tnl, dim: 8, layers: 1, heads: 1, mlp: 8}
+data: {source: text.txt, tokenizer: bytes, window: 64, cache: cache, validation: 0}
+optim: {lr: 1e-3}
+train: {steps: 2, batch: 2, precision: fp32}
+launch: {timeout: 20}
+"""
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 100)
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Starts `python -m MODULE ARGUMENTS…` in the folder; nothing of it is left at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, module: str = "tests.fake_train", **environment: str) -> subprocess.Popen[str]:
+        foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+        kept = {key: value for key, value in os.environ.items() if key not in foreign}
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=folder,
+            env={**kept, "PYTHONPATH": str(ROOT), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code and what it said on stderr."""
+    _, said = process.communicate(timeout=90)
+    return process.returncode, said
+
+
+def ranks(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(file.read_text()) for file in sorted((folder / "runs" / "tiny").glob("rank-*.json"))]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def test_ranks_get_the_resolved_recipe(folder: Path, start: Start) -> None:
+    assert end(start("agree", "tiny.yaml", "2")) == (0, "")
+    cores = len(os.sched_getaffinity(0))
+    told = {"world": 2, "dp": 2, "sp": 1, "vocab": 320, "threads": str(max(1, cores // 2))}
+    assert ranks(folder) == [told, told]
+    stored = load(folder / "runs" / "tiny" / "recipe.yaml")
+    assert (stored.name, stored.mesh.dp, stored.model.vocab) == ("tiny", 2, 320)
+    assert not list((folder / "runs" / "tiny" / "ranks").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "message"),
+    [
+        ("refuse", 6, "error: step 3: loss nan; expected a number\n"),
+        ("die", 7, "error: rank 1 was killed by SIGKILL: out of host memory?\n"),
+    ],
+)
+def test_the_cause_is_told_once_with_its_code(start: Start, target: str, code: int, message: str) -> None:
+    assert end(start(target, "tiny.yaml", "2")) == (code, message)
+
+
+def test_a_bug_in_a_rank_shows_one_traceback(folder: Path, start: Start) -> None:
+    code, said = end(start("bug", "tiny.yaml", "2"))
+    assert code == 70
+    assert said.count("Traceback") == 1
+    assert said.startswith("rank 1 on ")
+    assert said.endswith("ZeroDivisionError: an accident\n")
+    record = json.loads((folder / "runs" / "tiny" / "ranks" / "1.json").read_text())
+    assert (record["rank"], record["code"], record["kind"]) == (1, 70, "ZeroDivisionError")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (NumericalError("step 3: loss nan"), 6, "step 3: loss nan"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), 8, "rank 2 .*: out of memory: .* train.segment"),
+        (MemoryError(), 8, "rank 2 on .*: out of memory: MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 8, "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 8, "rank 2 on .*: a.bin: no space left"),
+        (RuntimeError("[/x/gloo/pair.cc:1] Connection closed by peer [a]:1. This is typically your fault"), 7,
+         r"rank 2 on .*: lost the other ranks: Connection closed by peer \[a\]:1"),
+        (dist.DistBackendError("watchdog"), 7, "rank 2 on .*: lost the other ranks: watchdog"),
+        (RuntimeError("shapes differ"), 70, "RuntimeError: shapes differ"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)  # fmt: skip
+def test_what_an_exception_means(error: BaseException, code: int, message: str) -> None:
+    failure = failure_of(2, error)
+    assert failure.code == code
+    assert re.search(message, failure.message)
+    assert code == 70 or "\n" not in failure.message
+
+
+def _pids(folder: Path, count: int) -> list[int]:
+    """The ranks of the target `wait`, once all are there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = [file.read_text() for file in (folder / "runs" / "tiny").glob("pid-*")]
+        if len(found) == count and all(found):
+            return [int(pid) for pid in found]
+        time.sleep(0.05)
+    raise AssertionError("the ranks did not start")
+
+
+def _gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_launcher_ends_all_quietly(folder: Path, start: Start, number: int, code: int) -> None:
+    launcher = start("wait", "tiny.yaml", "2")
+    pids = _pids(folder, 2)
+    if number == signal.SIGINT:
+        busy, said = end(start("agree", "tiny.yaml", "1"))
+        assert busy == 5
+        assert f"in use by process {launcher.pid} on {socket.gethostname()} since 2" in said
+    launcher.send_signal(number)
+    assert end(launcher) == (code, "")
+    deadline = time.monotonic() + 5
+    while not all(map(_gone, pids)):
+        assert time.monotonic() < deadline, "a rank outlives its launcher"
+        time.sleep(0.05)
+
+
+def test_two_launchers_on_one_machine_make_one_mesh(folder: Path, start: Start) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    nodes = [start("agree", "tiny.yaml", "2", "2", str(node), place, "mesh.sp=2") for node in range(2)]
+    assert [end(node) for node in nodes] == [(0, ""), (0, "")]
+    assert [(told["world"], told["dp"], told["sp"]) for told in ranks(folder)] == [(4, 2, 2)] * 4
+
+
+def test_under_torchrun_it_joins(folder: Path, start: Start) -> None:
+    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "tests.fake_train", "agree", "tiny.yaml", "8"]
+    code, said = end(start(*arguments, module="torch.distributed.run", OMP_NUM_THREADS="1"))
+    assert code == 0, said
+    assert [told["world"] for told in ranks(folder)] == [2, 2]
+
+
+def slurm(start: Start, target: str, *recipes: str) -> list[tuple[int, str]]:
+    """How the tasks of a Slurm step end, one for each recipe."""
+    common = {"SLURM_STEP_NUM_TASKS": str(len(recipes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [
+        start(target, recipe, "8", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), OMP_NUM_THREADS="1", **common)
+        for task, recipe in enumerate(recipes)
+    ]
+    return [end(task) for task in tasks]
+
+
+def test_under_slurm_it_joins(start: Start) -> None:
+    first, second = slurm(start, "refuse", "tiny.yaml", "tiny.yaml")
+    assert first[0] == 7
+    assert second == (6, "error: step 3: loss nan; expected a number\n")
+
+
+def test_ranks_with_different_recipes_are_refused(folder: Path, start: Start) -> None:
+    (folder / "other.yaml").write_text(RECIPE.replace("1e-3", "2e-3"))
+    message = "error: recipe: rank 1 has another one than rank 0; give all the same file and --set\n"
+    assert slurm(start, "agree", "tiny.yaml", "other.yaml") == [(5, message), (5, message)]
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b", "a"), ("node[07-12,20],login", "node07"), ("n-[3]", "n-3"), ("c1n[08,09]x", "c1n08x")],
+)
+def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
+def _records(folder: Path, *failures: Failure) -> Path:
+    for failure in failures:
+        (folder / f"{failure.rank}.json").write_text(json.dumps(failure._asdict()))
+    return folder
+
+
+def test_the_cause_is_the_earliest_that_did_not_just_lose_a_peer(tmp_path: Path) -> None:
+    lost = Failure(0, 7, "RuntimeError", "lost", 1.0)
+    own = Failure(1, 3, "DataError", "own", 3.0)
+    later = Failure(2, 70, "KeyError", "later", 4.0)
+    assert cause({0: 7, 1: 3, 2: 70}, _records(tmp_path, lost, own, later)) == own
+    (tmp_path / "9.json").write_text("{")
+    assert cause({0: 7}, tmp_path) == own
+
+
+def test_a_killed_rank_is_the_cause_and_one_that_the_agent_ended_is_not(tmp_path: Path) -> None:
+    lost = Failure(0, 7, "RuntimeError", "lost", 1.0)
+    assert cause({2: -15, 1: -9}, tmp_path).rank == 1
+    assert cause({2: -15, 0: 7}, _records(tmp_path, lost)) == lost
+    assert cause({2: -11, 0: 7}, tmp_path)[:2] == (2, 7)
+
+
+def test_a_rank_that_left_no_record_is_a_bug(tmp_path: Path) -> None:
+    assert cause({3: 1}, tmp_path).code == 70
+
+
+# The run folder
+
+
+@pytest.fixture
+def recipe(folder: Path) -> Recipe:
+    return load(folder / "tiny.yaml", ["model.vocab=320"])
+
+
+@pytest.mark.parametrize(
+    ("there", "usual", "fresh"),
+    [
+        ([], "tiny", "tiny"),
+        (["tiny"], "tiny", "tiny-2"),
+        (["tiny", "tiny-2"], "tiny-2", "tiny-3"),
+        (["tiny", "tiny-2", "tiny-10"], "tiny-10", "tiny-11"),
+        (["tiny-7"], "tiny-7", "tiny-8"),
+        (["tiny", "tiny-x", "tiny-01", "tiny-1", "tinyx-3", "other-4"], "tiny", "tiny-2"),
+    ],
+)
+def test_the_newest_run_goes_on_and_fresh_takes_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], usual: str, fresh: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in there:
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    assert runs.choose("tiny") == Path("runs") / usual
+    assert runs.choose("tiny", fresh=True) == Path("runs") / fresh
+    assert runs.choose("other", Path("runs/tiny")) == Path("runs/tiny")
+    assert runs.choose("other", Path("runs/tiny"), fresh=True) == Path("runs") / fresh
+
+
+def test_a_run_folder_is_held_by_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with (
+        runs.lock(run),
+        pytest.raises(SetupError, match=f"in use by process {os.getpid()} on .* since"),
+        runs.lock(run),
+    ):
+        pass
+    with runs.lock(run), (run / runs.LOCK).open() as file, pytest.raises(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with runs.lock(run):
+        pass
+
+
+def test_folders_that_are_no_runs_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SetupError, match=r"holds files but no recipe\.yaml"), runs.lock(tmp_path):
+        pass
+    with pytest.raises(SetupError, match="expected a run folder"), runs.lock(tmp_path / "thesis.tex"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex"}
+
+
+def test_a_run_of_a_different_recipe_is_refused_with_the_keys(tmp_path: Path, recipe: Recipe) -> None:
+    runs.adopt(tmp_path, recipe)
+    other = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"dim": 16}),
+            "data": recipe.data.model_copy(update={"seed": 7}),
+        }
+    )
+    runs.adopt(tmp_path, other)  # nothing was saved yet
+    runs.adopt(tmp_path, recipe)
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    before = (tmp_path / "recipe.yaml").read_text()
+    with pytest.raises(CheckpointError, match=r"model.dim: 8 there, 16 here; data.seed: 0 there, 7 here; use --fresh"):
+        runs.adopt(tmp_path, other)
+    assert (tmp_path / "recipe.yaml").read_text() == before == dump(recipe)
+
+
+@pytest.mark.parametrize(
+    "free",
+    ["mesh.sp=2", "mesh.scan=ring", "parallel.recompute=full", "train.steps=9", "train.segment=32", "eval.every=0",
+     "checkpoint.keep=9", "launch.timeout=5", "train.kernel=chunked", "data.cache=elsewhere",
+     "data.source=moved/text.txt"],
+)  # fmt: skip
+def test_how_a_run_is_computed_may_change(folder: Path, recipe: Recipe, free: str) -> None:
+    assert not runs.differences(recipe, load(folder / "tiny.yaml", ["model.vocab=320", free]))
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    ["model.dim=16", "data.window=32", "data.seed=1", "data.source=other.txt", "optim.lr=1e-4", "train.batch=4",
+     "train.seed=1", "train.precision=bf16", "data.reset_at_documents=false", "data.validation=5"],
+)  # fmt: skip
+def test_what_a_run_computes_may_not_change(folder: Path, recipe: Recipe, fixed: str) -> None:
+    other = load(folder / "tiny.yaml", ["model.vocab=320", fixed])
+    (changed,) = runs.differences(recipe, other)
+    assert changed.startswith(f"{fixed.partition('=')[0]}: ")
+    assert runs.digest(recipe) != runs.digest(other)
+
+
+@given(st.integers(2, 10**8))
+def test_any_number_of_runs(tmp_path_factory: pytest.TempPathFactory, number: int) -> None:
+    base = tmp_path_factory.mktemp("runs") / "tiny"
+    base.with_name(f"tiny-{number}").mkdir()
+    assert runs.choose("tiny", base, fresh=True).name == f"tiny-{number + 1}"
