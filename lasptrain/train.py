@@ -15,10 +15,11 @@ from torch.optim import AdamW
 from lasptrain import checkpoint, ops, plan, stream
 from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
-from lasptrain.data.loader import IGNORED, MicroBatch, SliceLoader
+from lasptrain.data.loader import MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError
 from lasptrain.eval.validation import Validation, validate
+from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, mfu, peak_rate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
@@ -58,9 +59,11 @@ def train(recipe: Recipe, run: Path) -> None:
     job = build(recipe, run)
     recipe = job.recipe
     meta = identity(job)
+    speaks = dist.get_rank() == 0
+    if speaks:
+        checkpoint.sweep(run)
     loaded = checkpoint.load(run, job.model, job.optimizer, meta)
     start, steps = (0 if loaded is None else loaded.step), recipe.train.steps
-    speaks = dist.get_rank() == 0
     validation = None
     with Metrics(run, steps=steps, start=start, speaks=speaks) as metrics:
         for step in range(start, steps):

@@ -14,8 +14,8 @@ import torch
 from lasptrain.data.dataset import Split
 from lasptrain.data.order import window_start
 from lasptrain.errors import DataError, RecipeError
+from lasptrain.loss import IGNORED
 
-IGNORED = -100  # the label that counts in no loss; only validation's filling windows have it
 
 
 class Slice(NamedTuple):
@@ -118,7 +118,7 @@ class SliceLoader:
         """Micro-batch `index` of the first `windows` windows, cut from the start of the split without shift or shuffle.
 
         Row j is window (index · micro_batch + j) · dp + dp_rank. Ranks left without a window get window 0 with every
-        label IGNORED: all ranks run the same number of times, and only real labels count.
+        label IGNORED (only these have it): all ranks run the same number of times, and only real labels count.
         """
         rows = range(index * self.micro_batch, (index + 1) * self.micro_batch)
         numbers = [row * self.dp + self.dp_rank for row in rows]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lasptrain.data.loader import IGNORED, MicroBatch
+from lasptrain.data.loader import MicroBatch
+from lasptrain.loss import IGNORED
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 
 

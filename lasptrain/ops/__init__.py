@@ -14,8 +14,8 @@ Arguments common to the five functions below, which every kernel offers:
 | `entering`, `leaving` | [B, H, K, V] | states, at least fp32 |
 
 A document boundary is a decay of zero: document 0 continues from the left and alone reads the entering state, the last
-one writes the leaving state. `blocks` and `prefix` [B, H, n, K, V] are states at the n block edges of the kernel;
-`prefix[:, :, 0]` is the entering state.
+one writes the leaving state. `blocks`, `prefix` and `row` are what a kernel leaves for itself: states at the edges of
+its blocks and sums per token, in a layout that only it knows.
 
 The functions are registered as PyTorch operators, so that selective recomputation and `torch.compile` see each as one.
 """

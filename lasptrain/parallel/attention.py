@@ -46,6 +46,7 @@ class _Backward:
 
     q: Tensor
     do: Tensor
+    entering: Tensor | None
     prefix: Tensor
     row: Tensor
     dblocks: Tensor
@@ -157,7 +158,7 @@ class _Begin(Function):
         dangle = None
         if angle is not None and right is not None:
             state, _ = ops.summarize(kernel, k, v, log_decay, doc)
-            leaving = transition.apply(handed.prefix[:, :, 0], transition.rotate(state))
+            leaving = transition.apply(handed.entering, transition.rotate(state))
             dangle = _grad_angle(right, leaving)
         dleaving = None if right is None else transition.transpose().rotate(right)
         dk, dv, dlog = ops.grad_key_value(
@@ -198,14 +199,16 @@ class _Finish(Function):
         )
         ctx.attention, ctx.pending = attention, pending
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, *pending.transition)
+        decay, angle = pending.transition
+        turned = None if angle is None else entering
+        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, turned, decay, angle)
         del pending.k, pending.v, pending.blocks, pending.exchange, pending.transition, pending.log_decay, pending.doc
         return o, leaving
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dleaving: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, doc, prefix, decay, angle = ctx.saved_tensors
+        q, k, v, log_decay, doc, prefix, entering, decay, angle = ctx.saved_tensors
         kernel, pending = ctx.attention.kernel, ctx.pending
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc)
@@ -213,5 +216,5 @@ class _Finish(Function):
             dentering, Transition(decay, angle).transpose(), dleaving, reverse=True, leave=pending.has_carry
         )
         dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
-        pending.backward = _Backward(q, do, prefix, row, dblocks, exchange)
+        pending.backward = _Backward(q, do, entering, prefix, row, dblocks, exchange)
         return dq, q.new_zeros(0), None, None

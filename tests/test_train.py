@@ -1,0 +1,124 @@
+"""Laws 2 and 4 through the front door: runs that are killed, resumed, moved to another mesh, or fed nonsense."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lasptrain import recipe as recipes
+from lasptrain import train
+from lasptrain.errors import NumericalError
+from lasptrain.metrics import read_metrics
+from lasptrain.recipe import Recipe
+from tests.gloo import spawn
+
+RECIPE = """
+model: {arch: tnl, dim: 16, layers: 2, heads: 2, mlp: 24}
+data: {source: SOURCE, tokenizer: bytes, window: 240, cache: CACHE, validation: 300000}
+optim: {lr: 1e-2, schedule: constant}
+train: {steps: 6, batch: 4, precision: fp32}
+checkpoint: {every: 2, keep: 2}
+eval: {every: 3, windows: 2, sample: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, and text enough for it."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text(f"Document {i} counts: " + " ".join(str(i * j) for j in range(i * 5)))
+    text = RECIPE.replace("SOURCE", str(folder / "text")).replace("CACHE", str(folder / "cache"))
+    (folder / "tiny.yaml").write_text(text)
+    return folder
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lasptrain", "pretrain", "tiny.yaml", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pretrain(folder: Path, run: str, *arguments: str) -> str:
+    process = start(folder, "--run", run, *arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> list[float]:
+    output = pretrain(folder, "undisturbed")
+    assert "unigram entropy" in output and "committed step 6" in output
+    found = losses(folder / "undisturbed")
+    assert len(found) == 6 and found[-1] < found[0]
+    return found
+
+
+def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) -> None:
+    process = start(folder, "--run", "killed", "--set", "checkpoint.every=2")
+    metrics = folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count('"grad_norm"') >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "killed" / "checkpoints" / "step-6").exists()
+    pretrain(folder, "killed")
+    assert losses(folder / "killed") == undisturbed
+
+
+def test_a_run_continues_on_another_mesh(folder: Path, undisturbed: list[float]) -> None:
+    pretrain(folder, "moved", "--set", "train.steps=2")
+    pretrain(folder, "moved", "--set", "train.steps=4", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
+    pretrain(folder, "moved", "--nproc", "2", "--set", "mesh.dp=2", "--set", "parallel.data_parallel=ddp")
+    assert losses(folder / "moved") == pytest.approx(undisturbed, rel=2e-5)
+
+
+def test_two_by_two_is_one_device(folder: Path, undisturbed: list[float]) -> None:
+    pretrain(folder, "mesh", "--nproc", "4", "--set", "mesh.dp=2", "--set", "mesh.sp=2", "--set", "train.segment=120")
+    assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)
+
+
+def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> None:
+    common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", "127.0.0.1:29571"]
+    nodes = [start(folder, *common, "--node-rank", str(rank), GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], outputs
+    assert losses(folder / "nodes") == pytest.approx(undisturbed, rel=2e-5)
+
+
+def poisoned(rank: int, world: int, recipe: Recipe, run: Path) -> bool:
+    job = train.build(recipe, run)
+    train.one_step(job, 0)
+    with torch.no_grad():
+        job.model.layers[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
+    before = [p.detach().clone() for p in job.model.parameters()]
+    with pytest.raises(NumericalError, match="step 2"):
+        train.one_step(job, 1)
+    return all(
+        torch.equal(a, b.detach()) or a.isnan().any() for a, b in zip(before, job.model.parameters(), strict=True)
+    )
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path, tmp_path: Path) -> None:
+    recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
+    assert spawn(2, poisoned, recipe, tmp_path) == [True, True]
