@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -59,7 +58,7 @@ def train(recipe: Recipe, run: Path) -> None:
     job = build(recipe, run)
     recipe = job.recipe
     meta = identity(job)
-    speaks = dist.get_rank() == 0
+    speaks = job.mesh.flat.get_rank() == 0
     if speaks:
         checkpoint.sweep(run)
     loaded = checkpoint.load(run, job.model, job.optimizer, meta)
@@ -85,7 +84,7 @@ def _due(every: int, step: int, steps: int) -> bool:
 def build(recipe: Recipe, run: Path) -> Job:
     """Mesh, data, model and optimizer of this rank; the model has its initial weights."""
     device = meshes.device()
-    dp, sp = recipes.resolve_mesh(recipe, dist.get_world_size())
+    dp, sp = recipes.resolve_mesh(recipe, meshes.world_size())
     mesh = meshes.build(dp, sp)
     dataset = open_dataset(recipe.data)
     vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
@@ -95,12 +94,13 @@ def build(recipe: Recipe, run: Path) -> Job:
         model = language_model(recipe, attention)
     called = parallelize(
         model,
-        model.layers,
+        model.blocks,
         mesh,
         device,
         kind=recipe.parallel.data_parallel,
         mode=recipe.parallel.recompute,
         dtype=model.dtype,
+        fuse=recipe.train.compile,
         values=initial_values(model, recipe.train.seed, device),
     )
     loader = SliceLoader(
@@ -163,9 +163,10 @@ def one_step(job: Job, step: int) -> dict[str, float | int | None]:
     loss, norm = accumulate(job, micro_batches)
     lr = learning_rate(recipe.optim, recipe.train.steps, step)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        windows = job.loader.window_starts(step)
         raise NumericalError(
-            f"step {step + 1}: loss {float(loss)}, gradient norm {float(norm)}; expected finite numbers. The weights "
-            f"are those of step {step}; its windows start at tokens {job.loader.window_starts(step)}; try a lower optim.lr"
+            f"step {step + 1}: loss {float(loss)}, gradient norm {float(norm)}; expected finite numbers, try a lower "
+            f"optim.lr. The weights are those of step {step}; the windows of step {step + 1} start at tokens {windows}"
         )
     set_learning_rate(job.optimizer, lr)
     job.optimizer.step()

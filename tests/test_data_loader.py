@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lasptrain.data.dataset import Split
-from lasptrain.data.loader import IGNORED, SliceLoader
+from lasptrain.data.loader import SliceLoader
 from lasptrain.data.order import permute, window_start
 from lasptrain.data.shard import Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, RecipeError
+from lasptrain.loss import IGNORED
 
 BOS = 1
 WINDOW = 24

@@ -103,7 +103,7 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     with torch.device("meta"):
         model = LanguageModel(config(arch), WINDOW, Attention("chunked", scan), dtype=dtype, loss_chunk=32).to(dtype)
     called = parallelize(
-        model, model.layers, mesh, CPU, kind=layout.kind, mode=layout.recompute, dtype=dtype, values=values(model)
+        model, model.blocks, mesh, CPU, kind=layout.kind, mode=layout.recompute, dtype=dtype, values=values(model)
     )
     world = layout.dp * layout.sp
     mine = range(mesh.rank("dp"), BATCH, layout.dp)

@@ -110,7 +110,7 @@ def poisoned(rank: int, world: int, recipe: Recipe, run: Path) -> bool:
     job = train.build(recipe, run)
     train.one_step(job, 0)
     with torch.no_grad():
-        job.model.layers[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
+        job.model.blocks[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
     before = [p.detach().clone() for p in job.model.parameters()]
     with pytest.raises(NumericalError, match="step 2"):
         train.one_step(job, 1)

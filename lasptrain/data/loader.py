@@ -17,7 +17,6 @@ from lasptrain.errors import DataError, RecipeError
 from lasptrain.loss import IGNORED
 
 
-
 class Slice(NamedTuple):
     """This rank's piece of one segment, for b windows.
 

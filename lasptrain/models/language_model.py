@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lasptrain.loss import chunked_cross_entropy, token_losses
 from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Linear, Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
-from lasptrain.models.mixers import State, TransNormer, Undecayed
+from lasptrain.models.mixers import COMPILED, State, TransNormer, Undecayed
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.recipe import Model
 
@@ -39,8 +39,13 @@ class Block(nn.Module):
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
 
-    def forward(self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool, only_state: bool = False
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] after the block and the mixer's leaving state; `only_state` leaves x as it is."""
         phases = self.mixer.phases(x.shape[1])
+        if only_state:
+            return x, self.mixer.state(self.norm1(x), phases, doc, carry, memory)
         x, leaving = self.recompute(self.mix, x, phases, doc, carry, memory, leave)
         return x, leaving
 
@@ -48,8 +53,19 @@ class Block(nn.Module):
         self, x: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
         y, leaving = self.mixer(self.norm1(x), phases, doc, carry, memory, leave)
+        return self.feed(x, y), leaving
+
+    def feed(self, x: Tensor, y: Tensor) -> Tensor:
+        """The second half: both residual additions and the MLP."""
         x = x + y
-        return x + self.mlp(self.norm2(x)), leaving
+        z: Tensor = x + self.mlp(self.norm2(x))
+        return z
+
+    def fuse(self) -> None:
+        """Compile what lies between exchanges and kernels; all blocks share the graphs."""
+        for owner, parts in ((self.mixer, COMPILED), (self, ("feed",)), (self.norm1, ("forward",))):
+            for part in parts:
+                setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
 
 
 class LanguageModel(nn.Module):
@@ -99,7 +115,7 @@ class LanguageModel(nn.Module):
             leave: whether the leaving states are wanted.
             per_token: losses [B·T] without gradient instead of their sum.
         """
-        x, leaving = self.hidden(tokens, doc, carry, memories, leave)
+        x, leaving = self.hidden(tokens, doc, carry, memories, leave, only_state=labels is None)
         if labels is None:
             return Output(None, leaving)
         x = self.norm(x).flatten(0, 1)
@@ -115,13 +131,18 @@ class LanguageModel(nn.Module):
         carry: Sequence[State] | None = None,
         memories: Sequence[Memory] | None = None,
         leave: bool = False,
+        only_state: bool = False,
     ) -> tuple[Tensor, list[State]]:
-        """Activations [B, T, D] before the last norm, and the leaving states."""
+        """Activations [B, T, D] before the last norm, and the leaving states.
+
+        With `only_state` the activations are not wanted, and the last layer makes nothing but its state.
+        """
         x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
         leaving = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks):
             entered = (None,) if carry is None else carry[i]
-            x, state = layer(x, doc, entered, Memory() if memories is None else memories[i], leave)
+            memory = Memory() if memories is None else memories[i]
+            x, state = layer(x, doc, entered, memory, leave, only_state and i + 1 == len(self.layers))
             leaving.append(state)
         return x, leaving
 
@@ -133,6 +154,11 @@ class LanguageModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def decays(self) -> Tensor:
         """Slopes [layers, heads] in fp32."""
@@ -173,6 +199,6 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
             yield name, torch.empty(parameter.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
-    for layer, slope in zip(model.layers, model.decays(), strict=True):
+    for layer, slope in zip(model.blocks, model.decays(), strict=True):
         if (buffer := getattr(layer.mixer, "slope", None)) is not None:
             yield next(n for n, b in model.named_buffers() if b is buffer), slope

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasptrain.models.layers import Linear, Lrpe, Phases, RMSNorm, srms
-from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.attention import Attention, Memory, Pending
 
 State = tuple[Tensor | None, ...]  # what a mixer carries from segment to segment; only the mixer understands it
+
+
+COMPILED = ("keys", "queries", "output")  # the parts of a mixer between exchanges
 
 
 class TransNormer(nn.Module):
@@ -41,26 +44,48 @@ class TransNormer(nn.Module):
     def forward(
         self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
-        split = (*h.shape[:2], self.heads, -1)
-        k, v = F.silu(self.k(h)).view(split), self.v(h).view(split)
-        if phases is not None:
-            k = phases.features(k)
-        log_decay = None if self.slope is None else -self.slope
-        pending = self.attention.begin(
+        pending = self._begin(h, phases, doc, carry, memory, leave)
+        q, gate = self.queries(h, phases)
+        o, leaving = self.attention.finish(pending, q)
+        return self.output(o, gate), (leaving,)
+
+    def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
+        """What leaves the segment, without outputs."""
+        return (self.attention.leave(self._begin(h, phases, doc, carry, memory, True)),)
+
+    def _begin(
+        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> Pending:
+        k, v = self.keys(h, phases)
+        return self.attention.begin(
             k,
             v,
-            log_decay,
+            None if self.slope is None else -self.slope,
             doc,
             angle=None if phases is None else phases.turn,
             carry=carry[0],
             memory=memory,
             leave=leave,
         )
-        q, gate = F.silu(self.q(h)).view(split), self.gate(h)
-        if phases is not None:
-            q = phases.features(q)
-        o, leaving = self.attention.finish(pending, q)
-        return self.out(gate * srms(o.flatten(2))), (leaving,)
+
+    def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
+        """k and v, [B, T, H, ·]."""
+        k, v = _heads(F.silu(self.k(h)), self.heads), _heads(self.v(h), self.heads)
+        return (k if phases is None else phases.features(k)), v
+
+    def queries(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, ·] and the gate [B, T, H·V]."""
+        q = _heads(F.silu(self.q(h)), self.heads)
+        return (q if phases is None else phases.features(q)), self.gate(h)
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        y: Tensor = self.out(gate * srms(o.flatten(2)))
+        return y
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:2], heads, -1)
 
 
 class Undecayed(nn.Module):
@@ -84,13 +109,31 @@ class Undecayed(nn.Module):
     def forward(
         self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
-        split = (*h.shape[:2], self.heads, -1)
-        k, v = (F.elu(self.k(h)) + 1).view(split), self.v(h).view(split)
-        if self.normalizer:
-            v = F.pad(v, (0, 1), value=1.0)
-        pending = self.attention.begin(k, v, None, doc, carry=carry[0], memory=memory, leave=leave)
-        q = (F.elu(self.q(h)) + 1).view(split)
-        o, leaving = self.attention.finish(pending, q if self.normalizer else q * self.scale)
+        pending = self._begin(h, doc, carry, memory, leave)
+        o, leaving = self.attention.finish(pending, self.queries(h))
+        return self.output(o), (leaving,)
+
+    def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
+        """What leaves the segment, without outputs."""
+        return (self.attention.leave(self._begin(h, doc, carry, memory, True)),)
+
+    def _begin(self, h: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool) -> Pending:
+        k, v = self.keys(h)
+        return self.attention.begin(k, v, None, doc, carry=carry[0], memory=memory, leave=leave)
+
+    def keys(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v, [B, T, H, ·]; v with its column of ones."""
+        k, v = _heads(F.elu(self.k(h)) + 1, self.heads), _heads(self.v(h), self.heads)
+        return k, (F.pad(v, (0, 1), value=1.0) if self.normalizer else v)
+
+    def queries(self, h: Tensor) -> Tensor:
+        """q [B, T, H, K], scaled where nothing normalises it."""
+        q = _heads(F.elu(self.q(h)) + 1, self.heads)
+        return q if self.normalizer else q * self.scale
+
+    def output(self, o: Tensor) -> Tensor:
+        """y [B, T, D] from o [B, T, H, ·]."""
         if self.normalizer:
             o = o[..., :-1] / (o[..., -1:] + 1e-10)
-        return self.out(self.norm(o).flatten(2)), (leaving,)
+        y: Tensor = self.out(self.norm(o).flatten(2))
+        return y

@@ -116,6 +116,12 @@ class Attention:
         result: tuple[Tensor, Tensor | None] = _Finish.apply(q, pending.link, self, pending)  # type: ignore[no-untyped-call]
         return result
 
+    def leave(self, pending: Pending) -> Tensor | None:
+        """What enters the next segment, where the outputs are not wanted; without gradient."""
+        entering, leaving = pending.exchange.wait()
+        pending.memory.known, pending.memory.entering = True, entering
+        return leaving
+
 
 class _Begin(Function):
     @staticmethod

@@ -45,6 +45,11 @@ class Mesh(NamedTuple):
         return self.grid.get_group("sp")
 
 
+def world_size() -> int:
+    """Ranks of the whole job."""
+    return dist.get_world_size()
+
+
 def build(dp: int, sp: int) -> Mesh:
     """The mesh of all ranks; consecutive ranks share a window, so that its slices travel the shortest way."""
     grid = init_device_mesh(device().type, (dp, sp), mesh_dim_names=("dp", "sp"))

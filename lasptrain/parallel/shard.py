@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,19 @@ aten = torch.ops.aten
 KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, ops.attend._opoverload}
 
 
+class Block(Protocol):
+    """A layer of the model: its forward goes through `recompute`, and it can compile itself."""
+
+    recompute: Callable[..., Any]
+
+    def fuse(self) -> None: ...
+
+
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute(blocks: Iterable[nn.Module], mode: str) -> None:
+def recompute(blocks: Sequence[Block], mode: str) -> None:
     """Activation checkpointing of blocks whose forward goes through their attribute `recompute`.
 
     `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of
@@ -38,10 +46,10 @@ def recompute(blocks: Iterable[nn.Module], mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.recompute = partial(checkpoint, **options)  # type: ignore[assignment]
+        block.recompute = partial(checkpoint, **options)
 
 
-def _fully_shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def _fully_shard(model: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """FSDP2 of each block and of the rest. Forward inputs are not cast, because states enter in fp32."""
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
@@ -50,7 +58,7 @@ def _fully_shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh
         if getattr(module, "full_precision", False):
             fully_shard(module, mesh=mesh, mp_policy=exact)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(cast(nn.Module, block), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -81,13 +89,14 @@ def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
 
 def parallelize(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[Block],
     mesh: Mesh,
     device: torch.device,
     *,
     kind: str,
     mode: str,
     dtype: torch.dtype,
+    fuse: bool = False,
     values: Iterable[tuple[str, Tensor]],
 ) -> nn.Module:
     """The model, given on the meta device, on this rank: what to call in place of it.
@@ -99,12 +108,15 @@ def parallelize(
     Args:
         kind: `fsdp` or `ddp`.
         mode: of recomputation, see `recompute`.
+        fuse: compile the blocks.
         dtype: of parameters in forward and backward; their own is at least fp32.
         values: initial parameters and buffers by name, full size; may be lazy.
     """
-    blocks = list(blocks)
     flat = mesh.flat
     recompute(blocks, mode)
+    if fuse:
+        for block in blocks:
+            block.fuse()
     if kind == "fsdp":
         _fully_shard(model, blocks, flat, dtype)
     model.to_empty(device=device)
