@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lasptrain import plan
 from lasptrain.errors import RecipeError, SetupError
-from lasptrain.recipe import SECTIONS, Data, Model, Recipe, dump, load, resolve_mesh, resolve_vocabulary
+from lasptrain.recipe import SECTIONS, Model, Recipe, dump, load, resolve_mesh, resolve_vocabulary
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GOOD = """\
@@ -395,12 +395,6 @@ def test_layout(write: Write) -> None:
     assert (layout.segments, layout.segment, layout.slice) == (64, 65536, 32768)
     assert (layout.micro_batches, layout.tokens_per_step) == (2, 8 * 4194304)
     assert plan.layout(load(write(GOOD), ["data.window=40009"]), 1, 1).segments == 1
-
-
-def test_keys_are_documented_by_name() -> None:
-    assert set(Data.model_fields) == {
-        "source", "tokenizer", "window", "seed", "validation", "reset_at_documents", "cache"
-    }  # fmt: skip
 
 
 def test_a_recipe_is_read_without_torch() -> None:
