@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from lasptrain.errors import ResourceError
 from lasptrain.recipe import Model, Recipe
 
 AUTO_SLICE = 32_768  # tokens; longer ones are no faster and only need more memory
@@ -39,6 +40,70 @@ def state_bytes(model: Model) -> int:
 def _state_keys(model: Model) -> list[int]:
     """Key dim of each layer's state: LRPE doubles it (cosine and sine)."""
     return [model.K * (2 if layer in model.lrpe else 1) for layer in range(model.layers)]
+
+
+LONGEST_SLICE = 32768  # tokens; longer ones make no kernel faster
+HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
+
+
+def activation_bytes(recipe: Recipe) -> int:
+    """Bytes kept for the backward pass per token of a rank's slice."""
+    model, train = recipe.model, recipe.train
+    size = {"bf16": 2, "fp32": 4, "fp64": 8}[train.precision]
+    D, HK, HV, F = model.dim, model.heads * model.K, model.heads * model.V, model.mlp
+    if recipe.parallel.recompute == "full":
+        return size * D * model.layers
+    inputs = 4 * D  # residual stream twice, two normed inputs
+    mixer = 4 * HK + 3 * HV  # q and k before and after their activation, v, gate, o
+    if recipe.parallel.recompute == "selective":
+        return size * model.layers * (2 * D + 2 * HK + 3 * HV + 2 * F)
+    eager = 0 if train.compile else 3 * D + 2 * HV + 2 * F  # what no compiler recomputes
+    return size * model.layers * (inputs + mixer + 2 * F + eager)
+
+
+def working_bytes(recipe: Recipe) -> int:
+    """Bytes per token of the slice that live while one block or the loss is being computed."""
+    model = recipe.model
+    size = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.train.precision]
+    block = 6 * model.dim + 3 * model.mlp + 4 * model.heads * (model.K + model.V)
+    return size * block * (2 if recipe.parallel.recompute == "full" else 1)
+
+
+def state_memory(recipe: Recipe, vocab: int, ranks: int) -> dict[str, int]:
+    """Bytes per rank that do not depend on the slice: parameters, gradients, optimizer, logits."""
+    count = sum(parameters(recipe.model, vocab).values())
+    wide = 8 if recipe.train.precision == "fp64" else 4
+    narrow = 2 if recipe.train.precision == "bf16" else wide
+    shards = ranks if recipe.parallel.data_parallel == "fsdp" else 1
+    logits = recipe.train.loss_chunk * vocab * (2 * wide + narrow)
+    return {
+        "parameters": wide * count // shards + narrow * count,
+        "gradients": wide * count + (wide * count // shards if shards > 1 else 0),
+        "optimizer": 2 * wide * count // shards,
+        "loss": logits + vocab * recipe.model.dim * wide,
+    }
+
+
+def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, memory: int | None) -> int:
+    """The segment that `train.segment: auto` means: the longest that divides the window and whose slices are no longer
+    than LONGEST_SLICE and fit `memory` bytes of each rank, which is None where nothing is known of it.
+
+    Raises ResourceError where not even the shortest fits.
+    """
+    window, rows = recipe.data.window, recipe.train.micro_batch
+    fixed = sum(state_memory(recipe, vocab, dp * sp).values())
+    per_token = rows * (activation_bytes(recipe) + working_bytes(recipe))
+    room = LONGEST_SLICE if memory is None else min(LONGEST_SLICE, int(HEADROOM * memory - fixed) // per_token)
+    pieces = (n for n in range(1, window // sp + 1) if window % n == 0 and window // n % sp == 0)
+    for n in pieces:
+        segment = window // n
+        if segment // sp <= room:
+            return segment
+    assert memory is not None
+    raise ResourceError(
+        f"train.segment: no segment of the {window:,}-token window fits {memory / 2**30:.1f} GiB; "
+        f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; use more GPUs or parallel.recompute: full"
+    )
 
 
 class Layout(NamedTuple):

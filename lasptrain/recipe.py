@@ -112,6 +112,7 @@ class Data(Section):
     seed: Seed = 0  # of the order of windows
     validation: Annotated[int, Field(ge=0, lt=1_000_000)] = 20_000  # documents held out, per million
     reset_at_documents: bool = True  # a document never sees another
+    repeat: bool = False  # fill a window that is longer than the corpus by reading it again
     cache: Text | None = None  # where prepared shards are kept; ${XDG_CACHE_HOME:-~/.cache}/lasptrain
 
 
@@ -187,6 +188,7 @@ class Eval(Section):
 
     every: Index = 50  # steps; 0: only at the end
     windows: Count = 4
+    window: Count | None = None  # tokens of a held-out window; data.window if not given
     sample: Index = 64  # tokens continued by the model in the summary
 
 
@@ -243,6 +245,12 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         return
     if sp == "auto":
         return
+    if recipe.eval.window is not None and recipe.eval.window % sp:
+        yield (
+            "eval.window",
+            f"{recipe.eval.window} tokens do not split into mesh.sp = {sp} equal slices; "
+            f"nearest: {_multiples(recipe.eval.window, sp)}",
+        )
     if segment != "auto" and segment % sp:
         nearest = _nearest(segment, lambda tokens: window % tokens == 0 and tokens % sp == 0, window)
         yield (

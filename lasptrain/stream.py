@@ -32,7 +32,7 @@ class Slice(Protocol):
 
 def _placeholder(state: Tensor | None) -> Tensor | None:
     """Stands for a state whose value is kept elsewhere, to receive its gradient."""
-    return None if state is None else state.new_zeros(()).expand(state.shape).requires_grad_()
+    return None if state is None else state.new_empty_strided(state.shape, [0] * state.dim()).requires_grad_()
 
 
 def _forward_states(

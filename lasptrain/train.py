@@ -89,6 +89,7 @@ def build(recipe: Recipe, run: Path) -> Job:
     dataset = open_dataset(recipe.data)
     vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab": vocab})})
+    memory = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
     attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
     with torch.device("meta"):
         model = language_model(recipe, attention)
@@ -103,6 +104,9 @@ def build(recipe: Recipe, run: Path) -> Job:
         fuse=recipe.train.compile,
         values=initial_values(model, recipe.train.seed, device),
     )
+    segment = recipe.train.segment
+    if segment == "auto":
+        segment = plan.choose_segment(recipe, vocab, dp, sp, memory)
     loader = SliceLoader(
         dataset.split("train"),
         window=recipe.data.window,
@@ -112,10 +116,11 @@ def build(recipe: Recipe, run: Path) -> Job:
         dp_rank=mesh.rank("dp"),
         sp=sp,
         sp_rank=mesh.rank("sp"),
-        segment=plan.layout(recipe, dp, sp).segment,
+        segment=segment,
         seed=recipe.data.seed,
         bos=dataset.bos,
         reset=recipe.data.reset_at_documents,
+        repeat=recipe.data.repeat,
     )
     return Job(
         recipe,
@@ -215,16 +220,17 @@ def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tenso
 def evaluate(job: Job) -> Validation:
     """Loss on the held-out windows of `eval.windows`."""
     recipe = job.recipe
+    window = recipe.eval.window or recipe.data.window
     held_out = SliceLoader(
         job.dataset.split("validation"),
-        window=recipe.data.window,
+        window=window,
         batch=job.mesh.length("dp") * recipe.train.micro_batch,
         micro_batch=recipe.train.micro_batch,
         dp=job.mesh.length("dp"),
         dp_rank=job.mesh.rank("dp"),
         sp=job.mesh.length("sp"),
         sp_rank=job.mesh.rank("sp"),
-        segment=job.loader.segment,
+        segment=window if window % job.loader.segment else job.loader.segment,
         seed=recipe.data.seed,
         bos=job.dataset.bos,
         reset=recipe.data.reset_at_documents,
@@ -236,6 +242,6 @@ def evaluate(job: Job) -> Validation:
         job.called,
         (tuple(piece.to(job.device) for piece in segments) for segments in slices),
         job.mesh,
-        recipe.data.window,
+        window,
         job.dataset.token_bytes,
     )

@@ -57,6 +57,7 @@ class SliceLoader:
         seed: int,
         bos: int,
         reset: bool,
+        repeat: bool = False,
         prefetch: bool = True,
     ) -> None:
         """Check that all divides. Raises RecipeError where it does not, DataError for a split that is too short."""
@@ -66,11 +67,12 @@ class SliceLoader:
         _check_divides("segment", segment, "mesh.sp", sp)
         _check_divides("data.window", window, "the dataset's align", split.align)
         _check_divides("train.batch", batch, "mesh.dp × train.micro_batch", dp * micro_batch)
-        if split.tokens < window:
+        if split.tokens < window and not repeat:
             fits = split.tokens // sp * sp
             raise DataError(
                 f"{split.tokens // 1024:,} windows of 1,024 would fit, 0 of {window:,}: "
-                f"split {split.name} has {split.tokens:,} tokens; longest window that fits: {fits:,}"
+                f"split {split.name} has {split.tokens:,} tokens; longest window that fits: {fits:,}; "
+                "data.repeat: true reads it again"
             )
         self.split, self.window, self.batch, self.micro_batch = split, window, batch, micro_batch
         self.dp, self.dp_rank, self.sp_rank, self.segment = dp, dp_rank, sp_rank, segment

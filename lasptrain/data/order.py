@@ -54,11 +54,11 @@ def permute(size: int, index: int, seed: int, epoch: int = 0) -> int:
 def window_start(total: int, window: int, align: int, seed: int, sample: int) -> int:
     """The token of the ring where the window of `sample` starts.
 
-    `total` and `window` are tokens and multiples of `align`; window <= total. Sample s·G + g is window g of step s for
-    G windows a step.
+    `total` and `window` are tokens and multiples of `align`. Sample s·G + g is window g of step s for G windows a step.
+    A window longer than the ring goes round it more than once.
     """
-    windows = total // window
-    if windows == 0 or total % align or window % align:
+    windows = max(total // window, 1)
+    if total == 0 or total % align or window % align:
         raise ValueError(f"{total} tokens hold no window of {window} tokens on a grid of {align}")
     epoch, index = divmod(sample, windows)
     shift = keys(seed, epoch, windows)[ROUNDS] % (total // align) * align

@@ -181,7 +181,8 @@ def _remembered(pending: Pending, k: Tensor, v: Tensor) -> Scanned:
     if memory.leaving is not None:
         return Scanned(memory.entering, memory.leaving.detach())
     b, _, h, kdim = k.shape
-    return Scanned(memory.entering, pending.transition.decay.new_zeros(()).expand(b, h, kdim, v.shape[-1]))
+    unread = pending.transition.decay.new_empty_strided((b, h, kdim, v.shape[-1]), (0, 0, 0, 0))
+    return Scanned(memory.entering, unread)
 
 
 def _grad_angle(right: Tensor, leaving: Tensor) -> Tensor:

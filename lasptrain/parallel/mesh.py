@@ -64,6 +64,19 @@ def peak_memory(on: torch.device) -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
+def free_memory(on: torch.device) -> int:
+    """Bytes of GPU memory that this process could still take."""
+    free, _ = torch.cuda.mem_get_info(on)
+    return free + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
+
+
+def smallest(value: int) -> int:
+    """The smallest of a number over all ranks."""
+    found = torch.tensor(value, device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all ranks, in its own dtype."""
     x = x.detach().clone()
