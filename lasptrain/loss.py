@@ -7,6 +7,8 @@ log-sum-exp, sums and the weight's gradient are at least fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def token_losses(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tenso
     """Return each token's cross-entropy [T], 0 where ignored, in the same dtype as the loss; no gradient."""
     weight = weight.to(x.dtype)
     parts = zip(x.split(chunk), labels.split(chunk), strict=True)
-    return torch.cat([_losses(_logits(tokens, weight), label)[0] for tokens, label in parts])
+    return torch.cat([_losses(_logits(tokens, weight), label) for tokens, label in parts])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -46,16 +48,17 @@ class _CrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            losses, softmax = _losses(_logits(x[part], operand), labels[part])
-            loss += losses.sum()
+            logits = _logits(x[part], operand)
             if not any(needs):
+                loss += _losses(logits, labels[part]).sum()
                 continue
-            ignored = (labels[part] == IGNORED).unsqueeze(1)
-            dlogits = _minus_one_hot(softmax, labels[part]).to(x.dtype)  # of rows that are not ignored
+            gradient = _fused() if x.is_cuda else _losses_and_gradient
+            losses, dlogits = gradient(logits, labels[part], x.dtype)
+            loss += losses.sum()
             if dx is not None:
-                torch.mm(dlogits, operand, out=dx[part]).masked_fill_(ignored, 0)
+                torch.mm(dlogits, operand, out=dx[part])
             if dweight is not None:
-                _accumulate(dweight, dlogits.T, x[part].masked_fill(ignored, 0))
+                _accumulate(dweight, dlogits.T, x[part])
         ctx.save_for_backward(dx, dweight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -93,17 +96,24 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (cross-entropy [C], 0 where ignored; softmax [C, vocab]) of logits [C, vocab]."""
-    softmax = logits.softmax(dim=1)
-    largest, place = logits.max(dim=1, keepdim=True)
-    log_sum = largest - softmax.gather(1, place).log()  # exact: the largest probability is at least 1 / vocab
-    ignored = labels == IGNORED
-    target = logits.gather(1, labels.masked_fill(ignored, 0).unsqueeze(1))
-    return (log_sum - target).squeeze(1).masked_fill(ignored, 0), softmax
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy [C] of logits [C, vocab], 0 where ignored."""
+    target = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return (logits.logsumexp(1) - target).masked_fill(labels == IGNORED, 0)
 
 
-def _minus_one_hot(softmax: Tensor, labels: Tensor) -> Tensor:
-    """Subtract 1 at each label from softmax [C, vocab] in place: the gradient of the summed loss by the logits."""
-    index = labels.clamp(min=0).unsqueeze(1)
-    return softmax.scatter_add_(1, index, softmax.new_full((1, 1), -1).expand_as(index))
+def _losses_and_gradient(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Losses, and softmax minus one-hot [C, vocab] in `dtype`: the gradient of their sum by the logits."""
+    log_sum = logits.logsumexp(1, keepdim=True)
+    place = labels.clamp(min=0).unsqueeze(1)
+    ignored = (labels == IGNORED).unsqueeze(1)
+    losses = (log_sum - logits.gather(1, place)).masked_fill(ignored, 0).squeeze(1)
+    hit = torch.arange(logits.shape[1], device=logits.device) == place
+    dlogits = ((logits - log_sum).exp() - hit.to(logits.dtype)).masked_fill(ignored, 0)
+    return losses, dlogits.to(dtype)
+
+
+@cache
+def _fused() -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
+    """The same for a GPU: one pass reads the logits for the sum, one writes the gradient. The compiler loads late."""
+    return torch.compile(_losses_and_gradient, dynamic=False)

@@ -5,8 +5,6 @@ from typing import NamedTuple
 from lasptrain.errors import ResourceError
 from lasptrain.recipe import Model, Recipe
 
-AUTO_SLICE = 32_768  # tokens; longer ones are no faster and only need more memory
-
 
 def parameters(model: Model, vocab: int) -> dict[str, int]:
     """Parameters by part of the model; their sum is the model's. `vocab` is the number of rows of the embedding."""
@@ -42,7 +40,8 @@ def _state_keys(model: Model) -> list[int]:
     return [model.K * (2 if layer in model.lrpe else 1) for layer in range(model.layers)]
 
 
-LONGEST_SLICE = 32768  # tokens; longer ones make no kernel faster
+LONGEST_SLICE = 32_768  # tokens; longer ones are no faster and only need more memory
+SHORTEST_SLICE = 1024  # tokens; a window whose divisors are all shorter or too long is one segment
 HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 
 
@@ -94,12 +93,12 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, memory: int | N
     fixed = sum(state_memory(recipe, vocab, dp * sp).values())
     per_token = rows * (activation_bytes(recipe) + working_bytes(recipe))
     room = LONGEST_SLICE if memory is None else min(LONGEST_SLICE, int(HEADROOM * memory - fixed) // per_token)
-    pieces = (n for n in range(1, window // sp + 1) if window % n == 0 and window // n % sp == 0)
-    for n in pieces:
-        segment = window // n
-        if segment // sp <= room:
-            return segment
-    assert memory is not None
+    whole = window // sp
+    for length in range(min(room, whole), min(SHORTEST_SLICE, whole) - 1, -1):
+        if whole % length == 0:
+            return length * sp
+    if memory is None or whole * per_token + fixed <= HEADROOM * memory:
+        return window
     raise ResourceError(
         f"train.segment: no segment of the {window:,}-token window fits {memory / 2**30:.1f} GiB; "
         f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; use more GPUs or parallel.recompute: full"
@@ -119,16 +118,9 @@ class Layout(NamedTuple):
 
 
 def layout(recipe: Recipe, dp: int, sp: int) -> Layout:
-    """How a step's windows fall on a dp × sp mesh. `train.segment: auto` cuts windows into equal slices of at most
-    AUTO_SLICE tokens, or not at all where no such cut leaves slices worth having.
-    """
+    """How a step's windows fall on a dp × sp mesh; `train.segment: auto` as on a machine with memory enough."""
     window, train = recipe.data.window, recipe.train
-    if train.segment == "auto":
-        whole = window // sp
-        length = next((n for n in range(min(AUTO_SLICE, whole), 1023, -1) if whole % n == 0), whole)
-        segment = length * sp
-    else:
-        segment = train.segment
+    segment = choose_segment(recipe, 0, dp, sp, None) if train.segment == "auto" else train.segment
     return Layout(
         dp=dp,
         sp=sp,

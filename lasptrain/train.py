@@ -26,7 +26,7 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
-from lasptrain.parallel.shard import parallelize, set_gradient_sync
+from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync
 from lasptrain.recipe import Recipe
 from lasptrain.summary import summarize
 
@@ -238,10 +238,12 @@ def evaluate(job: Job) -> Validation:
     )
     rounds = held_out.validation_rounds(recipe.eval.windows)
     slices = (held_out.validation_slices(i, recipe.eval.windows) for i in range(rounds))
-    return validate(
+    found = validate(
         job.called,
         (tuple(piece.to(job.device) for piece in segments) for segments in slices),
         job.mesh,
         window,
         job.dataset.token_bytes,
     )
+    reshard(job.model)
+    return found

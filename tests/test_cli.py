@@ -53,7 +53,7 @@ def test_check_shows_what_a_recipe_means_without_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = lasptrain("check", QUICKSTART, "--nproc", "4", "--set", "mesh.sp=2", "--set", "mesh.dp=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for expected in ("tnl, 4 layers of 256", "4,522,240", "dp 2 × sp 2, 4 processes", "4,096 tokens per rank"):
+    for expected in ("tnl, 4 layers of 192", "2,703,552", "dp 2 × sp 2, 4 processes", "4,096 tokens per rank"):
         assert expected in " ".join(done.stdout.split())
     assert "16,384 tokens: 2 windows" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "torch.py"]

@@ -124,9 +124,21 @@ def parallelize(
     return _replicate(model, flat, device) if kind == "ddp" else model
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without backward has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def set_gradient_sync(model: nn.Module, on: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32."""
+    """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
+
+    Until then FSDP also keeps parameters as it gathered and cast them: once per update, not once per segment.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
+        model.set_reshard_after_forward(on)
+        model.set_reshard_after_backward(on)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
