@@ -98,9 +98,9 @@ def open_source(spec: str, tests: bool = False) -> Source:
         name = f"{PYTHON_SOURCE} {platform.python_version()}"
     else:
         root = Path(spec)
-        if not root.exists():
+        if not spec or not root.exists():
             raise DataError(
-                f"{spec}: no such source; {PYTHON_SOURCE}, or a file or folder of {', '.join(SUFFIXES)} fits"
+                f"{spec or '""'}: no such source; {PYTHON_SOURCE}, or a file or folder of {', '.join(SUFFIXES)} fits"
             )
         files = [path for path in (_below(root) if root.is_dir() else [root]) if path.name.endswith(SUFFIXES)]
         name, root = root.resolve().name, root if root.is_dir() else root.parent

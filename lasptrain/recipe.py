@@ -217,6 +217,8 @@ class Recipe(Section):
         yield from _window(self)
         yield from _batch(self)
         yield from _schedule(self)
+        if self.train.compile and self.parallel.recompute == "selective":
+            yield "parallel.recompute", "found 'selective' with train.compile = true; expected none or full"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -1,11 +1,8 @@
-"""Decay schedules: slope s = −ln a per layer and head, by name."""
+"""Decay schedules: slope s = −ln a per layer and head, by name. No torch, so that a plan needs none."""
 
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
 
 
 def _alibi(heads: int) -> list[float]:
@@ -17,8 +14,8 @@ def _alibi(heads: int) -> list[float]:
     return base + _alibi(2 * power)[0::2][: heads - power]
 
 
-def slopes(schedule: str, layers: int, heads: int, window: int) -> Tensor:
-    """Slopes [layers, heads] in fp32, all ≥ 0.
+def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[float]]:
+    """Slopes [layers][heads], all ≥ 0.
 
     Args:
         schedule: `tnl` (released TransNormerLLM), `tnl_paper` (arXiv:2307.14995), `alibi`, `retnet` (arXiv:2307.08621),
@@ -27,19 +24,18 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> Tensor:
     """
     match schedule:
         case "none":
-            table = [[0.0] * heads] * layers
+            return [[0.0] * heads] * layers
         case "alibi":
-            table = [_alibi(heads)] * layers
+            return [_alibi(heads)] * layers
         case "tnl":
-            table = [[b * (1 - i / max(layers - 1, 1) + 1e-5) for b in _alibi(heads)] for i in range(layers)]
+            return [[b * (1 - i / max(layers - 1, 1) + 1e-5) for b in _alibi(heads)] for i in range(layers)]
         case "tnl_paper":
-            table = [[8 * h / heads * (1 - i / layers) for h in range(heads)] for i in range(layers)]
+            return [[8 * h / heads * (1 - i / layers) for h in range(heads)] for i in range(layers)]
         case "retnet":
-            table = [[-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]] * layers
+            return [[-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]] * layers
         case "window":
             fastest, slowest = 0.5, min(0.5, math.log(1000) / window)
             ratio = slowest / fastest
-            table = [[fastest * ratio ** (h / max(heads - 1, 1)) for h in range(heads)]] * layers
+            return [[fastest * ratio ** (h / max(heads - 1, 1)) for h in range(heads)]] * layers
         case _:
             raise ValueError(f"decay schedule {schedule!r}")
-    return torch.tensor(table, dtype=torch.float64).float()

@@ -162,7 +162,7 @@ class LanguageModel(nn.Module):
 
     def decays(self) -> Tensor:
         """Slopes [layers, heads] in fp32."""
-        return slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window)
+        return torch.tensor(slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window), dtype=torch.float32)
 
 
 def _norm(cfg: Model) -> nn.Module:

@@ -1,0 +1,173 @@
+"""Models against their definitions, written out once more without scan, chunks or slices."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasptrain import plan
+from lasptrain.eval.generate import generate
+from lasptrain.models.decay import slopes
+from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Model
+
+CPU = torch.device("cpu")
+DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)
+B1 = (16, 16)  # layers, heads of the 1B model
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shape", "window", "heads"),
+    [
+        ("tnl", (24, 8), 0, (24, 9, 8, 8, 6)),
+        ("tnl", B1, 0, (33, 16, 16, 15, 11)),
+        ("tnl", (30, 32), 0, (98, 35, 32, 30, 22)),
+        ("tnl_paper", B1, 0, (16, 16, 16, 16, 16)),
+        ("alibi", B1, 0, (0, 0, 0, 0, 0)),
+        ("retnet", B1, 0, (176, 128, 96, 48, 16)),
+        ("window", B1, 1 << 22, (144, 96, 80, 32, 16)),
+        ("none", B1, 0, (256,) * 5),
+    ],
+)
+def test_heads_that_still_see(schedule: str, shape: tuple[int, int], window: int, heads: tuple[int, ...]) -> None:
+    table = [slope for layer in slopes(schedule, *shape, window) for slope in layer]
+    found = tuple(sum(math.exp(-slope * distance) >= 0.999e-3 for slope in table) for distance in DISTANCES)
+    assert found == heads
+
+
+def test_head_counts_that_are_no_power_of_two_follow_alibi() -> None:
+    expected = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.7071, 0.3536, 0.1768, 0.0884]
+    assert slopes("alibi", 1, 12, 0)[0] == pytest.approx(expected, abs=5e-5)
+
+
+def test_the_slopes_of_a_model_are_those_of_the_released_one() -> None:
+    table = slopes("tnl", *B1, 0)
+    assert table[0][0] == pytest.approx(2**-0.5 * 1.00001)
+    assert table[15][15] == pytest.approx(2**-8 * 1e-5)
+
+
+def model(arch: Literal["tnl", "linear_transformer"], normalizer: bool = False, tie: bool = True) -> LanguageModel:
+    tnl = arch == "tnl"
+    cfg = Model(
+        arch=arch,
+        dim=12,
+        layers=3,
+        heads=3,
+        key_dim=4,
+        value_dim=5,
+        mlp=10,
+        vocab=23,
+        decay="tnl" if tnl else "none",
+        lrpe=(0, 2) if tnl else (),
+        tie=tie,
+        normalizer=normalizer,
+    )
+    made = LanguageModel(cfg, 64, Attention("chunked"), dtype=torch.float64).double()
+    fill(made, ((n, v * 20 if n.endswith("weight") and v.dim() > 1 else v) for n, v in initial_values(made, 3, CPU)))
+    return made
+
+
+def norm(x: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def weights(slope: Tensor, doc: Tensor) -> Tensor:
+    """[H, T, T]: what token j weighs in token i."""
+    place = torch.arange(len(doc))
+    lag = (place[:, None] - place).double()
+    visible = (lag >= 0) & (doc[:, None] == doc)
+    return torch.where(visible, torch.exp(-slope[:, None, None] * lag), 0.0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    return torch.einsum("ihk,jhk,hij,jhv->ihv", q, k, w, v)
+
+
+def turned(x: Tensor, theta: Tensor) -> Tensor:
+    angle = torch.arange(1000, 1000 + len(x)).double()[:, None, None] * theta
+    return torch.cat([x * angle.cos(), x * angle.sin()], dim=-1)
+
+
+def tnl_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+    """MODELS: TransNormerLLM with absolute positions that do not even start at zero."""
+    p = dict(m.named_parameters())
+    x = math.sqrt(12) * p["embed.weight"][tokens]
+    for i, slope in enumerate(m.decays().double()):
+        w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
+        h = norm(x)
+        q, k = (F.silu(h @ w[f"mixer.{n}.weight"].T).view(-1, 3, 4) for n in "qk")
+        v, u = h @ w["mixer.v.weight"].T, h @ w["mixer.gate.weight"].T
+        if "mixer.lrpe.theta" in w:
+            q, k = turned(q, w["mixer.lrpe.theta"]), turned(k, w["mixer.lrpe.theta"])
+        o = norm(attend(q, k, v.view(-1, 3, 5), weights(slope, doc)).flatten(1))
+        x = x + (u * o) @ w["mixer.out.weight"].T
+        h = norm(x)
+        x = x + (h @ w["mlp.gate.weight"].T * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
+    return norm(x) @ p.get("head.weight", p["embed.weight"]).T
+
+
+def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+    p = dict(m.named_parameters())
+    x = p["embed.weight"][tokens]
+    for i in range(3):
+        w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
+        h = norm(x) * w["norm1.weight"]
+        q, k = ((F.elu(h @ w[f"mixer.{n}.weight"].T) + 1).view(-1, 3, 4) for n in "qk")
+        v = (h @ w["mixer.v.weight"].T).view(-1, 3, 5)
+        visible = weights(torch.zeros(3), doc)
+        o = attend(q, k, v, visible)
+        o = o / attend(q, k, torch.ones_like(v[..., :1]), visible) if m.cfg.normalizer else o / 2
+        x = x + (norm(o) * w["mixer.norm.weight"]).flatten(1) @ w["mixer.out.weight"].T
+        h = norm(x) * w["norm2.weight"]
+        x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
+    return norm(x) * p["norm.weight"] @ p.get("head.weight", p["embed.weight"]).T
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    ("arch", "normalizer"), [("tnl", False), ("linear_transformer", False), ("linear_transformer", True)]
+)
+def test_a_model_is_its_definition(arch: Literal["tnl", "linear_transformer"], normalizer: bool, tie: bool) -> None:
+    m = model(arch, normalizer, tie)
+    tokens = torch.randint(23, (1, 90), generator=torch.Generator().manual_seed(1))
+    doc = torch.zeros(1, 90, dtype=torch.int32)
+    doc[0, 50:] = 1
+    with torch.no_grad():
+        found = m.norm(m.hidden(tokens, doc)[0])[0] @ m.head_weight.T
+        expected = (tnl_logits if arch == "tnl" else linear_transformer_logits)(m, tokens[0], doc[0])
+    assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
+
+
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer"])
+def test_generation_is_the_forward_pass(arch: Literal["tnl", "linear_transformer"]) -> None:
+    m = model(arch)
+    tokens = [3, 1, 4, 1, 5]
+    continued = generate(m, tokens, 12, temperature=0)
+    with torch.no_grad():
+        for _ in range(12):
+            tokens.append(int(m.logits(m.hidden(torch.tensor([tokens]))[0][:, -1]).argmax()))
+    assert continued == tokens[5:]
+    assert generate(m, [3], 8, seed=1) == generate(m, [3], 8, seed=1)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer"])
+def test_a_plan_counts_the_parameters(arch: Literal["tnl", "linear_transformer"], tie: bool) -> None:
+    m = model(arch, tie=tie)
+    assert sum(plan.parameters(m.cfg, 23).values()) == sum(p.numel() for p in m.parameters())
+
+
+def test_weights_do_not_depend_on_the_order_of_their_making() -> None:
+    values = dict(initial_values(model("tnl"), 3, CPU))
+    again = dict(reversed(list(initial_values(model("tnl"), 3, CPU))))
+    other = dict(initial_values(model("tnl"), 4, CPU))
+    name = "layers.1.mixer.q.weight"
+    assert torch.equal(values[name], again[name]) and not torch.equal(values[name], other[name])
+    assert not torch.equal(values[name], values["layers.2.mixer.q.weight"])
