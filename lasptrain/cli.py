@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -148,6 +149,75 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
 
 def _times(count: int, word: str, plural: str = "s") -> str:
     return f"{count:,} {word}{plural if count != 1 else ''}"
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs.")] = 1,
+    gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="Which: rates and memory.")] = "h100",
+    memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Of each GPU, if it differs.")] = None,
+) -> None:
+    """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
+    loaded = load(recipe, overrides)
+    for table in _plan(loaded, gpus, gpu, memory):
+        Console().print(table)
+
+
+def _plan(recipe: Recipe, gpus: int, gpu: str, given: str | None) -> Iterator[Table | str]:
+    from data_tools.tokenizer import load_tokenizer
+
+    rates = plan.GPUS[gpu]
+    available = rates.memory if given is None else _bytes(given)
+    dp, sp = resolve_mesh(recipe, gpus)
+    vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    segment = recipe.train.segment
+    if segment == "auto":
+        segment = plan.choose_segment(recipe, vocab, dp, sp, available)
+    segments = recipe.data.window // segment
+    parts = plan.memory(recipe, vocab, dp, sp, segment)
+    seconds = plan.seconds_per_token(recipe, vocab, segments, rates)
+    tokens = recipe.train.batch * recipe.data.window
+    step = seconds * tokens / gpus
+    sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * segments * 2 * (sp > 1)
+    table = Table(title=f"{recipe.name}: predicted for {gpus} × {gpu}", title_justify="left", show_header=False)
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 2**30:.2f} GiB")
+    table.add_section()
+    table.add_row("peak memory", f"{sum(parts.values()) / 2**30:.1f} of {available / 2**30:.1f} GiB on each")
+    table.add_row("segments", f"{segments:,} of {segment:,} tokens, slices of {segment // sp:,}")
+    table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
+    table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step")
+    table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {step * recipe.train.steps / 86400:.2f} days")
+    yield table
+    yield _memory_horizon(recipe)
+
+
+def _memory_horizon(recipe: Recipe) -> Table:
+    heads = plan.horizon(recipe.model, recipe.data.window)
+    far, window = plan.sees(recipe.model, recipe.data.window), recipe.data.window
+    warning = (
+        f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
+        if window > 4 * far
+        else None
+    )
+    table = Table(title="heads to which a token still matters", title_justify="left", caption=warning)
+    table.add_column("layer")
+    for distance in plan.DISTANCES:
+        table.add_column(f"after {distance:,}", justify="right")
+    for layer, counts in enumerate(heads):
+        table.add_row(str(layer), *(str(count) for count in counts))
+    return table
+
+
+def _bytes(text: str) -> int:
+    units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}
+    number, unit = text.rstrip("GiMB"), text[len(text.rstrip("GiMB")) :]
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise RecipeError(f"--memory: found {text!r}; expected a size such as 80GiB") from None
 
 
 @data_app.command()

@@ -1,9 +1,11 @@
 """What a recipe will cost, from its numbers alone: parameters, floating-point operations, slices. No torch, no GPU."""
 
+import math
 from typing import NamedTuple
 
 from lasptrain.errors import ResourceError
-from lasptrain.recipe import Model, Recipe
+from lasptrain.models.decay import slopes
+from lasptrain.recipe import Model, Parallel, Recipe
 
 
 def parameters(model: Model, vocab: int) -> dict[str, int]:
@@ -46,63 +48,128 @@ HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 
 
 def activation_bytes(recipe: Recipe) -> int:
-    """Bytes kept for the backward pass per token of a rank's slice."""
+    """Bytes kept for the backward pass per token of a rank's slice, over all layers."""
     model, train = recipe.model, recipe.train
-    size = {"bf16": 2, "fp32": 4, "fp64": 8}[train.precision]
     D, HK, HV, F = model.dim, model.heads * model.K, model.heads * model.V, model.mlp
-    if recipe.parallel.recompute == "full":
-        return size * D * model.layers
-    inputs = 4 * D  # residual stream twice, two normed inputs
-    mixer = 4 * HK + 3 * HV  # q and k before and after their activation, v, gate, o
-    if recipe.parallel.recompute == "selective":
-        return size * model.layers * (2 * D + 2 * HK + 3 * HV + 2 * F)
-    eager = 0 if train.compile else 3 * D + 2 * HV + 2 * F  # what no compiler recomputes
-    return size * model.layers * (inputs + mixer + 2 * F + eager)
+    match recipe.parallel.recompute:
+        case "full":
+            kept = D
+        case "selective":
+            kept = 3 * D + 2 * HK + 3 * HV + 2 * F
+        case "none":
+            # The residual stream and the normed inputs, q and k before and after their activation, v, gate, o, and the
+            # MLP's two products; a compiler makes the rest again, eager execution keeps it.
+            kept = 3 * D + 4 * HK + 3 * HV + 2 * F + (0 if train.compile else 5 * D + 3 * HV + 2 * F)
+    return _size(recipe) * model.layers * kept
+
+
+def _size(recipe: Recipe) -> int:
+    """Bytes of an activation."""
+    return {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.train.precision]
 
 
 def working_bytes(recipe: Recipe) -> int:
-    """Bytes per token of the slice that live while one block or the loss is being computed."""
+    """Bytes per token of the slice that live while one block is being differentiated."""
     model = recipe.model
-    size = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.train.precision]
-    block = 6 * model.dim + 3 * model.mlp + 4 * model.heads * (model.K + model.V)
-    return size * block * (2 if recipe.parallel.recompute == "full" else 1)
+    block = 4 * model.dim + 3 * model.mlp + 2 * model.heads * (model.K + model.V)
+    again = activation_bytes(recipe.model_copy(update={"parallel": Parallel()})) // model.layers
+    return _size(recipe) * block + (0 if recipe.parallel.recompute == "none" else again)
 
 
-def state_memory(recipe: Recipe, vocab: int, ranks: int) -> dict[str, int]:
-    """Bytes per rank that do not depend on the slice: parameters, gradients, optimizer, logits."""
+def fixed_bytes(recipe: Recipe, vocab: int, ranks: int) -> dict[str, int]:
+    """Bytes per rank that do not depend on the slice, by part."""
     count = sum(parameters(recipe.model, vocab).values())
-    wide = 8 if recipe.train.precision == "fp64" else 4
-    narrow = 2 if recipe.train.precision == "bf16" else wide
+    wide = max(4, _size(recipe))
     shards = ranks if recipe.parallel.data_parallel == "fsdp" else 1
-    logits = recipe.train.loss_chunk * vocab * (2 * wide + narrow)
+    gathered = _size(recipe) * count if recipe.parallel.data_parallel == "fsdp" else 0
     return {
-        "parameters": wide * count // shards + narrow * count,
+        "parameters": wide * count // shards + gathered,
         "gradients": wide * count + (wide * count // shards if shards > 1 else 0),
         "optimizer": 2 * wide * count // shards,
-        "loss": logits + vocab * recipe.model.dim * wide,
+        "loss": recipe.train.loss_chunk * vocab * (wide + _size(recipe)) + 2 * wide * vocab * recipe.model.dim,
     }
 
 
-def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, memory: int | None) -> int:
-    """The segment that `train.segment: auto` means: the longest that divides the window and whose slices are no longer
-    than LONGEST_SLICE and fit `memory` bytes of each rank, which is None where nothing is known of it.
+def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
+    """Peak bytes per rank by part, for a segment of so many tokens."""
+    tokens = recipe.train.micro_batch * segment // sp
+    segments = recipe.data.window // segment
+    return {
+        **fixed_bytes(recipe, vocab, dp * sp),
+        "activations": tokens * activation_bytes(recipe),
+        "one block": tokens * working_bytes(recipe),
+        "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model),
+    }
 
-    Raises ResourceError where not even the shortest fits.
+
+def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:
+    """The segment that `train.segment: auto` means: the longest that divides the window and whose slices are no longer
+    than LONGEST_SLICE and fit `available` bytes on each rank, which is None where nothing is known of it.
+
+    Raises ResourceError where none fits.
     """
-    window, rows = recipe.data.window, recipe.train.micro_batch
-    fixed = sum(state_memory(recipe, vocab, dp * sp).values())
-    per_token = rows * (activation_bytes(recipe) + working_bytes(recipe))
-    room = LONGEST_SLICE if memory is None else min(LONGEST_SLICE, int(HEADROOM * memory - fixed) // per_token)
+    window = recipe.data.window
     whole = window // sp
-    for length in range(min(room, whole), min(SHORTEST_SLICE, whole) - 1, -1):
-        if whole % length == 0:
+    lengths = [n for n in range(min(LONGEST_SLICE, whole), min(SHORTEST_SLICE, whole) - 1, -1) if whole % n == 0]
+    for length in lengths or [whole]:
+        needed = sum(memory(recipe, vocab, dp, sp, length * sp).values())
+        if available is None or needed <= HEADROOM * available:
             return length * sp
-    if memory is None or whole * per_token + fixed <= HEADROOM * memory:
-        return window
+    assert available is not None
+    fixed = sum(fixed_bytes(recipe, vocab, dp * sp).values())
     raise ResourceError(
-        f"train.segment: no segment of the {window:,}-token window fits {memory / 2**30:.1f} GiB; "
-        f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; use more GPUs or parallel.recompute: full"
+        f"train.segment: no segment of the {window:,}-token window fits {available / 2**30:.1f} GiB, of which "
+        f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; more GPUs or "
+        "parallel.recompute: full would"
     )
+
+
+class Rates(NamedTuple):
+    """What a GPU sustains, measured: bf16 matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
+
+    products: float
+    copies: float
+    memory: int
+
+
+GPUS = {
+    "h200": Rates(730e12, 4.2e12, 140 * 2**30),
+    "h100": Rates(650e12, 3.0e12, 79 * 2**30),
+    "a100": Rates(250e12, 1.6e12, 79 * 2**30),
+}
+
+
+def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:
+    """A prediction of the time one rank takes for one token of its slices, exchanges hidden.
+
+    Matrix products at their measured rate; recurrences and pointwise work by the bytes they move. A window of more than
+    one segment has one forward more, but for the last segment.
+    """
+    model = recipe.model
+    more = (segments - 1) / segments + (recipe.parallel.recompute == "full")
+    parts = parameters(model, vocab)
+    body = parts["mixer"] + parts["mlp"]
+    products = 6 * (body + vocab * model.dim) + 2 * body * more
+    recurrence = 2 * model.layers * model.heads * (model.K + model.V) * (18 + 6 * more)
+    pointwise = 2 * model.layers * (12 * model.dim + 3 * model.mlp) * (3 + more)
+    logits = vocab * 14
+    return products / rates.products + (recurrence + pointwise + logits) / (0.8 * rates.copies)
+
+
+DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
+
+
+def horizon(model: Model, window: int) -> list[list[int]]:
+    """Per layer, at how many heads a token weighs more than 1/1000 after each of DISTANCES."""
+    table = slopes(model.decay, model.layers, model.heads, window)
+    return [[sum(slope * far < math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
+
+
+def sees(model: Model, window: int) -> float:
+    """The largest distance in tokens at which at least one head in a quarter of the layers still sees; may be inf."""
+    table = slopes(model.decay, model.layers, model.heads, window)
+    far = sorted((math.inf if min(layer) == 0 else math.log(1000) / min(layer) for layer in table), reverse=True)
+    return far[math.ceil(model.layers / 4) - 1]
 
 
 class Layout(NamedTuple):

@@ -89,7 +89,7 @@ def build(recipe: Recipe, run: Path) -> Job:
     dataset = open_dataset(recipe.data)
     vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab": vocab})})
-    memory = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
+    available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
     attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
     with torch.device("meta"):
         model = language_model(recipe, attention)
@@ -106,7 +106,7 @@ def build(recipe: Recipe, run: Path) -> Job:
     )
     segment = recipe.train.segment
     if segment == "auto":
-        segment = plan.choose_segment(recipe, vocab, dp, sp, memory)
+        segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     loader = SliceLoader(
         dataset.split("train"),
         window=recipe.data.window,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from lasptrain.loss import chunked_cross_entropy, token_losses
 from lasptrain.models.decay import slopes
@@ -62,7 +63,11 @@ class Block(nn.Module):
         return z
 
     def fuse(self) -> None:
-        """Compile what lies between exchanges and kernels; all blocks share the graphs."""
+        """Compile what lies between exchanges and kernels; all blocks share the graphs.
+
+        What pointwise work hands to a matrix product is made again in the backward, not kept: a quarter of all memory.
+        """
+        functorch.ban_recompute_materialized_backward = False
         for owner, parts in ((self.mixer, COMPILED), (self, ("feed",)), (self.norm1, ("forward",))):
             for part in parts:
                 setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
