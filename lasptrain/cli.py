@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mode=None, no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
+bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
@@ -218,6 +220,32 @@ def _bytes(text: str) -> int:
         return int(float(number) * units[unit])
     except (KeyError, ValueError):
         raise RecipeError(f"--memory: found {text!r}; expected a size such as 80GiB") from None
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; 8K, 32K, 128K, 512K if not given.")] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 16,
+    dim: Annotated[int, typer.Option(min=1, max=256, help="K and V of a head.")] = 128,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option()] = "bf16",
+    decay: Annotated[Literal["none", "head", "token"], typer.Option(help="None, constant, or per token.")] = "head",
+    documents: Annotated[int, typer.Option(min=0, help="Document boundaries in the window.")] = 0,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time the attention kernels beside flash-linear-attention (extra `bench`) and the memory floor."""
+    from lasptrain.bench import kernels
+
+    rows, bandwidth = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
+    Console().print(kernels.report(rows, bandwidth, heads, dim, dtype, decay))
+    if all(row.name == "lasptrain" for row in rows) and not documents:
+        typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
+    if file is not None:
+        kernels.write(file, rows, bandwidth)
 
 
 @data_app.command()

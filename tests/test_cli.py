@@ -28,9 +28,9 @@ def lasptrain(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comp
     )
 
 
-def refused(code: int, message: str, *arguments: str, cwd: Path) -> None:
+def refused(code: int, message: str, *arguments: str, cwd: Path, **environment: str) -> None:
     """Asserts that the command ends with `code` and one line that matches `message`."""
-    done = lasptrain(*arguments, cwd=cwd)
+    done = lasptrain(*arguments, cwd=cwd, **environment)
     assert done.returncode == code, done.stderr
     assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
     assert not done.stdout
@@ -149,3 +149,7 @@ def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None
     )
     assert done.returncode == 70
     assert done.stderr.count("Traceback") == 1
+
+
+def test_benchmarks_need_a_gpu(tmp_path: Path) -> None:
+    refused(5, "found no CUDA device", "bench", "kernels", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")

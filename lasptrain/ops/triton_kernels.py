@@ -42,18 +42,23 @@ class Launch(NamedTuple):
 # By kernel and the larger of K and V, for inputs of 16 bits.
 LAUNCHES: dict[tuple[Kernel, int], Launch] = {
     ("summarize", 64): Launch(64, 64, 4, 3),
-    ("summarize", 128): Launch(64, 64, 4, 3),
-    ("summarize", 256): Launch(64, 64, 8, 3),
+    ("summarize", 128): Launch(64, 128, 4, 3),
+    ("summarize", 256): Launch(64, 128, 8, 3),
     ("attend", 64): Launch(64, 64, 4, 3),
     ("attend", 128): Launch(64, 128, 8, 3),
-    ("attend", 256): Launch(64, 64, 8, 2),
+    ("attend", 256): Launch(64, 128, 8, 2),
     ("grad_query", 64): Launch(64, 64, 4, 3),
     ("grad_query", 128): Launch(64, 128, 8, 3),
-    ("grad_query", 256): Launch(64, 64, 8, 2),
+    ("grad_query", 256): Launch(64, 128, 8, 2),
     ("grad_key_value", 64): Launch(64, 64, 4, 3),
     ("grad_key_value", 128): Launch(64, 128, 8, 2),
-    ("grad_value", 256): Launch(64, 64, 8, 2),
-    ("grad_key", 256): Launch(64, 64, 8, 2),
+    ("grad_value", 256): Launch(64, 128, 8, 2),
+    ("grad_key", 256): Launch(64, 128, 8, 2),
+}
+# The same where the decay is per token, whose sums take registers and shared memory.
+PER_TOKEN: dict[tuple[Kernel, int], Launch] = {
+    ("attend", 128): Launch(64, 64, 4, 2),
+    ("grad_query", 128): Launch(64, 64, 4, 2),
 }
 # fp32 inputs: small tiles, since every operand is held three times.
 EXACT = Launch(32, 32, 8, 1)
@@ -67,11 +72,14 @@ def _width(dim: int) -> int:
     raise ValueError(f"key and value dims of the triton kernel reach {DIMS[-1]}, found {dim}")
 
 
-def _launch(kernel: Kernel, x: Tensor, y: Tensor, tiled: int) -> Launch:
+def _launch(kernel: Kernel, x: Tensor, y: Tensor, tiled: int, log_decay: Tensor | None) -> Launch:
+    key = kernel, max(64, x.shape[-1], y.shape[-1])
     if x.dtype == torch.float32:
         launch = EXACT
+    elif log_decay is not None and log_decay.dim() == 3 and key in PER_TOKEN:
+        launch = PER_TOKEN[key]
     else:
-        launch = LAUNCHES[kernel, max(64, x.shape[-1], y.shape[-1])]
+        launch = LAUNCHES[key]
     return launch._replace(tile=min(launch.tile, tiled))
 
 
@@ -153,7 +161,7 @@ def _summarize(
     """State [B, H, K, V] of the slice, and its scanned blocks."""
     s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
     x, y = _padded(x), _padded(y)
-    launch = _launch("summarize", x, y, s.values)
+    launch = _launch("summarize", x, y, s.values, log_decay)
     log_decay, doc, kind, docs = _gates(log_decay, doc)
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
@@ -199,7 +207,7 @@ def _walk(
     s = sizes
     x, y, z = rows
     tiled = z.shape[-1]
-    launch = _launch(kernel, x, z, tiled)
+    launch = _launch(kernel, x, z, tiled, log_decay)
     tiles = tiled // launch.tile
     log_decay, doc, kind, docs = _gates(log_decay, doc)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -254,7 +262,7 @@ def _walk_key_value(
         dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
         dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=k if per_token else None)
         return dk, dv, column
-    launch = _launch("grad_key_value", k, v, s.values)
+    launch = _launch("grad_key_value", k, v, s.values, log_decay)
     log_decay, doc, kind, docs = _gates(log_decay, doc)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     column = dblocks.new_empty((s.batch, s.tokens, s.heads)) if per_token else None
@@ -386,6 +394,6 @@ def grad_key_value(
     dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge, per_token)
     dlog = None
     if column is not None:
-        chunk = _launch("grad_query", rows[3], rows[1], s.keys).chunk
+        chunk = _launch("grad_query", rows[3], rows[1], s.keys, log_decay).chunk
         dlog = _grad_decay(row, column, prefix, dblocks, edge, _gates(None, doc)[1], s, chunk)
     return dk[..., : k.shape[-1]].contiguous(), dv[..., : v.shape[-1]].contiguous(), dlog

@@ -48,18 +48,39 @@ def _head_log2_decay(LOG_DECAY, head, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
-    """Decays of the chunk that starts at token t.
+def _marks(LOG_DECAY, DOC, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+    """What the gates of the chunk at token t are made of: log decays, documents, those before and at the chunk's end.
+
+    Walks load them one chunk ahead, because nothing else would hide the latency; so t may lie outside of the slice.
+    """
+    i = tl.arange(0, C)
+    inside = (t + i >= 0) & (t + i < T)
+    start = batch.to(tl.int64) * T
+    each = tl.zeros([C], tl.float32)
+    doc = i
+    before = tl.full([], 0, tl.int32)
+    after = tl.full([], 0, tl.int32)
+    if DECAY == 2:
+        each = tl.load(LOG_DECAY + (start + t + i) * H + head, mask=inside, other=0.0)
+    if DOCS:
+        doc = tl.load(DOC + start + t + i, mask=inside, other=-1)
+        left = tl.load(DOC + start + tl.minimum(tl.maximum(t - 1, 0), T - 1))
+        before = tl.where(t > 0, left, 0)
+        after = tl.load(DOC + start + tl.minimum(tl.maximum(t + C - 1, 0), T - 1))
+    return each, doc, before, after
+
+
+@triton.jit
+def _gates(each, doc, before, after, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+    """Decays of the chunk that starts at token t, from its marks.
 
     Returns `inside` [C], the cumulative log2 of the decay up to and including each token; `lead` [C], the weight of the
     entering state in each token's output; `fold` [C], the weight of each token in the leaving state; `through`, the
-    weight of the entering state in the leaving one; `doc` [C].
+    weight of the entering state in the leaving one.
     """
     i = tl.arange(0, C)
     n = tl.minimum(C, T - t)
-    start = batch.to(tl.int64) * T + t
     if DECAY == 2:
-        each = tl.load(LOG_DECAY + (start + i) * H + head, mask=i < n, other=0.0)
         each = tl.maximum(each * LOG2_E, SMALLEST_LOG2)
         inside = tl.cumsum(each, 0)
         total = tl.sum(each, 0)
@@ -69,27 +90,23 @@ def _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C: tl.constexpr, DECAY: t
     lead = tl.exp2(inside)
     fold = tl.exp2(total - inside)
     through = tl.exp2(total)
-    doc = i
     if DOCS:
-        doc = tl.load(DOC + start + i, mask=i < n, other=-1)
-        before = tl.load(DOC + start - 1, mask=t > 0, other=0)
-        after = tl.load(DOC + start + n - 1)
         lead = tl.where(doc == before, lead, 0.0)
         fold = tl.where(doc == after, fold, 0.0)
         through = tl.where(before == after, through, 0.0)
-    return inside, lead, fold, through, doc
+    return inside, lead, fold, through
 
 
 @triton.jit
 def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr):
-    """Decay between the tokens of a chunk [C, C]; row: the token that is written, column: the token that is read."""
+    """Decay between the tokens of a chunk [C, C]; row: the token that is read, column: the token that is written."""
     i = tl.arange(0, C)
     if REVERSE:
-        visible = i[:, None] <= i[None, :]
-        lag = inside[None, :] - inside[:, None]
-    else:
         visible = i[:, None] >= i[None, :]
         lag = inside[:, None] - inside[None, :]
+    else:
+        visible = i[:, None] <= i[None, :]
+        lag = inside[None, :] - inside[:, None]
     if DOCS:
         visible = visible & (doc[:, None] == doc[None, :])
     return tl.exp2(tl.where(visible, lag, float("-inf")))
@@ -128,13 +145,18 @@ def summarize_blocks(
     chunks = tl.cdiv(tl.minimum(L, T - first), C)
     state = tl.zeros([K, TILE], tl.float32)
     decay = 1.0
-    for step in range(chunks):
-        t = first + (chunks - 1 - step if REVERSE else step) * C
+    t = first + (chunks - 1) * C if REVERSE else first
+    each, doc, before, after = _marks(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    for _ in range(chunks):
+        ahead = t - C if REVERSE else t + C
+        next_each, next_doc, next_before, next_after = _marks(LOG_DECAY, DOC, batch, head, ahead, T, H, C, DECAY, DOCS)
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
-        _, lead, fold, through, _ = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
+        _, lead, fold, through = _gates(each, doc, before, after, log2, t, T, C, DECAY, DOCS)
         state = state * through + _update(a, b, lead if REVERSE else fold)
         decay *= through
+        t = ahead
+        each, doc, before, after = next_each, next_doc, next_before, next_after
     slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
     row = tl.arange(0, K)
     column = tile * TILE + tl.arange(0, TILE)
@@ -193,6 +215,9 @@ def walk(
 ):  # fmt: skip
     """out = (x yᵀ ∘ weights) z + lead · x state, chunk by chunk; grid B·NB·H·tiles, tiles of the columns of out.
 
+    Computed transposed, outᵀ = zᵀ (y xᵀ ∘ weightsᵀ) + stateᵀ xᵀ · lead, so that the state goes to the tensor cores from
+    registers. Kept so: columns of out × depth.
+
     | | x, y, z | REVERSE | TRANSPOSE |
     |---|---|---|---|
     | o | q, k, v | no | no |
@@ -206,8 +231,6 @@ def walk(
     """
     WIDTH: tl.constexpr = K if TRANSPOSE else V
     DEPTH: tl.constexpr = V if TRANSPOSE else K
-    ROWS: tl.constexpr = TILE if TRANSPOSE else K
-    COLUMNS: tl.constexpr = V if TRANSPOSE else TILE
     SIZE: tl.constexpr = K * V
     batch, head, block, tile = _place(NB, H, WIDTH // TILE)
     line = (batch * H + head).to(tl.int64)
@@ -215,37 +238,37 @@ def walk(
     first = block * L
     chunks = tl.cdiv(tl.minimum(L, T - first), C)
     begin = tile * TILE
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    row = begin + tl.arange(0, TILE)
+    column = tl.arange(0, DEPTH)
     if TRANSPOSE:
-        row += begin
+        offset = row[:, None] * V + column[None, :]
     else:
-        column += begin
-    offset = row[:, None] * V + column[None, :]
+        offset = row[:, None] + column[None, :] * V
     state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
     if SAVE:
         tl.store(PREFIX + (line * (NB + 1) + block) * (SIZE + 4) + offset, state)
-    for step in range(chunks):
-        t = first + (chunks - 1 - step if REVERSE else step) * C
-        inside, lead, fold, through, doc = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
+    t = first + (chunks - 1) * C if REVERSE else first
+    each, doc, before, after = _marks(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    for _ in range(chunks):
+        ahead = t - C if REVERSE else t + C
+        next_each, next_doc, next_before, next_after = _marks(LOG_DECAY, DOC, batch, head, ahead, T, H, C, DECAY, DOCS)
+        inside, lead, fold, through = _gates(each, doc, before, after, log2, t, T, C, DECAY, DOCS)
         if REVERSE:
             lead, fold = fold, lead
         a = _rows(x, batch, head, t, 0, C, DEPTH)
         b = _rows(y, batch, head, t, 0, C, DEPTH)
         c = _rows(z, batch, head, t, begin, C, TILE)
-        near = tl.dot(a, tl.trans(b), input_precision=PRECISION) * _weights(inside, doc, C, DOCS, REVERSE)
-        cast = state.to(a.dtype)
-        far = tl.dot(a, tl.trans(cast) if TRANSPOSE else cast, input_precision=PRECISION) * lead[:, None]
-        result = tl.dot(near.to(a.dtype), c, far, input_precision=PRECISION)
+        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, doc, C, DOCS, REVERSE)
+        far = tl.dot(state.to(a.dtype), tl.trans(a), input_precision=PRECISION) * lead[None, :]
+        result = tl.trans(tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION))
         _store_rows(out, batch, head, t, begin, result, C, TILE)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
             passing = _update(d, a, lead)
             _store_sums(SUMS, (tile * B + batch).to(tl.int64) * T, head, t, T, H, d, result, state, passing, C)
-        if TRANSPOSE:
-            state = state * through + _update(c, b, fold)
-        else:
-            state = state * through + _update(b, c, fold)
+        state = state * through + _update(c, b, fold)
+        t = ahead
+        each, doc, before, after = next_each, next_doc, next_before, next_after
     if SAVE and block == NB - 1:
         tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
 
@@ -265,26 +288,30 @@ def walk_key_value(
     chunks = tl.cdiv(tl.minimum(L, T - first), C)
     offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
     state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
-    for step in range(chunks):
-        t = first + (chunks - 1 - step) * C
-        inside, lead, fold, through, doc = _gates(LOG_DECAY, DOC, log2, batch, head, t, T, H, C, DECAY, DOCS)
+    t = first + (chunks - 1) * C
+    each, doc, before, after = _marks(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    for _ in range(chunks):
+        next_each, next_doc, next_before, next_after = _marks(LOG_DECAY, DOC, batch, head, t - C, T, H, C, DECAY, DOCS)
+        inside, lead, fold, through = _gates(each, doc, before, after, log2, t, T, C, DECAY, DOCS)
         weights = _weights(inside, doc, C, DOCS, True)
         cq = _rows(q, batch, head, t, 0, C, K)
         ck = _rows(k, batch, head, t, 0, C, K)
         cv = _rows(v, batch, head, t, 0, C, V)
         cdo = _rows(do, batch, head, t, 0, C, V)
         cast = state.to(ck.dtype)
-        near = (tl.dot(ck, tl.trans(cq), input_precision=PRECISION) * weights).to(ck.dtype)
-        far = tl.dot(ck, cast, input_precision=PRECISION) * fold[:, None]
-        _store_rows(dv, batch, head, t, 0, tl.dot(near, cdo, far, input_precision=PRECISION), C, V)
-        near = (tl.dot(cv, tl.trans(cdo), input_precision=PRECISION) * weights).to(ck.dtype)
-        far = tl.dot(cv, tl.trans(cast), input_precision=PRECISION) * fold[:, None]
-        result = tl.dot(near, cq, far, input_precision=PRECISION)
+        near = (tl.dot(cq, tl.trans(ck), input_precision=PRECISION) * weights).to(ck.dtype)
+        far = tl.dot(tl.trans(cast), tl.trans(ck), input_precision=PRECISION) * fold[None, :]
+        _store_rows(dv, batch, head, t, 0, tl.trans(tl.dot(tl.trans(cdo), near, far, input_precision=PRECISION)), C, V)
+        near = (tl.dot(cdo, tl.trans(cv), input_precision=PRECISION) * weights).to(ck.dtype)
+        far = tl.dot(cast, tl.trans(cv), input_precision=PRECISION) * fold[None, :]
+        result = tl.trans(tl.dot(tl.trans(cq), near, far, input_precision=PRECISION))
         _store_rows(dk, batch, head, t, 0, result, C, K)
         if SUM:
             passing = _update(ck, cv, fold)
             _store_sums(SUMS, batch.to(tl.int64) * T, head, t, T, H, ck, result, state, passing, C)
         state = state * through + _update(cq, cdo, lead)
+        t -= C
+        each, doc, before, after = next_each, next_doc, next_before, next_after
 
 
 @triton.jit(do_not_specialize=SIZES)

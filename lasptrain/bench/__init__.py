@@ -1,0 +1,1 @@
+"""The comparisons the README quotes, runnable by anyone."""
