@@ -42,18 +42,21 @@ def measure(
         raise SetupError("bench kernels: found no CUDA device; it measures GPU kernels")
     rows = []
     for length in tokens:
-        for name, forward in _implementations(length, heads, decay, documents).items():
-            rows.append(_row(name, forward, length, heads, dim, DTYPES[dtype]))
+        implementations, learned = _implementations(length, heads, decay, documents)
+        for name, forward in implementations.items():
+            rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
     return rows, _copy_bandwidth()
 
 
-def _implementations(tokens: int, heads: int, decay: str, documents: int) -> dict[str, Forward]:
+def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:
+    """Implementations by name, and what they differentiate besides q, k and v: a log decay per token."""
     slope = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device="cuda")
     log_decay = {
         "none": None,
         "head": -slope,
         "token": (-slope * torch.rand(1, tokens, heads, device="cuda")).requires_grad_(),
     }[decay]
+    learned = [log_decay] if log_decay is not None and log_decay.requires_grad else []
     doc = None
     if documents:
         starts = torch.zeros(1, tokens, dtype=torch.int32, device="cuda")
@@ -66,7 +69,7 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> dic
 
     found: dict[str, Forward] = {"lasptrain": ours}
     if find_spec("fla") is None or documents:
-        return found
+        return found, learned
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -76,17 +79,19 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> dic
         found["fla chunk_simple_gla"] = lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
     else:
         found["fla chunk_simple_gla, gated"] = lambda q, k, v: chunk_simple_gla(q, k, v, g=log_decay, scale=1.0)[0]
-    return found
+    return found, learned
 
 
-def _row(name: str, forward: Forward, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Row:
+def _row(
+    name: str, forward: Forward, learned: list[Tensor], tokens: int, heads: int, dim: int, dtype: torch.dtype
+) -> Row:
     from triton.testing import do_bench
 
     q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     do = torch.randn_like(q)
 
     def both() -> None:
-        torch.autograd.grad(forward(q, k, v), (q, k, v), do)
+        torch.autograd.grad(forward(q, k, v), (q, k, v, *learned), do)
 
     both()
     torch.cuda.synchronize()
