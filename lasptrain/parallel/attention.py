@@ -113,7 +113,9 @@ class Attention:
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs [B, T, H, V] for q [B, T, H, K], and what enters the next segment (None unless asked for)."""
-        result: tuple[Tensor, Tensor | None] = _Finish.apply(q, pending.link, self, pending)  # type: ignore[no-untyped-call]
+        link = pending.link
+        del pending.link  # its graph holds `pending`: a circle would keep states alive until the collector comes
+        result: tuple[Tensor, Tensor | None] = _Finish.apply(q, link, self, pending)  # type: ignore[no-untyped-call]
         return result
 
     def leave(self, pending: Pending) -> Tensor | None:
