@@ -99,9 +99,8 @@ def open_source(spec: str, tests: bool = False) -> Source:
     else:
         root = Path(spec)
         if not spec or not root.exists():
-            raise DataError(
-                f"{spec or chr(34) * 2}: no such source; {PYTHON_SOURCE}, or a file or folder of {', '.join(SUFFIXES)} fits"
-            )
+            fits = f"{PYTHON_SOURCE}, or a file or folder of {', '.join(SUFFIXES)} fits"
+            raise DataError(f"{spec or 'an empty name'}: no such source; {fits}")
         files = [path for path in (_below(root) if root.is_dir() else [root]) if path.name.endswith(SUFFIXES)]
         name, root = root.resolve().name, root if root.is_dir() else root.parent
     if not files:
