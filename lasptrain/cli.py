@@ -167,28 +167,25 @@ def plan_command(
         Console().print(table)
 
 
-def _plan(recipe: Recipe, gpus: int, gpu: str, given: str | None) -> Iterator[Table | str]:
+def _plan(recipe: Recipe, gpus: int, gpu: str, given: str | None) -> Iterator[Table]:
     from data_tools.tokenizer import load_tokenizer
 
     rates = plan.GPUS[gpu]
     available = rates.memory if given is None else _bytes(given)
     dp, sp = resolve_mesh(recipe, gpus)
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    segment = recipe.train.segment
-    if segment == "auto":
-        segment = plan.choose_segment(recipe, vocab, dp, sp, available)
-    segments = recipe.data.window // segment
-    parts = plan.memory(recipe, vocab, dp, sp, segment)
-    seconds = plan.seconds_per_token(recipe, vocab, segments, rates)
-    tokens = recipe.train.batch * recipe.data.window
+    cut = plan.layout(recipe, dp, sp, vocab, available)
+    parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
+    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, rates)
+    tokens = cut.tokens_per_step
     step = seconds * tokens / gpus
-    sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * segments * 2 * (sp > 1)
+    sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
     table = Table(title=f"{recipe.name}: predicted for {gpus} × {gpu}", title_justify="left", show_header=False)
     for name, size in parts.items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     table.add_section()
     table.add_row("peak memory", f"{sum(parts.values()) / 2**30:.1f} of {available / 2**30:.1f} GiB on each")
-    table.add_row("segments", f"{segments:,} of {segment:,} tokens, slices of {segment // sp:,}")
+    table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
     table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step")
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {step * recipe.train.steps / 86400:.2f} days")

@@ -102,13 +102,8 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
     """The recipe with its mesh and vocabulary as numbers; prepares the data, which knows the vocabulary."""
     dp, sp = recipes.resolve_mesh(recipe, world)
     with preparing() as progress:
-        vocab = recipes.resolve_vocabulary(recipe.model, open_dataset(recipe.data, progress).vocab_size)
-    return recipe.model_copy(
-        update={
-            "mesh": recipe.mesh.model_copy(update={"dp": dp, "sp": sp}),
-            "model": recipe.model.model_copy(update={"vocab": vocab}),
-        }
-    )
+        recipe = recipes.with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
+    return recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"dp": dp, "sp": sp})})
 
 
 @contextmanager

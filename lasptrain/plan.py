@@ -103,11 +103,13 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
 
 
 def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:
-    """The segment that `train.segment: auto` means: the longest that divides the window and whose slices are no longer
-    than LONGEST_SLICE and fit `available` bytes on each rank, which is None where nothing is known of it.
+    """The recipe's segment. `auto` is the longest that divides the window and whose slices are no longer than
+    LONGEST_SLICE and fit `available` bytes on each rank, which is None where nothing is known of it.
 
     Raises ResourceError where none fits.
     """
+    if recipe.train.segment != "auto":
+        return recipe.train.segment
     window = recipe.data.window
     whole = window // sp
     lengths = [n for n in range(min(LONGEST_SLICE, whole), min(SHORTEST_SLICE, whole) - 1, -1) if whole % n == 0]
@@ -184,10 +186,10 @@ class Layout(NamedTuple):
     tokens_per_step: int
 
 
-def layout(recipe: Recipe, dp: int, sp: int) -> Layout:
-    """How a step's windows fall on a dp × sp mesh; `train.segment: auto` as on a machine with memory enough."""
+def layout(recipe: Recipe, dp: int, sp: int, vocab: int = 0, available: int | None = None) -> Layout:
+    """How a step's windows fall on a dp × sp mesh, with `available` bytes on each rank or, if None, enough of them."""
     window, train = recipe.data.window, recipe.train
-    segment = choose_segment(recipe, 0, dp, sp, None) if train.segment == "auto" else train.segment
+    segment = choose_segment(recipe, vocab, dp, sp, available)
     return Layout(
         dp=dp,
         sp=sp,

@@ -348,6 +348,12 @@ def resolve_vocabulary(model: Model, pieces: int) -> int:
     return model.vocab
 
 
+def with_vocabulary(recipe: Recipe, pieces: int) -> Recipe:
+    """The recipe with its vocabulary as a number, see `resolve_vocabulary`."""
+    model = recipe.model.model_copy(update={"vocab": resolve_vocabulary(recipe.model, pieces)})
+    return recipe.model_copy(update={"model": model})
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe and applies overrides (`section.key=value`). RecipeError holds every problem, one per line."""
     file = find_file(Path(path))

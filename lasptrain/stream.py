@@ -8,26 +8,13 @@ gradient of the states that entered it is handed to the segment before. A window
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lasptrain.data.loader import Slice
 from lasptrain.models.mixers import State
 from lasptrain.parallel.attention import Memory
-
-
-class Slice(Protocol):
-    """A rank's piece of one segment."""
-
-    @property
-    def tokens(self) -> Tensor: ...  # [B, T] int64
-
-    @property
-    def labels(self) -> Tensor: ...  # [B, T] int64
-
-    @property
-    def doc(self) -> Tensor | None: ...  # [B, T] int32
 
 
 def _placeholder(state: Tensor | None) -> Tensor | None:

@@ -69,7 +69,7 @@ def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Ta
     )
     table.add_row("this model", f"{validation.loss:.3f}", f"{validation.bits_per_byte:.3f} bits per byte")
     for start, loss in validation.by_position.items():
-        if start >= 64 and start % 4 ** (start.bit_length() // 2) == 0:
+        if start >= 64 and start.bit_length() % 2:  # powers of four
             table.add_row(f"  from position {start}", f"{loss:.3f}", "")
     return table
 

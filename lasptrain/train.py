@@ -38,7 +38,6 @@ class Job:
     """What a run is made of, on this rank."""
 
     recipe: Recipe  # its vocabulary is a number
-    run: Path
     device: torch.device
     mesh: Mesh
     dataset: TokenDataset
@@ -55,7 +54,7 @@ def train(recipe: Recipe, run: Path) -> None:
 
     Collective over all ranks. Raises the errors of `lasptrain.errors`; the newest checkpoint then stays as it was.
     """
-    job = build(recipe, run)
+    job = build(recipe)
     recipe = job.recipe
     meta = identity(job)
     speaks = job.mesh.flat.get_rank() == 0
@@ -81,14 +80,13 @@ def _due(every: int, step: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def build(recipe: Recipe, run: Path) -> Job:
+def build(recipe: Recipe) -> Job:
     """Mesh, data, model and optimizer of this rank; the model has its initial weights."""
     device = meshes.device()
     dp, sp = recipes.resolve_mesh(recipe, meshes.world_size())
     mesh = meshes.build(dp, sp)
     dataset = open_dataset(recipe.data)
-    vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab": vocab})})
+    recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
     available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
     attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
     with torch.device("meta"):
@@ -104,27 +102,11 @@ def build(recipe: Recipe, run: Path) -> Job:
         fuse=recipe.train.compile,
         values=initial_values(model, recipe.train.seed, device),
     )
-    segment = recipe.train.segment
-    if segment == "auto":
-        segment = plan.choose_segment(recipe, vocab, dp, sp, available)
-    loader = SliceLoader(
-        dataset.split("train"),
-        window=recipe.data.window,
-        batch=recipe.train.batch,
-        micro_batch=recipe.train.micro_batch,
-        dp=dp,
-        dp_rank=mesh.rank("dp"),
-        sp=sp,
-        sp_rank=mesh.rank("sp"),
-        segment=segment,
-        seed=recipe.data.seed,
-        bos=dataset.bos,
-        reset=recipe.data.reset_at_documents,
-        repeat=recipe.data.repeat,
-    )
+    vocab = model.embed.num_embeddings
+    segment = plan.choose_segment(recipe, vocab, dp, sp, available)
+    loader = open_loader(recipe, dataset, mesh, "train", recipe.data.window, recipe.train.batch, segment)
     return Job(
         recipe,
-        run,
         device,
         mesh,
         dataset,
@@ -134,6 +116,28 @@ def build(recipe: Recipe, run: Path) -> Job:
         loader,
         plan.flops_per_token(recipe.model, vocab),
         peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+    )
+
+
+def open_loader(
+    recipe: Recipe, dataset: TokenDataset, mesh: Mesh, split: str, window: int, batch: int, segment: int
+) -> SliceLoader:
+    """This rank's slices of a split, `batch` windows of `window` tokens at a time; only training is read ahead."""
+    return SliceLoader(
+        dataset.split(split),
+        window=window,
+        batch=batch,
+        micro_batch=recipe.train.micro_batch,
+        dp=mesh.length("dp"),
+        dp_rank=mesh.rank("dp"),
+        sp=mesh.length("sp"),
+        sp_rank=mesh.rank("sp"),
+        segment=segment,
+        seed=recipe.data.seed,
+        bos=dataset.bos,
+        reset=recipe.data.reset_at_documents,
+        repeat=recipe.data.repeat and split == "train",
+        prefetch=split == "train",
     )
 
 
@@ -221,21 +225,9 @@ def evaluate(job: Job) -> Validation:
     """Loss on the held-out windows of `eval.windows`."""
     recipe = job.recipe
     window = recipe.eval.window or recipe.data.window
-    held_out = SliceLoader(
-        job.dataset.split("validation"),
-        window=window,
-        batch=job.mesh.length("dp") * recipe.train.micro_batch,
-        micro_batch=recipe.train.micro_batch,
-        dp=job.mesh.length("dp"),
-        dp_rank=job.mesh.rank("dp"),
-        sp=job.mesh.length("sp"),
-        sp_rank=job.mesh.rank("sp"),
-        segment=window if window % job.loader.segment else job.loader.segment,
-        seed=recipe.data.seed,
-        bos=job.dataset.bos,
-        reset=recipe.data.reset_at_documents,
-        prefetch=False,
-    )
+    segment = window if window % job.loader.segment else job.loader.segment
+    batch = job.mesh.length("dp") * recipe.train.micro_batch
+    held_out = open_loader(recipe, job.dataset, job.mesh, "validation", window, batch, segment)
     rounds = held_out.validation_rounds(recipe.eval.windows)
     slices = (held_out.validation_slices(i, recipe.eval.windows) for i in range(rounds))
     found = validate(
@@ -243,7 +235,7 @@ def evaluate(job: Job) -> Validation:
         (tuple(piece.to(job.device) for piece in segments) for segments in slices),
         job.mesh,
         window,
-        job.dataset.token_bytes,
+        job.dataset.token_bytes.to(job.device),
     )
     reshard(job.model)
     return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from lasptrain import stream
+from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
@@ -44,12 +45,6 @@ def config(arch: Arch) -> Model:
     )
 
 
-class Piece(NamedTuple):
-    tokens: Tensor
-    labels: Tensor
-    doc: Tensor | None
-
-
 @dataclass(frozen=True)
 class Layout:
     dp: int
@@ -72,13 +67,13 @@ def windows() -> Tensor:
     return tokens
 
 
-def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Piece]:
+def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Slice]:
     length = WINDOW // (sp * segments)
     result = []
     for m in range(segments):
         start = (m * sp + rank) * length
         part = tokens[:, start : start + length]
-        result.append(Piece(part, tokens[:, start + 1 : start + length + 1], (part == BOS).cumsum(1).int()))
+        result.append(Slice(part, tokens[:, start + 1 : start + length + 1], (part == BOS).cumsum(1).int()))
     return result
 
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from lasptrain import stream
+from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.parallel.shard import fill
-from tests.test_layouts import CPU, Piece, config
+from tests.test_layouts import CPU, config
 
 
-def pieces(segments: int, length: int = 16) -> list[Piece]:
+def pieces(segments: int, length: int = 16) -> list[Slice]:
     tokens = torch.randint(1, 61, (1, segments * length + 1), generator=torch.Generator().manual_seed(0))
     starts = range(0, segments * length, length)
-    return [Piece(tokens[:, i : i + length], tokens[:, i + 1 : i + length + 1], None) for i in starts]
+    return [Slice(tokens[:, i : i + length], tokens[:, i + 1 : i + length + 1], None) for i in starts]
 
 
 def model() -> LanguageModel:

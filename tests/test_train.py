@@ -106,8 +106,8 @@ def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> 
     assert losses(folder / "nodes") == pytest.approx(undisturbed, rel=2e-5)
 
 
-def poisoned(rank: int, world: int, recipe: Recipe, run: Path) -> bool:
-    job = train.build(recipe, run)
+def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
+    job = train.build(recipe)
     train.one_step(job, 0)
     with torch.no_grad():
         job.model.blocks[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
@@ -119,6 +119,6 @@ def poisoned(rank: int, world: int, recipe: Recipe, run: Path) -> bool:
     )
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
     recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
-    assert spawn(2, poisoned, recipe, tmp_path) == [True, True]
+    assert spawn(2, poisoned, recipe) == [True, True]

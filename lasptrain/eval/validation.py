@@ -46,7 +46,7 @@ def validate(
 
     Args:
         micro_batches: this rank's slices, as `SliceLoader.validation_slices` gives them, on the model's device.
-        token_bytes: [vocab] int64, bytes of text each token stands for.
+        token_bytes: [vocab] int64 on the same device, bytes of text each token stands for.
     """
     buckets = int(math.log2(window)) + 1
     sp, sp_rank = mesh.length("sp"), mesh.rank("sp")
@@ -57,7 +57,7 @@ def validate(
             position = (m * sp + sp_rank) * length + torch.arange(1, length + 1, device=labels.device)
             bucket = position.double().log2().floor().long().expand_as(labels).flatten()
             valid = labels.flatten() != IGNORED
-            size = token_bytes.to(labels.device)[labels.flatten().clamp(min=0)]
+            size = token_bytes[labels.flatten().clamp(min=0)]
             rows = torch.stack([losses.flatten().double(), valid.double(), size.double()]) * valid
             counted = torch.zeros(3, buckets, dtype=torch.float64, device=labels.device).index_add_(1, bucket, rows)
             table = counted if table is None else table + counted

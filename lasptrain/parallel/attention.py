@@ -10,7 +10,7 @@ needs the state gradient from the right for dk and dv, waits for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -55,19 +55,19 @@ class _Backward:
 
 @dataclass
 class Pending:
-    """A layer between `begin` and `finish`."""
+    """A layer between `begin`, which fills what is not given at birth, and `finish`, which takes it out."""
 
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    doc: Tensor | None
-    transition: Transition
-    has_carry: bool
-    leave: bool
     memory: Memory
-    exchange: Exchange | _Given
-    blocks: Tensor | None
-    link: Tensor  # empty; ties the two halves together in the autograd graph
+    leave: bool
+    k: Tensor = field(init=False)
+    v: Tensor = field(init=False)
+    log_decay: Tensor | None = field(init=False)
+    doc: Tensor | None = field(init=False)
+    transition: Transition = field(init=False)
+    has_carry: bool = field(init=False)
+    exchange: Exchange | _Given = field(init=False)
+    blocks: Tensor | None = field(init=False)
+    link: Tensor = field(init=False)  # empty; ties the two halves together in the autograd graph
     backward: _Backward | None = None
 
 
@@ -104,10 +104,7 @@ class Attention:
             memory: where the entering state is kept, or found if the layer is being recomputed.
             leave: whether `finish` is to return what enters the next segment.
         """
-        pending: Pending = Pending.__new__(Pending)
-        pending.leave = leave
-        pending.memory = memory if memory is not None else Memory()
-        pending.backward = None
+        pending = Pending(memory if memory is not None else Memory(), leave)
         pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc, self, pending)  # type: ignore[no-untyped-call]
         return pending
 
