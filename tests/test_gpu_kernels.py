@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-BOUNDS = {torch.bfloat16: 3.5e-3, torch.float16: 6e-4, torch.float32: 2e-6}
+BOUNDS = {torch.bfloat16: 3e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 SIZES = [(1, 64, 64), (63, 32, 64), (64, 128, 64), (65, 64, 128), (500, 256, 128), (777, 128, 129), (3000, 128, 128)]
 CASES = [
     Case(t, k, v, decay, boundaries, edges=edges)
@@ -58,7 +58,7 @@ def test_decay_gradient_does_not_cancel_at_64k_tokens(memory: int) -> None:
     x = x._replace(log_decay=-torch.rand_like(x.log_decay) * 2 / memory)
     got = backward(triton_kernels, x)["dlog_decay"]
     want = backward(chunked, x.double())["dlog_decay"]
-    assert error(got, want) < 3.5e-3
+    assert error(got, want) < 3e-3
 
 
 def test_documents_do_not_see_each_other() -> None:

@@ -8,6 +8,7 @@ Floor per token and head with dims D in 16 bits: forward 8·D bytes, both direct
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lasptrain.ops import triton_programs as programs
 
-DIMS = (32, 64, 128, 256)
+DIMS = (64, 128, 256)  # smaller ones are padded: rows of 64 bytes came out wrong on Hopper (Triton 3.6)
 GRANULE = 128  # tokens; every chunk divides it
 SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
@@ -57,8 +58,9 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
 }
 # The same where the decay is per token, whose sums take registers and shared memory.
 PER_TOKEN: dict[tuple[Kernel, int], Launch] = {
-    ("attend", 128): Launch(64, 64, 4, 2),
-    ("grad_query", 128): Launch(64, 64, 4, 2),
+    ("grad_query", 128): Launch(64, 128, 8, 2),
+    ("grad_value", 128): Launch(64, 128, 8, 2),
+    ("grad_key", 128): Launch(64, 128, 8, 2),
 }
 # fp32 inputs: small tiles, since every operand is held three times.
 EXACT = Launch(32, 32, 8, 1)
@@ -73,7 +75,7 @@ def _width(dim: int) -> int:
 
 
 def _launch(kernel: Kernel, x: Tensor, y: Tensor, tiled: int, log_decay: Tensor | None) -> Launch:
-    key = kernel, max(64, x.shape[-1], y.shape[-1])
+    key = kernel, max(x.shape[-1], y.shape[-1])
     if x.dtype == torch.float32:
         launch = EXACT
     elif log_decay is not None and log_decay.dim() == 3 and key in PER_TOKEN:
@@ -90,8 +92,13 @@ def _padded(x: Tensor) -> Tensor:
     missing = _width(x.shape[-1]) - x.shape[-1]
     if missing:
         return F.pad(x, (0, missing))
-    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    fits = _tma_strides(x.stride(), x.element_size()) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=1024)
+def _tma_strides(strides: tuple[int, ...], size: int) -> bool:
+    return strides[-1] == 1 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
 
 
 def _device(x: Tensor) -> AbstractContextManager[None]:
@@ -121,10 +128,14 @@ class _Slice(NamedTuple):
 
 
 def _slice(k: Tensor, v: Tensor) -> _Slice:
-    b, t, h, kdim = k.shape
+    return _cut(*map(int, k.shape), int(v.shape[-1]))
+
+
+@lru_cache(maxsize=1024)
+def _cut(b: int, t: int, h: int, kdim: int, vdim: int) -> _Slice:
     blocks = min(max(PROGRAMS // (b * h), triton.cdiv(t, LONGEST_BLOCK)), triton.cdiv(t, SHORTEST_BLOCK))
     length = triton.cdiv(triton.cdiv(t, blocks), GRANULE) * GRANULE
-    return _Slice(b, t, h, _width(kdim), _width(v.shape[-1]), triton.cdiv(t, length), length)
+    return _Slice(b, t, h, _width(kdim), _width(vdim), triton.cdiv(t, length), length)
 
 
 def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -137,14 +148,33 @@ def _blocks_like(x: Tensor, s: _Slice) -> Tensor:
     return x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
 
 
-def _gates(log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, bool]:
-    """LOG_DECAY, DOC, DECAY and DOCS of the programs."""
-    kind = 0 if log_decay is None else 1 if log_decay.dim() == 1 else 2
+class _Gates(NamedTuple):
+    """What the decays are made of, as the programs read it."""
+
+    log_decay: Tensor | None
+    doc: Tensor | None
+    counts: Tensor | None  # of `doc`, by chunk
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        kind = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 1 else 2
+        return {"DECAY": kind, "DOCS": self.doc is not None}
+
+
+def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
     if log_decay is not None:
         log_decay = log_decay.detach().to(torch.float32).contiguous()
-    if doc is not None:
-        doc = doc.to(torch.int32).contiguous()
-    return log_decay, doc, kind, doc is not None
+    if doc is None:
+        return _Gates(log_decay, None, None)
+    doc = doc.to(torch.int32).contiguous()
+    batch, tokens = doc.shape
+    chunks, group = triton.cdiv(tokens, chunk), 16
+    counts = doc.new_empty((batch, chunks))
+    with _device(doc):
+        programs.count_documents[(triton.cdiv(chunks, group), batch)](
+            doc, counts, tokens, chunks, C=chunk, GROUP=group, num_warps=4
+        )
+    return _Gates(log_decay, doc, counts)
 
 
 def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
@@ -162,7 +192,7 @@ def _summarize(
     s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", x, y, s.values, log_decay)
-    log_decay, doc, kind, docs = _gates(log_decay, doc)
+    gates = _gates(log_decay, doc, launch.chunk)
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
     state = blocks.new_empty((s.batch, s.heads, s.keys, s.values))
@@ -170,8 +200,8 @@ def _summarize(
         programs.summarize_blocks[s.grid(s.values // launch.tile)](
             _rows(x, launch.chunk, s.keys),
             _rows(y, launch.chunk, launch.tile),
-            log_decay,
-            doc,
+            gates.log_decay,
+            gates.counts,
             blocks,
             s.tokens,
             s.heads,
@@ -181,8 +211,7 @@ def _summarize(
             V=s.values,
             C=launch.chunk,
             TILE=launch.tile,
-            DECAY=kind,
-            DOCS=docs,
+            **gates.options,
             REVERSE=reverse,
             **launch.options(),
         )
@@ -209,7 +238,7 @@ def _walk(
     tiled = z.shape[-1]
     launch = _launch(kernel, x, z, tiled, log_decay)
     tiles = tiled // launch.tile
-    log_decay, doc, kind, docs = _gates(log_decay, doc)
+    gates = _gates(log_decay, doc, launch.chunk)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     sums = None if summed is None else blocks.new_empty((tiles, s.batch, s.tokens, s.heads))
     with _device(x):
@@ -219,8 +248,7 @@ def _walk(
             _rows(z, launch.chunk, launch.tile),
             None if summed is None else _rows(summed, launch.chunk, launch.tile),
             _rows(out, launch.chunk, launch.tile),
-            log_decay,
-            doc,
+            *gates,
             blocks,
             edge,
             prefix,
@@ -234,8 +262,7 @@ def _walk(
             V=s.values,
             C=launch.chunk,
             TILE=launch.tile,
-            DECAY=kind,
-            DOCS=docs,
+            **gates.options,
             REVERSE=kernel in ("grad_value", "grad_key"),
             TRANSPOSE=kernel in ("grad_query", "grad_key"),
             HAS_EDGE=edge is not None,
@@ -258,12 +285,14 @@ def _walk_key_value(
     """dk, dv, and Σ k·dk [B, T, H] where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
-    if k.dtype == torch.float32 or ("grad_key_value", max(64, s.keys, s.values)) not in LAUNCHES:
+    size = max(s.keys, s.values)
+    fused = ("grad_key_value", size) in LAUNCHES and not (per_token and ("grad_key", size) in PER_TOKEN)
+    if k.dtype == torch.float32 or not fused:
         dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
         dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=k if per_token else None)
         return dk, dv, column
     launch = _launch("grad_key_value", k, v, s.values, log_decay)
-    log_decay, doc, kind, docs = _gates(log_decay, doc)
+    gates = _gates(log_decay, doc, launch.chunk)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     column = dblocks.new_empty((s.batch, s.tokens, s.heads)) if per_token else None
     with _device(k):
@@ -274,8 +303,7 @@ def _walk_key_value(
             _rows(do, launch.chunk, s.values),
             _rows(dk, launch.chunk, s.keys),
             _rows(dv, launch.chunk, s.values),
-            log_decay,
-            doc,
+            *gates,
             dblocks,
             edge,
             column,
@@ -287,8 +315,7 @@ def _walk_key_value(
             K=s.keys,
             V=s.values,
             C=launch.chunk,
-            DECAY=kind,
-            DOCS=docs,
+            **gates.options,
             HAS_EDGE=edge is not None,
             SUM=per_token,
             **launch.options(),
@@ -395,5 +422,6 @@ def grad_key_value(
     dlog = None
     if column is not None:
         chunk = _launch("grad_query", rows[3], rows[1], s.keys, log_decay).chunk
-        dlog = _grad_decay(row, column, prefix, dblocks, edge, _gates(None, doc)[1], s, chunk)
+        doc = None if doc is None else doc.to(torch.int32).contiguous()
+        dlog = _grad_decay(row, column, prefix, dblocks, edge, doc, s, chunk)
     return dk[..., : k.shape[-1]].contiguous(), dv[..., : v.shape[-1]].contiguous(), dlog

@@ -14,7 +14,7 @@ Arguments common to the programs:
 |---|---|
 | `x`, `y`, … | tensor descriptors of [B, H, T, K or V], read and written past T without harm |
 | `LOG_DECAY` | [H] or [B, T, H] fp32, see `DECAY` |
-| `DOC` | [B, T] int32, see `DOCS` |
+| `DOC`, `COUNTS` | [B, T] int32 and what `count_documents` makes of it, where `DOCS` |
 | `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block a state, its decay, that from the slice's edge to it |
 | `DECAY` | 0 none · 1 constant per head · 2 per token |
 """
@@ -47,31 +47,49 @@ def _head_log2_decay(LOG_DECAY, head, DECAY: tl.constexpr):
     return log2
 
 
+@triton.jit(do_not_specialize=["T", "CHUNKS"])
+def count_documents(DOC, COUNTS, T, CHUNKS, C: tl.constexpr, GROUP: tl.constexpr):
+    """What the gates need of the documents of each chunk, packed into COUNTS [B, CHUNKS] int32; see `_marks`.
+
+    Counts instead of comparisons keep documents out of the walks, where moving them between threads costs a sixth of
+    the time. Grid (CHUNKS / GROUP, B).
+    """
+    chunk = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    batch = tl.program_id(1).to(tl.int64)
+    t = chunk * C
+    token = t[:, None] + tl.arange(0, C)[None, :]
+    doc = tl.load(DOC + batch * T + token, mask=token < T, other=-1)
+    before = tl.load(DOC + batch * T + t - 1, mask=(t > 0) & (t < T), other=0)
+    after = tl.load(DOC + batch * T + tl.minimum(t + C, T) - 1, mask=t < T, other=0)
+    continuing = tl.sum((doc == before[:, None]).to(tl.int32), 1)
+    finishing = tl.sum((doc == after[:, None]).to(tl.int32), 1)
+    several = (after - before > 1).to(tl.int32)
+    tl.store(COUNTS + batch * CHUNKS + chunk, continuing | (finishing << 8) | (several << 16), mask=chunk < CHUNKS)
+
+
 @triton.jit
-def _marks(LOG_DECAY, DOC, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
-    """What the gates of the chunk at token t are made of: log decays, documents, those before and at the chunk's end.
+def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+    """What the gates of the chunk at token t are made of: the log decays of its tokens [C] and its counts.
+
+    Counts: how many tokens continue the document before the chunk (8 bits), how many belong to the chunk's last one (8
+    bits), and whether it has more than these two.
 
     Walks load them one chunk ahead, because nothing else would hide the latency; so t may lie outside of the slice.
     """
     i = tl.arange(0, C)
-    inside = (t + i >= 0) & (t + i < T)
-    start = batch.to(tl.int64) * T
     each = tl.zeros([C], tl.float32)
-    doc = i
-    before = tl.full([], 0, tl.int32)
-    after = tl.full([], 0, tl.int32)
+    counts = tl.full([], 0, tl.int32)
     if DECAY == 2:
-        each = tl.load(LOG_DECAY + (start + t + i) * H + head, mask=inside, other=0.0)
+        inside = (t + i >= 0) & (t + i < T)
+        each = tl.load(LOG_DECAY + (batch.to(tl.int64) * T + t + i) * H + head, mask=inside, other=0.0)
     if DOCS:
-        doc = tl.load(DOC + start + t + i, mask=inside, other=-1)
-        left = tl.load(DOC + start + tl.minimum(tl.maximum(t - 1, 0), T - 1))
-        before = tl.where(t > 0, left, 0)
-        after = tl.load(DOC + start + tl.minimum(tl.maximum(t + C - 1, 0), T - 1))
-    return each, doc, before, after
+        inside = (t >= 0) & (t < T)
+        counts = tl.load(COUNTS + batch.to(tl.int64) * tl.cdiv(T, C) + t // C, mask=inside, other=0)
+    return each, counts
 
 
 @triton.jit
-def _gates(each, doc, before, after, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
     """Decays of the chunk that starts at token t, from its marks.
 
     Returns `inside` [C], the cumulative log2 of the decay up to and including each token; `lead` [C], the weight of the
@@ -91,15 +109,20 @@ def _gates(each, doc, before, after, log2, t, T, C: tl.constexpr, DECAY: tl.cons
     fold = tl.exp2(total - inside)
     through = tl.exp2(total)
     if DOCS:
-        lead = tl.where(doc == before, lead, 0.0)
-        fold = tl.where(doc == after, fold, 0.0)
-        through = tl.where(before == after, through, 0.0)
+        continuing = counts & 255
+        finishing = (counts >> 8) & 255
+        lead = tl.where(i < continuing, lead, 0.0)
+        fold = tl.where(i >= n - finishing, fold, 0.0)
+        through = tl.where(continuing == n, through, 0.0)
     return inside, lead, fold, through
 
 
 @triton.jit
-def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr):
-    """Decay between the tokens of a chunk [C, C]; row: the token that is read, column: the token that is written."""
+def _weights(inside, counts, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr):
+    """Decay between the tokens of a chunk [C, C]; row: the token that is read, column: the token that is written.
+
+    For a chunk of at most two documents; `_apart` sees to more.
+    """
     i = tl.arange(0, C)
     if REVERSE:
         visible = i[:, None] >= i[None, :]
@@ -108,8 +131,20 @@ def _weights(inside, doc, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.const
         visible = i[:, None] <= i[None, :]
         lag = inside[None, :] - inside[:, None]
     if DOCS:
-        visible = visible & (doc[:, None] == doc[None, :])
+        continuing = counts & 255
+        visible = visible & ((i[:, None] < continuing) == (i[None, :] < continuing))
     return tl.exp2(tl.where(visible, lag, float("-inf")))
+
+
+@triton.jit
+def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
+    """Zeroes what is between documents in near [C, C], where the chunk has more than two."""
+    if DOCS:  # noqa: SIM102  one is decided when compiled, the other when run
+        if counts >> 16 > 0:
+            token = t + tl.arange(0, C)
+            doc = tl.load(DOC + batch.to(tl.int64) * T + token, mask=token < T, other=-1)
+            near = tl.where(doc[:, None] == doc[None, :], near, 0.0)
+    return near
 
 
 @triton.jit
@@ -131,7 +166,7 @@ def _store_rows(desc, batch, head, t, column, x, C: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def summarize_blocks(
-    x, y, LOG_DECAY, DOC, BLOCKS, T, H, NB, L,
+    x, y, LOG_DECAY, COUNTS, BLOCKS, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -146,17 +181,17 @@ def summarize_blocks(
     state = tl.zeros([K, TILE], tl.float32)
     decay = 1.0
     t = first + (chunks - 1) * C if REVERSE else first
-    each, doc, before, after = _marks(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
         ahead = t - C if REVERSE else t + C
-        next_each, next_doc, next_before, next_after = _marks(LOG_DECAY, DOC, batch, head, ahead, T, H, C, DECAY, DOCS)
+        next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
-        _, lead, fold, through = _gates(each, doc, before, after, log2, t, T, C, DECAY, DOCS)
+        _, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY, DOCS)
         state = state * through + _update(a, b, lead if REVERSE else fold)
         decay *= through
         t = ahead
-        each, doc, before, after = next_each, next_doc, next_before, next_after
+        each, counts = next_each, next_counts
     slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
     row = tl.arange(0, K)
     column = tile * TILE + tl.arange(0, TILE)
@@ -185,6 +220,10 @@ def scan_blocks(
         state = state * through + added
         decay *= through
     tl.store(STATE + line * SIZE + offset, state)
+    slot = BLOCKS + (line * (NB + 1) + NB) * (SIZE + 4)
+    tl.store(slot + offset, state)
+    if part == 0:
+        tl.store(slot + SIZE + 1, decay)
 
 
 @triton.jit
@@ -198,17 +237,22 @@ def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_
 
 
 @triton.jit
-def _store_sums(SUMS, start, head, t, T, H, x, dx, state, passing, C: tl.constexpr):
-    """Σ x·dx per token of the chunk; in place of its first token's, the flow ⟨state, passing⟩ through its edge."""
+def _flow(state, x, y, weight):
+    """⟨state, xᵀ (weight · y)⟩, what passes through the chunk's edge; of the exact state, for the sums cancel."""
+    return tl.sum(tl.sum(state * _update(x, y, weight), 1), 0)
+
+
+@triton.jit
+def _store_sums(SUMS, start, head, t, T, H, x, dx, flow, C: tl.constexpr):
+    """Σ x·dx per token of the chunk, x and dx [·, C]; in place of its first token's, the flow through its edge."""
     i = tl.arange(0, C)
-    sums = tl.sum(x.to(tl.float32) * dx, 1)
-    flow = tl.sum(tl.sum(state * passing, 1), 0)
+    sums = tl.sum(x.to(tl.float32) * dx, 0)
     tl.store(SUMS + (start + t + i) * H + head, tl.where(i == 0, flow, sums), mask=t + i < T)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk(
-    x, y, z, w, out, LOG_DECAY, DOC, BLOCKS, EDGE, PREFIX, SUMS, B, T, H, NB, L,
+    x, y, z, w, out, LOG_DECAY, DOC, COUNTS, BLOCKS, EDGE, PREFIX, SUMS, B, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
     HAS_EDGE: tl.constexpr, SAVE: tl.constexpr, SUM: tl.constexpr,
@@ -248,34 +292,37 @@ def walk(
     if SAVE:
         tl.store(PREFIX + (line * (NB + 1) + block) * (SIZE + 4) + offset, state)
     t = first + (chunks - 1) * C if REVERSE else first
-    each, doc, before, after = _marks(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
         ahead = t - C if REVERSE else t + C
-        next_each, next_doc, next_before, next_after = _marks(LOG_DECAY, DOC, batch, head, ahead, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through = _gates(each, doc, before, after, log2, t, T, C, DECAY, DOCS)
+        next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
+        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY, DOCS)
         if REVERSE:
             lead, fold = fold, lead
         a = _rows(x, batch, head, t, 0, C, DEPTH)
         b = _rows(y, batch, head, t, 0, C, DEPTH)
         c = _rows(z, batch, head, t, begin, C, TILE)
-        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, doc, C, DOCS, REVERSE)
-        far = tl.dot(state.to(a.dtype), tl.trans(a), input_precision=PRECISION) * lead[None, :]
-        result = tl.trans(tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION))
-        _store_rows(out, batch, head, t, begin, result, C, TILE)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
-            passing = _update(d, a, lead)
-            _store_sums(SUMS, (tile * B + batch).to(tl.int64) * T, head, t, T, H, d, result, state, passing, C)
+            flow = _flow(state, d, a, lead)
+        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, counts, C, DOCS, REVERSE)
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS)
+        far = tl.dot(state.to(a.dtype), tl.trans(a), input_precision=PRECISION) * lead[None, :]
+        result = tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION)
+        _store_rows(out, batch, head, t, begin, tl.trans(result), C, TILE)
+        if SUM:
+            _store_sums(SUMS, (tile * B + batch).to(tl.int64) * T, head, t, T, H, tl.trans(d), result, flow, C)
         state = state * through + _update(c, b, fold)
         t = ahead
-        each, doc, before, after = next_each, next_doc, next_before, next_after
+        each, counts = next_each, next_counts
     if SAVE and block == NB - 1:
-        tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
+        leaving = _block_state(BLOCKS, EDGE, line, NB, NB, offset, SIZE, HAS_EDGE)
+        tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, leaving)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_key_value(
-    q, k, v, do, dk, dv, LOG_DECAY, DOC, BLOCKS, EDGE, SUMS, B, T, H, NB, L,
+    q, k, v, do, dk, dv, LOG_DECAY, DOC, COUNTS, BLOCKS, EDGE, SUMS, B, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, HAS_EDGE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -289,29 +336,31 @@ def walk_key_value(
     offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
     state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
     t = first + (chunks - 1) * C
-    each, doc, before, after = _marks(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
-        next_each, next_doc, next_before, next_after = _marks(LOG_DECAY, DOC, batch, head, t - C, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through = _gates(each, doc, before, after, log2, t, T, C, DECAY, DOCS)
-        weights = _weights(inside, doc, C, DOCS, True)
+        next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, t - C, T, H, C, DECAY, DOCS)
+        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY, DOCS)
+        weights = _weights(inside, counts, C, DOCS, True)
         cq = _rows(q, batch, head, t, 0, C, K)
         ck = _rows(k, batch, head, t, 0, C, K)
         cv = _rows(v, batch, head, t, 0, C, V)
         cdo = _rows(do, batch, head, t, 0, C, V)
         cast = state.to(ck.dtype)
-        near = (tl.dot(cq, tl.trans(ck), input_precision=PRECISION) * weights).to(ck.dtype)
+        near = tl.dot(cq, tl.trans(ck), input_precision=PRECISION) * weights
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
         far = tl.dot(tl.trans(cast), tl.trans(ck), input_precision=PRECISION) * fold[None, :]
         _store_rows(dv, batch, head, t, 0, tl.trans(tl.dot(tl.trans(cdo), near, far, input_precision=PRECISION)), C, V)
-        near = (tl.dot(cdo, tl.trans(cv), input_precision=PRECISION) * weights).to(ck.dtype)
+        near = tl.dot(cdo, tl.trans(cv), input_precision=PRECISION) * weights
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
         far = tl.dot(cast, tl.trans(cv), input_precision=PRECISION) * fold[None, :]
-        result = tl.trans(tl.dot(tl.trans(cq), near, far, input_precision=PRECISION))
-        _store_rows(dk, batch, head, t, 0, result, C, K)
+        result = tl.dot(tl.trans(cq), near, far, input_precision=PRECISION)
+        _store_rows(dk, batch, head, t, 0, tl.trans(result), C, K)
         if SUM:
-            passing = _update(ck, cv, fold)
-            _store_sums(SUMS, batch.to(tl.int64) * T, head, t, T, H, ck, result, state, passing, C)
+            flow = _flow(state, ck, cv, fold)
+            _store_sums(SUMS, batch.to(tl.int64) * T, head, t, T, H, tl.trans(ck), result, flow, C)
         state = state * through + _update(cq, cdo, lead)
         t -= C
-        each, doc, before, after = next_each, next_doc, next_before, next_after
+        each, counts = next_each, next_counts
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -19,7 +19,7 @@ from lasptrain import ops
 from lasptrain.parallel.mesh import Mesh
 
 aten = torch.ops.aten
-KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, ops.attend._opoverload}
+KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, ops.attend}
 
 
 class Block(Protocol):
