@@ -134,7 +134,7 @@ def grad_query(
     doc: Tensor | None,
     prefix: Tensor,
 ) -> Pair:
-    """`dq`, and Σ_K q·dq [B, T, H] in fp32 where the decay is per token (else empty)."""
+    """`dq`, and where the decay is per token the sums that its gradient needs, in fp32 (else empty)."""
     dq, row = _module(kernel).grad_query(q, k, v, do, log_decay, doc, prefix)
     return dq, row
 
@@ -191,8 +191,8 @@ def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor 
     )
 
 
-def _row_shape(q: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
-    return tuple(q.shape[:3]) if log_decay is not None and log_decay.dim() == 3 else (0,)
+def _per_token(log_decay: Tensor | None) -> bool:
+    return log_decay is not None and log_decay.dim() == 3
 
 
 @_fake("grad_query")
@@ -206,7 +206,8 @@ def _(
     doc: Tensor | None,
     prefix: Tensor,
 ) -> Pair:
-    row = q.new_empty(_row_shape(q, log_decay), dtype=state_dtype(q))
+    shape = _module(kernel).row_shape(q, k, v) if _per_token(log_decay) else (0,)
+    row = q.new_empty(shape, dtype=state_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), row
 
 
@@ -226,4 +227,4 @@ def _(
 ) -> Triple:
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return dk, dv, q.new_empty(_row_shape(q, log_decay), dtype=state_dtype(q))
+    return dk, dv, q.new_empty(q.shape[:3] if _per_token(log_decay) else (0,), dtype=state_dtype(q))

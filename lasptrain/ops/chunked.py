@@ -93,6 +93,11 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return b, h, (t + _padding(t)) // CHUNK, kdim, v.shape[-1]
 
 
+def row_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of `row` where the decay is per token."""
+    return tuple(q.shape[:3])
+
+
 def _block_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     return (k * chunks.to_right()[..., None]).transpose(-1, -2) @ v
 

@@ -50,6 +50,11 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return b, h, 1, kdim, v.shape[-1]
 
 
+def row_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of `row` where the decay is per token."""
+    return tuple(q.shape[:3])
+
+
 def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
     _, state = recurrence(k, k, v, log_decay, doc, None)
     return state, state[:, :, None].clone()

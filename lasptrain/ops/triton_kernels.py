@@ -58,9 +58,7 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
 }
 # The same where the decay is per token, whose sums take registers and shared memory.
 PER_TOKEN: dict[tuple[Kernel, int], Launch] = {
-    ("grad_query", 128): Launch(64, 128, 8, 2),
-    ("grad_value", 128): Launch(64, 128, 8, 2),
-    ("grad_key", 128): Launch(64, 128, 8, 2),
+    ("grad_query", 128): Launch(64, 128, 8, 3),
 }
 # fp32 inputs: small tiles, since every operand is held three times.
 EXACT = Launch(32, 32, 8, 1)
@@ -74,9 +72,10 @@ def _width(dim: int) -> int:
     raise ValueError(f"key and value dims of the triton kernel reach {DIMS[-1]}, found {dim}")
 
 
-def _launch(kernel: Kernel, x: Tensor, y: Tensor, tiled: int, log_decay: Tensor | None) -> Launch:
-    key = kernel, max(x.shape[-1], y.shape[-1])
-    if x.dtype == torch.float32:
+def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int, log_decay: Tensor | None) -> Launch:
+    """How the kernel runs on inputs of `dtype` with `tiled` columns to produce."""
+    key = kernel, max(s.keys, s.values)
+    if dtype == torch.float32:
         launch = EXACT
     elif log_decay is not None and log_decay.dim() == 3 and key in PER_TOKEN:
         launch = PER_TOKEN[key]
@@ -144,6 +143,16 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4
 
 
+def row_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of `row` where the decay is per token: sums per token, then flows per chunk."""
+    s = _slice(k, v)
+    return _sums_shape(s, _launch("grad_query", s, q.dtype, s.keys, None))
+
+
+def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
+    return s.batch, s.tokens + triton.cdiv(s.tokens, launch.chunk), s.heads
+
+
 def _blocks_like(x: Tensor, s: _Slice) -> Tensor:
     return x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
 
@@ -191,7 +200,7 @@ def _summarize(
     """State [B, H, K, V] of the slice, and its scanned blocks."""
     s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
     x, y = _padded(x), _padded(y)
-    launch = _launch("summarize", x, y, s.values, log_decay)
+    launch = _launch("summarize", s, x.dtype, s.values, log_decay)
     gates = _gates(log_decay, doc, launch.chunk)
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
@@ -232,15 +241,15 @@ def _walk(
     prefix: Tensor | None = None,
     summed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output of `programs.walk` over x, y, z, padded; with `summed` (w) also the sums Σ w·out [B, T, H]."""
+    """Output of `programs.walk` over x, y, z, padded; with `summed` (w) also what `_store_sums` leaves."""
     s = sizes
     x, y, z = rows
     tiled = z.shape[-1]
-    launch = _launch(kernel, x, z, tiled, log_decay)
+    launch = _launch(kernel, s, x.dtype, tiled, log_decay)
     tiles = tiled // launch.tile
     gates = _gates(log_decay, doc, launch.chunk)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    sums = None if summed is None else blocks.new_empty((tiles, s.batch, s.tokens, s.heads))
+    sums = None if summed is None else blocks.new_empty((tiles, *_sums_shape(s, launch)))
     with _device(x):
         programs.walk[s.grid(tiles)](
             _rows(x, launch.chunk, x.shape[-1]),
@@ -282,19 +291,17 @@ def _walk_key_value(
     edge: Tensor | None,
     per_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv, and Σ k·dk [B, T, H] where the decay is per token, from q, k, v, do; all padded."""
+    """dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
-    size = max(s.keys, s.values)
-    fused = ("grad_key_value", size) in LAUNCHES and not (per_token and ("grad_key", size) in PER_TOKEN)
-    if k.dtype == torch.float32 or not fused:
+    if k.dtype == torch.float32 or ("grad_key_value", max(s.keys, s.values)) not in LAUNCHES:
         dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
         dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=k if per_token else None)
         return dk, dv, column
-    launch = _launch("grad_key_value", k, v, s.values, log_decay)
+    launch = _launch("grad_key_value", s, k.dtype, s.values, log_decay)
     gates = _gates(log_decay, doc, launch.chunk)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    column = dblocks.new_empty((s.batch, s.tokens, s.heads)) if per_token else None
+    column = dblocks.new_empty(_sums_shape(s, launch)) if per_token else None
     with _device(k):
         programs.walk_key_value[s.grid()](
             _rows(q, launch.chunk, s.keys),
@@ -333,7 +340,7 @@ def _grad_decay(
     s: _Slice,
     chunk: int,
 ) -> Tensor:
-    grad = torch.empty_like(row)
+    grad = row.new_empty((s.batch, s.tokens, s.heads))
     with _device(row):
         programs.decay_gradient[s.grid()](
             row,
@@ -392,7 +399,7 @@ def grad_query(
     doc: Tensor | None,
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`row` holds Σ q·dq, and at the first token of each chunk the flow that `decay_gradient` needs there."""
+    """`row` holds Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
     rows = _padded(do.to(q.dtype)), _padded(v), _padded(k)
     per_token = log_decay is not None and log_decay.dim() == 3
     dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=_padded(q) if per_token else None)
@@ -421,7 +428,7 @@ def grad_key_value(
     dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge, per_token)
     dlog = None
     if column is not None:
-        chunk = _launch("grad_query", rows[3], rows[1], s.keys, log_decay).chunk
+        chunk = _launch("grad_query", s, k.dtype, s.keys, log_decay).chunk
         doc = None if doc is None else doc.to(torch.int32).contiguous()
         dlog = _grad_decay(row, column, prefix, dblocks, edge, doc, s, chunk)
     return dk[..., : k.shape[-1]].contiguous(), dv[..., : v.shape[-1]].contiguous(), dlog

@@ -78,7 +78,7 @@ def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.c
     """
     i = tl.arange(0, C)
     each = tl.zeros([C], tl.float32)
-    counts = tl.full([], 0, tl.int32)
+    counts = tl.minimum(C, T - t) * 257
     if DECAY == 2:
         inside = (t + i >= 0) & (t + i < T)
         each = tl.load(LOG_DECAY + (batch.to(tl.int64) * T + t + i) * H + head, mask=inside, other=0.0)
@@ -89,7 +89,7 @@ def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.c
 
 
 @triton.jit
-def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
     """Decays of the chunk that starts at token t, from its marks.
 
     Returns `inside` [C], the cumulative log2 of the decay up to and including each token; `lead` [C], the weight of the
@@ -103,25 +103,22 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, DOCS:
         inside = tl.cumsum(each, 0)
         total = tl.sum(each, 0)
     else:
-        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)  # of n, lest the compiler keep all weights in registers
+        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)
         total = log2 * n.to(tl.float32)
-    lead = tl.exp2(inside)
-    fold = tl.exp2(total - inside)
-    through = tl.exp2(total)
-    if DOCS:
-        continuing = counts & 255
-        finishing = (counts >> 8) & 255
-        lead = tl.where(i < continuing, lead, 0.0)
-        fold = tl.where(i >= n - finishing, fold, 0.0)
-        through = tl.where(continuing == n, through, 0.0)
+    continuing = counts & 255
+    finishing = (counts >> 8) & 255
+    lead = tl.where(i < continuing, tl.exp2(inside), 0.0)
+    fold = tl.where(i >= n - finishing, tl.exp2(total - inside), 0.0)
+    through = tl.where(continuing == n, tl.exp2(total), 0.0)
     return inside, lead, fold, through
 
 
 @triton.jit
-def _weights(inside, counts, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr):
+def _weights(inside, counts, C: tl.constexpr, REVERSE: tl.constexpr):
     """Decay between the tokens of a chunk [C, C]; row: the token that is read, column: the token that is written.
 
-    For a chunk of at most two documents; `_apart` sees to more.
+    For a chunk of at most two documents; `_apart` sees to more. Counted also where there is but one document: weights
+    that change from chunk to chunk are made anew, while constant ones would occupy registers throughout the walk.
     """
     i = tl.arange(0, C)
     if REVERSE:
@@ -130,20 +127,24 @@ def _weights(inside, counts, C: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.co
     else:
         visible = i[:, None] <= i[None, :]
         lag = inside[None, :] - inside[:, None]
-    if DOCS:
-        continuing = counts & 255
-        visible = visible & ((i[:, None] < continuing) == (i[None, :] < continuing))
+    continuing = counts & 255
+    visible = visible & ((i[:, None] < continuing) == (i[None, :] < continuing))
     return tl.exp2(tl.where(visible, lag, float("-inf")))
 
 
 @triton.jit
 def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
-    """Zeroes what is between documents in near [C, C], where the chunk has more than two."""
-    if DOCS:  # noqa: SIM102  one is decided when compiled, the other when run
-        if counts >> 16 > 0:
-            token = t + tl.arange(0, C)
+    """Zeroes what is between documents in near [C, C], where the chunk has more than two.
+
+    The branch is there, never taken, without documents too: between its halves the compiler spills no registers, which
+    makes walks a tenth faster.
+    """
+    if counts >> 16 > 0:
+        token = t + tl.arange(0, C)
+        doc = token
+        if DOCS:
             doc = tl.load(DOC + batch.to(tl.int64) * T + token, mask=token < T, other=-1)
-            near = tl.where(doc[:, None] == doc[None, :], near, 0.0)
+        near = tl.where(doc[:, None] == doc[None, :], near, 0.0)
     return near
 
 
@@ -187,7 +188,7 @@ def summarize_blocks(
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
-        _, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY, DOCS)
+        _, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
         state = state * through + _update(a, b, lead if REVERSE else fold)
         decay *= through
         t = ahead
@@ -243,11 +244,12 @@ def _flow(state, x, y, weight):
 
 
 @triton.jit
-def _store_sums(SUMS, start, head, t, T, H, x, dx, flow, C: tl.constexpr):
-    """Σ x·dx per token of the chunk, x and dx [·, C]; in place of its first token's, the flow through its edge."""
-    i = tl.arange(0, C)
-    sums = tl.sum(x.to(tl.float32) * dx, 0)
-    tl.store(SUMS + (start + t + i) * H + head, tl.where(i == 0, flow, sums), mask=t + i < T)
+def _store_sums(SUMS, line, head, t, T, H, x, dx, flow, C: tl.constexpr):
+    """Σ x·dx per token of the chunk, x and dx [·, C], into SUMS [·, T + chunks, H]; behind them the edge's flow."""
+    token = t + tl.arange(0, C)
+    start = line.to(tl.int64) * (T + tl.cdiv(T, C))
+    tl.store(SUMS + (start + token) * H + head, tl.sum(x.to(tl.float32) * dx, 0), mask=token < T)
+    tl.store(SUMS + (start + T + t // C) * H + head, flow)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -270,8 +272,8 @@ def walk(
     | dk | v, do, q | yes | yes |
 
     SAVE writes the states that enter each block, and at last the one that leaves the slice, to PREFIX (laid out as
-    BLOCKS). SUM writes Σ w·out per token to SUMS [tiles, B, T, H], and at a chunk's first token instead the flow
-    ⟨state, (lead·w)ᵀ x⟩ through the chunk's edge.
+    BLOCKS). SUM writes Σ w·out per token to SUMS [tiles, B, T + chunks, H], and behind them per chunk the flow
+    ⟨state, (lead·w)ᵀ x⟩ through its edge.
     """
     WIDTH: tl.constexpr = K if TRANSPOSE else V
     DEPTH: tl.constexpr = V if TRANSPOSE else K
@@ -296,7 +298,7 @@ def walk(
     for _ in range(chunks):
         ahead = t - C if REVERSE else t + C
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY, DOCS)
+        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
         if REVERSE:
             lead, fold = fold, lead
         a = _rows(x, batch, head, t, 0, C, DEPTH)
@@ -305,13 +307,13 @@ def walk(
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
             flow = _flow(state, d, a, lead)
-        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, counts, C, DOCS, REVERSE)
+        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, counts, C, REVERSE)
         near = _apart(near, DOC, counts, batch, t, T, C, DOCS)
         far = tl.dot(state.to(a.dtype), tl.trans(a), input_precision=PRECISION) * lead[None, :]
         result = tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION)
         _store_rows(out, batch, head, t, begin, tl.trans(result), C, TILE)
         if SUM:
-            _store_sums(SUMS, (tile * B + batch).to(tl.int64) * T, head, t, T, H, tl.trans(d), result, flow, C)
+            _store_sums(SUMS, tile * B + batch, head, t, T, H, tl.trans(d), result, flow, C)
         state = state * through + _update(c, b, fold)
         t = ahead
         each, counts = next_each, next_counts
@@ -339,8 +341,8 @@ def walk_key_value(
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, t - C, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY, DOCS)
-        weights = _weights(inside, counts, C, DOCS, True)
+        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
+        weights = _weights(inside, counts, C, True)
         cq = _rows(q, batch, head, t, 0, C, K)
         ck = _rows(k, batch, head, t, 0, C, K)
         cv = _rows(v, batch, head, t, 0, C, V)
@@ -357,7 +359,7 @@ def walk_key_value(
         _store_rows(dk, batch, head, t, 0, tl.trans(result), C, K)
         if SUM:
             flow = _flow(state, ck, cv, fold)
-            _store_sums(SUMS, batch.to(tl.int64) * T, head, t, T, H, tl.trans(ck), result, flow, C)
+            _store_sums(SUMS, batch, head, t, T, H, tl.trans(ck), result, flow, C)
         state = state * through + _update(cq, cdo, lead)
         t -= C
         each, counts = next_each, next_counts
@@ -370,10 +372,10 @@ def decay_gradient(
 ):  # fmt: skip
     """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
 
-    Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs to the
-    end of t's chunk only, where the flow ⟨gradient, state⟩ through the edge stands for all that follows. The flow is
-    taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there
-    (ROW and COLUMN at each chunk's first token), in fp32 from the same products as the states.
+    Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs only to
+    the nearer edge of t's chunk, where the flow ⟨gradient, state⟩ through the edge stands for all that lies behind. The
+    flow is taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there,
+    in fp32 from the same products as the states. ROW and COLUMN [B, T + chunks, H] are what `_store_sums` left.
     """
     batch, head, block, _ = _place(NB, H, 1)
     line = (batch * H + head).to(tl.int64)
@@ -387,28 +389,32 @@ def decay_gradient(
     flow = tl.sum(product, 0)
     i = tl.arange(0, C)
     start = batch.to(tl.int64) * T
+    sums = batch.to(tl.int64) * (T + tl.cdiv(T, C))
     for step in range(chunks):
         t = first + (chunks - 1 - step) * C
         n = tl.minimum(C, T - t)
-        at = (start + t + i) * H + head
-        inner = (i > 0) & (i < n)
-        difference = tl.load(ROW + at, mask=inner, other=0.0) - tl.load(COLUMN + at, mask=inner, other=0.0)
-        entered = tl.load(ROW + (start + t) * H + head)
-        left = tl.load(COLUMN + (start + t) * H + head)
+        at = (sums + t + i) * H + head
+        edge = (sums + T + t // C) * H + head
+        difference = tl.load(ROW + at, mask=i < n, other=0.0) - tl.load(COLUMN + at, mask=i < n, other=0.0)
         following = flow
-        flow -= left
-        visible = i[:, None] <= i[None, :]
+        flow -= tl.load(COLUMN + edge)
+        later = i[:, None] <= i[None, :]
+        earlier = i[:, None] > i[None, :]
+        nearer = 2 * i < n
         if DOCS:
             doc = tl.load(DOC + start + t + i, mask=i < n, other=-1)
             previous = tl.load(DOC + start + t + i - 1, mask=(t + i > 0) & (i < n), other=0)
             before = tl.load(DOC + start + t - 1, mask=t > 0, other=0)
             after = tl.load(DOC + start + t + n - 1)
-            visible = visible & (doc[:, None] == doc[None, :])
+            later = later & (doc[:, None] == doc[None, :])
+            continuing = doc == before
+            nearer = continuing & (2 * i < tl.sum(continuing.to(tl.int32), 0))
             following = tl.where(doc == after, following, 0.0)
             flow = tl.where(before == after, flow, 0.0)
-        flow += entered
-        gradient = tl.sum(tl.where(visible, difference[None, :], 0.0), 1) + following
-        gradient = tl.where(i == 0, flow, gradient)
+        flow += tl.load(ROW + edge)
+        from_left = flow - tl.sum(tl.where(earlier, difference[None, :], 0.0), 1)
+        from_right = following + tl.sum(tl.where(later, difference[None, :], 0.0), 1)
+        gradient = tl.where(nearer, from_left, from_right)
         if DOCS:
             gradient = tl.where(doc == previous, gradient, 0.0)
-        tl.store(OUT + at, gradient, mask=i < n)
+        tl.store(OUT + (start + t + i) * H + head, gradient, mask=i < n)
