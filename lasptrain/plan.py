@@ -54,6 +54,8 @@ def activation_bytes(recipe: Recipe) -> int:
     match recipe.parallel.recompute:
         case "full":
             kept = D
+        case "offload":
+            kept = 0
         case "selective":
             kept = 3 * D + 2 * HK + 3 * HV + 2 * F
         case "none":
@@ -82,9 +84,10 @@ def fixed_bytes(recipe: Recipe, vocab: int, ranks: int) -> dict[str, int]:
     wide = max(4, _size(recipe))
     shards = ranks if recipe.parallel.data_parallel == "fsdp" else 1
     gathered = _size(recipe) * count if recipe.parallel.data_parallel == "fsdp" else 0
+    whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
     return {
         "parameters": wide * count // shards + gathered,
-        "gradients": wide * count + (wide * count // shards if shards > 1 else 0),
+        "gradients": wide * whole + (wide * count // shards if shards > 1 else 0),
         "optimizer": 2 * wide * count // shards,
         "loss": recipe.train.loss_chunk * vocab * (wide + _size(recipe)) + 2 * wide * vocab * recipe.model.dim,
     }
@@ -93,13 +96,34 @@ def fixed_bytes(recipe: Recipe, vocab: int, ranks: int) -> dict[str, int]:
 def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
     """Peak bytes per rank by part, for a segment of so many tokens."""
     tokens = recipe.train.micro_batch * segment // sp
-    segments = recipe.data.window // segment
     return {
         **fixed_bytes(recipe, vocab, dp * sp),
         "activations": tokens * activation_bytes(recipe),
         "one block": tokens * working_bytes(recipe),
-        "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model),
+        "states": 3 * recipe.train.micro_batch * state_bytes(recipe.model),
     }
+
+
+def host_memory(recipe: Recipe, sp: int, segment: int) -> int:
+    """Page-locked bytes per rank: the states that enter each segment, and activations that are offloaded."""
+    segments = recipe.data.window // segment
+    offloaded = 0
+    if recipe.parallel.recompute == "offload":
+        offloaded = segment // sp * activation_bytes(recipe.model_copy(update={"parallel": Parallel()}))
+    return recipe.train.micro_batch * ((segments - 1) * state_bytes(recipe.model) + offloaded)
+
+
+def with_reduction(recipe: Recipe, vocab: int, ranks: int, available: int | None) -> Recipe:
+    """The recipe with `parallel.reduce: auto` decided: once per step, the cheaper, unless unsharded gradients and all
+    else that does not depend on the slice would then take more than two thirds of `available` bytes on a rank.
+    """
+    if recipe.parallel.reduce != "auto":
+        return recipe
+    needed = sum(fixed_bytes(recipe, vocab, ranks).values())
+    tight = available is not None and needed > available * 2 / 3
+    often = tight and ranks > 1 and recipe.parallel.data_parallel == "fsdp"
+    parallel = recipe.parallel.model_copy(update={"reduce": "segment" if often else "step"})
+    return recipe.model_copy(update={"parallel": parallel})
 
 
 def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:

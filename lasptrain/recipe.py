@@ -133,7 +133,13 @@ class Parallel(Section):
     """How parameters and activations are kept."""
 
     data_parallel: Literal["ddp", "fsdp"] = "fsdp"
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute: Literal["none", "full", "selective", "offload"] = "none"
+    reduce: Literal["auto", "step", "segment"] = "auto"  # when gradients are summed over ranks
+
+    def problems(self) -> Iterator[Problem]:
+        """Reduction per segment where gradients are not sharded."""
+        if self.reduce == "segment" and self.data_parallel == "ddp":
+            yield "parallel.reduce", "found 'segment' with data_parallel: ddp; it saves memory with fsdp only"
 
 
 class Optim(Section):

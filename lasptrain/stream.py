@@ -1,8 +1,9 @@
 """The gradient of one window, taken segment by segment: exact back-propagation in memory that does not grow with it.
 
 Forward without gradients over all segments but the last keeps, per layer and segment, the state that entered this
-rank's slice. Then, from the last segment back to the first, each is run with gradients from its kept states, and the
-gradient of the states that entered it is handed to the segment before. A window of one segment has no extra forward.
+rank's slice: in host memory, so that the window's length costs a GPU nothing. Then, from the last segment back to the
+first, each is run with gradients from its kept states, and the gradient of the states that entered it is handed to the
+segment before. A window of one segment has no extra forward.
 """
 
 from __future__ import annotations
@@ -22,6 +23,17 @@ def _placeholder(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.new_empty_strided(state.shape, [0] * state.dim()).requires_grad_()
 
 
+def _to_host(state: Tensor | None) -> Tensor | None:
+    """The state in page-locked host memory, copied in the order of the stream: nobody waits for it."""
+    if state is None or not state.is_cuda:
+        return state
+    return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
+
+
+def _to_device(state: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if state is None else state.to(device, non_blocking=True)
+
+
 def _forward_states(
     model: nn.Module, layers: int, segments: Sequence[Slice]
 ) -> tuple[list[list[Memory]], list[State] | None]:
@@ -33,7 +45,7 @@ def _forward_states(
             kept.append([Memory() for _ in range(layers)])
             carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
             for memory in kept[-1]:
-                memory.leaving = None
+                memory.entering, memory.leaving = _to_host(memory.entering), None
     return kept, carry
 
 
@@ -65,7 +77,10 @@ def backward(
                 tuple(s if s is None else s.detach().requires_grad_() if last else _placeholder(s) for s in state)
                 for state in carry
             ]
-        out = model(segment.tokens, segment.labels, segment.doc, entered, kept.pop(), leave=not last)
+        memories = kept.pop()
+        for memory in memories:
+            memory.entering = _to_device(memory.entering, segment.tokens.device)
+        out = model(segment.tokens, segment.labels, segment.doc, entered, memories, leave=not last)
         leaving = [] if last else [s for state in out.leaving for s in state]
         pairs = [(s, g) for s, g in zip(leaving, grads, strict=True) if s is not None and g is not None]
         torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])

@@ -103,6 +103,7 @@ def build(recipe: Recipe) -> Job:
         values=initial_values(model, recipe.train.seed, device),
     )
     vocab = model.embed.num_embeddings
+    recipe = plan.with_reduction(recipe, vocab, dp * sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     loader = open_loader(recipe, dataset, mesh, "train", recipe.data.window, recipe.train.batch, segment)
     return Job(
@@ -208,7 +209,7 @@ def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tenso
     total = sum_over_ranks(valid)
     loss = torch.zeros((), dtype=torch.float64, device=job.device)
     for number, micro_batch in enumerate(micro_batches):
-        set_gradient_sync(job.called, False)
+        set_gradient_sync(job.called, False, always=job.recipe.parallel.reduce == "segment")
         last = number == len(micro_batches) - 1
         loss += stream.backward(
             job.called,

@@ -53,6 +53,7 @@ class Layout:
     kind: str = "ddp"
     recompute: str = "none"
     segments: int = 1
+    always: bool = False  # gradients are reduced in each backward
 
 
 Case = tuple[Arch, torch.dtype, Layout]
@@ -104,7 +105,7 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     mine = range(mesh.rank("dp"), BATCH, layout.dp)
     loss = torch.zeros((), dtype=dtype)
     for window in mine:  # one micro-batch each
-        set_gradient_sync(called, False)
+        set_gradient_sync(called, False, always=layout.always)
         last = window == mine[-1]
         loss += stream.backward(
             called,
@@ -145,9 +146,14 @@ def layouts(world: int) -> list[Layout]:
 def streamed(world: int) -> list[Layout]:
     sp = {1: 1, 2: 2, 3: 3}[world]
     return [
-        Layout(1, sp, scan, kind, mode, segments)
+        Layout(1, sp, scan, kind, mode, segments, always)
         for scan in ("ring", "all_gather")
-        for kind, mode in (("ddp", "none"), ("fsdp", "full"), ("fsdp", "selective"))
+        for kind, mode, always in (
+            ("ddp", "none", False),
+            ("fsdp", "full", False),
+            ("fsdp", "selective", True),
+            ("fsdp", "offload", False),
+        )
         for segments in (2, 3, 5)
         if WINDOW % (sp * segments) == 0
     ]

@@ -95,6 +95,11 @@ def _padded(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+def _cropped(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x [..., rows, columns] without padding."""
+    return x if x.shape[-2:] == (rows, columns) else x[..., :rows, :columns].contiguous()
+
+
 @lru_cache(maxsize=1024)
 def _tma_strides(strides: tuple[int, ...], size: int) -> bool:
     return strides[-1] == 1 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
@@ -105,10 +110,17 @@ def _device(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+class _Descriptor(TensorDescriptor):  # type: ignore[misc]
+    """Without the checks at birth, which cost the host more than the launch; `_padded` has seen to what they ask."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of x [B, T, H, ·] whose blocks are `rows` tokens × `columns` of one head."""
-    x = x.detach().transpose(1, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
+    (b, t, h, d), (sb, st, sh, sd) = x.shape, x.stride()
+    return _Descriptor(x, [b, h, t, d], [sb, sh, st, sd], [1, 1, rows, columns])
 
 
 class _Slice(NamedTuple):
@@ -227,7 +239,7 @@ def _summarize(
         programs.scan_blocks[(size // 1024, s.batch * s.heads)](
             blocks, state, s.blocks, SIZE=size, PART=1024, REVERSE=reverse, num_warps=4
         )
-    return state[..., :kdim, :vdim].contiguous(), blocks
+    return _cropped(state, kdim, vdim), blocks
 
 
 def _walk(
@@ -383,7 +395,7 @@ def attend(
     prefix = torch.empty_like(blocks)
     rows = _padded(q), _padded(k), _padded(v)
     o, _ = _walk("attend", rows, s, log_decay, doc, blocks, _state(entering, s), prefix)
-    return o[..., : v.shape[-1]].contiguous(), prefix
+    return _cropped(o, s.heads, v.shape[-1]), prefix
 
 
 def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -403,7 +415,7 @@ def grad_query(
     rows = _padded(do.to(q.dtype)), _padded(v), _padded(k)
     per_token = log_decay is not None and log_decay.dim() == 3
     dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=_padded(q) if per_token else None)
-    return dq[..., : q.shape[-1]].contiguous(), prefix.new_empty(0) if row is None else row
+    return _cropped(dq, q.shape[2], q.shape[-1]), prefix.new_empty(0) if row is None else row
 
 
 def grad_key_value(
@@ -431,4 +443,4 @@ def grad_key_value(
         chunk = _launch("grad_query", s, k.dtype, s.keys, log_decay).chunk
         doc = None if doc is None else doc.to(torch.int32).contiguous()
         dlog = _grad_decay(row, column, prefix, dblocks, edge, doc, s, chunk)
-    return dk[..., : k.shape[-1]].contiguous(), dv[..., : v.shape[-1]].contiguous(), dlog
+    return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog

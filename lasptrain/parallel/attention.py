@@ -136,7 +136,9 @@ class _Begin(Function):
         pending: Pending,
     ) -> Tensor:
         # Recomputation under selective checkpointing must not run an operator that the first pass did not run.
-        transition = pending.transition = Transition(ops.slice_decay(k, log_decay, doc), angle)
+        alone = attention.scan.size == 1 and carry is None and not pending.leave  # nothing crosses the slice's edges
+        decay = k.new_empty(0) if alone else ops.slice_decay(k, log_decay, doc)
+        transition = pending.transition = Transition(decay, angle)
         blocks = None
         if pending.memory.known:
             pending.exchange = _Given(_remembered(pending, k, v))

@@ -93,6 +93,7 @@ class Scan(Protocol):
     gradient of the one is what the reversed call takes and returns. Which ranks hold them is the scan's own matter.
     """
 
+    size: int  # ranks
     bytes_sent: int
     calls: int
 

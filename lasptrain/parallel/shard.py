@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lasptrain import ops
 from lasptrain.parallel.mesh import Mesh
+
+SMALLEST_OFFLOAD = 1 << 16  # elements; what is smaller stays on the device
 
 aten = torch.ops.aten
 KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, ops.attend}
@@ -38,15 +41,37 @@ def recompute(blocks: Sequence[Block], mode: str) -> None:
     """Activation checkpointing of blocks whose forward goes through their attribute `recompute`.
 
     `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of
-    the recurrence.
+    the recurrence; `offload` keeps all, in host memory.
     """
     if mode == "none":
+        return
+    if mode == "offload":
+        for block in blocks:
+            block.recompute = partial(_offloaded, cast(nn.Module, block))
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
         block.recompute = partial(checkpoint, **options)
+
+
+def _offloaded(block: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result; what its backward needs waits in page-locked host memory, weights excepted."""
+    present = (parameter for parameter in block.parameters() if not isinstance(parameter, DTensor))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in present}
+
+    def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if not x.is_cuda or x.numel() < SMALLEST_OFFLOAD or x.untyped_storage().data_ptr() in weights:
+            return x
+        host = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True)
+        return x.device, host.copy_(x, non_blocking=True)
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
+
+    with saved_tensors_hooks(pack, unpack):
+        return function(*args)
 
 
 def _fully_shard(model: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -131,13 +156,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def set_gradient_sync(model: nn.Module, on: bool) -> None:
+def set_gradient_sync(model: nn.Module, on: bool, *, always: bool = False) -> None:
     """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
+
+    `always` makes FSDP reduce in each backward: shards accumulate, and unsharded gradients never exist as a whole.
 
     Until then FSDP also keeps parameters as it gathered and cast them: once per update, not once per segment.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+        model.set_requires_gradient_sync(on or always)
         model.set_reshard_after_forward(on)
         model.set_reshard_after_backward(on)
     elif isinstance(model, DistributedDataParallel):
