@@ -241,12 +241,12 @@ def bench_kernels(
     """Time the attention kernels beside flash-linear-attention (extra `bench`) and the memory floor."""
     from lasptrain.bench import kernels
 
-    rows, bandwidth = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
-    Console().print(kernels.report(rows, bandwidth, heads, dim, dtype, decay))
-    if all(row.name == "lasptrain" for row in rows) and not documents:
+    rows, rates = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
+    Console().print(kernels.report(rows, rates, heads, dim, dtype, decay))
+    if all(row.name == "lasptrain" for row in rows):
         typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
     if file is not None:
-        kernels.write(file, rows, bandwidth)
+        kernels.write(file, rows, rates)
 
 
 @data_app.command()

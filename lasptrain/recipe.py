@@ -175,6 +175,7 @@ class Train(Section):
     kernel: Literal["auto", "reference", "chunked", "triton"] = "auto"
     seed: Seed = 0  # of the weights
     loss_chunk: Count = 2048  # tokens whose logits exist at one time
+    profile: Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = ()  # steps whose trace goes to RUN/profile
 
     def problems(self) -> Iterator[Problem]:
         """A kernel that cannot compute in the precision."""

@@ -21,7 +21,7 @@ RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoi
 # What may change when a run is resumed: how it is computed, not what.
 _FREE = re.compile(
     r"(name|mesh|parallel|checkpoint|eval|launch)(\..*)?"
-    r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk)|data\.cache"
+    r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk|profile)|data\.cache"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync
+from lasptrain.profile import profiled
 from lasptrain.recipe import Recipe
 from lasptrain.summary import summarize
 
@@ -65,7 +67,10 @@ def train(recipe: Recipe, run: Path) -> None:
     validation = None
     with Metrics(run, steps=steps, start=start, speaks=speaks) as metrics:
         for step in range(start, steps):
-            metrics.log(step + 1, **one_step(job, step))
+            chosen = speaks and step + 1 in recipe.train.profile
+            with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
+                values = one_step(job, step)
+            metrics.log(step + 1, **values)
             if _due(recipe.eval.every, step + 1, steps):
                 validation = evaluate(job)
                 metrics.log_eval(step + 1, **validation.scalars())

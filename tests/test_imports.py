@@ -16,7 +16,7 @@ LAYERS = (
     {"recipe"},
     {"ops", "run"},
     {"models", "data", "data_tools", "loss", "optim", "parallel"},
-    {"checkpoint", "metrics"},
+    {"checkpoint", "metrics", "profile"},
     {"stream", "train", "eval", "convert", "plan", "bench", "summary"},
     {"launch", "rank", "cli"},
     {"__main__"},

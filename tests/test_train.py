@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -122,3 +124,11 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
 def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
     recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
     assert spawn(2, poisoned, recipe) == [True, True]
+
+
+def test_chosen_steps_are_profiled(folder: Path) -> None:
+    pretrain(folder, "profiled", "--set", "train.steps=2", "--set", "train.profile=[2]", "--set", "eval.every=0")
+    (trace,) = (folder / "profiled" / "profile").iterdir()
+    assert trace.name == "step-2.json.gz"
+    with gzip.open(trace, "rt") as file:
+        assert any("lasptrain::attend" in event.get("name", "") for event in json.load(file)["traceEvents"])

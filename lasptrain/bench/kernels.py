@@ -1,4 +1,4 @@
-"""`lasptrain bench kernels`: our kernels, public ones and the memory floor, in one run on one GPU."""
+"""`lasptrain bench kernels`: our kernels, public ones and the floors, in one run on one GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -17,6 +18,7 @@ from lasptrain.parallel.attention import Attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+CHUNK = 64  # tokens, of the product floor
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,22 @@ class Row:
     name: str
     tokens: int
     forward: float
-    both: float  # forward and backward
-    extra: float
+    both: float | None  # forward and backward
+    extra: float | None
+    failure: str | None = None  # why there is no backward
+
+
+class Rates(NamedTuple):
+    """What this GPU sustains: copies in bytes/s, matrix products of the inputs' dtype in FLOP/s."""
+
+    copies: float
+    products: float
 
 
 def measure(
     tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int
-) -> tuple[list[Row], float]:
-    """Rows for every length, ours first, and the copy bandwidth of this GPU in bytes/s.
+) -> tuple[list[Row], Rates]:
+    """Rows for every length, ours first, and the rates that bound them.
 
     Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
     token, with gradient). Raises SetupError without a GPU.
@@ -45,7 +55,7 @@ def measure(
         implementations, learned = _implementations(length, heads, decay, documents)
         for name, forward in implementations.items():
             rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
-    return rows, _copy_bandwidth()
+    return rows, Rates(_copy_rate(), _product_rate(DTYPES[dtype]))
 
 
 def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:
@@ -57,28 +67,31 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
         "token": (-slope * torch.rand(1, tokens, heads, device="cuda")).requires_grad_(),
     }[decay]
     learned = [log_decay] if log_decay is not None and log_decay.requires_grad else []
-    doc = None
+    doc, edges = None, None
     if documents:
         starts = torch.zeros(1, tokens, dtype=torch.int32, device="cuda")
         starts[0, torch.randperm(tokens, device="cuda")[:documents]] = 1
         doc = starts.cumsum(1, dtype=torch.int32)
+        inner = starts[0].nonzero().flatten()
+        edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), tokens)]).unique()
     attention = Attention("triton")
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention.finish(attention.begin(k, v, log_decay, doc), q)[0]
 
     found: dict[str, Forward] = {"lasptrain": ours}
-    if find_spec("fla") is None or documents:
+    if find_spec("fla") is None:
         return found, learned
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 
+    options: dict[str, Any] = {"scale": 1.0, "cu_seqlens": edges}
     if decay == "none":
-        found["fla chunk_linear_attn"] = lambda q, k, v: chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
+        found["fla chunk_linear_attn"] = lambda q, k, v: chunk_linear_attn(q, k, v, normalize=False, **options)[0]
     elif decay == "head":
-        found["fla chunk_simple_gla"] = lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
+        found["fla chunk_simple_gla"] = lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=log_decay, **options)[0]
     else:
-        found["fla chunk_simple_gla, gated"] = lambda q, k, v: chunk_simple_gla(q, k, v, g=log_decay, scale=1.0)[0]
+        found["fla chunk_simple_gla, gated"] = lambda q, k, v: chunk_simple_gla(q, k, v, g=log_decay, **options)[0]
     return found, learned
 
 
@@ -93,18 +106,21 @@ def _row(
     def both() -> None:
         torch.autograd.grad(forward(q, k, v), (q, k, v, *learned), do)
 
-    both()
+    with torch.no_grad():
+        one_way = do_bench(lambda: forward(q, k, v), warmup=25, rep=100, return_mode="median")
+    try:
+        both()
+    except RuntimeError as error:  # fla refuses what the installed Triton would compile wrongly
+        return Row(name, tokens, one_way, None, None, str(error))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
     extra = torch.cuda.max_memory_allocated() - before
-    with torch.no_grad():
-        one_way = do_bench(lambda: forward(q, k, v), warmup=25, rep=100, return_mode="median")
     return Row(name, tokens, one_way, do_bench(both, warmup=25, rep=100, return_mode="median"), extra / 1e9)
 
 
-def _copy_bandwidth() -> float:
+def _copy_rate() -> float:
     from triton.testing import do_bench
 
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
@@ -113,40 +129,65 @@ def _copy_bandwidth() -> float:
     return 2 * source.numel() / ms * 1e3
 
 
-def floors(tokens: int, heads: int, dim: int, dtype: str, bandwidth: float) -> tuple[float, float]:
-    """ms to read q, k, v and write o; and, backward included, to read them and do again and write dq, dk, dv."""
-    tensor = tokens * heads * dim * DTYPES[dtype].itemsize
-    return 4 * tensor / bandwidth * 1e3, 11 * tensor / bandwidth * 1e3
+def _product_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    from triton.testing import do_bench
+
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+    ms: float = do_bench(lambda: a @ b, warmup=100, rep=300, return_mode="median")
+    return 2 * size**3 / ms * 1e3
 
 
-def report(rows: Sequence[Row], bandwidth: float, heads: int, dim: int, dtype: str, decay: str) -> Table:
-    """A table with every time beside its floor and, for ours, beside the fastest other."""
-    table = Table(title=f"H {heads}, D {dim}, {dtype}, decay {decay}; copies {bandwidth / 1e12:.2f} TB/s")
+def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates) -> list[Row]:
+    """The least times. Memory: to read q, k, v and write o; and, backward included, to read them and do again and write
+    dq, dk, dv. Products: of a chunkwise algorithm with chunks of CHUNK tokens.
+    """
+    tensor = tokens * heads * dim * DTYPES[dtype].itemsize / rates.copies * 1e3
+    product = 2 * tokens * heads * dim * (CHUNK + dim) / rates.products * 1e3
+    return [
+        Row("memory floor", tokens, 4 * tensor, 11 * tensor, None),
+        Row("product floor", tokens, 2 * product, 7 * product, None),
+    ]
+
+
+def report(rows: Sequence[Row], rates: Rates, heads: int, dim: int, dtype: str, decay: str) -> Table:
+    """A table with every time beside the memory floor and, for ours, beside the fastest other."""
+    failures = {row.failure for row in rows if row.failure}
+    table = Table(
+        title=f"H {heads}, D {dim}, {dtype}, decay {decay}; "
+        f"copies {rates.copies / 1e12:.2f} TB/s, products {rates.products / 1e12:.0f} TFLOP/s",
+        caption="\n".join(sorted(failures)) or None,
+    )
     for column in ("tokens", "", "forward ms", "× floor", "both ms", "× floor", "extra GB", "speed-up"):
         table.add_column(column, justify="left" if not column else "right")
-    for row in rows:
-        one_way, both = floors(row.tokens, heads, dim, dtype, bandwidth)
-        others = [other.both for other in rows if other.tokens == row.tokens and other.name != "lasptrain"]
-        gain = f"{min(others) / row.both:.2f}" if others and row.name == "lasptrain" else ""
-        table.add_row(
-            f"{row.tokens:,}",
-            row.name,
-            f"{row.forward:.3f}",
-            f"{row.forward / one_way:.2f}",
-            f"{row.both:.3f}",
-            f"{row.both / both:.2f}",
-            f"{row.extra:.2f}",
-            gain,
-        )
+    for length in dict.fromkeys(row.tokens for row in rows):
+        least = floors(length, heads, dim, dtype, rates)
+        found = [row for row in rows if row.tokens == length]
+        others = [row.both for row in found[1:] if row.both is not None]
+        for row in [*found, *least]:
+            gain = f"{min(others) / row.both:.2f}" if others and row is found[0] and row.both is not None else ""
+            table.add_row(
+                f"{length:,}",
+                row.name,
+                f"{row.forward:.3f}",
+                f"{row.forward / least[0].forward:.2f}",
+                _cell(row.both, 3),
+                _cell(row.both and least[0].both and row.both / least[0].both, 2),
+                _cell(row.extra, 2),
+                gain,
+            )
     return table
 
 
-def write(file: Path, rows: Sequence[Row], bandwidth: float) -> None:
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def write(file: Path, rows: Sequence[Row], rates: Rates) -> None:
     """The same as JSON, with the device's name."""
     content = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "bandwidth": bandwidth,
+        **rates._asdict(),
         "rows": [asdict(row) for row in rows],
     }
     file.write_text(json.dumps(content, indent=1))
