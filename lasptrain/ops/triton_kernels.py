@@ -20,6 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lasptrain.ops import triton_programs as programs
 
 DIMS = (64, 128, 256)  # smaller ones are padded: rows of 64 bytes came out wrong on Hopper (Triton 3.6)
+HERE = nullcontext()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRANULE = 128  # tokens; every chunk divides it
 SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
@@ -86,13 +88,13 @@ def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int, log_decay
 
 def _padded(x: Tensor) -> Tensor:
     """x [B, T, H, ·] as the tensor map needs it: a supported dim, rows that start on 16 bytes."""
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if x.dtype not in DTYPES:
         raise TypeError(f"the triton kernel takes bf16, fp16 and fp32, found {x.dtype}")
     missing = _width(x.shape[-1]) - x.shape[-1]
     if missing:
         return F.pad(x, (0, missing))
-    fits = _tma_strides(x.stride(), x.element_size()) and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    fits = x.is_contiguous() or _tma_strides(x.stride(), x.element_size())
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _cropped(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -105,16 +107,18 @@ def _tma_strides(strides: tuple[int, ...], size: int) -> bool:
     return strides[-1] == 1 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
 
 
-def _device(x: Tensor) -> AbstractContextManager[None]:
-    """Makes the device of x current, where there is one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of x current, where there is one and it is not."""
+    away = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if away else HERE
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
-    """Without the checks at birth, which cost the host more than the launch; `_padded` has seen to what they ask."""
+    """Made without checks, which would cost the host more than the launch; `_padded` has seen to what they ask."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]):
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+        self.padding = "zero"
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -183,8 +187,8 @@ class _Gates(NamedTuple):
 
 
 def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
-    if log_decay is not None:
-        log_decay = log_decay.detach().to(torch.float32).contiguous()
+    if log_decay is not None and not (log_decay.dtype == torch.float32 and log_decay.is_contiguous()):
+        log_decay = log_decay.to(torch.float32).contiguous()
     if doc is None:
         return _Gates(log_decay, None, None)
     doc = doc.to(torch.int32).contiguous()
@@ -202,7 +206,9 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
     """A state from outside [B, H, K, V] as the programs read it: fp32, contiguous, of the supported dims."""
     if state is None:
         return None
-    state = state.detach().to(torch.float32)
+    state = state.to(torch.float32)
+    if state.shape[-2:] == (s.keys, s.values):
+        return state.contiguous()
     return F.pad(state, (0, s.values - state.shape[-1], 0, s.keys - state.shape[-2])).contiguous()
 
 
