@@ -160,17 +160,27 @@ def plan_command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs.")] = 1,
     gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="Which: rates and memory.")] = "h100",
     memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Of each GPU, if it differs.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="With this machine's GPU instead.")] = False,
 ) -> None:
     """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
     loaded = load(recipe, overrides)
-    for table in _plan(loaded, gpus, gpu, memory):
+    rates = _measured() if measure else plan.GPUS[gpu]
+    for table in _plan(loaded, gpus, "this GPU" if measure else gpu, rates, memory):
         Console().print(table)
 
 
-def _plan(recipe: Recipe, gpus: int, gpu: str, given: str | None) -> Iterator[Table]:
+def _measured() -> plan.Rates:
+    import torch
+
+    from lasptrain.bench.kernels import measure_rates
+
+    copies, products = measure_rates(torch.bfloat16)
+    return plan.Rates(products, copies, torch.cuda.get_device_properties(0).total_memory)
+
+
+def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | None) -> Iterator[Table]:
     from data_tools.tokenizer import load_tokenizer
 
-    rates = plan.GPUS[gpu]
     available = rates.memory if given is None else _bytes(given)
     dp, sp = resolve_mesh(recipe, gpus)
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)

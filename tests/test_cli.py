@@ -153,3 +153,4 @@ def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None
 
 def test_benchmarks_need_a_gpu(tmp_path: Path) -> None:
     refused(5, "found no CUDA device", "bench", "kernels", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    refused(5, "found no CUDA device", "plan", QUICKSTART, "--measure", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")

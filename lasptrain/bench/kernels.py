@@ -48,14 +48,20 @@ def measure(
     Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
     token, with gradient). Raises SetupError without a GPU.
     """
-    if not torch.cuda.is_available():
-        raise SetupError("bench kernels: found no CUDA device; it measures GPU kernels")
+    rates = measure_rates(DTYPES[dtype])
     rows = []
     for length in tokens:
         implementations, learned = _implementations(length, heads, decay, documents)
         for name, forward in implementations.items():
             rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
-    return rows, Rates(_copy_rate(), _product_rate(DTYPES[dtype]))
+    return rows, rates
+
+
+def measure_rates(dtype: torch.dtype) -> Rates:
+    """What the current GPU sustains; SetupError without one."""
+    if not torch.cuda.is_available():
+        raise SetupError("found no CUDA device to measure")
+    return Rates(_copy_rate(), _product_rate(dtype))
 
 
 def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:

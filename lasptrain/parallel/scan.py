@@ -1,4 +1,4 @@
-"""The exclusive scan of states over the ranks of an sp group: LASP's ring and LASP-2's all-gather.
+"""The exclusive scan of states over the ranks of an sp group: LASP's ring, LASP-2's all-gather, ZeCO's all-scan.
 
 Rank r contributes the affine map S ↦ transition_r · S + state_r of its slice and gets the state that enters it,
 
@@ -129,22 +129,27 @@ class Ring(_Scan):
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
     ) -> Exchange:
-        first, last, step = (self.size - 1, 0, -1) if reverse else (0, self.size - 1, 1)
+        first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
 
         def body() -> Scanned:
-            entering = carry
-            if carry is not None:
-                entering = self._move(carry, 0, first)
-            if self.rank != first:
-                entering = self._receive(state, self.rank - step)
-            if self.rank == last and not leave:
-                return Scanned(entering, None)
-            leaving = transition.apply(entering, state)
-            if self.rank != last:
-                self._send(leaving, self.rank + step)
-            return Scanned(entering, self._move(leaving, last, 0) if leave else None)
+            start = None if carry is None else self._move(carry, 0, first)
+            entering, leaving = self._chain(state, transition, start, first, last, leave)
+            return Scanned(entering, self._move(leaving, last, 0) if leaving is not None and leave else None)
 
         return self._exchange(body, (state, transition.decay, carry))
+
+    def _chain(
+        self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
+    ) -> Scanned:
+        """From rank to rank, `first` to `last`; `start` enters the first. Only `leave` makes the last one fold."""
+        step = 1 if first <= last else -1
+        entering = start if self.rank == first else self._receive(state, self.rank - step)
+        if self.rank == last and not leave:
+            return Scanned(entering, None)
+        leaving = transition.apply(entering, state)
+        if self.rank != last:
+            self._send(leaving, self.rank + step)
+        return Scanned(entering, leaving)
 
     def _move(self, x: Tensor, source: int, target: int) -> Tensor:
         """x of `source` on `target`; what the other ranks get has its shape only."""
@@ -162,6 +167,33 @@ class Ring(_Scan):
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
         dist.recv(x, group=self.group, group_src=source)
         return x
+
+
+class AllScan(Ring):
+    """ZeCO (arXiv:2507.01004): the ring with the state cut along V.
+
+    A rank sends its first columns on while the next are still on their way to it, so that a long chain takes little
+    longer than one transfer of a state.
+    """
+
+    PARTS = 8
+
+    def _chain(
+        self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
+    ) -> Scanned:
+        parts = state.chunk(self.PARTS, dim=-1)
+        starts = [None] * len(parts) if start is None else start.chunk(self.PARTS, dim=-1)
+        passed = [
+            super(AllScan, self)._chain(part, transition, begin, first, last, leave)
+            for part, begin in zip(parts, starts, strict=True)
+        ]
+        return Scanned(_joined([one.entering for one in passed]), _joined([one.leaving for one in passed]))
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Parts along V as one; they are all there or all absent."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, dim=-1) if present else None
 
 
 class AllGather(_Scan):
@@ -200,4 +232,4 @@ class AllGather(_Scan):
         return [s.view_as(state) for s, _ in split], [d.view_as(decay) for _, d in split]
 
 
-SCANS: dict[str, type[Ring] | type[AllGather]] = {"ring": Ring, "all_gather": AllGather}
+SCANS: dict[str, type[Ring] | type[AllGather]] = {"ring": Ring, "all_gather": AllGather, "all_scan": AllScan}
