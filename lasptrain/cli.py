@@ -184,7 +184,7 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     available = rates.memory if given is None else _bytes(given)
     dp, sp = resolve_mesh(recipe, gpus)
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    recipe = plan.with_reduction(recipe, vocab, gpus, available)
+    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
     seconds = plan.seconds_per_token(recipe, vocab, cut.segments, rates)

@@ -78,12 +78,13 @@ def working_bytes(recipe: Recipe) -> int:
     return _size(recipe) * block + (0 if recipe.parallel.recompute == "none" else again)
 
 
-def fixed_bytes(recipe: Recipe, vocab: int, ranks: int) -> dict[str, int]:
+def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     """Bytes per rank that do not depend on the slice, by part."""
     count = sum(parameters(recipe.model, vocab).values())
     wide = max(4, _size(recipe))
-    shards = ranks if recipe.parallel.data_parallel == "fsdp" else 1
-    gathered = _size(recipe) * count if recipe.parallel.data_parallel == "fsdp" else 0
+    kind = recipe.parallel.data_parallel
+    shards = {"fsdp": dp * sp, "hsdp": sp, "ddp": 1}[kind]
+    gathered = 0 if kind == "ddp" else _size(recipe) * count
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
     return {
         "parameters": wide * count // shards + gathered,
@@ -97,7 +98,7 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
     """Peak bytes per rank by part, for a segment of so many tokens."""
     tokens = recipe.train.micro_batch * segment // sp
     return {
-        **fixed_bytes(recipe, vocab, dp * sp),
+        **fixed_bytes(recipe, vocab, dp, sp),
         "activations": tokens * activation_bytes(recipe),
         "one block": tokens * working_bytes(recipe),
         "states": 3 * recipe.train.micro_batch * state_bytes(recipe.model),
@@ -113,15 +114,15 @@ def host_memory(recipe: Recipe, sp: int, segment: int) -> int:
     return recipe.train.micro_batch * ((segments - 1) * state_bytes(recipe.model) + offloaded)
 
 
-def with_reduction(recipe: Recipe, vocab: int, ranks: int, available: int | None) -> Recipe:
+def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> Recipe:
     """The recipe with `parallel.reduce: auto` decided: once per step, the cheaper, unless unsharded gradients and all
     else that does not depend on the slice would then take more than two thirds of `available` bytes on a rank.
     """
     if recipe.parallel.reduce != "auto":
         return recipe
-    needed = sum(fixed_bytes(recipe, vocab, ranks).values())
+    needed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     tight = available is not None and needed > available * 2 / 3
-    often = tight and ranks > 1 and recipe.parallel.data_parallel == "fsdp"
+    often = tight and dp * sp > 1 and recipe.parallel.data_parallel != "ddp"
     parallel = recipe.parallel.model_copy(update={"reduce": "segment" if often else "step"})
     return recipe.model_copy(update={"parallel": parallel})
 
@@ -142,7 +143,7 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
         if available is None or needed <= HEADROOM * available:
             return length * sp
     assert available is not None
-    fixed = sum(fixed_bytes(recipe, vocab, dp * sp).values())
+    fixed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     raise ResourceError(
         f"train.segment: no segment of the {window:,}-token window fits {available / 2**30:.1f} GiB, of which "
         f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; more GPUs or "

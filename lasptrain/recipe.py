@@ -132,14 +132,14 @@ class Mesh(Section):
 class Parallel(Section):
     """How parameters and activations are kept."""
 
-    data_parallel: Literal["ddp", "fsdp"] = "fsdp"
+    data_parallel: Literal["ddp", "fsdp", "hsdp"] = "fsdp"  # hsdp: sharded over sp, replicated over dp
     recompute: Literal["none", "full", "selective", "offload"] = "none"
     reduce: Literal["auto", "step", "segment"] = "auto"  # when gradients are summed over ranks
 
     def problems(self) -> Iterator[Problem]:
         """Reduction per segment where gradients are not sharded."""
         if self.reduce == "segment" and self.data_parallel == "ddp":
-            yield "parallel.reduce", "found 'segment' with data_parallel: ddp; it saves memory with fsdp only"
+            yield "parallel.reduce", "found 'segment' with data_parallel: ddp; it saves memory with fsdp and hsdp"
 
 
 class Optim(Section):

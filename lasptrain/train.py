@@ -108,7 +108,7 @@ def build(recipe: Recipe) -> Job:
         values=initial_values(model, recipe.train.seed, device),
     )
     vocab = model.embed.num_embeddings
-    recipe = plan.with_reduction(recipe, vocab, dp * sp, available)
+    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     loader = open_loader(recipe, dataset, mesh, "train", recipe.data.window, recipe.train.batch, segment)
     return Job(

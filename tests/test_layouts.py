@@ -140,7 +140,7 @@ def layouts(world: int) -> list[Layout]:
         for scan in ("ring", "all_gather")
         for kind in ("ddp", "fsdp")
         for mode in ("none", "full", "selective")
-    ] + [Layout(dp, sp, "all_scan", "fsdp") for dp, sp in meshes_of]
+    ] + [Layout(dp, sp, "all_scan", "hsdp") for dp, sp in meshes_of]
 
 
 def streamed(world: int) -> list[Layout]:
@@ -156,7 +156,7 @@ def streamed(world: int) -> list[Layout]:
         )
         for segments in (2, 3, 5)
         if WINDOW % (sp * segments) == 0
-    ] + [Layout(1, sp, "all_scan", "ddp", "none", segments) for segments in (2, 5)]
+    ] + [Layout(1, sp, "all_scan", kind, "none", segments) for kind, segments in (("ddp", 2), ("hsdp", 5))]
 
 
 def check_all(rank: int, world: int, cases: list[Case]) -> int:

@@ -90,7 +90,10 @@ def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) 
 
 def test_a_run_continues_on_another_mesh(folder: Path, undisturbed: list[float]) -> None:
     pretrain(folder, "moved", "--set", "train.steps=2")
-    pretrain(folder, "moved", "--set", "train.steps=4", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
+    pretrain(folder, "moved", "--set", "train.steps=3", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
+    sharded = ["mesh.dp=2", "mesh.sp=2", "mesh.scan=all_scan", "parallel.data_parallel=hsdp", "parallel.reduce=segment"]
+    options = [word for override in sharded for word in ("--set", override)]
+    pretrain(folder, "moved", "--set", "train.steps=4", "--set", "train.segment=120", "--nproc", "4", *options)
     pretrain(folder, "moved", "--nproc", "2", "--set", "mesh.dp=2", "--set", "parallel.data_parallel=ddp")
     assert losses(folder / "moved") == pytest.approx(undisturbed, rel=2e-5)
 

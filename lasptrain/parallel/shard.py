@@ -75,7 +75,10 @@ def _offloaded(block: nn.Module, function: Callable[..., Any], *args: Any) -> An
 
 
 def _fully_shard(model: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """FSDP2 of each block and of the rest. Forward inputs are not cast, because states enter in fp32."""
+    """FSDP2 of each block and of the rest, over a row of ranks or replicate × shard.
+
+    Forward inputs are not cast, because states enter in fp32.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False)
@@ -131,7 +134,8 @@ def parallelize(
     callers scale the loss by the number of ranks.
 
     Args:
-        kind: `fsdp` or `ddp`.
+        kind: `ddp`: every rank has all; `fsdp`: sharded over all ranks; `hsdp`: over the ranks of an sp group, which
+            share a window, and replicated over dp.
         mode: of recomputation, see `recompute`.
         fuse: compile the blocks.
         dtype: of parameters in forward and backward; their own is at least fp32.
@@ -142,8 +146,8 @@ def parallelize(
     if fuse:
         for block in blocks:
             block.fuse()
-    if kind == "fsdp":
-        _fully_shard(model, blocks, flat, dtype)
+    if kind != "ddp":
+        _fully_shard(model, blocks, mesh.grid if kind == "hsdp" else flat, dtype)
     model.to_empty(device=device)
     fill(model, values)
     return _replicate(model, flat, device) if kind == "ddp" else model
