@@ -164,18 +164,13 @@ def plan_command(
 ) -> None:
     """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
     loaded = load(recipe, overrides)
-    rates = _measured() if measure else plan.GPUS[gpu]
-    for table in _plan(loaded, gpus, "this GPU" if measure else gpu, rates, memory):
+    name, rates = "this GPU" if measure else gpu, plan.GPUS[gpu]
+    if measure:
+        from lasptrain.bench.kernels import measure_rates
+
+        rates = measure_rates("bf16")
+    for table in _plan(loaded, gpus, name, rates, memory):
         Console().print(table)
-
-
-def _measured() -> plan.Rates:
-    import torch
-
-    from lasptrain.bench.kernels import measure_rates
-
-    copies, products = measure_rates(torch.bfloat16)
-    return plan.Rates(products, copies, torch.cuda.get_device_properties(0).total_memory)
 
 
 def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | None) -> Iterator[Table]:
@@ -248,7 +243,7 @@ def bench_kernels(
     documents: Annotated[int, typer.Option(min=0, help="Document boundaries in the window.")] = 0,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
 ) -> None:
-    """Time the attention kernels beside flash-linear-attention (extra `bench`) and the memory floor."""
+    """Time the attention kernels beside flash-linear-attention (extra `bench`) and the floors."""
     from lasptrain.bench import kernels
 
     rows, rates = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)

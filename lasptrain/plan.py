@@ -152,7 +152,7 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
 
 
 class Rates(NamedTuple):
-    """What a GPU sustains, measured: bf16 matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
+    """What a GPU sustains, measured: matrix products in FLOP/s (bf16 in GPUS), copies in bytes/s, memory in bytes."""
 
     products: float
     copies: float

@@ -16,22 +16,12 @@ from torch import Tensor, nn
 from lasptrain.data.loader import Slice
 from lasptrain.models.mixers import State
 from lasptrain.parallel.attention import Memory
+from lasptrain.parallel.host import to_device, to_host
 
 
 def _placeholder(state: Tensor | None) -> Tensor | None:
     """Stands for a state whose value is kept elsewhere, to receive its gradient."""
     return None if state is None else state.new_empty_strided(state.shape, [0] * state.dim()).requires_grad_()
-
-
-def _to_host(state: Tensor | None) -> Tensor | None:
-    """The state in page-locked host memory, copied in the order of the stream: nobody waits for it."""
-    if state is None or not state.is_cuda:
-        return state
-    return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
-
-
-def _to_device(state: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if state is None else state.to(device, non_blocking=True)
 
 
 def _forward_states(
@@ -45,7 +35,9 @@ def _forward_states(
             kept.append([Memory() for _ in range(layers)])
             carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
             for memory in kept[-1]:
-                memory.entering, memory.leaving = _to_host(memory.entering), None
+                memory.leaving = None
+                if memory.entering is not None:
+                    memory.entering = to_host(memory.entering)
     return kept, carry
 
 
@@ -79,7 +71,8 @@ def backward(
             ]
         memories = kept.pop()
         for memory in memories:
-            memory.entering = _to_device(memory.entering, segment.tokens.device)
+            if memory.entering is not None:
+                memory.entering = to_device(memory.entering, segment.tokens.device)
         out = model(segment.tokens, segment.labels, segment.doc, entered, memories, leave=not last)
         leaving = [] if last else [s for state in out.leaving for s in state]
         pairs = [(s, g) for s, g in zip(leaving, grads, strict=True) if s is not None and g is not None]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from lasptrain.bench.kernels import Rates, Row, floors, report
+from lasptrain.bench.kernels import Row, floors, report
+from lasptrain.plan import Rates
 
-RATES = Rates(4.305e12, 792e12)
+RATES = Rates(products=792e12, copies=4.305e12, memory=0)
 
 
 def test_the_floors_are_those_of_the_counted_bytes_and_products() -> None:

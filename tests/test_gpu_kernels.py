@@ -45,8 +45,8 @@ def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype) -> None:
     poison(case)
     got = backward(triton_kernels, x, with_blocks=case.edges)
     for name in want:
-        # A single token is rounded but once or twice: there is nothing to average.
-        assert error(got[name], want[name]) < BOUNDS[dtype] * (1.5 if case.tokens == 1 else 1), name
+        lone = case.tokens == 1 and dtype == torch.bfloat16  # is rounded but once or twice: there is nothing to average
+        assert error(got[name], want[name]) < (3.5e-3 if lone else BOUNDS[dtype]), name
 
 
 @pytest.mark.parametrize("memory", [4, 50, 10_000], ids=lambda m: f"memory of {m} tokens")

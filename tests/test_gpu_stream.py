@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lasptrain import stream
-from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill, recompute
 from lasptrain.recipe import Model
+from tests.test_layouts import BOS, pieces
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,16 +24,12 @@ def gradient(
     tokens: Tensor, segments: int, kernel: str = "triton", mode: str = "none", dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """The gradient of the mean loss of a small TransNormerLLM on tokens [1, T + 1], all parameters in one."""
-    device, length = tokens.device, (tokens.shape[1] - 1) // segments
+    device, count = tokens.device, tokens.shape[1] - 1
     cfg = Model(arch="tnl", dim=256, layers=LAYERS, heads=4, mlp=512, vocab=VOCAB)
-    model = LanguageModel(cfg, length * segments, Attention(kernel), dtype=dtype).to(device)
+    model = LanguageModel(cfg, count, Attention(kernel), dtype=dtype).to(device)
     fill(model, initial_values(model, 0, device))
     recompute(model.blocks, mode)
-    pieces = []
-    for start in range(0, length * segments, length):
-        part = tokens[:, start : start + length]
-        pieces.append(Slice(part, tokens[:, start + 1 : start + length + 1], (part == 0).cumsum(1).int()))
-    stream.backward(model, LAYERS, pieces, 1 / (length * segments))
+    stream.backward(model, LAYERS, pieces(tokens, 1, 0, segments), 1 / count)
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
@@ -41,7 +37,7 @@ def window(tokens: int, device: str = "cuda") -> Tensor:
     """Random tokens [1, tokens + 1] with some documents, one of them long."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randint(1, VOCAB, (1, tokens + 1), generator=generator)
-    made[0, torch.randint(0, tokens // 2, (20,), generator=generator)] = 0
+    made[0, torch.randint(0, tokens // 2, (20,), generator=generator)] = BOS
     return made.to(device)
 
 

@@ -69,7 +69,7 @@ def windows() -> Tensor:
 
 
 def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Slice]:
-    length = WINDOW // (sp * segments)
+    length = (tokens.shape[1] - 1) // (sp * segments)
     result = []
     for m in range(segments):
         start = (m * sp + rank) * length

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lasptrain.errors import SetupError
 from lasptrain.parallel.attention import Attention
+from lasptrain.plan import Rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,13 +34,6 @@ class Row:
     failure: str | None = None  # why there is no backward
 
 
-class Rates(NamedTuple):
-    """What this GPU sustains: copies in bytes/s, matrix products of the inputs' dtype in FLOP/s."""
-
-    copies: float
-    products: float
-
-
 def measure(
     tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int
 ) -> tuple[list[Row], Rates]:
@@ -48,7 +42,7 @@ def measure(
     Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
     token, with gradient). Raises SetupError without a GPU.
     """
-    rates = measure_rates(DTYPES[dtype])
+    rates = measure_rates(dtype)
     rows = []
     for length in tokens:
         implementations, learned = _implementations(length, heads, decay, documents)
@@ -57,11 +51,12 @@ def measure(
     return rows, rates
 
 
-def measure_rates(dtype: torch.dtype) -> Rates:
-    """What the current GPU sustains; SetupError without one."""
+def measure_rates(dtype: str) -> Rates:
+    """What the current GPU sustains in products of `dtype`; SetupError without one."""
     if not torch.cuda.is_available():
         raise SetupError("found no CUDA device to measure")
-    return Rates(_copy_rate(), _product_rate(dtype))
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return Rates(_product_rate(DTYPES[dtype]), _copy_rate(), memory)
 
 
 def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,11 @@ def _module(kernel: str) -> ModuleType:
     return import_module(f"lasptrain.ops.{MODULES[kernel]}")
 
 
+def per_token(log_decay: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the decay is one per head and token, and has a gradient."""
+    return log_decay is not None and log_decay.dim() == 3
+
+
 def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
     """Decay [B, H] of the whole slice k [B, T, H, K]: Π a_t, zero where a document starts inside."""
     b, t, h, _ = k.shape
@@ -75,7 +80,7 @@ def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tens
 
 
 def _operator(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as a PyTorch operator; `torch.library.custom_op` costs the host ten times the dispatch."""
+    """The function as a PyTorch operator; `torch.library.custom_op` checks more, for longer than a launch takes."""
     name = function.__name__
     LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
@@ -191,10 +196,6 @@ def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor 
     )
 
 
-def _per_token(log_decay: Tensor | None) -> bool:
-    return log_decay is not None and log_decay.dim() == 3
-
-
 @_fake("grad_query")
 def _(
     kernel: str,
@@ -206,7 +207,7 @@ def _(
     doc: Tensor | None,
     prefix: Tensor,
 ) -> Pair:
-    shape = _module(kernel).row_shape(q, k, v) if _per_token(log_decay) else (0,)
+    shape = _module(kernel).row_shape(k, v) if per_token(log_decay) else (0,)
     row = q.new_empty(shape, dtype=state_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), row
 
@@ -227,4 +228,4 @@ def _(
 ) -> Triple:
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return dk, dv, q.new_empty(q.shape[:3] if _per_token(log_decay) else (0,), dtype=state_dtype(q))
+    return dk, dv, q.new_empty(q.shape[:3] if per_token(log_decay) else (0,), dtype=state_dtype(q))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasptrain.ops import state_dtype
+from lasptrain.ops import per_token, state_dtype
 from lasptrain.ops.reference import starts, token_decay
 
 CHUNK = 64
@@ -93,9 +93,9 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return b, h, (t + _padding(t)) // CHUNK, kdim, v.shape[-1]
 
 
-def row_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     """Shape of `row` where the decay is per token."""
-    return tuple(q.shape[:3])
+    return tuple(k.shape[:3])
 
 
 def _block_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
@@ -185,8 +185,11 @@ def grad_query(
     chunks = _chunks(k, log_decay, doc)
     weights = chunks.weights()
     dq = _outputs(_cut(do), _cut(v), _cut(k), chunks, weights, prefix.transpose(-1, -2))
-    per_token = log_decay is not None and log_decay.dim() == 3
-    row = _join((_cut(q) * dq).sum(-1, keepdim=True), q[..., :1].to(dq.dtype))[..., 0] if per_token else dq.new_empty(0)
+    row = (
+        _join((_cut(q) * dq).sum(-1, keepdim=True), q[..., :1].to(dq.dtype))[..., 0]
+        if per_token(log_decay)
+        else dq.new_empty(0)
+    )
     return _join(dq, q), row
 
 
@@ -211,7 +214,7 @@ def grad_key_value(
     dv = _outputs(rk, rq, rdo, chunks, weights, suffix)
     dk = _outputs(rv, rdo, rq, chunks, weights, suffix.transpose(-1, -2))
     dlog = None
-    if log_decay is not None and log_decay.dim() == 3:
+    if per_token(log_decay):
         column = _reversed_join((rk * dk).sum(-1, keepdim=True), row[..., None])[..., 0]
         dlog = _grad_decay(k, v, log_decay, doc, row - column, prefix, suffix.flip(2))
     return _reversed_join(dk, k), _reversed_join(dv, v), dlog

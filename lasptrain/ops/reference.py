@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lasptrain.ops import state_dtype
+from lasptrain.ops import per_token, state_dtype
 
 
 def starts(doc: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return b, h, 1, kdim, v.shape[-1]
 
 
-def row_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     """Shape of `row` where the decay is per token."""
-    return tuple(q.shape[:3])
+    return tuple(k.shape[:3])
 
 
 def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,8 +121,7 @@ def grad_query(
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
     dq = _gradients(q, k, v, do, log_decay, doc, prefix[:, :, 0], None)[0]
-    per_token = log_decay is not None and log_decay.dim() == 3
-    return dq.to(q.dtype), (q * dq).sum(-1) if per_token else dq.new_empty(0)
+    return dq.to(q.dtype), (q * dq).sum(-1) if per_token(log_decay) else dq.new_empty(0)
 
 
 def grad_key_value(
@@ -138,5 +137,4 @@ def grad_key_value(
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     _, dk, dv, _, dlog = _gradients(q, k, v, do, log_decay, doc, prefix[:, :, 0], dleaving)
-    per_token = log_decay is not None and log_decay.dim() == 3
-    return dk.to(k.dtype), dv.to(v.dtype), dlog if per_token else None
+    return dk.to(k.dtype), dv.to(v.dtype), dlog if per_token(log_decay) else None

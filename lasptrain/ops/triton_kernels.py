@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lasptrain.ops import per_token
 from lasptrain.ops import triton_programs as programs
 
 DIMS = (64, 128, 256)  # smaller ones are padded: rows of 64 bytes came out wrong on Hopper (Triton 3.6)
@@ -58,10 +59,6 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
     ("grad_value", 256): Launch(64, 128, 8, 2),
     ("grad_key", 256): Launch(64, 128, 8, 2),
 }
-# The same where the decay is per token, whose sums take registers and shared memory.
-PER_TOKEN: dict[tuple[Kernel, int], Launch] = {
-    ("grad_query", 128): Launch(64, 128, 8, 3),
-}
 # fp32 inputs: small tiles, since every operand is held three times.
 EXACT = Launch(32, 32, 8, 1)
 
@@ -74,15 +71,9 @@ def _width(dim: int) -> int:
     raise ValueError(f"key and value dims of the triton kernel reach {DIMS[-1]}, found {dim}")
 
 
-def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int, log_decay: Tensor | None) -> Launch:
+def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int) -> Launch:
     """How the kernel runs on inputs of `dtype` with `tiled` columns to produce."""
-    key = kernel, max(s.keys, s.values)
-    if dtype == torch.float32:
-        launch = EXACT
-    elif log_decay is not None and log_decay.dim() == 3 and key in PER_TOKEN:
-        launch = PER_TOKEN[key]
-    else:
-        launch = LAUNCHES[key]
+    launch = EXACT if dtype == torch.float32 else LAUNCHES[kernel, max(s.keys, s.values)]
     return launch._replace(tile=min(launch.tile, tiled))
 
 
@@ -93,7 +84,7 @@ def _padded(x: Tensor) -> Tensor:
     missing = _width(x.shape[-1]) - x.shape[-1]
     if missing:
         return F.pad(x, (0, missing))
-    fits = x.is_contiguous() or _tma_strides(x.stride(), x.element_size())
+    fits = _tma_strides(x.stride(), x.element_size())
     return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -159,10 +150,10 @@ def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4
 
 
-def row_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     """Shape of `row` where the decay is per token: sums per token, then flows per chunk."""
     s = _slice(k, v)
-    return _sums_shape(s, _launch("grad_query", s, q.dtype, s.keys, None))
+    return _sums_shape(s, _launch("grad_query", s, k.dtype, s.keys))
 
 
 def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
@@ -171,6 +162,11 @@ def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
 
 def _blocks_like(x: Tensor, s: _Slice) -> Tensor:
     return x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
+
+
+def _documents(doc: Tensor) -> Tensor:
+    """`doc` as the programs read it."""
+    return doc.to(torch.int32).contiguous()
 
 
 class _Gates(NamedTuple):
@@ -187,11 +183,11 @@ class _Gates(NamedTuple):
 
 
 def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
-    if log_decay is not None and not (log_decay.dtype == torch.float32 and log_decay.is_contiguous()):
+    if log_decay is not None:
         log_decay = log_decay.to(torch.float32).contiguous()
     if doc is None:
         return _Gates(log_decay, None, None)
-    doc = doc.to(torch.int32).contiguous()
+    doc = _documents(doc)
     batch, tokens = doc.shape
     chunks, group = triton.cdiv(tokens, chunk), 16
     counts = doc.new_empty((batch, chunks))
@@ -207,9 +203,9 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
     if state is None:
         return None
     state = state.to(torch.float32)
-    if state.shape[-2:] == (s.keys, s.values):
-        return state.contiguous()
-    return F.pad(state, (0, s.values - state.shape[-1], 0, s.keys - state.shape[-2])).contiguous()
+    if state.shape[-2:] != (s.keys, s.values):
+        state = F.pad(state, (0, s.values - state.shape[-1], 0, s.keys - state.shape[-2]))
+    return state.contiguous()
 
 
 def _summarize(
@@ -218,7 +214,7 @@ def _summarize(
     """State [B, H, K, V] of the slice, and its scanned blocks."""
     s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
     x, y = _padded(x), _padded(y)
-    launch = _launch("summarize", s, x.dtype, s.values, log_decay)
+    launch = _launch("summarize", s, x.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
@@ -263,7 +259,7 @@ def _walk(
     s = sizes
     x, y, z = rows
     tiled = z.shape[-1]
-    launch = _launch(kernel, s, x.dtype, tiled, log_decay)
+    launch = _launch(kernel, s, x.dtype, tiled)
     tiles = tiled // launch.tile
     gates = _gates(log_decay, doc, launch.chunk)
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -307,19 +303,19 @@ def _walk_key_value(
     doc: Tensor | None,
     dblocks: Tensor,
     edge: Tensor | None,
-    per_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
     if k.dtype == torch.float32 or ("grad_key_value", max(s.keys, s.values)) not in LAUNCHES:
         dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
-        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=k if per_token else None)
+        summed = k if per_token(log_decay) else None
+        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=summed)
         return dk, dv, column
-    launch = _launch("grad_key_value", s, k.dtype, s.values, log_decay)
+    launch = _launch("grad_key_value", s, k.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    column = dblocks.new_empty(_sums_shape(s, launch)) if per_token else None
+    column = dblocks.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
     with _device(k):
         programs.walk_key_value[s.grid()](
             _rows(q, launch.chunk, s.keys),
@@ -342,7 +338,7 @@ def _walk_key_value(
             C=launch.chunk,
             **gates.options,
             HAS_EDGE=edge is not None,
-            SUM=per_token,
+            SUM=column is not None,
             **launch.options(),
         )
     return dk, dv, column
@@ -419,8 +415,8 @@ def grad_query(
 ) -> tuple[Tensor, Tensor]:
     """`row` holds Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
     rows = _padded(do.to(q.dtype)), _padded(v), _padded(k)
-    per_token = log_decay is not None and log_decay.dim() == 3
-    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=_padded(q) if per_token else None)
+    summed = _padded(q) if per_token(log_decay) else None
+    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=summed)
     return _cropped(dq, q.shape[2], q.shape[-1]), prefix.new_empty(0) if row is None else row
 
 
@@ -442,11 +438,9 @@ def grad_key_value(
         dblocks = _summarize(q, do, log_decay, doc, reverse=True)[1]
     edge = _state(dleaving, s)
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
-    per_token = log_decay is not None and log_decay.dim() == 3
-    dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge, per_token)
+    dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge)
     dlog = None
     if column is not None:
-        chunk = _launch("grad_query", s, k.dtype, s.keys, log_decay).chunk
-        doc = None if doc is None else doc.to(torch.int32).contiguous()
-        dlog = _grad_decay(row, column, prefix, dblocks, edge, doc, s, chunk)
+        chunk = _launch("grad_query", s, k.dtype, s.keys).chunk
+        dlog = _grad_decay(row, column, prefix, dblocks, edge, None if doc is None else _documents(doc), s, chunk)
     return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog

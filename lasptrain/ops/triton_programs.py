@@ -103,7 +103,7 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
         inside = tl.cumsum(each, 0)
         total = tl.sum(each, 0)
     else:
-        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)
+        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)  # of n, lest the compiler keep all weights in registers
         total = log2 * n.to(tl.float32)
     continuing = counts & 255
     finishing = (counts >> 8) & 255
@@ -117,8 +117,7 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
 def _weights(inside, counts, C: tl.constexpr, REVERSE: tl.constexpr):
     """Decay between the tokens of a chunk [C, C]; row: the token that is read, column: the token that is written.
 
-    For a chunk of at most two documents; `_apart` sees to more. Counted also where there is but one document: weights
-    that change from chunk to chunk are made anew, while constant ones would occupy registers throughout the walk.
+    For a chunk of at most two documents; `_apart` sees to more.
     """
     i = tl.arange(0, C)
     if REVERSE:

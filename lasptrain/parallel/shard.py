@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lasptrain import ops
+from lasptrain.parallel.host import to_device, to_host
 from lasptrain.parallel.mesh import Mesh
 
 SMALLEST_OFFLOAD = 1 << 16  # elements; what is smaller stays on the device
@@ -64,11 +65,10 @@ def _offloaded(block: nn.Module, function: Callable[..., Any], *args: Any) -> An
     def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         if not x.is_cuda or x.numel() < SMALLEST_OFFLOAD or x.untyped_storage().data_ptr() in weights:
             return x
-        host = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True)
-        return x.device, host.copy_(x, non_blocking=True)
+        return x.device, to_host(x)
 
     def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
+        return packed if isinstance(packed, Tensor) else to_device(packed[1], packed[0])
 
     with saved_tensors_hooks(pack, unpack):
         return function(*args)
@@ -163,9 +163,8 @@ def reshard(model: nn.Module) -> None:
 def set_gradient_sync(model: nn.Module, on: bool, *, always: bool = False) -> None:
     """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
 
-    `always` makes FSDP reduce in each backward: shards accumulate, and unsharded gradients never exist as a whole.
-
-    Until then FSDP also keeps parameters as it gathered and cast them: once per update, not once per segment.
+    Until then FSDP also keeps parameters as it gathered and cast them: once per update, not once per segment. `always`
+    makes it reduce in each backward all the same: shards accumulate, and unsharded gradients never exist as a whole.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on or always)
