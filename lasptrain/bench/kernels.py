@@ -31,6 +31,7 @@ class Row:
     forward: float
     both: float | None  # forward and backward
     extra: float | None
+    replayed: float | None = None  # forward and backward from a CUDA graph: the kernels alone, without their launches
     failure: str | None = None  # why there is no backward
 
 
@@ -99,7 +100,7 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
 def _row(
     name: str, forward: Forward, learned: list[Tensor], tokens: int, heads: int, dim: int, dtype: torch.dtype
 ) -> Row:
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
     q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     do = torch.randn_like(q)
@@ -112,13 +113,14 @@ def _row(
     try:
         both()
     except RuntimeError as error:  # fla refuses what the installed Triton would compile wrongly
-        return Row(name, tokens, one_way, None, None, str(error))
+        return Row(name, tokens, one_way, None, None, failure=str(error))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
     extra = torch.cuda.max_memory_allocated() - before
-    return Row(name, tokens, one_way, do_bench(both, warmup=25, rep=100, return_mode="median"), extra / 1e9)
+    launched = do_bench(both, warmup=25, rep=100, return_mode="median")
+    return Row(name, tokens, one_way, launched, extra / 1e9, do_bench_cudagraph(both, rep=50, return_mode="median"))
 
 
 def _copy_rate() -> float:
@@ -158,14 +160,14 @@ def report(rows: Sequence[Row], rates: Rates, heads: int, dim: int, dtype: str, 
         f"copies {rates.copies / 1e12:.2f} TB/s, products {rates.products / 1e12:.0f} TFLOP/s",
         caption="\n".join(sorted(failures)) or None,
     )
-    for column in ("tokens", "", "forward ms", "× floor", "both ms", "× floor", "extra GB", "speed-up"):
+    columns = ("tokens", "", "forward ms", "× floor", "both ms", "× floor", "speed-up", "replayed ms", "speed-up", "GB")
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right")
     for length in dict.fromkeys(row.tokens for row in rows):
         least = floors(length, heads, dim, dtype, rates)
         found = [row for row in rows if row.tokens == length]
-        others = [row.both for row in found[1:] if row.both is not None]
         for row in [*found, *least]:
-            gain = f"{min(others) / row.both:.2f}" if others and row is found[0] and row.both is not None else ""
+            others = found[1:] if row is found[0] else []
             table.add_row(
                 f"{length:,}",
                 row.name,
@@ -173,10 +175,17 @@ def report(rows: Sequence[Row], rates: Rates, heads: int, dim: int, dtype: str, 
                 f"{row.forward / least[0].forward:.2f}",
                 _cell(row.both, 3),
                 _cell(row.both and least[0].both and row.both / least[0].both, 2),
+                _gain(row.both, [other.both for other in others]),
+                _cell(row.replayed, 3),
+                _gain(row.replayed, [other.replayed for other in others]),
                 _cell(row.extra, 2),
-                gain,
             )
     return table
+
+
+def _gain(ours: float | None, others: Sequence[float | None]) -> str:
+    found = [other for other in others if other is not None]
+    return f"{min(found) / ours:.2f}" if found and ours is not None else ""
 
 
 def _cell(value: float | None, digits: int) -> str:
