@@ -7,9 +7,10 @@ Floor per token and head with dims D in 16 bits: forward 8·D bytes, both direct
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRANULE = 128  # tokens; every chunk divides it
 SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
+_compiled: dict[tuple[object, ...], Any] = {}  # by `_run`'s key; None under the interpreter
+_threads = threading.local()
 
 Kernel = Literal["summarize", "attend", "grad_query", "grad_key_value", "grad_value", "grad_key"]
 
@@ -61,6 +64,7 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
 }
 # fp32 inputs: small tiles, since every operand is held three times.
 EXACT = Launch(32, 32, 8, 1)
+PLAIN = Launch(chunk=0, tile=0, warps=4, stages=3)  # of programs without chunks or tiles to choose
 
 
 def _width(dim: int) -> int:
@@ -71,6 +75,7 @@ def _width(dim: int) -> int:
     raise ValueError(f"key and value dims of the triton kernel reach {DIMS[-1]}, found {dim}")
 
 
+@lru_cache(maxsize=1024)
 def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int) -> Launch:
     """How the kernel runs on inputs of `dtype` with `tiled` columns to produce."""
     launch = EXACT if dtype == torch.float32 else LAUNCHES[kernel, max(s.keys, s.values)]
@@ -79,13 +84,10 @@ def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int) -> Launch
 
 def _padded(x: Tensor) -> Tensor:
     """x [B, T, H, ·] as the tensor map needs it: a supported dim, rows that start on 16 bytes."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"the triton kernel takes bf16, fp16 and fp32, found {x.dtype}")
+    if x.data_ptr() % 16 == 0 and _tma_reads(x.dtype, x.shape[-1], x.stride()):
+        return x
     missing = _width(x.shape[-1]) - x.shape[-1]
-    if missing:
-        return F.pad(x, (0, missing))
-    fits = _tma_strides(x.stride(), x.element_size())
-    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return F.pad(x, (0, missing)) if missing else x.clone(memory_format=torch.contiguous_format)
 
 
 def _cropped(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -94,14 +96,44 @@ def _cropped(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _tma_strides(strides: tuple[int, ...], size: int) -> bool:
-    return strides[-1] == 1 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
+def _tma_reads(dtype: torch.dtype, dim: int, strides: tuple[int, ...]) -> bool:
+    if dtype not in DTYPES:
+        raise TypeError(f"the triton kernel takes bf16, fp16 and fp32, found {dtype}")
+    return dim in DIMS and strides[-1] == 1 and all(s > 0 and s * dtype.itemsize % 16 == 0 for s in strides[:-1])
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; asking first costs less than `to` that has nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _device(x: Tensor) -> AbstractContextManager[object]:
     """Makes the device of x current, where there is one and it is not."""
-    away = x.is_cuda and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if away else HERE
+    if not x.is_cuda:
+        return HERE
+    if x.device not in _threads.__dict__.setdefault("ready", set()):
+        x.new_zeros(1)  # gives the device's context to this thread (autograd's, say), without which no map can be made
+        _threads.ready.add(x.device)
+    return HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+
+
+def _run(
+    program: Any, like: Tensor, grid: tuple[int, int, int], launch: Launch, constants: dict[str, Any], *args: object
+) -> None:
+    """program[grid](*args, **constants), for inputs like `like`; constants in the program's order.
+
+    At every launch Triton looks a program up by all its arguments, which takes the host longer than the launch itself.
+    Here dtype, device and constants tell all: pointers are aligned, sizes are not specialised, and constants say which
+    arguments are None.
+    """
+    key = program.__name__, like.dtype, like.device, launch, *constants.values()
+    with _device(like):
+        compiled = _compiled.get(key)
+        if compiled is None:
+            assert [*constants] == program.arg_names[len(args) :], f"constants of {program.__name__} out of order"
+            _compiled[key] = program[grid](*args, **constants, **launch.options())
+        else:
+            compiled[grid](*args, *constants.values())
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
@@ -129,8 +161,13 @@ class _Slice(NamedTuple):
     blocks: int
     length: int
 
-    def grid(self, tiles: int = 1) -> tuple[int]:
-        return (self.batch * self.blocks * self.heads * tiles,)
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """T, H, NB, L of the programs."""
+        return self.tokens, self.heads, self.blocks, self.length
+
+    def grid(self, tiles: int = 1) -> tuple[int, int, int]:
+        return self.batch * self.blocks * self.heads * tiles, 1, 1
 
 
 def _slice(k: Tensor, v: Tensor) -> _Slice:
@@ -166,7 +203,13 @@ def _blocks_like(x: Tensor, s: _Slice) -> Tensor:
 
 def _documents(doc: Tensor) -> Tensor:
     """`doc` as the programs read it."""
-    return doc.to(torch.int32).contiguous()
+    return _aligned(_as(doc, torch.int32))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous, where a program that expects aligned pointers can read it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class _Gates(NamedTuple):
@@ -177,24 +220,22 @@ class _Gates(NamedTuple):
     counts: Tensor | None  # of `doc`, by chunk
 
     @property
-    def options(self) -> dict[str, int | bool]:
+    def constants(self) -> dict[str, int | bool]:
         kind = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 1 else 2
         return {"DECAY": kind, "DOCS": self.doc is not None}
 
 
 def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
     if log_decay is not None:
-        log_decay = log_decay.to(torch.float32).contiguous()
+        log_decay = _aligned(_as(log_decay, torch.float32))
     if doc is None:
         return _Gates(log_decay, None, None)
     doc = _documents(doc)
     batch, tokens = doc.shape
     chunks, group = triton.cdiv(tokens, chunk), 16
     counts = doc.new_empty((batch, chunks))
-    with _device(doc):
-        programs.count_documents[(triton.cdiv(chunks, group), batch)](
-            doc, counts, tokens, chunks, C=chunk, GROUP=group, num_warps=4
-        )
+    grid, constants = (triton.cdiv(chunks, group), batch, 1), {"C": chunk, "GROUP": group}
+    _run(programs.count_documents, doc, grid, PLAIN, constants, doc, counts, tokens, chunks)
     return _Gates(log_decay, doc, counts)
 
 
@@ -205,7 +246,7 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
     state = state.to(torch.float32)
     if state.shape[-2:] != (s.keys, s.values):
         state = F.pad(state, (0, s.values - state.shape[-1], 0, s.keys - state.shape[-2]))
-    return state.contiguous()
+    return _aligned(state)
 
 
 def _summarize(
@@ -219,28 +260,21 @@ def _summarize(
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
     state = blocks.new_empty((s.batch, s.heads, s.keys, s.values))
-    with _device(x):
-        programs.summarize_blocks[s.grid(s.values // launch.tile)](
-            _rows(x, launch.chunk, s.keys),
-            _rows(y, launch.chunk, launch.tile),
-            gates.log_decay,
-            gates.counts,
-            blocks,
-            s.tokens,
-            s.heads,
-            s.blocks,
-            s.length,
-            K=s.keys,
-            V=s.values,
-            C=launch.chunk,
-            TILE=launch.tile,
-            **gates.options,
-            REVERSE=reverse,
-            **launch.options(),
-        )
-        programs.scan_blocks[(size // 1024, s.batch * s.heads)](
-            blocks, state, s.blocks, SIZE=size, PART=1024, REVERSE=reverse, num_warps=4
-        )
+    _run(
+        programs.summarize_blocks,
+        x,
+        s.grid(s.values // launch.tile),
+        launch,
+        {"K": s.keys, "V": s.values, "C": launch.chunk, "TILE": launch.tile, **gates.constants, "REVERSE": reverse},
+        _rows(x, launch.chunk, s.keys),
+        _rows(y, launch.chunk, launch.tile),
+        gates.log_decay,
+        gates.counts,
+        blocks,
+        *s.sizes,
+    )
+    constants = {"SIZE": size, "PART": 1024, "REVERSE": reverse}
+    _run(programs.scan_blocks, x, (size // 1024, s.batch * s.heads, 1), PLAIN, constants, blocks, state, s.blocks)
     return _cropped(state, kdim, vdim), blocks
 
 
@@ -262,37 +296,38 @@ def _walk(
     launch = _launch(kernel, s, x.dtype, tiled)
     tiles = tiled // launch.tile
     gates = _gates(log_decay, doc, launch.chunk)
-    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    out = z.new_empty(z.shape)
     sums = None if summed is None else blocks.new_empty((tiles, *_sums_shape(s, launch)))
-    with _device(x):
-        programs.walk[s.grid(tiles)](
-            _rows(x, launch.chunk, x.shape[-1]),
-            _rows(y, launch.chunk, y.shape[-1]),
-            _rows(z, launch.chunk, launch.tile),
-            None if summed is None else _rows(summed, launch.chunk, launch.tile),
-            _rows(out, launch.chunk, launch.tile),
-            *gates,
-            blocks,
-            edge,
-            prefix,
-            sums,
-            s.batch,
-            s.tokens,
-            s.heads,
-            s.blocks,
-            s.length,
-            K=s.keys,
-            V=s.values,
-            C=launch.chunk,
-            TILE=launch.tile,
-            **gates.options,
-            REVERSE=kernel in ("grad_value", "grad_key"),
-            TRANSPOSE=kernel in ("grad_query", "grad_key"),
-            HAS_EDGE=edge is not None,
-            SAVE=prefix is not None,
-            SUM=summed is not None,
-            **launch.options(),
-        )
+    _run(
+        programs.walk,
+        x,
+        s.grid(tiles),
+        launch,
+        {
+            "K": s.keys,
+            "V": s.values,
+            "C": launch.chunk,
+            "TILE": launch.tile,
+            **gates.constants,
+            "REVERSE": kernel in ("grad_value", "grad_key"),
+            "TRANSPOSE": kernel in ("grad_query", "grad_key"),
+            "HAS_EDGE": edge is not None,
+            "SAVE": prefix is not None,
+            "SUM": summed is not None,
+        },
+        _rows(x, launch.chunk, x.shape[-1]),
+        _rows(y, launch.chunk, y.shape[-1]),
+        _rows(z, launch.chunk, launch.tile),
+        None if summed is None else _rows(summed, launch.chunk, launch.tile),
+        _rows(out, launch.chunk, launch.tile),
+        *gates,
+        blocks,
+        edge,
+        prefix,
+        sums,
+        s.batch,
+        *s.sizes,
+    )
     return out, None if sums is None else sums[0] if tiles == 1 else sums.sum(0)
 
 
@@ -314,33 +349,34 @@ def _walk_key_value(
         return dk, dv, column
     launch = _launch("grad_key_value", s, k.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     column = dblocks.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
-    with _device(k):
-        programs.walk_key_value[s.grid()](
-            _rows(q, launch.chunk, s.keys),
-            _rows(k, launch.chunk, s.keys),
-            _rows(v, launch.chunk, s.values),
-            _rows(do, launch.chunk, s.values),
-            _rows(dk, launch.chunk, s.keys),
-            _rows(dv, launch.chunk, s.values),
-            *gates,
-            dblocks,
-            edge,
-            column,
-            s.batch,
-            s.tokens,
-            s.heads,
-            s.blocks,
-            s.length,
-            K=s.keys,
-            V=s.values,
-            C=launch.chunk,
-            **gates.options,
-            HAS_EDGE=edge is not None,
-            SUM=column is not None,
-            **launch.options(),
-        )
+    _run(
+        programs.walk_key_value,
+        k,
+        s.grid(),
+        launch,
+        {
+            "K": s.keys,
+            "V": s.values,
+            "C": launch.chunk,
+            **gates.constants,
+            "HAS_EDGE": edge is not None,
+            "SUM": column is not None,
+        },
+        _rows(q, launch.chunk, s.keys),
+        _rows(k, launch.chunk, s.keys),
+        _rows(v, launch.chunk, s.values),
+        _rows(do, launch.chunk, s.values),
+        _rows(dk, launch.chunk, s.keys),
+        _rows(dv, launch.chunk, s.values),
+        *gates,
+        dblocks,
+        edge,
+        column,
+        s.batch,
+        *s.sizes,
+    )
     return dk, dv, column
 
 
@@ -355,26 +391,21 @@ def _grad_decay(
     chunk: int,
 ) -> Tensor:
     grad = row.new_empty((s.batch, s.tokens, s.heads))
-    with _device(row):
-        programs.decay_gradient[s.grid()](
-            row,
-            column,
-            prefix,
-            dblocks,
-            edge,
-            doc,
-            grad,
-            s.tokens,
-            s.heads,
-            s.blocks,
-            s.length,
-            SIZE=s.keys * s.values,
-            PART=1024,
-            C=chunk,
-            DOCS=doc is not None,
-            HAS_EDGE=edge is not None,
-            num_warps=4,
-        )
+    _run(
+        programs.decay_gradient,
+        row,
+        s.grid(),
+        PLAIN,
+        {"SIZE": s.keys * s.values, "PART": 1024, "C": chunk, "DOCS": doc is not None, "HAS_EDGE": edge is not None},
+        row,
+        column,
+        prefix,
+        dblocks,
+        edge,
+        doc,
+        grad,
+        *s.sizes,
+    )
     return grad
 
 
@@ -401,7 +432,7 @@ def attend(
 
 
 def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _summarize(q, do.to(q.dtype), log_decay, doc, reverse=True)
+    return _summarize(q, _as(do, q.dtype), log_decay, doc, reverse=True)
 
 
 def grad_query(
@@ -414,7 +445,7 @@ def grad_query(
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`row` holds Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
-    rows = _padded(do.to(q.dtype)), _padded(v), _padded(k)
+    rows = _padded(_as(do, q.dtype)), _padded(v), _padded(k)
     summed = _padded(q) if per_token(log_decay) else None
     dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=summed)
     return _cropped(dq, q.shape[2], q.shape[-1]), prefix.new_empty(0) if row is None else row
@@ -433,7 +464,7 @@ def grad_key_value(
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s = _slice(k, v)
-    do = do.to(q.dtype)
+    do = _as(do, q.dtype)
     if dblocks is None:
         dblocks = _summarize(q, do, log_decay, doc, reverse=True)[1]
     edge = _state(dleaving, s)

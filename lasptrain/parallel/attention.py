@@ -11,7 +11,7 @@ needs the state gradient from the right for dk and dv, waits for it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class _Backward:
 
 
 @dataclass
-class Pending:
+class _Exchanging:
     """A layer between `begin`, which fills what is not given at birth, and `finish`, which takes it out."""
 
     memory: Memory
@@ -69,6 +69,18 @@ class Pending:
     blocks: Tensor | None = field(init=False)
     link: Tensor = field(init=False)  # empty; ties the two halves together in the autograd graph
     backward: _Backward | None = None
+
+
+class _Alone(NamedTuple):
+    """A slice that is the whole window: nothing crosses its edges, so `finish` does all the work."""
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    doc: Tensor | None
+
+
+Pending: TypeAlias = _Exchanging | _Alone
 
 
 class Attention:
@@ -104,22 +116,52 @@ class Attention:
             memory: where the entering state is kept, or found if the layer is being recomputed.
             leave: whether `finish` is to return what enters the next segment.
         """
-        pending = Pending(memory if memory is not None else Memory(), leave)
+        if self.scan.size == 1 and carry is None and not leave:
+            return _Alone(k, v, log_decay, doc)
+        pending = _Exchanging(memory if memory is not None else Memory(), leave)
         pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc, self, pending)  # type: ignore[no-untyped-call]
         return pending
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs [B, T, H, V] for q [B, T, H, K], and what enters the next segment (None unless asked for)."""
+        if isinstance(pending, _Alone):
+            o: Tensor = _Whole.apply(q, *pending, self.kernel)  # type: ignore[no-untyped-call]
+            return o, None
         link = pending.link
         del pending.link  # its graph holds `pending`: a circle would keep states alive until the collector comes
         result: tuple[Tensor, Tensor | None] = _Finish.apply(q, link, self, pending)  # type: ignore[no-untyped-call]
         return result
 
     def leave(self, pending: Pending) -> Tensor | None:
-        """What enters the next segment, where the outputs are not wanted; without gradient."""
+        """What enters the next segment, of a `begin` that was asked for it, where the outputs are not wanted; without
+        gradient.
+        """
+        assert isinstance(pending, _Exchanging)
         entering, leaving = pending.exchange.wait()
         pending.memory.known, pending.memory.entering = True, entering
         return leaving
+
+
+class _Whole(Function):
+    """A slice without exchange. Apart from the other two because at short lengths the host is what takes time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, kernel: str
+    ) -> Tensor:
+        o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, None, None)
+        ctx.kernel = kernel
+        ctx.save_for_backward(q, k, v, log_decay, doc, prefix)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, doc, prefix = ctx.saved_tensors
+        do = do.contiguous()
+        dq, row = ops.grad_query(ctx.kernel, q, k, v, do, log_decay, doc, prefix)
+        dk, dv, dlog = ops.grad_key_value(ctx.kernel, q, k, v, do, log_decay, doc, None, None, prefix, row)
+        return dq, dk, dv, (dlog if dlog.numel() else None), None, None
 
 
 class _Begin(Function):
@@ -133,12 +175,11 @@ class _Begin(Function):
         carry: Tensor | None,
         doc: Tensor | None,
         attention: Attention,
-        pending: Pending,
+        pending: _Exchanging,
     ) -> Tensor:
-        # Recomputation under selective checkpointing must not run an operator that the first pass did not run.
-        alone = attention.scan.size == 1 and carry is None and not pending.leave  # nothing crosses the slice's edges
-        decay = k.new_empty(0) if alone else ops.slice_decay(k, log_decay, doc)
-        transition = pending.transition = Transition(decay, angle)
+        # Made even where the states are known: recomputation under selective checkpointing must not run an operator
+        # that the first pass did not run.
+        transition = pending.transition = Transition(ops.slice_decay(k, log_decay, doc), angle)
         blocks = None
         if pending.memory.known:
             pending.exchange = _Given(_remembered(pending, k, v))
@@ -174,7 +215,7 @@ class _Begin(Function):
         return dk, dv, (dlog if dlog.numel() else None), dangle, dcarry, None, None, None
 
 
-def _remembered(pending: Pending, k: Tensor, v: Tensor) -> Scanned:
+def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
     """States of an earlier pass. A leaving state that was dropped has no reader left; only its gradient has a use."""
     memory = pending.memory
     if not pending.leave:
@@ -196,7 +237,7 @@ def _grad_angle(right: Tensor, leaving: Tensor) -> Tensor:
 class _Finish(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, link: Tensor, attention: Attention, pending: Pending
+        ctx: Any, q: Tensor, link: Tensor, attention: Attention, pending: _Exchanging
     ) -> tuple[Tensor, Tensor | None]:
         entering, leaving = pending.exchange.wait()
         memory = pending.memory
