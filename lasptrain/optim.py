@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 
 from lasptrain.recipe import Optim
@@ -29,7 +30,11 @@ def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
         {"params": others, "weight_decay": 0.0},
     ]
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
-    return AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    optimizer = AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+    # The fused kernel does not say that it has written; whoever keeps what is made of a parameter must see it.
+    optimizer.register_step_post_hook(lambda *_: increment_version(decaying + others))
+    return optimizer
 
 
 def initialise_state(optimizer: AdamW) -> None:

@@ -76,7 +76,8 @@ def backward(
         out = model(segment.tokens, segment.labels, segment.doc, entered, memories, leave=not last)
         leaving = [] if last else [s for state in out.leaving for s in state]
         pairs = [(s, g) for s, g in zip(leaving, grads, strict=True) if s is not None and g is not None]
-        torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
+        with torch.autograd.set_multithreading_enabled(False):  # to wake another thread costs a short slice the most
+            torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
         grads = [] if entered is None else [None if s is None else s.grad for state in entered for s in state]
         loss = out.loss.detach()
         total = loss if total is None else total + loss

@@ -41,14 +41,15 @@ def measure(
     """Rows for every length, ours first, and the rates that bound them.
 
     Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
-    token, with gradient). Raises SetupError without a GPU.
+    token, with gradient). Backward runs on the calling thread, as in training. Raises SetupError without a GPU.
     """
     rates = measure_rates(dtype)
     rows = []
-    for length in tokens:
-        implementations, learned = _implementations(length, heads, decay, documents)
-        for name, forward in implementations.items():
-            rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
+    with torch.autograd.set_multithreading_enabled(False):
+        for length in tokens:
+            implementations, learned = _implementations(length, heads, decay, documents)
+            for name, forward in implementations.items():
+                rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
     return rows, rates
 
 

@@ -14,7 +14,8 @@ from torch._functorch import config as functorch
 
 from lasptrain.loss import chunked_cross_entropy, token_losses
 from lasptrain.models.decay import slopes
-from lasptrain.models.layers import Linear, Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
+from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
+from lasptrain.models.linear import Linear
 from lasptrain.models.mixers import COMPILED, State, TransNormer, Undecayed
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.recipe import Model
@@ -142,6 +143,9 @@ class LanguageModel(nn.Module):
 
         With `only_state` the activations are not wanted, and the last layer makes nothing but its state.
         """
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.cast(self.dtype)
         x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
         leaving = []
         for i, layer in enumerate(self.blocks):

@@ -8,15 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Linear(nn.Linear):
-    """y = x Wᵀ with W [out, in] cast to the dtype of x: the one place where weights change precision."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+from lasptrain.models.linear import Linear, products
 
 
 def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -52,8 +44,8 @@ class Mlp(nn.Module):
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(x)
-        y: Tensor = self.down((F.silu(gate) if self.activate else gate) * self.up(x))
+        gate, up = products(x, self.gate, self.up)
+        y: Tensor = self.down((F.silu(gate) if self.activate else gate) * up)
         return y
 
 

@@ -1,8 +1,8 @@
 """Mixers: the layers that move information between tokens.
 
-Each takes the normalised input h [B, T, D] and what the scan needs, and returns y [B, T, D] with its leaving state. It
-makes k and v first, so that the exchange between ranks travels while q and the gate are computed. What `phases` returns
-is small and full precision; the block makes it outside of recomputation and hands it in.
+Each takes the normalised input h [B, T, D] and what the scan needs, and returns y [B, T, D] with its leaving state. If
+ranks share the window it makes k and v first, so that the exchange travels while q and the gate are computed. What
+`phases` returns is small and full precision; the block makes it outside of recomputation and hands it in.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasptrain.models.layers import Linear, Lrpe, Phases, RMSNorm, srms
+from lasptrain.models.layers import Lrpe, Phases, RMSNorm, srms
+from lasptrain.models.linear import Linear, products
 from lasptrain.parallel.attention import Attention, Memory, Pending
 
 State = tuple[Tensor | None, ...]  # what a mixer carries from segment to segment; only the mixer understands it
 
 
-COMPILED = ("keys", "queries", "output")  # the parts of a mixer between exchanges
+COMPILED = ("keys", "queries", "project", "output")  # the parts of a mixer between exchanges
 
 
 class TransNormer(nn.Module):
@@ -44,39 +45,52 @@ class TransNormer(nn.Module):
     def forward(
         self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
-        pending = self._begin(h, phases, doc, carry, memory, leave)
-        q, gate = self.queries(h, phases)
+        if self.attention.scan.size > 1:
+            pending = self._begin(*self.keys(h, phases), phases, doc, carry, memory, leave)
+            q, gate = self.queries(h, phases)
+        else:
+            k, v, q, gate = self.project(h, phases)
+            pending = self._begin(k, v, phases, doc, carry, memory, leave)
         o, leaving = self.attention.finish(pending, q)
         return self.output(o, gate), (leaving,)
 
     def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
-        return (self.attention.leave(self._begin(h, phases, doc, carry, memory, True)),)
+        k, v = self.keys(h, phases)
+        return (self.attention.leave(self._begin(k, v, phases, doc, carry, memory, True)),)
 
     def _begin(
-        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        phases: Phases | None,
+        doc: Tensor | None,
+        carry: State,
+        memory: Memory,
+        leave: bool,
     ) -> Pending:
-        k, v = self.keys(h, phases)
-        return self.attention.begin(
-            k,
-            v,
-            None if self.slope is None else -self.slope,
-            doc,
-            angle=None if phases is None else phases.turn,
-            carry=carry[0],
-            memory=memory,
-            leave=leave,
-        )
+        decay = None if self.slope is None else -self.slope
+        turn = None if phases is None else phases.turn
+        return self.attention.begin(k, v, decay, doc, angle=turn, carry=carry[0], memory=memory, leave=leave)
 
     def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]."""
-        k, v = _heads(F.silu(self.k(h)), self.heads), _heads(self.v(h), self.heads)
-        return (k if phases is None else phases.features(k)), v
+        k, v = products(h, self.k, self.v)
+        return self._features(k, phases), _heads(v, self.heads)
 
     def queries(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
         """q [B, T, H, ·] and the gate [B, T, H·V]."""
-        q = _heads(F.silu(self.q(h)), self.heads)
-        return (q if phases is None else phases.features(q)), self.gate(h)
+        q, gate = products(h, self.q, self.gate)
+        return self._features(q, phases), gate
+
+    def project(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`keys` and `queries` at once."""
+        k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
+        return self._features(k, phases), _heads(v, self.heads), self._features(q, phases), gate
+
+    def _features(self, x: Tensor, phases: Phases | None) -> Tensor:
+        x = _heads(F.silu(x), self.heads)
+        return x if phases is None else phases.features(x)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """y [B, T, D] from o [B, T, H, V] and the gate."""
@@ -109,26 +123,45 @@ class Undecayed(nn.Module):
     def forward(
         self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
-        pending = self._begin(h, doc, carry, memory, leave)
-        o, leaving = self.attention.finish(pending, self.queries(h))
+        if self.attention.scan.size > 1:
+            pending = self._begin(*self.keys(h), doc, carry, memory, leave)
+            q = self.queries(h)
+        else:
+            k, v, q = self.project(h)
+            pending = self._begin(k, v, doc, carry, memory, leave)
+        o, leaving = self.attention.finish(pending, q)
         return self.output(o), (leaving,)
 
     def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
-        return (self.attention.leave(self._begin(h, doc, carry, memory, True)),)
+        return (self.attention.leave(self._begin(*self.keys(h), doc, carry, memory, True)),)
 
-    def _begin(self, h: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool) -> Pending:
-        k, v = self.keys(h)
+    def _begin(self, k: Tensor, v: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool) -> Pending:
         return self.attention.begin(k, v, None, doc, carry=carry[0], memory=memory, leave=leave)
 
     def keys(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]; v with its column of ones."""
-        k, v = _heads(F.elu(self.k(h)) + 1, self.heads), _heads(self.v(h), self.heads)
-        return k, (F.pad(v, (0, 1), value=1.0) if self.normalizer else v)
+        k, v = products(h, self.k, self.v)
+        return self._feature(k), self._value(v)
 
     def queries(self, h: Tensor) -> Tensor:
         """q [B, T, H, K], scaled where nothing normalises it."""
-        q = _heads(F.elu(self.q(h)) + 1, self.heads)
+        return self._query(self.q(h))
+
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`keys` and `queries` at once."""
+        k, v, q = products(h, self.k, self.v, self.q)
+        return self._feature(k), self._value(v), self._query(q)
+
+    def _feature(self, x: Tensor) -> Tensor:
+        return _heads(F.elu(x) + 1, self.heads)
+
+    def _value(self, v: Tensor) -> Tensor:
+        v = _heads(v, self.heads)
+        return F.pad(v, (0, 1), value=1.0) if self.normalizer else v
+
+    def _query(self, q: Tensor) -> Tensor:
+        q = self._feature(q)
         return q if self.normalizer else q * self.scale
 
     def output(self, o: Tensor) -> Tensor:

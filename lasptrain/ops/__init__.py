@@ -79,33 +79,33 @@ def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tens
     return decay if doc is None else torch.where(doc[:, -1:] == 0, decay, 0.0)
 
 
-def _operator(function: Callable[P, R]) -> Callable[P, R]:
+def operator(function: Callable[P, R]) -> Callable[P, R]:
     """The function as a PyTorch operator; `torch.library.custom_op` checks more, for longer than a launch takes."""
     name = function.__name__
     LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    operator: Callable[P, R] = getattr(torch.ops.lasptrain, name).default
-    return operator
+    registered: Callable[P, R] = getattr(torch.ops.lasptrain, name).default
+    return registered
 
 
-def _fake(operator: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Registers what an operator returns without data."""
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
-        register_fake(f"lasptrain::{operator}", function, lib=LIBRARY)
+        register_fake(f"lasptrain::{name}", function, lib=LIBRARY)
         return function
 
     return register
 
 
-@_operator
+@operator
 def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
     """State that a slice leaves behind when it starts from zero, and its block states."""
     state, blocks = _module(kernel).summarize(k, v, log_decay, doc)
     return state, blocks
 
 
-@_operator
+@operator
 def attend(
     kernel: str,
     q: Tensor,
@@ -121,14 +121,14 @@ def attend(
     return o, prefix
 
 
-@_operator
+@operator
 def grad_entering(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
     """Gradient that this slice's outputs alone send to the entering state, and its block states."""
     dentering, dblocks = _module(kernel).grad_entering(q, do, log_decay, doc)
     return dentering, dblocks
 
 
-@_operator
+@operator
 def grad_query(
     kernel: str,
     q: Tensor,
@@ -144,7 +144,7 @@ def grad_query(
     return dq, row
 
 
-@_operator
+@operator
 def grad_key_value(
     kernel: str,
     q: Tensor,
@@ -163,7 +163,7 @@ def grad_key_value(
     return dk, dv, (row.new_empty(0) if dlog is None else dlog)
 
 
-@_fake("summarize")
+@fake("summarize")
 def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
     b, _, h, kdim = k.shape
     dtype = state_dtype(k)
@@ -171,7 +171,7 @@ def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor |
     return state, k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
 
 
-@_fake("attend")
+@fake("attend")
 def _(
     kernel: str,
     q: Tensor,
@@ -187,7 +187,7 @@ def _(
     )
 
 
-@_fake("grad_entering")
+@fake("grad_entering")
 def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
     b, _, h, kdim = q.shape
     dtype = state_dtype(q)
@@ -196,7 +196,7 @@ def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor 
     )
 
 
-@_fake("grad_query")
+@fake("grad_query")
 def _(
     kernel: str,
     q: Tensor,
@@ -212,7 +212,7 @@ def _(
     return torch.empty_like(q, memory_format=torch.contiguous_format), row
 
 
-@_fake("grad_key_value")
+@fake("grad_key_value")
 def _(
     kernel: str,
     q: Tensor,

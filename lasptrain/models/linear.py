@@ -1,0 +1,94 @@
+"""Matrix products with weights, in the precision of the activations: weights are cast once per update.
+
+Weights and their gradients are at least fp32; products take operands in the dtype of x and accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lasptrain.ops import fake, operator
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ with W [out, in], without bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.operand: Tensor | None = None  # the weight in the precision of products, as it was at `_version`
+        self._version = -1
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have the weight ready in `dtype`. Does nothing where it is, or where FSDP sees to it."""
+        weight = self.weight
+        if weight.dtype == dtype or hasattr(weight, "full_tensor"):
+            return
+        if self.operand is None or self.operand.dtype != dtype or self.operand.device != weight.device:
+            self.operand, self._version = torch.empty_like(weight, dtype=dtype, requires_grad=False), -1
+        if self._version != weight._version:
+            self.operand.copy_(weight.detach())
+            self._version = weight._version
+
+    def forward(self, x: Tensor) -> Tensor:
+        return products(x, self)[0]
+
+
+def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """x Wᵀ for each layer [..., out], of one x [..., in] whose gradient is summed inside of the products."""
+    weights = [layer.weight for layer in layers]
+    operands = [layer.weight if layer.operand is None else layer.operand for layer in layers]
+    operands = [operand if operand.dtype == x.dtype else operand.to(x.dtype) for operand in operands]
+    y: tuple[Tensor, ...] = _Products.apply(x, *weights, *(o.detach() for o in operands))  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Products(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        operands = tensors[count:]
+        ctx.save_for_backward(x, *operands)
+        ctx.dtypes = tuple(weight.dtype for weight in tensors[:count])
+        return tuple(x @ operand.T for operand in operands)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *operands = ctx.saved_tensors
+        flat = [g.flatten(0, -2) for g in dy]
+        rows = x.flatten(0, -2)
+        dweights = [weight_gradient(g, rows, dtype) for g, dtype in zip(flat, ctx.dtypes, strict=True)]
+        dx = input_gradient(flat, operands).view(x.shape)
+        return dx, *dweights, *(None for _ in operands)
+
+
+@operator
+def input_gradient(dy: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Σ dy W [T, in] of several dy [T, out] and W [out, in]; each product adds to the sum of those before it."""
+    dx = dy[0] @ weights[0]
+    for g, weight in zip(dy[1:], weights[1:], strict=True):
+        dx.addmm_(g, weight)
+    return dx
+
+
+@fake("input_gradient")
+def _(dy: list[Tensor], weights: list[Tensor]) -> Tensor:
+    return dy[0].new_empty(dy[0].shape[0], weights[0].shape[1])
+
+
+@operator
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dyᵀ x [out, in] of dy [T, out] and x [T, in], accumulated and, where `dtype` says so, returned in fp32."""
+    if dtype == x.dtype:
+        return dy.T @ x
+    if x.is_cuda:
+        return torch.mm(dy.T, x, out_dtype=dtype)
+    return dy.T.to(dtype) @ x.to(dtype)
+
+
+@fake("weight_gradient")
+def _(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
