@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from lasptrain import ops
+from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Model
 from tests.kernel_cases import Case, Inputs, backward, error, inputs
 
 
@@ -30,3 +36,24 @@ def test_no_graph_break(decay: str) -> None:
     want = backward(chunked, x)
     for name, got in zip(want, found, strict=False):
         assert error(got, want[name]) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+def test_blocks_compile_with_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    cfg = Model(arch="tnl", dim=32, layers=2, heads=2, mlp=48, vocab=64)
+    tokens = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def measured(fuse: bool) -> dict[str, Tensor]:
+        model = LanguageModel(cfg, 40, Attention("chunked"), dtype=torch.bfloat16, loss_chunk=16)
+        fill(model, initial_values(model, 0, torch.device("cpu")))
+        for block in model.blocks if fuse else ():
+            block.fuse()
+        with torch.no_grad():
+            state = model(tokens, leave=True).leaving[-1][0]
+        model(tokens, tokens).loss.backward()
+        return {"state": state} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    want = measured(False)
+    for name, found in measured(True).items():
+        assert error(found, want[name]) < 2e-2, name

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -42,6 +43,8 @@ def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     weights = [layer.weight for layer in layers]
     operands = [layer.weight if layer.operand is None else layer.operand for layer in layers]
     operands = [operand if operand.dtype == x.dtype else operand.to(x.dtype) for operand in operands]
+    if not torch.is_grad_enabled():  # torch.compile before 2.12 cannot look into a Function there
+        return tuple(F.linear(x, operand) for operand in operands)
     y: tuple[Tensor, ...] = _Products.apply(x, *weights, *(o.detach() for o in operands))  # type: ignore[no-untyped-call]
     return y
 
@@ -53,7 +56,7 @@ class _Products(Function):
         operands = tensors[count:]
         ctx.save_for_backward(x, *operands)
         ctx.dtypes = tuple(weight.dtype for weight in tensors[:count])
-        return tuple(x @ operand.T for operand in operands)
+        return tuple(F.linear(x, operand) for operand in operands)
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:

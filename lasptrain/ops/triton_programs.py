@@ -148,9 +148,18 @@ def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
 
 
 @triton.jit
-def _update(x, y, weight):
-    """xᵀ (weight · y). The same side is weighted everywhere, so that every program adds bitwise the same to a state."""
-    return tl.dot(tl.trans(x), (y * weight[:, None]).to(y.dtype), input_precision=PRECISION)
+def _update(x, y, weight, DECAY: tl.constexpr):
+    """xᵀ (weight · y). The same side is weighted everywhere, so that every program adds bitwise the same to a state.
+
+    The gradient of a per-token decay is a product of two states, which may be small where they are not; there the
+    weighted rows keep what 16 bits would drop.
+    """
+    exact = y * weight[:, None]
+    high = exact.to(y.dtype)
+    update = tl.dot(tl.trans(x), high, input_precision=PRECISION)
+    if DECAY == 2 and y.dtype != tl.float32:
+        update = tl.dot(tl.trans(x), (exact - high).to(y.dtype), update)
+    return update
 
 
 @triton.jit
@@ -188,7 +197,7 @@ def summarize_blocks(
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
         _, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
-        state = state * through + _update(a, b, lead if REVERSE else fold)
+        state = state * through + _update(a, b, lead if REVERSE else fold, DECAY)
         decay *= through
         t = ahead
         each, counts = next_each, next_counts
@@ -237,9 +246,9 @@ def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_
 
 
 @triton.jit
-def _flow(state, x, y, weight):
+def _flow(state, x, y, weight, DECAY: tl.constexpr):
     """⟨state, xᵀ (weight · y)⟩, what passes through the chunk's edge; of the exact state, for the sums cancel."""
-    return tl.sum(tl.sum(state * _update(x, y, weight), 1), 0)
+    return tl.sum(tl.sum(state * _update(x, y, weight, DECAY), 1), 0)
 
 
 @triton.jit
@@ -305,7 +314,7 @@ def walk(
         c = _rows(z, batch, head, t, begin, C, TILE)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
-            flow = _flow(state, d, a, lead)
+            flow = _flow(state, d, a, lead, DECAY)
         near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, counts, C, REVERSE)
         near = _apart(near, DOC, counts, batch, t, T, C, DOCS)
         far = tl.dot(state.to(a.dtype), tl.trans(a), input_precision=PRECISION) * lead[None, :]
@@ -313,7 +322,7 @@ def walk(
         _store_rows(out, batch, head, t, begin, tl.trans(result), C, TILE)
         if SUM:
             _store_sums(SUMS, tile * B + batch, head, t, T, H, tl.trans(d), result, flow, C)
-        state = state * through + _update(c, b, fold)
+        state = state * through + _update(c, b, fold, DECAY)
         t = ahead
         each, counts = next_each, next_counts
     if SAVE and block == NB - 1:
@@ -357,9 +366,9 @@ def walk_key_value(
         result = tl.dot(tl.trans(cq), near, far, input_precision=PRECISION)
         _store_rows(dk, batch, head, t, 0, tl.trans(result), C, K)
         if SUM:
-            flow = _flow(state, ck, cv, fold)
+            flow = _flow(state, ck, cv, fold, DECAY)
             _store_sums(SUMS, batch, head, t, T, H, tl.trans(ck), result, flow, C)
-        state = state * through + _update(cq, cdo, lead)
+        state = state * through + _update(cq, cdo, lead, DECAY)
         t -= C
         each, counts = next_each, next_counts
 
