@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lasptrain.errors import ResourceError
 from lasptrain.models.decay import slopes
-from lasptrain.recipe import Model, Parallel, Recipe
+from lasptrain.recipe import REPLICATED, Model, Parallel, Recipe
 
 
 def parameters(model: Model, vocab: int) -> dict[str, int]:
@@ -83,15 +83,21 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     count = sum(parameters(recipe.model, vocab).values())
     wide = max(4, _size(recipe))
     kind = recipe.parallel.data_parallel
-    shards = {"fsdp": dp * sp, "hsdp": sp, "ddp": 1}[kind]
-    gathered = 0 if kind == "ddp" else _size(recipe) * count
+    shards = {"ddp": 1, "zero1": 1, "hsdp": sp}.get(kind, dp * sp)
+    gathered = 0 if kind in REPLICATED else _size(recipe) * count
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
+    states = max(count // (dp * sp), _largest(recipe.model, vocab)) if kind == "zero1" else count // shards
     return {
         "parameters": wide * count // shards + gathered,
         "gradients": wide * whole + (wide * count // shards if shards > 1 else 0),
-        "optimizer": 2 * wide * count // shards,
+        "optimizer": 2 * wide * states,
         "loss": recipe.train.loss_chunk * vocab * (wide + _size(recipe)) + 2 * wide * vocab * recipe.model.dim,
     }
+
+
+def _largest(model: Model, vocab: int) -> int:
+    """Elements of the largest parameter: ZeRO-1 does not split one between ranks."""
+    return model.dim * max(vocab, model.mlp, model.heads * max(model.K, model.V))
 
 
 def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
@@ -122,7 +128,7 @@ def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
         return recipe
     needed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     tight = available is not None and needed > available * 2 / 3
-    often = tight and dp * sp > 1 and recipe.parallel.data_parallel != "ddp"
+    often = tight and dp * sp > 1 and recipe.parallel.data_parallel not in REPLICATED
     parallel = recipe.parallel.model_copy(update={"reduce": "segment" if often else "step"})
     return recipe.model_copy(update={"parallel": parallel})
 

@@ -129,17 +129,23 @@ class Mesh(Section):
         return {} if value == "auto" else value
 
 
+REPLICATED = ("ddp", "zero1")  # kinds of data parallelism whose parameters and gradients are whole on every rank
+
+
 class Parallel(Section):
     """How parameters and activations are kept."""
 
-    data_parallel: Literal["ddp", "fsdp", "hsdp"] = "fsdp"  # hsdp: sharded over sp, replicated over dp
+    # sharded over ranks are: ddp nothing, zero1 the optimizer, zero2 and zero3 (or fsdp) all, of which zero2 gathers
+    # parameters once per update; hsdp all over sp, replicated over dp
+    data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "zero3"
     recompute: Literal["none", "full", "selective", "offload"] = "none"
     reduce: Literal["auto", "step", "segment"] = "auto"  # when gradients are summed over ranks
 
     def problems(self) -> Iterator[Problem]:
         """Reduction per segment where gradients are not sharded."""
-        if self.reduce == "segment" and self.data_parallel == "ddp":
-            yield "parallel.reduce", "found 'segment' with data_parallel: ddp; it saves memory with fsdp and hsdp"
+        if self.reduce == "segment" and self.data_parallel in REPLICATED:
+            found = f"found 'segment' with data_parallel: {self.data_parallel}"
+            yield "parallel.reduce", f"{found}; it saves memory with zero2, zero3 and hsdp"
 
 
 class Optim(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import pytest
@@ -104,15 +104,16 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     world = layout.dp * layout.sp
     mine = range(mesh.rank("dp"), BATCH, layout.dp)
     loss = torch.zeros((), dtype=dtype)
+    synchronise = partial(set_gradient_sync, called, always=layout.always, gathered=layout.kind == "zero2")
     for window in mine:  # one micro-batch each
-        set_gradient_sync(called, False, always=layout.always)
+        synchronise(False)
         last = window == mine[-1]
         loss += stream.backward(
             called,
             3,
             pieces(windows()[window : window + 1], layout.sp, mesh.rank("sp"), layout.segments),
             world / (BATCH * WINDOW),
-            (lambda: set_gradient_sync(called, True)) if last else (lambda: None),
+            (lambda: synchronise(True)) if last else (lambda: None),
         )
     total = meshes.sum_over_ranks(loss)
     grads = {}
@@ -138,9 +139,9 @@ def layouts(world: int) -> list[Layout]:
         Layout(dp, sp, scan, kind, mode)
         for dp, sp in meshes_of
         for scan in ("ring", "all_gather")
-        for kind in ("ddp", "fsdp")
+        for kind in ("ddp", "zero3")
         for mode in ("none", "full", "selective")
-    ] + [Layout(dp, sp, "all_scan", "hsdp") for dp, sp in meshes_of]
+    ] + [Layout(dp, sp, "all_scan", kind) for dp, sp in meshes_of for kind in ("hsdp", "zero2")]
 
 
 def streamed(world: int) -> list[Layout]:
@@ -150,8 +151,9 @@ def streamed(world: int) -> list[Layout]:
         for scan in ("ring", "all_gather")
         for kind, mode, always in (
             ("ddp", "none", False),
-            ("fsdp", "full", False),
-            ("fsdp", "selective", True),
+            ("zero3", "full", False),
+            ("zero3", "selective", True),
+            ("zero2", "none", False),
             ("fsdp", "offload", False),
         )
         for segments in (2, 3, 5)
