@@ -121,7 +121,7 @@ class Mesh(Section):
 
     dp: Count | Literal["auto"] = "auto"
     sp: Count | Literal["auto"] = "auto"
-    scan: Literal["ring", "all_gather", "all_scan"] = "all_gather"  # LASP, LASP-2, ZeCO
+    scan: Literal["auto", "ring", "all_gather", "all_scan"] = "auto"  # the cheapest of LASP, LASP-2, ZeCO
 
     @model_validator(mode="before")
     @classmethod

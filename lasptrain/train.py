@@ -93,7 +93,11 @@ def build(recipe: Recipe) -> Job:
     mesh = meshes.build(dp, sp)
     dataset = open_dataset(recipe.data)
     recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
+    vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
     available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
+    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
+    segment = plan.choose_segment(recipe, vocab, dp, sp, available)
+    recipe = plan.with_scan(recipe, sp, segment)
     attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
     with torch.device("meta"):
         model = language_model(recipe, attention)
@@ -108,9 +112,6 @@ def build(recipe: Recipe) -> Job:
         fuse=recipe.train.compile,
         values=initial_values(model, recipe.train.seed, device),
     )
-    vocab = model.embed.num_embeddings
-    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
-    segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     loader = open_loader(recipe, dataset, mesh, "train", recipe.data.window, recipe.train.batch, segment)
     return Job(
         recipe,
