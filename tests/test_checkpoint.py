@@ -133,10 +133,21 @@ def _load_and_continue(rank: int, world: int, run: Path, kinds: list[str]) -> li
 
 
 def _on_two(rank: int, world: int, run: Path, own: Path) -> list[tuple[Any, ...]]:
+    _states_are_spread()
     _resume_is_bitwise(own / "resume")
     _one_rank_cannot_write(rank, own / "full")
     _one_rank_sees_a_hostile_table(rank, own / "hostile")
     return _load_and_continue(rank, world, run, ["fsdp", "zero1", "ddp"])
+
+
+def _states_are_spread() -> None:
+    """With zero1 every rank keeps states, and each is on one rank only."""
+    net, optimizer = _build("zero1")
+    _train(net, optimizer, range(1))
+    kept = torch.tensor(sum(state["exp_avg"].numel() for state in getattr(optimizer, "optim").state.values()))  # noqa: B009
+    assert kept > 0
+    dist.all_reduce(kept)
+    assert kept == sum(parameter.numel() for parameter in net.parameters())
 
 
 def _resume_is_bitwise(run: Path) -> None:
