@@ -43,11 +43,11 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from lasptrain import __version__
 from lasptrain.errors import CheckpointError
-from lasptrain.optim import initialise_state
+from lasptrain.optim import initial_state, initialise_state
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -73,7 +73,7 @@ def save(
     run: Path,
     step: int,
     model: nn.Module,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     meta: Json,
     keep: int,
     group: dist.ProcessGroup | None = None,
@@ -90,7 +90,7 @@ def save(
     name = _first(_vote(what, lambda: _begin(run, step, size) if rank == 0 else None, group))
     folder = run / FOLDER / name
     try:
-        tables = _vote(what, lambda: _write(folder, tensors, rank, group), group)
+        tables = _vote(what, lambda: _write(folder, _present(tensors), rank, group), group)
         files = {name: entry for table in tables for name, entry in table.items()}
         _vote(what, lambda: _commit(folder, step, meta, files, len(tables)) if rank == 0 else None, group)
     except CheckpointError:
@@ -104,7 +104,7 @@ def save(
 def load(
     run: Path,
     model: nn.Module,
-    optimizer: AdamW | None,
+    optimizer: Optimizer | None,
     expect: Json | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Loaded | None:
@@ -200,11 +200,13 @@ def _reason(error: BaseException) -> str:
 # What is saved
 
 
-def _tensors(model: nn.Module, optimizer: AdamW | None) -> dict[str, Tensor]:
-    """Every tensor of the state by its name in a checkpoint, sharing memory with the live state; tied ones once."""
+def _tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Every tensor of the state by its name in a checkpoint, sharing memory with the live state; tied ones once.
+
+    What only another rank has is on the meta device: a name, a shape and a dtype.
+    """
     module = model.module if isinstance(model, DistributedDataParallel) else model
-    if optimizer is not None:
-        initialise_state(optimizer)
+    states = {} if optimizer is None else _states(optimizer)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in module.state_dict(keep_vars=True).items():
@@ -213,9 +215,26 @@ def _tensors(model: nn.Module, optimizer: AdamW | None) -> dict[str, Tensor]:
             continue
         seen.add(id(tensor))
         tensors[f"model.{name}"] = tensor.detach()
-        if optimizer is not None and tensor in optimizer.state:
-            tensors |= {f"optimizer.{name}.{part}": value for part, value in optimizer.state[tensor].items()}
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in states.get(tensor, {}).items()}
     return tensors
+
+
+def _states(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
+    """AdamW's state by parameter; with ZeRO-1 that of most parameters is on other ranks, and here on meta."""
+    own = getattr(optimizer, "optim", optimizer)  # a ZeroRedundancyOptimizer's, of the parameters that it updates here
+    initialise_state(own)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        parameter: own.state[parameter]
+        if parameter in own.state
+        else initial_state(torch.empty_like(parameter, device="meta"))
+        for parameter in parameters
+    }
+
+
+def _present(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that this rank has. Every other one is present on some rank, and is saved and loaded there."""
+    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
 
 
 # Saving
@@ -386,14 +405,15 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _restore(
-    folder: Path, files: Json, model: nn.Module, optimizer: AdamW | None, group: dist.ProcessGroup | None
+    folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: dist.ProcessGroup | None
 ) -> None:
     """Compare the stored tensors with the live ones, then overwrite the live ones."""
     tensors = _tensors(model, optimizer)
     reader = _Reader(folder, files)
     what = f"{folder} not loaded"
     _vote(what, lambda: _compare_tensors(reader.read_metadata(), tensors, partial=optimizer is None), group)
-    _vote(what, lambda: load_state(tensors, storage_reader=reader, planner=_Planner(), process_group=group), group)
+    own = _present(tensors)
+    _vote(what, lambda: load_state(own, storage_reader=reader, planner=_Planner(), process_group=group), group)
 
 
 def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool) -> None:

@@ -127,6 +127,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
     dp, sp = resolve_mesh(recipe, world)
     vocab = resolve_vocabulary(model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     layout = plan.layout(recipe, dp, sp)
+    scan = plan.with_scan(recipe, sp, layout.segment).mesh.scan
     parts = plan.parameters(model, vocab)
     total = sum(parts.values())
     return [
@@ -134,7 +135,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
         ("heads", f"key dim {model.K}, value dim {model.V}, decay {model.decay}"),
-        ("mesh", f"dp {dp} × sp {sp}, {world} processes, {recipe.parallel.data_parallel}, scan {recipe.mesh.scan}"),
+        ("mesh", f"dp {dp} × sp {sp}, {world} processes, {recipe.parallel.data_parallel}, scan {scan}"),
         ("window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"),
         ("slice", f"{layout.slice:,} tokens per rank and segment"),
         (
@@ -181,6 +182,7 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
+    scan = plan.with_scan(recipe, sp, cut.segment).mesh.scan
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
     seconds = plan.seconds_per_token(recipe, vocab, cut.segments, rates)
     tokens = cut.tokens_per_step
@@ -196,7 +198,7 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     table.add_row("gradients", f"summed over ranks once per {recipe.parallel.reduce}")
     table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
     table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
-    table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step")
+    table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {step * recipe.train.steps / 86400:.2f} days")
     yield table
     yield _memory_horizon(recipe)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from lasptrain.recipe import Optim
+
+T = TypeVar("T", bound=Optimizer)
 
 FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
 
@@ -31,21 +34,33 @@ def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
     ]
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
     groups = [group for group in groups if group["params"]]
-    optimizer = AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
-    # The fused kernel does not say that it has written; whoever keeps what is made of a parameter must see it.
-    optimizer.register_step_post_hook(lambda *_: increment_version(decaying + others))
+    return telling(AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused))
+
+
+def telling(optimizer: T) -> T:
+    """The optimizer, made to count up its parameters' versions, which fused kernels forget. Whoever keeps what is made
+    of a parameter sees by it that the parameter has changed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.register_step_post_hook(lambda *_: increment_version(parameters))
     return optimizer
 
 
-def initialise_state(optimizer: AdamW) -> None:
+def initialise_state(optimizer: Optimizer) -> None:
     """Create the state that AdamW would create in its first step, so that a state exists to be saved or loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not (state := optimizer.state[parameter]):
-                device = parameter.device if group["fused"] or group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state.update(initial_state(parameter, step_beside=group["fused"] or group["capturable"]))
+
+
+def initial_state(parameter: Tensor, *, step_beside: bool = True) -> dict[str, Tensor]:
+    """AdamW's state of a parameter before its first step; `step_beside`: the step number is on its device too."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if step_beside else "cpu"),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
 
 
 def learning_rate(cfg: Optim, steps: int, step: int) -> float:
@@ -72,7 +87,7 @@ def _progress(step: int, first: int, end: int) -> float:
     return min(max((step - first) / max(end - first, 1), 0.0), 1.0)
 
 
-def set_learning_rate(optimizer: AdamW, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Give every parameter group the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lasptrain.errors import ResourceError
 from lasptrain.models.decay import slopes
-from lasptrain.recipe import Model, Parallel, Recipe
+from lasptrain.recipe import REPLICATED, Model, Parallel, Recipe
 
 
 def parameters(model: Model, vocab: int) -> dict[str, int]:
@@ -83,15 +83,21 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     count = sum(parameters(recipe.model, vocab).values())
     wide = max(4, _size(recipe))
     kind = recipe.parallel.data_parallel
-    shards = {"fsdp": dp * sp, "hsdp": sp, "ddp": 1}[kind]
-    gathered = 0 if kind == "ddp" else _size(recipe) * count
+    shards = {"ddp": 1, "zero1": 1, "hsdp": sp}.get(kind, dp * sp)
+    cast = _size(recipe) * count if shards > 1 or _size(recipe) < wide else 0  # weights as products read them
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
+    states = max(count // (dp * sp), _largest(recipe.model, vocab)) if kind == "zero1" else count // shards
     return {
-        "parameters": wide * count // shards + gathered,
+        "parameters": wide * count // shards + cast,
         "gradients": wide * whole + (wide * count // shards if shards > 1 else 0),
-        "optimizer": 2 * wide * count // shards,
+        "optimizer": 2 * wide * states,
         "loss": recipe.train.loss_chunk * vocab * (wide + _size(recipe)) + 2 * wide * vocab * recipe.model.dim,
     }
+
+
+def _largest(model: Model, vocab: int) -> int:
+    """Elements of the largest parameter: ZeRO-1 does not split one between ranks."""
+    return model.dim * max(vocab, model.mlp, model.heads * max(model.K, model.V))
 
 
 def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
@@ -122,7 +128,7 @@ def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
         return recipe
     needed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     tight = available is not None and needed > available * 2 / 3
-    often = tight and dp * sp > 1 and recipe.parallel.data_parallel != "ddp"
+    often = tight and dp * sp > 1 and recipe.parallel.data_parallel not in REPLICATED
     parallel = recipe.parallel.model_copy(update={"reduce": "segment" if often else "step"})
     return recipe.model_copy(update={"parallel": parallel})
 
@@ -164,6 +170,53 @@ GPUS = {
     "h100": Rates(650e12, 3.0e12, 79 * 2**30),
     "a100": Rates(250e12, 1.6e12, 79 * 2**30),
 }
+
+
+class Link(NamedTuple):
+    """What carries a message between two GPUs, assumed: seconds before its first byte arrives, then bytes/s."""
+
+    latency: float
+    bandwidth: float
+
+
+NVLINK = Link(10e-6, 300e9)
+NETWORK = Link(25e-6, 40e9)  # one 400 Gbit/s adapter per GPU
+NODE = 8  # GPUs of one machine; an sp group that is larger crosses the network
+PARTS = 8  # into which the all-scan cuts a state
+
+
+def scan_seconds(ranks: int, size: int, link: Link, *, carried: bool = False) -> dict[str, float]:
+    """Seconds that each scan takes to bring `size` bytes of state through `ranks` ranks, in one direction.
+
+    With n ranks, S bytes, latency α and bandwidth β of a link, until the last rank has what enters its slice:
+
+        ring        (n − 1) · (α + S/β)                     from neighbour to neighbour
+        all_gather  ⌈log₂ n⌉ · α + (n − 1) · S/β            every state to every rank
+        all_scan    (n + P − 2) · (α + S/(P·β))             the ring with the state in P parts, sent on as they come
+
+    `carried`: another segment follows, and the last rank of a chain sends the first what leaves: one message more for
+    ring and all_scan, none for all_gather, whose ranks know it. One rank takes no time.
+    """
+    if ranks == 1:
+        return dict.fromkeys(("ring", "all_gather", "all_scan"), 0.0)
+    latency, sending = link.latency, size / link.bandwidth
+    back = (latency + sending) * carried
+    return {
+        "ring": (ranks - 1) * (latency + sending) + back,
+        "all_gather": math.ceil(math.log2(ranks)) * latency + (ranks - 1) * sending,
+        "all_scan": (ranks + PARTS - 2) * (latency + sending / PARTS) + back,
+    }
+
+
+def with_scan(recipe: Recipe, sp: int, segment: int) -> Recipe:
+    """The recipe with `mesh.scan: auto` decided: the cheapest for one layer's state of a micro-batch."""
+    if recipe.mesh.scan != "auto":
+        return recipe
+    size = recipe.train.micro_batch * state_bytes(recipe.model) // recipe.model.layers
+    link = NVLINK if sp <= NODE else NETWORK
+    costs = scan_seconds(sp, size, link, carried=segment < recipe.data.window)
+    mesh = recipe.mesh.model_copy(update={"scan": min(costs, key=costs.__getitem__)})
+    return recipe.model_copy(update={"mesh": mesh})
 
 
 def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:

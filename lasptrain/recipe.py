@@ -121,7 +121,7 @@ class Mesh(Section):
 
     dp: Count | Literal["auto"] = "auto"
     sp: Count | Literal["auto"] = "auto"
-    scan: Literal["ring", "all_gather", "all_scan"] = "all_gather"  # LASP, LASP-2, ZeCO
+    scan: Literal["auto", "ring", "all_gather", "all_scan"] = "auto"  # the cheapest of LASP, LASP-2, ZeCO
 
     @model_validator(mode="before")
     @classmethod
@@ -129,17 +129,23 @@ class Mesh(Section):
         return {} if value == "auto" else value
 
 
+REPLICATED = ("ddp", "zero1")  # kinds of data parallelism whose parameters and gradients are whole on every rank
+
+
 class Parallel(Section):
     """How parameters and activations are kept."""
 
-    data_parallel: Literal["ddp", "fsdp", "hsdp"] = "fsdp"  # hsdp: sharded over sp, replicated over dp
+    # sharded over ranks are: ddp nothing, zero1 the optimizer, zero2 and zero3 (or fsdp) all, of which zero2 gathers
+    # parameters once per update; hsdp all over sp, replicated over dp
+    data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "zero3"
     recompute: Literal["none", "full", "selective", "offload"] = "none"
     reduce: Literal["auto", "step", "segment"] = "auto"  # when gradients are summed over ranks
 
     def problems(self) -> Iterator[Problem]:
         """Reduction per segment where gradients are not sharded."""
-        if self.reduce == "segment" and self.data_parallel == "ddp":
-            yield "parallel.reduce", "found 'segment' with data_parallel: ddp; it saves memory with fsdp and hsdp"
+        if self.reduce == "segment" and self.data_parallel in REPLICATED:
+            found = f"found 'segment' with data_parallel: {self.data_parallel}"
+            yield "parallel.reduce", f"{found}; it saves memory with zero2, zero3 and hsdp"
 
 
 class Optim(Section):
@@ -245,15 +251,19 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def _window(recipe: Recipe) -> Iterator[Problem]:
-    window, segment, sp = recipe.data.window, recipe.train.segment, recipe.mesh.sp
+    window, segment = recipe.data.window, recipe.train.segment
     if window < 2:
         yield "data.window", "1 token has no next one to learn; expected at least 2"
     if segment != "auto" and window % segment:
         nearest = _nearest(segment, lambda tokens: window % tokens == 0, window)
         yield "train.segment", f"{segment} tokens do not divide data.window = {window}; nearest: {nearest}"
-        return
-    if sp == "auto":
-        return
+    elif recipe.mesh.sp != "auto":
+        yield from _slices(recipe, recipe.mesh.sp)
+
+
+def _slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
+    """Windows and segments that `sp` ranks cannot share equally."""
+    window, segment = recipe.data.window, recipe.train.segment
     if recipe.eval.window is not None and recipe.eval.window % sp:
         yield (
             "eval.window",
@@ -265,7 +275,11 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         yield (
             "train.segment",
             f"{segment} tokens do not split into mesh.sp = {sp} equal slices"
-            + (f"; nearest that divide data.window: {nearest}" if nearest else f", nor does data.window = {window}"),
+            + (
+                f"; nearest that divide data.window: {nearest}"
+                if nearest
+                else f", nor does data.window = {window}; nearest windows: {_multiples(window, sp)}"
+            ),
         )
     elif window % sp:
         yield (
@@ -312,15 +326,18 @@ def _nearest(value: int, fits: Callable[[int], bool], largest: int | None = None
 
 
 def resolve_mesh(recipe: Recipe, world: int) -> tuple[int, int]:
-    """(dp, sp) for `world` ranks. SetupError, naming what fits, where the recipe's mesh is for another number.
+    """(dp, sp) for `world` ranks; auto × auto takes as many as train.batch keeps busy for dp, and the rest for sp.
 
-    auto × auto takes as many ranks as train.batch keeps busy for dp, and the rest for sp.
+    Raises SetupError, naming what fits, where the recipe's mesh is for another number of ranks, and RecipeError, as
+    `load` does where it knows sp, where only the length of windows or segments is in the way.
     """
     dp, sp = recipe.mesh.dp, recipe.mesh.sp
     micro_batches = recipe.train.batch // recipe.train.micro_batch
     tokens = recipe.data.window if recipe.train.segment == "auto" else recipe.train.segment
 
-    def pair(world: int) -> tuple[int, int] | None:
+    lengths = (tokens, recipe.eval.window or tokens)
+
+    def pair(world: int, lengths: tuple[int, ...]) -> tuple[int, int] | None:
         for ranks in range(world, 0, -1):
             split = world // ranks
             if (
@@ -328,20 +345,25 @@ def resolve_mesh(recipe: Recipe, world: int) -> tuple[int, int]:
                 and dp in ("auto", ranks)
                 and sp in ("auto", split)
                 and micro_batches % ranks == 0
-                and tokens % split == 0
+                and all(length % split == 0 for length in lengths)
             ):
                 return ranks, split
         return None
 
-    found = pair(world)
-    if found is None:
-        fits = _nearest(world, lambda n: pair(n) is not None, largest=world + 1024 if world < 4096 else None)
-        raise SetupError(
-            f"mesh: {world} process{'es do' if world > 1 else ' does'} not make dp = {dp} × sp = {sp} "
-            f"with {micro_batches} micro-batches and slices of {tokens} tokens; "
-            + (f"nearest: --nproc {' or '.join(fits.split(', '))}" if fits else "no nearby number of processes does")
-        )
-    return found
+    found = pair(world, lengths)
+    if found is not None:
+        return found
+    largest = world + 1024 if world < 4096 else None
+    fits = _nearest(world, lambda n: pair(n, lengths) is not None, largest).replace(", ", " or ")
+    ragged = pair(world, ())
+    if ragged is not None:
+        other = f"; or --nproc {fits}" if fits else ""
+        raise RecipeError("\n".join(f"{key}: {text}{other}" for key, text in _slices(recipe, ragged[1])))
+    raise SetupError(
+        f"mesh: {world} process{'es do' if world > 1 else ' does'} not make dp = {dp} × sp = {sp} "
+        f"with {micro_batches} micro-batches and slices of {tokens} tokens; "
+        + (f"nearest: --nproc {fits}" if fits else "no nearby number of processes does")
+    )
 
 
 def resolve_vocabulary(model: Model, pieces: int) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from lasptrain import checkpoint, ops, plan, stream
 from lasptrain import recipe as recipes
@@ -27,7 +28,7 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
-from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync
+from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
 from lasptrain.profile import profiled
 from lasptrain.recipe import Recipe
 from lasptrain.summary import summarize
@@ -45,7 +46,7 @@ class Job:
     dataset: TokenDataset
     model: LanguageModel
     called: nn.Module  # the model as it is spread over the mesh
-    optimizer: AdamW
+    optimizer: Optimizer
     loader: SliceLoader
     flops_per_token: int
     peak: float | None  # FLOP/s of this device in bf16, where it is known
@@ -92,7 +93,11 @@ def build(recipe: Recipe) -> Job:
     mesh = meshes.build(dp, sp)
     dataset = open_dataset(recipe.data)
     recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
+    vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
     available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
+    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
+    segment = plan.choose_segment(recipe, vocab, dp, sp, available)
+    recipe = plan.with_scan(recipe, sp, segment)
     attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
     with torch.device("meta"):
         model = language_model(recipe, attention)
@@ -107,9 +112,6 @@ def build(recipe: Recipe) -> Job:
         fuse=recipe.train.compile,
         values=initial_values(model, recipe.train.seed, device),
     )
-    vocab = model.embed.num_embeddings
-    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
-    segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     loader = open_loader(recipe, dataset, mesh, "train", recipe.data.window, recipe.train.batch, segment)
     return Job(
         recipe,
@@ -118,7 +120,7 @@ def build(recipe: Recipe) -> Job:
         dataset,
         model,
         called,
-        build_optimizer(model, recipe.optim),
+        shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
         loader,
         plan.flops_per_token(recipe.model, vocab),
         peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
@@ -213,15 +215,18 @@ def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tenso
     )
     total = sum_over_ranks(valid)
     loss = torch.zeros((), dtype=torch.float64, device=job.device)
+    parallel = job.recipe.parallel
+    always, gathered = parallel.reduce == "segment", parallel.data_parallel == "zero2"
+    synchronise = partial(set_gradient_sync, job.called, always=always, gathered=gathered)
     for number, micro_batch in enumerate(micro_batches):
-        set_gradient_sync(job.called, False, always=job.recipe.parallel.reduce == "segment")
+        synchronise(False)
         last = number == len(micro_batches) - 1
         loss += stream.backward(
             job.called,
             job.recipe.model.layers,
             micro_batch,
             job.mesh.size / total,
-            (lambda: set_gradient_sync(job.called, True)) if last else (lambda: None),
+            (lambda: synchronise(True)) if last else (lambda: None),
         )
     norm = clip_gradients(job.model, job.recipe.optim.clip)
     return sum_over_ranks(loss) / total, norm

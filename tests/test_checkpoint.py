@@ -25,15 +25,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from lasptrain import checkpoint
 from lasptrain.checkpoint import committed, latest, load, save, sweep
 from lasptrain.errors import CheckpointError
 from lasptrain.optim import build_optimizer, clip_gradients
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.shard import shard_optimizer
 from lasptrain.recipe import Optim
 from tests.gloo import spawn
 
+SAVED = ("fsdp", "zero1")  # kinds that runs are saved under
 META = {"recipe": {"name": "small", "optim": {"lr": 0.01}}, "windows": 4}
 
 
@@ -55,7 +58,7 @@ class _Net(nn.Module):
         return out
 
 
-def _build(kind: str, seed: int = 0, **shape: Any) -> tuple[nn.Module, AdamW]:
+def _build(kind: str, seed: int = 0, **shape: Any) -> tuple[nn.Module, Optimizer]:
     """A model and its optimizer; other seeds give other values, which loading must replace."""
     torch.manual_seed(seed)
     net = _Net(**shape)
@@ -63,11 +66,12 @@ def _build(kind: str, seed: int = 0, **shape: Any) -> tuple[nn.Module, AdamW]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_sp",))
         fully_shard(net.block, mesh=mesh)
         fully_shard(net, mesh=mesh)
-    model = DistributedDataParallel(net) if kind == "ddp" else net
-    return model, build_optimizer(model, Optim(lr=0.01))
+    model = DistributedDataParallel(net) if kind in ("ddp", "zero1") else net
+    optimizer = build_optimizer(model, Optim(lr=0.01))
+    return model, shard_optimizer(optimizer, meshes.build(1, dist.get_world_size()), kind)
 
 
-def _train(net: nn.Module, optimizer: AdamW, steps: range) -> list[float]:
+def _train(net: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
     """Train on 4 x 5 tokens a step, a function of the step; return the global loss of each step."""
     losses = []
     for step in steps:
@@ -83,12 +87,18 @@ def _train(net: nn.Module, optimizer: AdamW, steps: range) -> list[float]:
     return losses
 
 
-def _full(net: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+def _full(net: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every tensor of the state, whole, without going through the code under test."""
     net = net.module if isinstance(net, DistributedDataParallel) else net
     found: dict[str, Any] = dict(net.named_parameters()) | dict(net.named_buffers())
+    own = getattr(optimizer, "optim", optimizer)
     for name, parameter in net.named_parameters():
-        found |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+        found |= {f"{name}/{key}": value for key, value in own.state.get(parameter, {}).items()}
+    if own is not optimizer:
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, found)
+        assert sum("/" in name for one in ranks for name in one) == 3 * len(list(net.parameters()))  # one has each
+        found = {name: value for one in ranks for name, value in one.items()}
     whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in found.items()}
     return {name: t.detach().clone() for name, t in whole.items()}
 
@@ -100,32 +110,48 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # Any mesh
 
 
-def _save_on_four(rank: int, world: int, run: Path) -> tuple[dict[str, Tensor], list[float]]:
-    net, optimizer = _build("fsdp")
-    _train(net, optimizer, range(3))
-    save(run, 3, net, optimizer, META, keep=2)
-    return _full(net, optimizer), _train(net, optimizer, range(3, 6))
+def _save_on_four(rank: int, world: int, run: Path) -> list[tuple[dict[str, Tensor], list[float]]]:
+    saved = []
+    for kind in SAVED:
+        net, optimizer = _build(kind)
+        _train(net, optimizer, range(3))
+        save(run / kind, 3, net, optimizer, META, keep=2)
+        saved.append((_full(net, optimizer), _train(net, optimizer, range(3, 6))))
+    return saved
 
 
 def _load_and_continue(rank: int, world: int, run: Path, kinds: list[str]) -> list[tuple[Any, ...]]:
     results = []
-    for kind in kinds:
-        net, optimizer = _build(kind, seed=1)
-        loaded = load(run, net, optimizer, {"recipe": META["recipe"]})
-        assert loaded is not None
-        results.append((loaded.step, loaded.meta, _full(net, optimizer), _train(net, optimizer, range(3, 6))))
+    for saved in SAVED:
+        for kind in kinds:
+            net, optimizer = _build(kind, seed=1)
+            loaded = load(run / saved, net, optimizer, {"recipe": META["recipe"]})
+            assert loaded is not None
+            state = _full(net, optimizer)
+            results.append((saved, loaded.step, loaded.meta, state, _train(net, optimizer, range(3, 6))))
     return results
 
 
 def _on_two(rank: int, world: int, run: Path, own: Path) -> list[tuple[Any, ...]]:
+    _states_are_spread()
     _resume_is_bitwise(own / "resume")
     _one_rank_cannot_write(rank, own / "full")
     _one_rank_sees_a_hostile_table(rank, own / "hostile")
-    return _load_and_continue(rank, world, run, ["fsdp", "ddp"])
+    return _load_and_continue(rank, world, run, ["fsdp", "zero1", "ddp"])
+
+
+def _states_are_spread() -> None:
+    """With zero1 every rank keeps states, and each is on one rank only."""
+    net, optimizer = _build("zero1")
+    _train(net, optimizer, range(1))
+    kept = torch.tensor(sum(state["exp_avg"].numel() for state in getattr(optimizer, "optim").state.values()))  # noqa: B009
+    assert kept > 0
+    dist.all_reduce(kept)
+    assert kept == sum(parameter.numel() for parameter in net.parameters())
 
 
 def _resume_is_bitwise(run: Path) -> None:
-    for kind in ("fsdp", "ddp"):
+    for kind in ("fsdp", "zero1", "ddp"):
         net, optimizer = _build(kind)
         losses = _train(net, optimizer, range(20))
         first, first_optimizer = _build(kind)
@@ -175,12 +201,14 @@ def _refuse(*_: Any) -> Any:
 
 def test_saved_on_four_loads_on_two_on_one_and_replicated(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    state, losses = spawn(4, _save_on_four, run)[0]
-    for other in (spawn(2, _on_two, run, tmp_path), spawn(1, _load_and_continue, run, ["plain", "fsdp", "ddp"])):
+    states = dict(zip(SAVED, spawn(4, _save_on_four, run)[0], strict=True))
+    kinds = ["plain", "fsdp", "zero1", "ddp"]
+    for other in (spawn(2, _on_two, run, tmp_path), spawn(1, _load_and_continue, run, kinds)):
         for rank in other:
-            for step, meta, loaded, continued in rank:
+            for saved, step, meta, loaded, continued in rank:
+                state, losses = states[saved]
                 assert (step, meta) == (3, META)
-                assert _same(loaded, state)
+                assert _same(loaded, state), saved
                 assert continued == pytest.approx(losses, rel=1e-5)
 
 

@@ -83,6 +83,11 @@ def test_a_mesh_for_another_number_of_processes(tmp_path: Path) -> None:
     arguments = [QUICKSTART, "--nproc", "3", "--set", "mesh.dp=2", "--set", "mesh.sp=2"]
     refused(5, "3 processes do not make dp = 2 × sp = 2.*nearest: --nproc 4", "check", *arguments, cwd=tmp_path)
     refused(5, "3 processes do not make dp = 2 × sp = 2.*nearest: --nproc 4", "pretrain", *arguments, cwd=tmp_path)
+    ragged = (
+        "data.window: 8192 tokens do not split into mesh.sp = 3 equal slices; nearest: 8190, 8193; or --nproc 2 or 4"
+    )
+    for command in ("check", "pretrain"):  # where sp is known at launch only
+        refused(2, ragged, command, QUICKSTART, "--nproc", "3", cwd=tmp_path)
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasptrain import stream
 from lasptrain.data.loader import Slice
@@ -54,6 +58,7 @@ class Layout:
     recompute: str = "none"
     segments: int = 1
     always: bool = False  # gradients are reduced in each backward
+    apart: bool = False  # ranks that share a window are not neighbours
 
 
 Case = tuple[Arch, torch.dtype, Layout]
@@ -93,8 +98,17 @@ def single(arch: Arch, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def mesh_of(layout: Layout) -> meshes.Mesh:
+    if not layout.apart:
+        return meshes.build(layout.dp, layout.sp)
+    ranks = torch.arange(layout.dp * layout.sp).view(layout.sp, layout.dp).T  # sp groups {0, dp, 2·dp, …}, {1, …}, …
+    grid = DeviceMesh("cpu", ranks, mesh_dim_names=("dp", "sp"))
+    # The row is in order: a group sorts its ranks, and FSDP needs the mesh to agree.
+    return meshes.Mesh(grid, DeviceMesh("cpu", list(range(layout.dp * layout.sp)), mesh_dim_names=("dp_sp",)))
+
+
 def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, dict[str, Tensor], Ring | AllGather]:
-    mesh = meshes.build(layout.dp, layout.sp)
+    mesh = mesh_of(layout)
     scan = SCANS[layout.scan](mesh.sp_group, CPU)
     with torch.device("meta"):
         model = LanguageModel(config(arch), WINDOW, Attention("chunked", scan), dtype=dtype, loss_chunk=32).to(dtype)
@@ -104,15 +118,16 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     world = layout.dp * layout.sp
     mine = range(mesh.rank("dp"), BATCH, layout.dp)
     loss = torch.zeros((), dtype=dtype)
+    synchronise = partial(set_gradient_sync, called, always=layout.always, gathered=layout.kind == "zero2")
     for window in mine:  # one micro-batch each
-        set_gradient_sync(called, False, always=layout.always)
+        synchronise(False)
         last = window == mine[-1]
         loss += stream.backward(
             called,
             3,
             pieces(windows()[window : window + 1], layout.sp, mesh.rank("sp"), layout.segments),
             world / (BATCH * WINDOW),
-            (lambda: set_gradient_sync(called, True)) if last else (lambda: None),
+            (lambda: synchronise(True)) if last else (lambda: None),
         )
     total = meshes.sum_over_ranks(loss)
     grads = {}
@@ -138,9 +153,9 @@ def layouts(world: int) -> list[Layout]:
         Layout(dp, sp, scan, kind, mode)
         for dp, sp in meshes_of
         for scan in ("ring", "all_gather")
-        for kind in ("ddp", "fsdp")
+        for kind in ("ddp", "zero3")
         for mode in ("none", "full", "selective")
-    ] + [Layout(dp, sp, "all_scan", "hsdp") for dp, sp in meshes_of]
+    ] + [Layout(dp, sp, "all_scan", kind) for dp, sp in meshes_of for kind in ("hsdp", "zero2")]
 
 
 def streamed(world: int) -> list[Layout]:
@@ -150,8 +165,9 @@ def streamed(world: int) -> list[Layout]:
         for scan in ("ring", "all_gather")
         for kind, mode, always in (
             ("ddp", "none", False),
-            ("fsdp", "full", False),
-            ("fsdp", "selective", True),
+            ("zero3", "full", False),
+            ("zero3", "selective", True),
+            ("zero2", "none", False),
             ("fsdp", "offload", False),
         )
         for segments in (2, 3, 5)
@@ -178,6 +194,54 @@ def test_every_number_of_segments_is_one_device(world: int) -> None:
     cases: list[Case] = [("tnl", torch.float64, layout) for layout in streamed(world)]
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
+
+
+def check_apart(rank: int, world: int, cases: list[Case]) -> list[int]:
+    layout = cases[0][2]
+    assert check_all(rank, world, cases) == len(cases)
+    return dist.get_process_group_ranks(mesh_of(layout).sp_group)
+
+
+def test_ranks_of_a_window_need_not_be_neighbours() -> None:
+    cases: list[Case] = [
+        ("tnl", dtype, Layout(2, 2, scan, kind, segments=segments, apart=True))
+        for scan in SCANS
+        for dtype, kind, segments in (
+            (torch.float64, "ddp", 1),
+            (torch.float64, "hsdp", 3),
+            (torch.float32, "zero3", 2),
+        )
+    ]
+    assert spawn(4, check_apart, cases) == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(rank: int, world: int) -> dict[str, int]:
+    """All-gathers of parameters in one update, by kind and segments of a window."""
+    found = {}
+    for kind in ("ddp", "zero2", "zero3"):
+        for segments in (1, 2):
+            with Operators() as ran:
+                distributed("tnl", torch.float32, Layout(world, 1, "ring", kind, segments=segments))
+            found[f"{kind}/{segments}"] = ran.counts["c10d._allgather_base_.default"]
+    return found
+
+
+def test_zero2_gathers_parameters_once_per_update() -> None:
+    units = 3 + 1 + 1  # blocks, what stays in full precision, the rest
+    want = {"ddp/1": 0, "ddp/2": 0, "zero2/1": units, "zero2/2": units, "zero3/1": 2 * units, "zero3/2": 2 * units}
+    assert spawn(2, gathers) == [want, want]
 
 
 def broken(rank: int, world: int, mutation: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from lasptrain import plan
 from lasptrain.errors import ResourceError
+from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe import load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -53,6 +54,51 @@ def test_recomputation_keeps_less() -> None:
         for mode, on in (("full", "true"), ("selective", "false"), ("none", "true"), ("none", "false"))
     ]
     assert kept == sorted(kept) and len(set(kept)) == 4
+
+
+def test_the_scan_is_the_cheapest_of_three_formulas() -> None:
+    link = plan.Link(latency=2.0, bandwidth=16.0)
+    assert plan.PARTS == AllScan.PARTS
+    assert plan.scan_seconds(5, 64, link) == {"ring": 4 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5}
+    carried = plan.scan_seconds(5, 64, link, carried=True)
+    assert carried == {"ring": 5 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5 + 6.0}
+    assert set(plan.scan_seconds(1, 64, link, carried=True).values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("sp", "segment", "micro_batch", "scan"),
+    [
+        (2, 1 << 22, 1, "ring"),  # one message either way, and the ring sends it in one direction only
+        (2, 1 << 15, 1, "all_gather"),  # the ring would have to carry states back to its first rank
+        (8, 1 << 22, 1, "all_gather"),
+        (64, 1 << 22, 1, "all_gather"),  # small states: latency decides
+        (64, 1 << 22, 16, "all_scan"),  # large states: bandwidth decides, and 63 whole ones are gathered
+    ],
+)
+def test_auto_chooses_the_scan(sp: int, segment: int, micro_batch: int, scan: str) -> None:
+    recipe = load(RECIPES / "1b_4096k.yaml", [f"train.micro_batch={micro_batch}", "train.batch=16"])
+    assert recipe.mesh.scan == "auto"
+    assert plan.with_scan(recipe, sp, segment).mesh.scan == scan
+    fixed = load(RECIPES / "1b_4096k.yaml", ["mesh.scan=all_scan"])
+    assert plan.with_scan(fixed, sp, segment) == fixed
+
+
+def test_what_each_kind_of_data_parallelism_keeps_on_a_rank() -> None:
+    count, largest = sum(plan.parameters(load(RECIPES / "1b_4096k.yaml").model, 64000).values()), 64000 * 2048
+    whole, half, shard, node = 4 * count, 2 * count, 4 * count // 16, 4 * count // 8
+    expected = {  # dp 2 × sp 8: parameters, gradients, optimizer
+        "ddp": (whole + half, whole, 2 * whole),
+        "zero1": (whole + half, whole, 8 * largest),  # a sixteenth would be half of the embedding, which is not split
+        "zero2": (shard + half, whole + shard, 8 * count // 16),
+        "zero3": (shard + half, whole + shard, 8 * count // 16),
+        "hsdp": (node + half, whole + node, 8 * count // 8),
+    }
+    for kind, sizes in expected.items():
+        recipe = load(RECIPES / "1b_4096k.yaml", [f"parallel.data_parallel={kind}", "parallel.reduce=step"])
+        found = plan.fixed_bytes(recipe, 64000, 2, 8)
+        assert [found[part] for part in ("parameters", "gradients", "optimizer")] == pytest.approx(sizes, abs=8), kind
+        tight = plan.with_reduction(load(RECIPES / "1b_4096k.yaml", [f"parallel.data_parallel={kind}"]), 64000, 2, 8, 1)
+        assert tight.parallel.reduce == ("step" if kind in ("ddp", "zero1") else "segment")
 
 
 def test_a_plan_needs_neither_gpu_nor_torch() -> None:

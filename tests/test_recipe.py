@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused, and that a refusal says where, what was found and what fits."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -147,6 +148,11 @@ def test_one_wrong_value(refused: Refused, line: str, by: str, message: str) -> 
         (["train.segment=1000"], "train.segment: 1000 tokens do not divide data.window = 4096; nearest: 512, 1024"),
         (["train.segment=1024", "mesh.sp=3"], "train.segment: 1024 tokens do not split into mesh.sp = 3"),
         (["train.segment=32", "data.window=96", "mesh.sp=3"], "nearest that divide data.window: 24, 48"),
+        (["train.segment=1024", "mesh.sp=3"], "nor does data.window = 4096; nearest windows: 4095, 4098"),
+        (["eval.window=100", "mesh.sp=8"], "eval.window: 100 tokens do not split into mesh.sp = 8 equal slices; "
+         "nearest: 96, 104"),
+        (["parallel.data_parallel=zero1", "parallel.reduce=segment"], "parallel.reduce: found 'segment' with "
+         "data_parallel: zero1; it saves memory with zero2, zero3 and hsdp"),
         (["model.heads=5"], "model.heads: 5 heads do not divide model.dim = 256; nearest: 4, 8"),
         (["model.lrpe=[0, 4]"], "model.lrpe: there is no layer 4; the 4 layers are 0 to 3"),
         (["model.lrpe=[1, 0, 1]"], "model.lrpe: found [1, 0, 1]; write [0, 1]"),
@@ -354,7 +360,7 @@ def test_resolve_mesh(
 
 @pytest.mark.parametrize(
     ("dp", "sp", "world", "nearest"),
-    [(2, 2, 3, "--nproc 4"), (2, 2, 1, "--nproc 4"), ("auto", 2, 5, "--nproc 4 or 8"), ("auto", "auto", 3, "2 or 4")],
+    [(2, 2, 3, "--nproc 4"), (2, 2, 1, "--nproc 4"), ("auto", 2, 5, "--nproc 4 or 8"), (4, "auto", 6, "4 or 8")],
 )
 def test_a_mesh_for_another_number_of_processes_names_the_nearest(
     write: Write, dp: int | str, sp: int | str, world: int, nearest: str
@@ -362,6 +368,30 @@ def test_a_mesh_for_another_number_of_processes_names_the_nearest(
     recipe = load(write(GOOD), [f"mesh.dp={dp}", f"mesh.sp={sp}"])
     with pytest.raises(SetupError, match=f"mesh: {world} process.*nearest: .*{nearest}"):
         resolve_mesh(recipe, world)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        ([], 3, "data.window: 4096 tokens do not split into mesh.sp = 3 equal slices; nearest: 4095, 4098; "
+         "or --nproc 2 or 4"),
+        (["mesh.dp=2"], 6, "data.window: 4096 tokens do not split into mesh.sp = 3 equal slices; nearest: 4095, 4098; "
+         "or --nproc 4 or 8"),
+        (["mesh.dp=1", "data.window=96", "train.segment=32"], 3, "train.segment: 32 tokens do not split into "
+         "mesh.sp = 3 equal slices; nearest that divide data.window: 24, 48; or --nproc 2 or 4"),
+        (["mesh.dp=1", "train.segment=32"], 3, "train.segment: 32 tokens do not split into mesh.sp = 3 equal slices, "
+         "nor does data.window = 4096; nearest windows: 4095, 4098; or --nproc 2 or 4"),
+        (["mesh.dp=1", "eval.window=100"], 8, "eval.window: 100 tokens do not split into mesh.sp = 8 equal slices; "
+         "nearest: 96, 104; or --nproc 4"),
+        (["mesh.dp=1", "data.window=2"], 3, "data.window: 2 tokens do not split into mesh.sp = 3 equal slices; "
+         "nearest: 3; or --nproc 2"),
+    ],
+)  # fmt: skip
+def test_a_window_that_is_ragged_on_the_ranks_found_at_launch(
+    write: Write, overrides: list[str], world: int, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        resolve_mesh(load(write(GOOD), overrides), world)
 
 
 def test_resolve_vocabulary() -> None:

@@ -98,6 +98,41 @@ def test_a_run_continues_on_another_mesh(folder: Path, undisturbed: list[float])
     assert losses(folder / "moved") == pytest.approx(undisturbed, rel=2e-5)
 
 
+MOVES = (
+    # Update, kind of data parallelism, dp, sp, tokens of a segment: every kind is written and read by another one.
+    (1, "zero1", 2, 2, 120),
+    (2, "zero2", 1, 4, 120),
+    (3, "hsdp", 2, 2, 240),
+    (4, "zero1", 1, 4, 80),
+    (5, "zero3", 2, 2, 80),
+    (6, "zero1", 4, 1, 240),
+)
+
+
+def move(rank: int, world: int, file: Path, run: Path) -> None:
+    """Train to each update of MOVES in one life of the ranks."""
+    for steps, kind, dp, sp, segment in MOVES:
+        overrides = [f"parallel.data_parallel={kind}", f"mesh.dp={dp}", f"mesh.sp={sp}", f"train.segment={segment}"]
+        overrides += [f"train.steps={steps}", "checkpoint.every=1", "optim.clip=0.05"]
+        train.train(recipes.load(file, overrides), run)
+
+
+def test_every_kind_of_data_parallelism_continues_every_other(folder: Path) -> None:
+    pretrain(folder, "clipped", "--set", "optim.clip=0.05")
+    (folder / "kinds").mkdir()
+    spawn(4, move, folder / "tiny.yaml", folder / "kinds")
+    for key in ("loss", "grad_norm"):
+        found, want = ([record[key] for record in read_metrics(folder / run)] for run in ("kinds", "clipped"))
+        assert found == pytest.approx(want, rel=2e-5), key
+    assert min(want) > 0.05  # so that every update was clipped
+    for step in (3, 6):
+        found, want = (
+            next(record["loss"] for record in read_metrics(folder / run, "eval") if record["step"] == step)
+            for run in ("kinds", "clipped")
+        )
+        assert found == pytest.approx(want, rel=2e-5)
+
+
 def test_two_by_two_is_one_device(folder: Path, undisturbed: list[float]) -> None:
     pretrain(folder, "mesh", "--nproc", "4", "--set", "mesh.dp=2", "--set", "mesh.sp=2", "--set", "train.segment=120")
     assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)

@@ -1,7 +1,11 @@
-"""From a model on the meta device to one that is spread over a mesh: recompute → FSDP or DDP → initial weights."""
+"""From a model on the meta device to one that is spread over a mesh: recompute → FSDP or DDP → initial weights.
+
+And from its optimizer to one whose states are spread likewise.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
@@ -14,11 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lasptrain import ops
+from lasptrain.optim import telling
 from lasptrain.parallel.host import to_device, to_host
 from lasptrain.parallel.mesh import Mesh
+from lasptrain.recipe import REPLICATED
 
 SMALLEST_OFFLOAD = 1 << 16  # elements; what is smaller stays on the device
 
@@ -129,13 +136,15 @@ def parallelize(
 ) -> nn.Module:
     """The model, given on the meta device, on this rank: what to call in place of it.
 
-    Parameters are the same on every sp rank, so for parameters and gradients sp ranks are data-parallel ranks: both
+    Parameters are the same on every sp rank, so for parameters and gradients sp ranks are data-parallel ranks: all
     kinds work over the flattened dp × sp mesh. Gradients are reduced in at least fp32 to the MEAN over ranks, so
     callers scale the loss by the number of ranks.
 
     Args:
-        kind: `ddp`: every rank has all; `fsdp`: sharded over all ranks; `hsdp`: over the ranks of an sp group, which
-            share a window, and replicated over dp.
+        kind: who has what (ZeRO's stages, arXiv:1910.02054). `ddp`: every rank all; `zero1`: all but the optimizer's
+            states, see `shard_optimizer`; `zero2` and `zero3` (also called `fsdp`): all is sharded over all ranks,
+            where `zero2` gathers parameters once per update, see `set_gradient_sync`; `hsdp`: zero3 over the ranks of
+            an sp group, which share a window, replicated over dp. One rank has all, whatever the kind.
         mode: of recomputation, see `recompute`.
         fuse: compile the blocks.
         dtype: of parameters in forward and backward; their own is at least fp32.
@@ -146,11 +155,28 @@ def parallelize(
     if fuse:
         for block in blocks:
             block.fuse()
-    if kind != "ddp":
+    lone, replicated = flat.size() == 1, kind in REPLICATED
+    if not (lone or replicated):
         _fully_shard(model, blocks, mesh.grid if kind == "hsdp" else flat, dtype)
     model.to_empty(device=device)
     fill(model, values)
-    return _replicate(model, flat, device) if kind == "ddp" else model
+    return _replicate(model, flat, device) if replicated and not lone else model
+
+
+def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
+    """The optimizer to use in place of one that has no states yet.
+
+    With `zero1` each rank keeps the states of some whole parameters, of about equal size together, updates those and
+    broadcasts them as one bucket. Where parameters are sharded, so are states; with `ddp` all ranks keep all.
+    """
+    if kind != "zero1":
+        return optimizer
+    with warnings.catch_warnings():  # since torch 2.13 this import runs a deprecated torch.jit.script of torch's own
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    groups = [dict(group) for group in optimizer.param_groups]  # they hold all options, which go before any default
+    group = mesh.flat.get_group()
+    return telling(ZeroRedundancyOptimizer(groups, AdamW, process_group=group, parameters_as_bucket_view=True))
 
 
 def reshard(model: nn.Module) -> None:
@@ -160,15 +186,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def set_gradient_sync(model: nn.Module, on: bool, *, always: bool = False) -> None:
+def set_gradient_sync(model: nn.Module, on: bool, *, always: bool = False, gathered: bool = False) -> None:
     """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
 
     Until then FSDP also keeps parameters as it gathered and cast them: once per update, not once per segment. `always`
     makes it reduce in each backward all the same: shards accumulate, and unsharded gradients never exist as a whole.
+    `gathered` (`zero2`) keeps parameters between the last forward and its backward too.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on or always)
-        model.set_reshard_after_forward(on)
+        model.set_reshard_after_forward(on and not gathered)
         model.set_reshard_after_backward(on)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
