@@ -256,6 +256,35 @@ def bench_kernels(
         kernels.write(file, rows, rates)
 
 
+@bench_app.command("sp")
+def bench_sp(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="none (a window per rank), ring, all_gather or all_scan; all if not given."),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of one attention layer.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of whole steps of the model.")] = None,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.")] = None,
+) -> None:
+    """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
+    import torch
+
+    from lasptrain.bench import sp
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    found = sp.measure(load(recipe, overrides), ranks, methods or sp.METHODS, tokens or [], steps or [])
+    for table in sp.report(found):
+        Console().print(table)
+    if file is not None:
+        sp.write(file, found)
+    if plot is not None:
+        sp.plot(found, plot)
+
+
 @data_app.command()
 def prepare(
     sources: Sources,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
+from lasptrain.bench import sp
 from lasptrain.bench.kernels import Row, floors, report
+from lasptrain.errors import RecipeError
 from lasptrain.plan import Rates
+from lasptrain.recipe import load
+from tests.test_recipe import RECIPES
 
 RATES = Rates(products=792e12, copies=4.305e12, memory=0)
 
@@ -29,3 +33,20 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
     text = console.export_text()
     ours, *_, broken = (line for line in text.splitlines() if "lasptrain" in line or "broken" in line)
     assert "2.50" in ours and "3.50" in ours and "4.000" in broken and "will not run" in text
+
+
+def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
+    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, sp.METHODS, [32, 64], [64])
+    assert [(row.method, row.tokens) for row in found.layers] == [(m, n) for n in (32, 64) for m in sp.METHODS]
+    assert [(row.method, row.tokens) for row in found.steps] == [(m, 64) for m in sp.METHODS]
+    assert all(row.sent == row.formula for row in found.layers)
+    assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.layers)
+    console = Console(width=120, record=True)
+    console.print(*sp.report(found))
+    assert console.export_text().count("all_gather") == 3
+
+
+def test_a_method_that_does_not_exist_is_named() -> None:
+    with pytest.raises(RecipeError, match="--method: found 'rings'; expected one of none, ring"):
+        sp.measure(load(RECIPES / "quickstart.yaml"), 2, ["rings"], [32], [])

@@ -1,0 +1,320 @@
+"""`lasptrain bench sp`: what it costs to share a window between ranks, beside the same tokens per rank without sharing.
+
+On GPUs through NCCL, elsewhere a dry run through gloo. All methods run in one job, in turns, so that they meet the same
+clocks; a time is the median over turns of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from lasptrain import ops, train
+from lasptrain.errors import RecipeError, SetupError
+from lasptrain.models.decay import slopes
+from lasptrain.parallel import mesh
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.scan import SCANS
+from lasptrain.recipe import Recipe
+
+TURNS = 5
+LEAST = 0.05  # seconds of a turn
+NONE = "none"  # the method that shares nothing
+METHODS = [NONE, *SCANS]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Forward and backward of one attention layer."""
+
+    method: str
+    tokens: int  # per rank
+    ms: float
+    replayed: float | None  # ms from a CUDA graph, without the host's launches
+    sent: int  # bytes, forward and backward, by the rank that sends most
+    formula: int  # what that should be
+
+
+@dataclass(frozen=True)
+class Step:
+    """Steps of the whole model."""
+
+    method: str
+    tokens: int  # per rank
+    tokens_per_s: float  # per rank
+    memory: int  # peak, bytes
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of it, and where it was measured."""
+
+    device: str
+    ranks: int
+    layers: list[Layer]
+    steps: list[Step]
+
+
+def measure(recipe: Recipe, ranks: int, methods: Sequence[str], tokens: Sequence[int], steps: Sequence[int]) -> Results:
+    """Layers at each of `tokens` per rank, whole steps of the recipe's model at each of `steps` tokens per rank.
+
+    Starts one process per rank on this machine. Raises RecipeError for a method that is none of METHODS, SetupError
+    where there are GPUs, but fewer than ranks.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise RecipeError(f"--method: found {method!r}; expected one of {', '.join(METHODS)}")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
+    with tempfile.TemporaryDirectory(prefix="lasptrain-") as folder:
+        arguments = (ranks, Path(folder), recipe, list(methods), list(tokens), list(steps))
+        spawn(_rank, arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
+        found = json.loads((Path(folder) / "results.json").read_text())
+    layers, whole = [Layer(**row) for row in found["layers"]], [Step(**row) for row in found["steps"]]
+    return Results(found["device"], found["ranks"], layers, whole)
+
+
+def _rank(
+    rank: int, ranks: int, folder: Path, recipe: Recipe, methods: list[str], tokens: list[int], steps: list[int]
+) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    device = mesh.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    with torch.autograd.set_multithreading_enabled(False):
+        layers = [row for length in tokens for row in _layers(recipe, methods, length, device)]
+    whole = [row for length in steps for row in _steps(recipe, methods, length)]
+    if rank == 0:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        found = Results(name, ranks, layers, whole)
+        write(folder / "results.json", found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _layers(recipe: Recipe, methods: list[str], tokens: int, device: torch.device) -> list[Layer]:
+    model = recipe.model
+    dtype = train.DTYPES[recipe.train.precision]
+    kernel = ops.select(recipe.train.kernel, device)
+    decays = slopes(model.decay, model.layers, model.heads, tokens)[-1]
+    log_decay = None if model.decay == "none" else -torch.tensor(decays, device=device)
+    generator = torch.Generator(device).manual_seed(dist.get_rank())
+    q, k, v, do = (
+        torch.randn(1, tokens, model.heads, dim, generator=generator, device=device, dtype=dtype)
+        for dim in (model.K, model.K, model.V, model.V)
+    )
+    inputs = tuple(x.requires_grad_() for x in (q, k, v))
+    group = dist.group.WORLD
+    attentions = {name: Attention(kernel, None if name == NONE else SCANS[name](group, device)) for name in methods}
+
+    def call(attention: Attention) -> None:
+        o, _ = attention.finish(attention.begin(k, v, log_decay, None), q)
+        torch.autograd.grad(o, inputs, do)
+
+    calls = {name: lambda attention=attention: call(attention) for name, attention in attentions.items()}
+    sent = {name: _sent(attention, calls[name]) for name, attention in attentions.items()}
+    times = _times(calls, device)
+    graphs = {name: graph.replay for name, call in calls.items() if (graph := _captured(call, device)) is not None}
+    replayed = _times(graphs, device)
+    formula = bytes_sent(model.heads * model.K * model.V, model.heads, dist.get_world_size())
+    return [
+        Layer(name, tokens, 1e3 * times[name], _ms(replayed.get(name)), sent[name], formula[name]) for name in methods
+    ]
+
+
+def bytes_sent(state: int, heads: int, ranks: int) -> dict[str, int]:
+    """What the busiest rank sends for a layer, forward and backward, of states of `state` fp32 numbers: whatever the
+    window. Along a chain all ranks but the last send one state; a gathering rank sends state and decays once.
+    """
+    chain = 4 * state * min(ranks - 1, 2)
+    return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * 4 * (state + heads)}
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def _sent(attention: Attention, call: Callable[[], None]) -> int:
+    before = attention.scan.bytes_sent
+    call()
+    return int(_largest(attention.scan.bytes_sent - before))
+
+
+def _captured(call: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """The call as a CUDA graph; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph
+
+
+def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Seconds of each call: the median over TURNS, taken in turns, of the slowest rank."""
+    counts = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        counts[name] = min(200, int(LEAST / _largest(_elapsed(call, 2, device))) + 1)
+    turns = [
+        {name: _largest(_elapsed(call, counts[name], device)) for name, call in calls.items()} for _ in range(TURNS)
+    ]
+    return {name: median(turn[name] for turn in turns) for name in calls}
+
+
+def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds of one of `count` calls in a row."""
+    dist.barrier()
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    _wait(device)
+    return (time.perf_counter() - began) / count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _largest(value: float) -> float:
+    """The largest over ranks."""
+    found = torch.tensor(value, dtype=torch.float64, device=mesh.device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
+
+
+def _steps(recipe: Recipe, methods: list[str], tokens: int) -> list[Step]:
+    return [_step(recipe, method, tokens) for method in methods]
+
+
+def _step(recipe: Recipe, method: str, tokens: int) -> Step:
+    """One window over all ranks; with NONE a window for each of them."""
+    ranks, device = dist.get_world_size(), mesh.device()
+    job = train.build(_alone(recipe, tokens, ranks) if method == NONE else _shared(recipe, tokens, ranks, method))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for step in range(3):  # the first two compile, allocate and tune
+        train.one_step(job, step)
+    seconds = median(_largest(float(train.one_step(job, 3 + step)["step_time"] or 0)) for step in range(TURNS))
+    memory = int(_largest(mesh.peak_memory(device)))
+    job.loader.close()
+    del job
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Step(method, tokens, tokens / seconds, memory)
+
+
+def _alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
+    """The recipe with a window for each rank."""
+    return _with(recipe, {"window": tokens, "repeat": True}, {"batch": ranks}, {"sp": 1})
+
+
+def _shared(recipe: Recipe, tokens: int, ranks: int, scan: str) -> Recipe:
+    """The recipe with one window over all ranks."""
+    return _with(recipe, {"window": tokens * ranks, "repeat": True}, {"batch": 1}, {"sp": ranks, "scan": scan})
+
+
+def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: dict[str, Any]) -> Recipe:
+    sections = {
+        "data": recipe.data.model_copy(update=data),
+        "train": recipe.train.model_copy(update=batch),
+        "mesh": recipe.mesh.model_copy(update=place),
+    }
+    return recipe.model_copy(update=sections)
+
+
+def report(results: Results) -> list[Table]:
+    """Tables with every method beside the one that shares nothing."""
+    title = f"{results.ranks} × {results.device}"
+    return [
+        *([_layer_table(results.layers, title)] if results.layers else []),
+        *([_step_table(results.steps, title)] if results.steps else []),
+    ]
+
+
+def _layer_table(rows: list[Layer], title: str) -> Table:
+    table = Table(title=f"one attention layer, forward and backward, {title}")
+    for column in ("tokens per rank", "method", "ms", "× none", "replayed ms", "× none", "bytes sent", "formula"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+    alone = {row.tokens: row for row in rows if row.method == NONE}
+    for row in rows:
+        base = alone.get(row.tokens)
+        table.add_row(
+            f"{row.tokens:,}",
+            row.method,
+            f"{row.ms:.3f}",
+            _ratio(row.ms, base.ms if base else None),
+            "" if row.replayed is None else f"{row.replayed:.3f}",
+            _ratio(row.replayed, base.replayed if base else None),
+            f"{row.sent:,}",
+            f"{row.formula:,}",
+        )
+    return table
+
+
+def _step_table(rows: list[Step], title: str) -> Table:
+    table = Table(title=f"whole steps, {title}")
+    for column in ("tokens per rank", "method", "tokens/s per rank", "time × none", "peak GiB"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+    alone = {row.tokens: row for row in rows if row.method == NONE}
+    for row in rows:
+        base = alone.get(row.tokens)
+        table.add_row(
+            f"{row.tokens:,}",
+            row.method,
+            f"{row.tokens_per_s:,.0f}",
+            _ratio(base.tokens_per_s if base else None, row.tokens_per_s),
+            f"{row.memory / 2**30:.1f}",
+        )
+    return table
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return "" if value is None or base is None else f"{value / base:.3f}"
+
+
+def write(file: Path, results: Results) -> None:
+    """The same as JSON."""
+    file.write_text(json.dumps(asdict(results), indent=1))
+
+
+def plot(results: Results, file: Path) -> None:
+    """Tokens per second and memory of whole steps by tokens per rank, as PNG; SetupError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError("--plot needs matplotlib: pip install 'lasptrain[bench]'") from None
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for method in dict.fromkeys(row.method for row in results.steps):
+        rows = [row for row in results.steps if row.method == method]
+        lengths = [row.tokens for row in rows]
+        speed.plot(lengths, [row.tokens_per_s for row in rows], marker="o", label=method)
+        memory.plot(lengths, [row.memory / 2**30 for row in rows], marker="o", label=method)
+    for axes, label in ((speed, "tokens/s per rank"), (memory, "peak GiB")):
+        axes.set(xscale="log", xlabel="tokens per rank", ylabel=label)
+        axes.set_ylim(bottom=0)
+    speed.legend()
+    figure.suptitle(f"{results.ranks} × {results.device}")
+    figure.savefig(file)
