@@ -24,7 +24,7 @@ LAYERS = (
 
 # Outside packages that only these may import.
 HOMES = {
-    "torch.distributed": {"parallel", "checkpoint", "launch"},
+    "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
     "typer": {"cli"},

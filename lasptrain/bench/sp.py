@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn
 
 from lasptrain import ops, train
 from lasptrain.errors import RecipeError, SetupError
@@ -158,12 +159,15 @@ def _sent(attention: Attention, call: Callable[[], None]) -> int:
 
 
 def _captured(call: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
-    """The call as a CUDA graph; None without a GPU."""
+    """The call as a CUDA graph; None without a GPU, or where the installed NCCL cannot be captured."""
     if device.type != "cuda":
         return None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+    except RuntimeError:
+        return None
     return graph
 
 
