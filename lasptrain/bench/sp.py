@@ -82,7 +82,7 @@ def measure(recipe: Recipe, ranks: int, methods: Sequence[str], tokens: Sequence
         raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
     with tempfile.TemporaryDirectory(prefix="lasptrain-") as folder:
         arguments = (ranks, Path(folder), recipe, list(methods), list(tokens), list(steps))
-        spawn(_rank, arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_rank, arguments, nprocs=ranks)
         found = json.loads((Path(folder) / "results.json").read_text())
     layers, whole = [Layer(**row) for row in found["layers"]], [Step(**row) for row in found["steps"]]
     return Results(found["device"], found["ranks"], layers, whole)
