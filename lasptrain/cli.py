@@ -285,6 +285,25 @@ def bench_sp(
         sp.plot(found, plot)
 
 
+@bench_app.command("parity")
+def bench_parity(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates on each layout.")] = 100,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all losses there.")] = None,
+) -> None:
+    """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
+    import torch
+
+    from lasptrain.bench import parity
+
+    found = parity.measure(load(recipe, overrides), nproc or torch.cuda.device_count() or 2, steps)
+    Console().print(parity.report(found))
+    if file is not None:
+        parity.write(file, found)
+
+
 @data_app.command()
 def prepare(
     sources: Sources,

@@ -101,9 +101,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     sharded. It is not finite if any gradient is not, and then the gradients are lost.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    total = nn.utils.get_total_norm(gradients)
-    norm: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
-    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    # In fp64, because long sums in fp32 come out differently for a shard and for the whole, and scale all that follows.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = (total.full_tensor() if hasattr(total, "full_tensor") else total).to(wide)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from lasptrain.bench import sp
+from lasptrain.bench import parity, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError
 from lasptrain.plan import Rates
@@ -45,6 +45,20 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     console = Console(width=120, record=True)
     console.print(*sp.report(found))
     assert console.export_text().count("all_gather") == 3
+
+
+@pytest.mark.parametrize("recipe", ["tnl_0.4b_16k", "lintrans_0.4b_16k"])
+def test_every_layout_trains_alike(recipe: str) -> None:
+    small = ["model.dim=32", "model.layers=2", "model.heads=2", "model.mlp=48", "data.window=64", "train.batch=2"]
+    exact = ["train.precision=fp32", "optim.warmup=2", "data.source=python:source"]
+    changes = [*small, *exact, "data.tokenizer=tokenizers/python-4k.model"]
+    found = parity.measure(load(RECIPES / f"{recipe}.yaml", changes), 2, 6)
+    assert len(found.curves) == 11 and len({curve.layout for curve in found.curves}) == 11
+    assert all(len(set(curve.losses)) == 6 for curve in found.curves)
+    assert max(parity.differences(found.curves)) < 1e-4
+    console = Console(width=120, record=True)
+    console.print(parity.report(found))
+    assert "zero2, sp 2" in console.export_text()
 
 
 def test_a_method_that_does_not_exist_is_named() -> None:

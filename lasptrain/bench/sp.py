@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from torch.multiprocessing.spawn import spawn
 
 from lasptrain import ops, train
+from lasptrain.bench.ranks import device_name, on_ranks
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.decay import slopes
 from lasptrain.parallel import mesh
@@ -43,7 +41,6 @@ class Layer:
     method: str
     tokens: int  # per rank
     ms: float
-    replayed: float | None  # ms from a CUDA graph, without the host's launches
     sent: int  # bytes, forward and backward, by the rank that sends most
     formula: int  # what that should be
 
@@ -71,46 +68,24 @@ class Results:
 def measure(recipe: Recipe, ranks: int, methods: Sequence[str], tokens: Sequence[int], steps: Sequence[int]) -> Results:
     """Layers at each of `tokens` per rank, whole steps of the recipe's model at each of `steps` tokens per rank.
 
-    Starts one process per rank on this machine. Raises RecipeError for a method that is none of METHODS, SetupError
-    where there are GPUs, but fewer than ranks.
+    Starts one process per rank on this machine. Raises RecipeError for a method that is none of METHODS.
     """
     for method in methods:
         if method not in METHODS:
             raise RecipeError(f"--method: found {method!r}; expected one of {', '.join(METHODS)}")
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks:
-        raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
-    with tempfile.TemporaryDirectory(prefix="lasptrain-") as folder:
-        arguments = (ranks, Path(folder), recipe, list(methods), list(tokens), list(steps))
-        spawn(_rank, arguments, nprocs=ranks)
-        found = json.loads((Path(folder) / "results.json").read_text())
-    layers, whole = [Layer(**row) for row in found["layers"]], [Step(**row) for row in found["steps"]]
-    return Results(found["device"], found["ranks"], layers, whole)
+    device, layers, whole = on_ranks(ranks, _rank, recipe, methods, tokens, steps)
+    return Results(device, ranks, [Layer(**row) for row in layers], [Step(**row) for row in whole])
 
 
 def _rank(
-    rank: int, ranks: int, folder: Path, recipe: Recipe, methods: list[str], tokens: list[int], steps: list[int]
-) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    device = mesh.device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    recipe: Recipe, methods: Sequence[str], tokens: Sequence[int], steps: Sequence[int]
+) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     with torch.autograd.set_multithreading_enabled(False):
-        layers = [row for length in tokens for row in _layers(recipe, methods, length, device)]
-    whole = [row for length in steps for row in _steps(recipe, methods, length)]
-    if rank == 0:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        found = Results(name, ranks, layers, whole)
-        write(folder / "results.json", found)
-    dist.barrier()
-    dist.destroy_process_group()
+        layers = [asdict(row) for length in tokens for row in _layers(recipe, methods, length, mesh.device())]
+    return device_name(), layers, [asdict(_step(recipe, method, length)) for length in steps for method in methods]
 
 
-def _layers(recipe: Recipe, methods: list[str], tokens: int, device: torch.device) -> list[Layer]:
+def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.device) -> list[Layer]:
     model = recipe.model
     dtype = train.DTYPES[recipe.train.precision]
     kernel = ops.select(recipe.train.kernel, device)
@@ -132,12 +107,8 @@ def _layers(recipe: Recipe, methods: list[str], tokens: int, device: torch.devic
     calls = {name: lambda attention=attention: call(attention) for name, attention in attentions.items()}
     sent = {name: _sent(attention, calls[name]) for name, attention in attentions.items()}
     times = _times(calls, device)
-    graphs = {name: graph.replay for name, call in calls.items() if (graph := _captured(call, device)) is not None}
-    replayed = _times(graphs, device)
     formula = bytes_sent(model.heads * model.K * model.V, model.heads, dist.get_world_size())
-    return [
-        Layer(name, tokens, 1e3 * times[name], _ms(replayed.get(name)), sent[name], formula[name]) for name in methods
-    ]
+    return [Layer(name, tokens, 1e3 * times[name], sent[name], formula[name]) for name in methods]
 
 
 def bytes_sent(state: int, heads: int, ranks: int) -> dict[str, int]:
@@ -148,27 +119,10 @@ def bytes_sent(state: int, heads: int, ranks: int) -> dict[str, int]:
     return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * 4 * (state + heads)}
 
 
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
-
-
 def _sent(attention: Attention, call: Callable[[], None]) -> int:
     before = attention.scan.bytes_sent
     call()
     return int(_largest(attention.scan.bytes_sent - before))
-
-
-def _captured(call: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
-    """The call as a CUDA graph; None without a GPU, or where the installed NCCL cannot be captured."""
-    if device.type != "cuda":
-        return None
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            call()
-    except RuntimeError:
-        return None
-    return graph
 
 
 def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -205,10 +159,6 @@ def _largest(value: float) -> float:
     found = torch.tensor(value, dtype=torch.float64, device=mesh.device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found)
-
-
-def _steps(recipe: Recipe, methods: list[str], tokens: int) -> list[Step]:
-    return [_step(recipe, method, tokens) for method in methods]
 
 
 def _step(recipe: Recipe, method: str, tokens: int) -> Step:
@@ -259,7 +209,7 @@ def report(results: Results) -> list[Table]:
 
 def _layer_table(rows: list[Layer], title: str) -> Table:
     table = Table(title=f"one attention layer, forward and backward, {title}")
-    for column in ("tokens per rank", "method", "ms", "× none", "replayed ms", "× none", "bytes sent", "formula"):
+    for column in ("tokens per rank", "method", "ms", "× none", "bytes sent", "formula"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     alone = {row.tokens: row for row in rows if row.method == NONE}
     for row in rows:
@@ -269,8 +219,6 @@ def _layer_table(rows: list[Layer], title: str) -> Table:
             row.method,
             f"{row.ms:.3f}",
             _ratio(row.ms, base.ms if base else None),
-            "" if row.replayed is None else f"{row.replayed:.3f}",
-            _ratio(row.replayed, base.replayed if base else None),
             f"{row.sent:,}",
             f"{row.formula:,}",
         )
