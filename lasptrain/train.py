@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -86,8 +87,11 @@ def _due(every: int, step: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def build(recipe: Recipe) -> Job:
-    """Mesh, data, model and optimizer of this rank; the model has its initial weights."""
+def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = None) -> Job:
+    """Mesh, data, model and optimizer of this rank; the model has its initial weights.
+
+    `attention` makes what takes the place of the recipe's scan, from the name of a kernel, for comparisons.
+    """
     device = meshes.device()
     dp, sp = recipes.resolve_mesh(recipe, meshes.world_size())
     mesh = meshes.build(dp, sp)
@@ -98,9 +102,10 @@ def build(recipe: Recipe) -> Job:
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     recipe = plan.with_scan(recipe, sp, segment)
-    attention = Attention(ops.select(recipe.train.kernel, device), SCANS[recipe.mesh.scan](mesh.sp_group, device))
+    kernel = ops.select(recipe.train.kernel, device)
+    scanning = attention or (lambda kernel, mesh: Attention(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device)))
     with torch.device("meta"):
-        model = language_model(recipe, attention)
+        model = language_model(recipe, scanning(kernel, mesh))
     called = parallelize(
         model,
         model.blocks,

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lasptrain.bench import parity, sp
 from lasptrain.bench.kernels import Row, floors, report
-from lasptrain.errors import RecipeError
+from lasptrain.errors import RecipeError, SetupError
 from lasptrain.plan import Rates
 from lasptrain.recipe import load
 from tests.test_recipe import RECIPES
@@ -64,3 +64,9 @@ def test_every_layout_trains_alike(recipe: str) -> None:
 def test_a_method_that_does_not_exist_is_named() -> None:
     with pytest.raises(RecipeError, match="--method: found 'rings'; expected one of none, ring"):
         sp.measure(load(RECIPES / "quickstart.yaml"), 2, ["rings"], [32], [])
+
+
+def test_what_a_rank_refuses_is_said_once() -> None:
+    with pytest.raises(SetupError, match=r"^ulysses: 3 heads do not go to 2 ranks; expected a multiple$"):
+        changes = ["model.dim=24", "model.heads=3", "model.layers=1", "model.mlp=8"]
+        sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +12,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessException, spawn
 
-from lasptrain.errors import SetupError
+from lasptrain.errors import LaspError, SetupError
 from lasptrain.parallel import mesh
 
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
     """What rank 0 gets from `measure(*args)`, which every rank calls inside a process group; plain JSON.
 
-    Raises SetupError where there are GPUs, but fewer than ranks.
+    Raises SetupError where there are GPUs, but fewer than ranks, or with what a rank has to say against its setup.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
     with tempfile.TemporaryDirectory(prefix="lasptrain-") as folder:
-        spawn(_rank, (ranks, Path(folder), measure, args), nprocs=ranks)
+        try:
+            spawn(_rank, (ranks, Path(folder), measure, args), nprocs=ranks)
+        except ProcessException:
+            refusals = sorted(Path(folder).glob("*.refusal"))
+            if not refusals:
+                raise
+            raise SetupError(refusals[0].read_text()) from None
         return json.loads((Path(folder) / "result.json").read_text())
 
 
@@ -51,7 +58,11 @@ def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], args
         world_size=ranks,
         device_id=device if cuda else None,
     )
-    result = measure(*args)
+    try:
+        result = measure(*args)
+    except LaspError as refusal:
+        (folder / f"{rank}.refusal").write_text(str(refusal))
+        sys.exit(refusal.code)
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()

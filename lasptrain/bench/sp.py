@@ -13,25 +13,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from rich.table import Table
 
 from lasptrain import ops, train
+from lasptrain.bench.left_product import LeftProduct
 from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.decay import slopes
 from lasptrain.parallel import mesh
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import SCANS
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import Model, Recipe
 
 TURNS = 5
 LEAST = 0.05  # seconds of a turn
 NONE = "none"  # the method that shares nothing
-METHODS = [NONE, *SCANS]
+RIVALS: dict[str, Callable[[str, dist.ProcessGroup], Ulysses]] = {
+    "ulysses": Ulysses,  # with this project's kernel
+    "ulysses_left": lambda kernel, group: Ulysses(kernel, group, LeftProduct()),  # as the LASP paper ran it
+}
+METHODS = [NONE, *SCANS, *RIVALS]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.d
     )
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
     group = dist.group.WORLD
-    attentions = {name: Attention(kernel, None if name == NONE else SCANS[name](group, device)) for name in methods}
+    assert group is not None
+    attentions = {name: _attention(name, kernel, group, device) for name in methods}
 
     def call(attention: Attention) -> None:
         o, _ = attention.finish(attention.begin(k, v, log_decay, None), q)
@@ -107,16 +114,27 @@ def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.d
     calls = {name: lambda attention=attention: call(attention) for name, attention in attentions.items()}
     sent = {name: _sent(attention, calls[name]) for name, attention in attentions.items()}
     times = _times(calls, device)
-    formula = bytes_sent(model.heads * model.K * model.V, model.heads, dist.get_world_size())
+    formula = bytes_sent(model, tokens, dtype.itemsize, dist.get_world_size())
     return [Layer(name, tokens, 1e3 * times[name], sent[name], formula[name]) for name in methods]
 
 
-def bytes_sent(state: int, heads: int, ranks: int) -> dict[str, int]:
-    """What the busiest rank sends for a layer, forward and backward, of states of `state` fp32 numbers: whatever the
-    window. Along a chain all ranks but the last send one state; a gathering rank sends state and decays once.
+def _attention(method: str, kernel: str, group: dist.ProcessGroup, device: torch.device) -> Attention:
+    if method in RIVALS:
+        return cast(Attention, RIVALS[method](kernel, group))
+    return Attention(kernel, None if method == NONE else SCANS[method](group, device))
+
+
+def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, int]:
+    """What the busiest rank sends for a layer, forward and backward, for `tokens` tokens of `size` bytes a number.
+
+    Along a chain all ranks but the last send one state in fp32, and a gathering rank sends state and decays once:
+    whatever the window. Ulysses sends all of q, k, v and o but the part that stays.
     """
-    chain = 4 * state * min(ranks - 1, 2)
-    return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * 4 * (state + heads)}
+    state = 4 * model.heads * model.K * model.V
+    chain = state * min(ranks - 1, 2)
+    traded = 2 * size * tokens * model.heads * 2 * (model.K + model.V) * (ranks - 1) // ranks
+    rivals = dict.fromkeys(RIVALS, traded)
+    return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * (state + 4 * model.heads)} | rivals
 
 
 def _sent(attention: Attention, call: Callable[[], None]) -> int:
@@ -164,7 +182,14 @@ def _largest(value: float) -> float:
 def _step(recipe: Recipe, method: str, tokens: int) -> Step:
     """One window over all ranks; with NONE a window for each of them."""
     ranks, device = dist.get_world_size(), mesh.device()
-    job = train.build(_alone(recipe, tokens, ranks) if method == NONE else _shared(recipe, tokens, ranks, method))
+    if method == NONE:
+        job = train.build(_alone(recipe, tokens, ranks))
+    elif method in RIVALS:
+        rival = RIVALS[method]
+        shared = _shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
+        job = train.build(shared, lambda kernel, mesh: cast(Attention, rival(kernel, mesh.sp_group)))
+    else:
+        job = train.build(_shared(recipe, tokens, ranks, method))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(3):  # the first two compile, allocate and tune
@@ -184,9 +209,10 @@ def _alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
     return _with(recipe, {"window": tokens, "repeat": True}, {"batch": ranks}, {"sp": 1})
 
 
-def _shared(recipe: Recipe, tokens: int, ranks: int, scan: str) -> Recipe:
+def _shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> Recipe:
     """The recipe with one window over all ranks."""
-    return _with(recipe, {"window": tokens * ranks, "repeat": True}, {"batch": 1}, {"sp": ranks, "scan": scan})
+    data |= {"window": tokens * ranks, "repeat": True}
+    return _with(recipe, data, {"batch": 1}, {"sp": ranks, "scan": scan})
 
 
 def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: dict[str, Any]) -> Recipe:
