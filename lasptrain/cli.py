@@ -263,7 +263,10 @@ def bench_sp(
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", help="none (a window per rank), a scan, ulysses or ulysses_left; all if not given."),
+        typer.Option(
+            "--method",
+            help="none (a window per rank), a scan, a rival; all if not given. A wrong one lists them.",
+        ),
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of one attention layer.")] = None,
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of whole steps of the model.")] = None,

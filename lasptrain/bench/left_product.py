@@ -16,21 +16,23 @@ class LeftProduct:
     def __init__(self, tile: int = 256):
         self.tile = tile
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-        """Output [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and a log decay [H] per head."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, behind: int = 0) -> Tensor:
+        """Output [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and a log decay [H] per head, where keys and values
+        lie `behind` tokens to the left of the queries.
+        """
         tiles = []
         for start in range(0, q.shape[1], self.tile):
-            end = min(start + self.tile, q.shape[1])
-            arguments = q[:, start:end], k[:, :end], v[:, :end], log_decay
+            rows = q[:, start : start + self.tile]
+            seen = min(start + behind + rows.shape[1], k.shape[1])
+            arguments = rows, k[:, :seen], v[:, :seen], log_decay, start + behind
             tiles.append(checkpoint(_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(tiles, dim=1)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """Output of the last tokens, q [B, t, H, K], of a run k [B, s, H, K], v [B, s, H, V]."""
-    own, seen = q.shape[1], k.shape[1]
-    token = torch.arange(seen - own, seen, device=q.device)
-    lag = token[:, None] - torch.arange(seen, device=q.device)
+def _rows(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, first: int) -> Tensor:
+    """Output of tokens from `first` on, q [B, t, H, K], that see k [B, s, H, K], v [B, s, H, V]."""
+    token = torch.arange(first, first + q.shape[1], device=q.device)
+    lag = token[:, None] - torch.arange(k.shape[1], device=q.device)
     rate = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay
     weight = torch.where(lag >= 0, (rate.to(torch.float64)[:, None, None] * lag).exp(), 0.0).to(q.dtype)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * weight

@@ -22,6 +22,7 @@ from rich.table import Table
 from lasptrain import ops, train
 from lasptrain.bench.left_product import LeftProduct
 from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.decay import slopes
@@ -33,9 +34,12 @@ from lasptrain.recipe import Model, Recipe
 TURNS = 5
 LEAST = 0.05  # seconds of a turn
 NONE = "none"  # the method that shares nothing
-RIVALS: dict[str, Callable[[str, dist.ProcessGroup], Ulysses]] = {
-    "ulysses": Ulysses,  # with this project's kernel
-    "ulysses_left": lambda kernel, group: Ulysses(kernel, group, LeftProduct()),  # as the LASP paper ran it
+# With this project's kernel, and from the left, as the LASP paper ran them.
+RIVALS: dict[str, Callable[[str, dist.ProcessGroup], Ulysses | RingAttention]] = {
+    "ulysses": Ulysses,
+    "ulysses_left": lambda kernel, group: Ulysses(kernel, group, LeftProduct()),
+    "ring_attention": RingAttention,
+    "ring_attention_left": lambda kernel, group: RingAttention(kernel, group, left=True),
 }
 METHODS = [NONE, *SCANS, *RIVALS]
 
@@ -128,12 +132,14 @@ def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, in
     """What the busiest rank sends for a layer, forward and backward, for `tokens` tokens of `size` bytes a number.
 
     Along a chain all ranks but the last send one state in fp32, and a gathering rank sends state and decays once:
-    whatever the window. Ulysses sends all of q, k, v and o but the part that stays.
+    whatever the window. Ulysses sends all of q, k, v and o but the part that stays, and as much backward. Ring
+    Attention hands k and v to every other rank, again in the backward, and their gradients in fp32 all the way round.
     """
     state = 4 * model.heads * model.K * model.V
     chain = state * min(ranks - 1, 2)
     traded = 2 * size * tokens * model.heads * 2 * (model.K + model.V) * (ranks - 1) // ranks
-    rivals = dict.fromkeys(RIVALS, traded)
+    shifted = tokens * model.heads * (model.K + model.V) * (2 * size * (ranks - 1) + max(size, 4) * ranks)
+    rivals = {name: traded if name.startswith("ulysses") else shifted for name in RIVALS}
     return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * (state + 4 * model.heads)} | rivals
 
 

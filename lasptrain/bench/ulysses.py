@@ -10,33 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from lasptrain.bench.rivals import Traffic, turned, whole_windows
 from lasptrain.errors import SetupError
 from lasptrain.parallel.attention import Attention, Memory
 
 Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-class _Traffic:
-    """What a scan tells of itself: ranks, and what this one has sent."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.bytes_sent = 0
-        self.calls = 0
-
-    def trade(self, x: Tensor) -> Tensor:
-        """x [n, …] by receiver → the same shape by sender."""
-        received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self.group)
-        self.calls += 1
-        self.bytes_sent += x.numel() * x.element_size() * (self.size - 1) // self.size
-        return received
 
 
 class _Pending(NamedTuple):
@@ -56,7 +38,7 @@ class Ulysses:
     """
 
     def __init__(self, kernel: str, group: dist.ProcessGroup, local: Local | None = None):
-        self.scan = _Traffic(group)
+        self.scan = Traffic(group)
         attention = Attention(kernel)
         self.local: Local = local or (lambda q, k, v, decay: attention.finish(attention.begin(k, v, decay, None), q)[0])
 
@@ -74,18 +56,17 @@ class Ulysses:
     ) -> _Pending:
         """Trade k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
         heads, ranks = k.shape[2], self.scan.size
-        if doc is not None or carry is not None or leave:
-            raise SetupError("ulysses: takes neither documents nor segments; set data.reset_at_documents=false")
+        whole_windows("ulysses", doc, carry, leave)
         if heads % ranks:
             raise SetupError(f"ulysses: {heads} heads do not go to {ranks} ranks; expected a multiple")
         mine = None
         if log_decay is not None:
             mine = log_decay.chunk(ranks, dim=-1)[self.scan.rank].contiguous()
-        return _Pending(self._gather(self._turn(k, angle)), self._gather(v), mine, angle)
+        return _Pending(self._gather(turned(k, angle, self.scan.rank)), self._gather(v), mine, angle)
 
     def finish(self, pending: _Pending, q: Tensor) -> tuple[Tensor, None]:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""
-        q = self._gather(self._turn(q, pending.angle))
+        q = self._gather(turned(q, pending.angle, self.scan.rank))
         o = self.local(q, pending.k, pending.v, pending.log_decay)
         scattered: Tensor = _Trade.apply(o.unflatten(1, (self.scan.size, -1)).movedim(1, 0), self.scan)  # type: ignore[no-untyped-call]
         return scattered.movedim(0, 2).flatten(2, 3), None
@@ -96,19 +77,10 @@ class Ulysses:
         whole: Tensor = _Trade.apply(parts, self.scan)  # type: ignore[no-untyped-call]
         return whole.movedim(0, 1).flatten(1, 2)
 
-    def _turn(self, x: Tensor, angle: Tensor | None) -> Tensor:
-        """Features counted from the window's start instead of the slice's: a slice turns by `angle` [H, K/2]."""
-        if angle is None:
-            return x
-        phase = angle * self.scan.rank
-        cos, sin = phase.cos().to(x.dtype), phase.sin().to(x.dtype)
-        by_cos, by_sin = x.chunk(2, dim=-1)
-        return torch.cat([by_cos * cos - by_sin * sin, by_sin * cos + by_cos * sin], dim=-1)
-
 
 class _Trade(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, traffic: _Traffic) -> Tensor:
+    def forward(ctx: Any, x: Tensor, traffic: Traffic) -> Tensor:
         ctx.traffic = traffic
         return traffic.trade(x.contiguous())
 

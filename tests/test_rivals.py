@@ -1,4 +1,4 @@
-"""Ulysses is the same function as the scan, outputs and gradients, on every rank; and it sends the bytes it says."""
+"""Rivals are the same function as the scan, outputs and gradients, on every rank; and they send the bytes they say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.left_product import LeftProduct
+from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import SetupError
 from lasptrain.parallel.attention import Attention
@@ -17,7 +18,7 @@ from tests.kernel_cases import error
 B, T, H, K, V = 2, 24, 6, 8, 5  # T of a slice
 
 
-def gradients(attention: Attention | Ulysses, rank: int, turned: bool, decayed: bool) -> list[Tensor]:
+def gradients(attention: Attention | Ulysses | RingAttention, rank: int, turned: bool, decayed: bool) -> list[Tensor]:
     """Output, gradients of q, k, v and, summed over ranks, of the angle."""
     generator = torch.Generator().manual_seed(rank)
     q, k = (torch.randn(B, T, H, K, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -34,20 +35,24 @@ def gradients(attention: Attention | Ulysses, rank: int, turned: bool, decayed: 
 
 
 def compare(rank: int, world: int) -> dict[str, float]:
-    worst = {}
+    group, worst = dist.group.WORLD, {}
+    assert group is not None
+    numbers = B * T * H * (K + V)
+    traded, shifted = 2 * 8 * 2 * numbers * (world - 1) // world, 8 * numbers * (2 * (world - 1) + world)
     for turned in (False, True):
         for decayed in (False, True):
-            ring = Attention("chunked", Ring(dist.group.WORLD, torch.device("cpu")))
-            want = gradients(ring, rank, turned, decayed)
-            assert dist.group.WORLD is not None
-            ulysses = Ulysses("chunked", dist.group.WORLD)
-            found = gradients(ulysses, rank, turned, decayed)
-            worst[f"{turned} {decayed}"] = max(error(a, b) for a, b in zip(found, want, strict=True))
-            slow = Ulysses("chunked", dist.group.WORLD, LeftProduct(tile=7))
-            found = gradients(slow, rank, turned, decayed)
-            worst[f"{turned} {decayed}, left"] = max(error(a, b) for a, b in zip(found, want, strict=True))
-            sent = 2 * 8 * B * T * H * (2 * K + 2 * V) * (world - 1) // world
-            assert ulysses.scan.bytes_sent == sent and ulysses.scan.calls == 8
+            scan = Attention("chunked", Ring(group, torch.device("cpu")))
+            want = gradients(scan, rank, turned, decayed)
+            rivals: dict[str, tuple[Ulysses | RingAttention, int, int]] = {
+                "ulysses": (Ulysses("chunked", group), traded, 8),
+                "ulysses, left": (Ulysses("chunked", group, LeftProduct(tile=7)), traded, 8),
+                "ring": (RingAttention("chunked", group), shifted, 3 * world - 2),
+                "ring, left": (RingAttention("chunked", group, left=True), shifted, 3 * world - 2),
+            }
+            for name, (rival, sent, calls) in rivals.items():
+                found = gradients(rival, rank, turned, decayed)
+                worst[f"{name} {turned} {decayed}"] = max(error(a, b) for a, b in zip(found, want, strict=True))
+                assert (rival.scan.bytes_sent, rival.scan.calls) == (sent, calls), name
     return worst
 
 
@@ -61,7 +66,7 @@ def refused(rank: int, world: int) -> str:
     return ""
 
 
-def test_ulysses_is_the_scan() -> None:
+def test_rivals_are_the_scan() -> None:
     for world in (2, 3):
         for worst in spawn(world, compare):
             assert max(worst.values()) < 1e-12, worst

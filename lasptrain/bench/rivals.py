@@ -1,0 +1,73 @@
+"""What the methods that `bench sp` compares with have in common."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasptrain.errors import SetupError
+
+
+class Traffic:
+    """What a scan tells of itself: its ranks, and what this one has sent."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.bytes_sent = 0
+        self.calls = 0
+
+    def trade(self, x: Tensor) -> Tensor:
+        """x [n, …] by receiver → the same shape by sender."""
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=self.group)
+        self.calls += 1
+        self.bytes_sent += x.numel() * x.element_size() * (self.size - 1) // self.size
+        return received
+
+    def shift(self, *tensors: Tensor) -> Shifting:
+        """Start to hand tensors to the next rank, the last one's to the first."""
+        sent = [x.contiguous() for x in tensors]
+        received = [torch.empty_like(x) for x in sent]
+        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, group=self.group, group_peer=following) for x in sent]
+            + [dist.P2POp(dist.irecv, x, group=self.group, group_peer=previous) for x in received]
+        )
+        self.calls += 1
+        self.bytes_sent += sum(x.numel() * x.element_size() for x in sent)
+        return Shifting(works, sent, received)
+
+
+class Shifting(NamedTuple):
+    """Tensors on their way; those that are sent stay alive until then."""
+
+    works: list[dist.Work]
+    sent: list[Tensor]
+    received: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def whole_windows(name: str, doc: Tensor | None, carry: Tensor | None, leave: bool) -> None:
+    """SetupError where a method is asked for more than a window in one segment and without documents."""
+    if doc is not None or carry is not None or leave:
+        raise SetupError(f"{name}: takes neither documents nor segments; set data.reset_at_documents=false")
+
+
+def turned(x: Tensor, angle: Tensor | None, slices: int) -> Tensor:
+    """Features [B, T, H, K], by cosine and by sine, counted from `slices` slices further left; a slice turns by `angle`
+    [H, K/2] radians, None where nothing turns.
+    """
+    if angle is None or slices == 0:
+        return x
+    phase = angle * slices
+    cos, sin = phase.cos().to(x.dtype), phase.sin().to(x.dtype)
+    by_cos, by_sin = x.chunk(2, dim=-1)
+    return torch.cat([by_cos * cos - by_sin * sin, by_sin * cos + by_cos * sin], dim=-1)
