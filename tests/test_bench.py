@@ -37,9 +37,10 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
 
 def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
-    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, sp.METHODS, [32, 64], [64])
-    assert [(row.method, row.tokens) for row in found.layers] == [(m, n) for n in (32, 64) for m in sp.METHODS]
-    assert [(row.method, row.tokens) for row in found.steps] == [(m, 64) for m in sp.METHODS]
+    methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
+    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, methods, [32], [64])
+    assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
+    assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in methods]
     assert all(row.sent == row.formula for row in found.layers)
     assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.layers)
     console = Console(width=120, record=True)
@@ -47,14 +48,13 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     assert console.export_text().count("all_gather") == 3
 
 
-@pytest.mark.parametrize("recipe", ["tnl_0.4b_16k", "lintrans_0.4b_16k"])
-def test_every_layout_trains_alike(recipe: str) -> None:
+def test_every_layout_trains_alike() -> None:
     small = ["model.dim=32", "model.layers=2", "model.heads=2", "model.mlp=48", "data.window=64", "train.batch=2"]
     exact = ["train.precision=fp32", "optim.warmup=2", "data.source=python:source"]
     changes = [*small, *exact, "data.tokenizer=tokenizers/python-4k.model"]
-    found = parity.measure(load(RECIPES / f"{recipe}.yaml", changes), 2, 6)
+    found = parity.measure(load(RECIPES / "tnl_0.4b_16k.yaml", changes), 2, 4)
     assert len(found.curves) == 11 and len({curve.layout for curve in found.curves}) == 11
-    assert all(len(set(curve.losses)) == 6 for curve in found.curves)
+    assert all(len(set(curve.losses)) == 4 for curve in found.curves)
     assert max(parity.differences(found.curves)) < 1e-4
     console = Console(width=120, record=True)
     console.print(parity.report(found))
