@@ -20,8 +20,8 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
-        self.operand: Tensor | None = None  # the weight in the precision of products, as it was at `_version`
-        self._version = -1
+        self.operand: Tensor | None = None  # the weight in the precision of products
+        self._made_of: tuple[int, int] | None = None  # where that weight lay, and its version
 
     def cast(self, dtype: torch.dtype) -> None:
         """Have the weight ready in `dtype`. Does nothing where it is, or where FSDP sees to it."""
@@ -29,10 +29,11 @@ class Linear(nn.Linear):
         if weight.dtype == dtype or hasattr(weight, "full_tensor"):
             return
         if self.operand is None or self.operand.dtype != dtype or self.operand.device != weight.device:
-            self.operand, self._version = torch.empty_like(weight, dtype=dtype, requires_grad=False), -1
-        if self._version != weight._version:
+            self.operand, self._made_of = torch.empty_like(weight, dtype=dtype, requires_grad=False), None
+        present = weight.data_ptr(), weight._version
+        if self._made_of != present:
             self.operand.copy_(weight.detach())
-            self._version = weight._version
+            self._made_of = present
 
     def forward(self, x: Tensor) -> Tensor:
         return products(x, self)[0]
