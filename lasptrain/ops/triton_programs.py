@@ -148,18 +148,26 @@ def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
 
 
 @triton.jit
-def _update(x, y, weight, DECAY: tl.constexpr):
-    """xᵀ (weight · y). The same side is weighted everywhere, so that every program adds bitwise the same to a state.
+def _split(x, DTYPE: tl.constexpr):
+    """x, of fp32, in two parts of 16 bits: cut off, which is cheaper than to round, and what that leaves."""
+    MASK: tl.constexpr = -65536 if tl.bfloat16 == DTYPE else -8192  # the bits that DTYPE has
+    high = (x.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
+    return high.to(DTYPE), (x - high).to(DTYPE)
 
-    The gradient of a per-token decay is a product of two states, which may be small where they are not; there the
-    weighted rows keep what 16 bits would drop.
+
+@triton.jit
+def _update(state, x, y, weight, through, FINE: tl.constexpr):
+    """through · state + xᵀ (weight · y). The same side is weighted everywhere.
+
+    FINE where the gradient of a per-token decay is made of the states: it is a product of two of them, which may be
+    small where they are not, so the weighted rows keep what 16 bits would drop.
     """
-    exact = y * weight[:, None]
-    high = exact.to(y.dtype)
-    update = tl.dot(tl.trans(x), high, input_precision=PRECISION)
-    if DECAY == 2 and y.dtype != tl.float32:
-        update = tl.dot(tl.trans(x), (exact - high).to(y.dtype), update)
-    return update
+    rows = y * weight[:, None]
+    state = state * through
+    if FINE and y.dtype != tl.float32:
+        high, low = _split(rows, y.dtype)
+        return tl.dot(tl.trans(x), low, tl.dot(tl.trans(x), high, state))
+    return tl.dot(tl.trans(x), rows.to(y.dtype), state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -197,7 +205,7 @@ def summarize_blocks(
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
         _, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
-        state = state * through + _update(a, b, lead if REVERSE else fold, DECAY)
+        state = _update(state, a, b, lead if REVERSE else fold, through, DECAY == 2)
         decay *= through
         t = ahead
         each, counts = next_each, next_counts
@@ -246,9 +254,14 @@ def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_
 
 
 @triton.jit
-def _flow(state, x, y, weight, DECAY: tl.constexpr):
-    """⟨state, xᵀ (weight · y)⟩, what passes through the chunk's edge; of the exact state, for the sums cancel."""
-    return tl.sum(tl.sum(state * _update(x, y, weight, DECAY), 1), 0)
+def _far(state, x, weight, FINE: tl.constexpr):
+    """weight · state xᵀ; FINE where sums over it cancel."""
+    if FINE and x.dtype != tl.float32:
+        high, low = _split(state, x.dtype)
+        far = tl.dot(high, tl.trans(x), tl.dot(low, tl.trans(x)))
+    else:
+        far = tl.dot(state.to(x.dtype), tl.trans(x), input_precision=PRECISION)
+    return far * weight[None, :]
 
 
 @triton.jit
@@ -312,17 +325,17 @@ def walk(
         a = _rows(x, batch, head, t, 0, C, DEPTH)
         b = _rows(y, batch, head, t, 0, C, DEPTH)
         c = _rows(z, batch, head, t, begin, C, TILE)
+        far = _far(state, a, lead, SUM)
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
-            flow = _flow(state, d, a, lead, DECAY)
+            flow = tl.sum(tl.sum(tl.trans(d) * far, 1), 0)
         near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, counts, C, REVERSE)
         near = _apart(near, DOC, counts, batch, t, T, C, DOCS)
-        far = tl.dot(state.to(a.dtype), tl.trans(a), input_precision=PRECISION) * lead[None, :]
         result = tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION)
         _store_rows(out, batch, head, t, begin, tl.trans(result), C, TILE)
         if SUM:
             _store_sums(SUMS, tile * B + batch, head, t, T, H, tl.trans(d), result, flow, C)
-        state = state * through + _update(c, b, fold, DECAY)
+        state = _update(state, c, b, fold, through, SUM)
         t = ahead
         each, counts = next_each, next_counts
     if SAVE and block == NB - 1:
@@ -355,20 +368,20 @@ def walk_key_value(
         ck = _rows(k, batch, head, t, 0, C, K)
         cv = _rows(v, batch, head, t, 0, C, V)
         cdo = _rows(do, batch, head, t, 0, C, V)
-        cast = state.to(ck.dtype)
-        near = tl.dot(cq, tl.trans(ck), input_precision=PRECISION) * weights
-        near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
-        far = tl.dot(tl.trans(cast), tl.trans(ck), input_precision=PRECISION) * fold[None, :]
-        _store_rows(dv, batch, head, t, 0, tl.trans(tl.dot(tl.trans(cdo), near, far, input_precision=PRECISION)), C, V)
+        far = _far(state, cv, fold, SUM)
+        if SUM:
+            flow = tl.sum(tl.sum(tl.trans(ck) * far, 1), 0)
         near = tl.dot(cdo, tl.trans(cv), input_precision=PRECISION) * weights
         near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
-        far = tl.dot(cast, tl.trans(cv), input_precision=PRECISION) * fold[None, :]
         result = tl.dot(tl.trans(cq), near, far, input_precision=PRECISION)
         _store_rows(dk, batch, head, t, 0, tl.trans(result), C, K)
         if SUM:
-            flow = _flow(state, ck, cv, fold, DECAY)
             _store_sums(SUMS, batch, head, t, T, H, tl.trans(ck), result, flow, C)
-        state = state * through + _update(cq, cdo, lead, DECAY)
+        far = _far(tl.trans(state), ck, fold, False)
+        near = tl.dot(cq, tl.trans(ck), input_precision=PRECISION) * weights
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
+        _store_rows(dv, batch, head, t, 0, tl.trans(tl.dot(tl.trans(cdo), near, far, input_precision=PRECISION)), C, V)
+        state = _update(state, cq, cdo, lead, through, SUM)
         t -= C
         each, counts = next_each, next_counts
 
