@@ -38,9 +38,10 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
 def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
-    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, methods, [32], [64])
+    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
+    assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.steps)
     assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
-    assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in methods]
+    assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in [*methods, "megatron"]]
     assert all(row.sent == row.formula for row in found.layers)
     assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.layers)
     console = Console(width=120, record=True)

@@ -6,14 +6,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasptrain import train
 from lasptrain.bench.left_product import LeftProduct
+from lasptrain.bench.megatron import Local, reduce_gradients, share, shares, split_model
 from lasptrain.bench.ring_attention import RingAttention
+from lasptrain.bench.rivals import Traffic
+from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import SetupError
+from lasptrain.models.language_model import initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import Ring
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Recipe, load
 from tests.gloo import spawn
 from tests.kernel_cases import error
+from tests.test_recipe import RECIPES
 
 B, T, H, K, V = 2, 24, 6, 8, 5  # T of a slice
 
@@ -56,6 +64,54 @@ def compare(rank: int, world: int) -> dict[str, float]:
     return worst
 
 
+def recipe(arch: str) -> Recipe:
+    """A model whose window of 24 tokens, heads and MLP go to two and to three ranks."""
+    changes = ["dim=24", "layers=2", "heads=6", "key_dim=4", "value_dim=4", "mlp=12", "vocab=31", f"arch={arch}"]
+    if arch == "linear_transformer":
+        changes += ["decay=none", "normalizer=true", "lrpe=[]"]
+    precise = ["train.precision=fp64", "data.window=24"]
+    return load(RECIPES / "quickstart.yaml", [f"model.{change}" for change in changes] + precise)
+
+
+def split(rank: int, world: int) -> dict[str, float]:
+    """How far a model that is split over ranks is from the whole one, by part."""
+    assert dist.group.WORLD is not None
+    tokens, labels = torch.randint(31, (2, 2, 24), generator=torch.Generator().manual_seed(1))
+    worst: dict[str, float] = {}
+    forms: dict[str, Local | None] = {"kernel": None, "left": LeftProduct(tile=7), "softmax": softmax}
+    for arch, (form, local) in ((a, f) for a in ("tnl", "linear_transformer") for f in forms.items()):
+        traffic = Traffic(dist.group.WORLD)
+        of = recipe(arch)
+        part = split_model(of, traffic, "chunked", local).to_empty(device="cpu")
+        whole = train.language_model(of, Attention("chunked"))
+        if form == "softmax":
+            whole = split_model(of, Traffic(None), "chunked", softmax).to_empty(device="cpu")
+        with torch.no_grad():
+            fill(part, shares(of, traffic, torch.device("cpu")))
+            fill(whole, initial_values(train.language_model(of, Attention("chunked")), 0, torch.device("cpu")))
+        want = whole(tokens, labels).loss
+        want.backward()
+        mine = slice(rank * 24 // world, (rank + 1) * 24 // world)
+        loss = part(tokens[:, mine], labels[:, mine]).loss
+        before = traffic.bytes_sent
+        assert before == (2 * 2 * 4 * (24 // world) * 24 * 8 + squares(arch, world)) * (world - 1)
+        loss.backward()
+        norm = reduce_gradients(part, traffic)
+        worst[f"{arch} {form} loss"] = float(abs(traffic.sum(loss.detach()) - want) / want)
+        gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+        total = torch.stack([g.norm() for g in gradients.values()]).norm()
+        worst[f"{arch} {form} norm"] = float(abs(norm - total) / total)
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is not None
+            worst[f"{arch} {form} {name}"] = error(parameter.grad, share(name, gradients[name], traffic))
+    return worst
+
+
+def squares(arch: str, world: int) -> int:
+    """Bytes per other rank by which TransNormer's norm over all heads is summed, in two layers of 2 × 24 tokens."""
+    return 2 * 2 * 2 * 24 * 8 // world if arch == "tnl" else 0
+
+
 def refused(rank: int, world: int) -> str:
     assert dist.group.WORLD is not None
     x = torch.zeros(1, 4, 3, 2)
@@ -70,6 +126,12 @@ def test_rivals_are_the_scan() -> None:
     for world in (2, 3):
         for worst in spawn(world, compare):
             assert max(worst.values()) < 1e-12, worst
+
+
+def test_a_split_model_is_the_whole_one() -> None:
+    for world in (2, 3):
+        for worst in spawn(world, split):
+            assert max(worst.values()) < 1e-11, max(worst.items(), key=lambda item: item[1])
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

@@ -9,14 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.errors import SetupError
+from lasptrain.parallel.scan import all_gather
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
 
 
 class Traffic:
     """What a scan tells of itself: its ranks, and what this one has sent."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.size, self.rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         self.bytes_sent = 0
         self.calls = 0
 
@@ -24,9 +27,40 @@ class Traffic:
         """x [n, …] by receiver → the same shape by sender."""
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=self.group)
-        self.calls += 1
-        self.bytes_sent += x.numel() * x.element_size() * (self.size - 1) // self.size
+        self._count(x.numel() * x.element_size() * (self.size - 1) // self.size)
         return received
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, T, …] of every rank, one after the other along T."""
+        if self.size == 1:
+            return x
+        parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        all_gather(parts, x.contiguous(), group=self.group)
+        self._count(x.numel() * x.element_size() * (self.size - 1))
+        return parts.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """The sum over ranks of x [B, n·T, …], of which each rank gets its T."""
+        if self.size == 1:
+            return x
+        parts = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
+        mine = torch.empty_like(parts[0])
+        reduce_scatter(mine, parts.flatten(0, 1), group=self.group)
+        self._count(mine.numel() * mine.element_size() * (self.size - 1))
+        return mine
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks."""
+        total = x.clone()
+        if self.size == 1:
+            return total
+        dist.all_reduce(total, group=self.group)
+        self._count(2 * x.numel() * x.element_size() * (self.size - 1) // self.size)
+        return total
+
+    def _count(self, sent: int) -> None:
+        self.calls += 1
+        self.bytes_sent += sent
 
     def shift(self, *tensors: Tensor) -> Shifting:
         """Start to hand tensors to the next rank, the last one's to the first."""
@@ -37,8 +71,7 @@ class Traffic:
             [dist.P2POp(dist.isend, x, group=self.group, group_peer=following) for x in sent]
             + [dist.P2POp(dist.irecv, x, group=self.group, group_peer=previous) for x in received]
         )
-        self.calls += 1
-        self.bytes_sent += sum(x.numel() * x.element_size() for x in sent)
+        self._count(sum(x.numel() * x.element_size() for x in sent))
         return Shifting(works, sent, received)
 
 

@@ -21,8 +21,10 @@ from rich.table import Table
 
 from lasptrain import ops, train
 from lasptrain.bench.left_product import LeftProduct
+from lasptrain.bench.megatron import Local, Megatron
 from lasptrain.bench.ranks import device_name, on_ranks
 from lasptrain.bench.ring_attention import RingAttention
+from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.decay import slopes
@@ -34,14 +36,17 @@ from lasptrain.recipe import Model, Recipe
 TURNS = 5
 LEAST = 0.05  # seconds of a turn
 NONE = "none"  # the method that shares nothing
-# With this project's kernel, and from the left, as the LASP paper ran them.
+# With this project's kernel; from the left, as the LASP paper ran them; and as softmax attention, another model.
 RIVALS: dict[str, Callable[[str, dist.ProcessGroup], Ulysses | RingAttention]] = {
     "ulysses": Ulysses,
     "ulysses_left": lambda kernel, group: Ulysses(kernel, group, LeftProduct()),
+    "ulysses_softmax": lambda kernel, group: Ulysses(kernel, group, softmax),
     "ring_attention": RingAttention,
     "ring_attention_left": lambda kernel, group: RingAttention(kernel, group, left=True),
 }
-METHODS = [NONE, *SCANS, *RIVALS]
+# Those that split the model too; they have whole steps only.
+SPLIT: dict[str, Local | None] = {"megatron": None, "megatron_left": LeftProduct(), "megatron_softmax": softmax}
+METHODS = [NONE, *SCANS, *RIVALS, *SPLIT]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Step:
     tokens: int  # per rank
     tokens_per_s: float  # per rank
     memory: int  # peak, bytes
+    sent: int  # bytes per step for the sake of the shared window, by the rank that sends most
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def _rank(
     recipe: Recipe, methods: Sequence[str], tokens: Sequence[int], steps: Sequence[int]
 ) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     with torch.autograd.set_multithreading_enabled(False):
-        layers = [asdict(row) for length in tokens for row in _layers(recipe, methods, length, mesh.device())]
+        alone = [method for method in methods if method not in SPLIT]
+        layers = [asdict(row) for length in tokens for row in _layers(recipe, alone, length, mesh.device())]
     return device_name(), layers, [asdict(_step(recipe, method, length)) for length in steps for method in methods]
 
 
@@ -187,27 +194,43 @@ def _largest(value: float) -> float:
 
 def _step(recipe: Recipe, method: str, tokens: int) -> Step:
     """One window over all ranks; with NONE a window for each of them."""
-    ranks, device = dist.get_world_size(), mesh.device()
-    if method == NONE:
-        job = train.build(_alone(recipe, tokens, ranks))
-    elif method in RIVALS:
-        rival = RIVALS[method]
-        shared = _shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
-        job = train.build(shared, lambda kernel, mesh: cast(Attention, rival(kernel, mesh.sp_group)))
-    else:
-        job = train.build(_shared(recipe, tokens, ranks, method))
+    device = mesh.device()
+    update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(3):  # the first two compile, allocate and tune
-        train.one_step(job, step)
-    seconds = median(_largest(float(train.one_step(job, 3 + step)["step_time"] or 0)) for step in range(TURNS))
+        update(step)
+    before = traffic()
+    seconds = median(_largest(update(3 + step)) for step in range(TURNS))
+    sent = int(_largest(traffic() - before)) // TURNS
     memory = int(_largest(mesh.peak_memory(device)))
-    job.loader.close()
-    del job
+    close()
+    del update, close, traffic
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return Step(method, tokens, tokens / seconds, memory)
+    return Step(method, tokens, tokens / seconds, memory, sent)
+
+
+def _trainer(
+    recipe: Recipe, method: str, tokens: int, ranks: int
+) -> tuple[Callable[[int], float], Callable[[], None], Callable[[], int]]:
+    """A model with its optimizer: what makes an update and returns its seconds, what ends it, and the bytes it sent."""
+    if method in SPLIT:
+        whole = _shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
+        assert dist.group.WORLD is not None
+        rival = Megatron(whole, dist.group.WORLD, SPLIT[method])
+        return rival.step, rival.loader.close, lambda: rival.traffic.bytes_sent
+    if method == NONE:
+        job = train.build(_alone(recipe, tokens, ranks))
+    elif method in RIVALS:
+        make = RIVALS[method]
+        shared = _shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
+        job = train.build(shared, lambda kernel, mesh: cast(Attention, make(kernel, mesh.sp_group)))
+    else:
+        job = train.build(_shared(recipe, tokens, ranks, method))
+    scan = job.model.blocks[0].mixer.attention.scan
+    return lambda step: float(train.one_step(job, step)["step_time"] or 0), job.loader.close, lambda: scan.bytes_sent
 
 
 def _alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
@@ -259,7 +282,7 @@ def _layer_table(rows: list[Layer], title: str) -> Table:
 
 def _step_table(rows: list[Step], title: str) -> Table:
     table = Table(title=f"whole steps, {title}")
-    for column in ("tokens per rank", "method", "tokens/s per rank", "time × none", "peak GiB"):
+    for column in ("tokens per rank", "method", "tokens/s per rank", "time × none", "peak GiB", "sent MB"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     alone = {row.tokens: row for row in rows if row.method == NONE}
     for row in rows:
@@ -270,6 +293,7 @@ def _step_table(rows: list[Step], title: str) -> Table:
             f"{row.tokens_per_s:,.0f}",
             _ratio(base.tokens_per_s if base else None, row.tokens_per_s),
             f"{row.memory / 2**30:.1f}",
+            f"{row.sent / 1e6:,.1f}",
         )
     return table
 

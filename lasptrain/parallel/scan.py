@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed in torch 2.13
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed in torch 2.13
 
 
 class Transition(NamedTuple):
@@ -225,7 +225,7 @@ class AllGather(_Scan):
             return [state], [decay]
         packed = torch.cat([state.flatten(), decay.flatten()])
         gathered = packed.new_empty(self.size * packed.numel())
-        _all_gather(gathered, packed, group=self.group)
+        all_gather(gathered, packed, group=self.group)
         self.bytes_sent += packed.numel() * packed.element_size()
         rows = gathered.view(self.size, -1)
         split = [row.split([state.numel(), decay.numel()]) for row in rows]

@@ -1,0 +1,250 @@
+"""Megatron-style sequence parallelism (arXiv:2205.05198) for linear attention, with its weights really split.
+
+Ranks hold a slice of the tokens where a block works token by token, and a slice of the heads and of the MLP's width, of
+all tokens, in between. So each half of a block gathers activations and scatters sums, T·D elements of T tokens per rank
+to every other rank: 4·(n − 1)·T·D forward and as many backward per block, and no rank holds less than the window's
+activations over n. It takes no more ranks than there are heads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from lasptrain import ops, train
+from lasptrain.bench.rivals import Traffic, whole_windows
+from lasptrain.data.loader import Slice
+from lasptrain.data.source import open_dataset
+from lasptrain.errors import SetupError
+from lasptrain.loss import IGNORED
+from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.models.layers import Mlp, Phases
+from lasptrain.models.mixers import State, TransNormer, Undecayed
+from lasptrain.optim import build_optimizer
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Model, Recipe, with_vocabulary
+
+# Which dim of a parameter or buffer of a mixer or MLP is split; what is not named here is whole on every rank.
+SPLIT = dict.fromkeys(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight", "lrpe.theta", "slope"), 0)
+SPLIT |= dict.fromkeys(("out.weight", "down.weight"), 1)
+
+Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def split_dim(name: str) -> int | None:
+    """The dim along which the parameter or buffer of this name is split."""
+    return next((dim for end, dim in SPLIT.items() if name.endswith(f".{end}")), None)
+
+
+def share(name: str, value: Tensor, traffic: Traffic) -> Tensor:
+    """This rank's part of a full-size parameter, buffer or gradient."""
+    dim = split_dim(name)
+    return value if dim is None else value.chunk(traffic.size, dim)[traffic.rank]
+
+
+class _Exchange(Function):
+    """A collective whose backward is another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
+
+
+def _gather(x: Tensor, traffic: Traffic) -> Tensor:
+    """[B, T, …] of a slice → [B, n·T, …] of the window."""
+    whole: Tensor = _Exchange.apply(x, traffic.gather, traffic.scatter)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def _scatter(x: Tensor, traffic: Traffic) -> Tensor:
+    """[B, n·T, …] on every rank → their sum, of this rank's slice."""
+    mine: Tensor = _Exchange.apply(x, traffic.scatter, traffic.gather)  # type: ignore[no-untyped-call]
+    return mine
+
+
+class _Pending(NamedTuple):
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+
+
+class _Heads:
+    """A drop-in for `Attention` that has whole windows of its own heads, and runs `local` over them."""
+
+    def __init__(self, local: Local):
+        self.local, self.scan = local, Traffic(None)
+
+    def begin(self, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, **_: object) -> _Pending:
+        return _Pending(k, v, log_decay)
+
+    def finish(self, pending: _Pending, q: Tensor) -> tuple[Tensor, None]:
+        return self.local(q, *pending), None
+
+
+class _TransNormer(TransNormer):
+    """Some heads of a mixer; its norm is over all heads, so their squares are summed over ranks."""
+
+    traffic: Traffic
+
+    def phases(self, length: int) -> Phases | None:
+        return super().phases(length * self.traffic.size)
+
+    def forward(
+        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, State]:
+        whole_windows("megatron", doc, carry[0], leave)
+        y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)
+        return _scatter(y, self.traffic), state
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        o = o.flatten(2)
+        wide = o.to(torch.promote_types(o.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        total = _Exchange.apply(squares, self.traffic.sum, self.traffic.sum)  # type: ignore[no-untyped-call]
+        scale = torch.rsqrt(total / (o.shape[-1] * self.traffic.size) + 1e-6)
+        y: Tensor = self.out(gate * (wide * scale).to(o.dtype))
+        return y
+
+
+class _Undecayed(Undecayed):
+    """Some heads of a mixer."""
+
+    traffic: Traffic
+
+    def forward(
+        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, State]:
+        whole_windows("megatron", doc, carry[0], leave)
+        y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)
+        return _scatter(y, self.traffic), state
+
+
+class _Mlp(Mlp):
+    """Some of an MLP's width."""
+
+    traffic: Traffic
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _scatter(self.inner(_gather(x, self.traffic)), self.traffic)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What lies between the exchanges."""
+        return super().forward(x)
+
+
+def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | None = None) -> LanguageModel:
+    """This rank's part of the recipe's model, on the meta device; its vocabulary is a number.
+
+    Raises SetupError where heads or the MLP's width do not divide.
+    """
+    model, n = recipe.model, traffic.size
+    for key, size in (("heads", model.heads), ("mlp", model.mlp)):
+        if size % n:
+            raise SetupError(f"megatron: model.{key} = {size} does not go to {n} ranks; expected a multiple")
+    attention = Attention(kernel) if local is None else cast(Attention, _Heads(local))
+    with torch.device("meta"):
+        whole = train.language_model(recipe, attention)
+        for index, block in enumerate(whole.blocks):
+            block.mixer, block.mlp = (
+                _mixer(model, index, n, attention),
+                _Mlp(model.dim, model.mlp // n, activate=model.arch != "tnl"),
+            )
+            for part in (block.mixer, block.mlp):
+                part.traffic = traffic
+                part.to(torch.promote_types(whole.dtype, torch.float32))
+    return whole
+
+
+def _mixer(model: Model, index: int, ranks: int, attention: Attention) -> _TransNormer | _Undecayed:
+    sizes = (model.dim, model.heads // ranks, model.K, model.V)
+    if model.arch == "tnl":
+        lrpe, decayed = index in model.lrpe, model.decay != "none"
+        return _TransNormer(*sizes, lrpe=lrpe, decayed=decayed, attention=attention)
+    return _Undecayed(*sizes, normalizer=model.normalizer, attention=attention)
+
+
+def shares(recipe: Recipe, traffic: Traffic, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of the initial weights and buffers, by name."""
+    with torch.device("meta"):
+        whole = train.language_model(recipe, Attention("chunked"))
+    for name, value in initial_values(whole, recipe.train.seed, device):
+        yield name, share(name, value, traffic)
+
+
+def reduce_gradients(model: LanguageModel, traffic: Traffic) -> Tensor:
+    """Sum over ranks the gradients of what every rank holds; the norm of all of them, a scalar in fp64."""
+    squares = {True: torch.zeros((), dtype=torch.float64, device=model.embed.weight.device)}
+    squares[False] = squares[True].clone()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        split = split_dim(name) is not None
+        if not split:
+            parameter.grad = traffic.sum(parameter.grad)
+        squares[split] += parameter.grad.square().sum(dtype=torch.float64)
+    return (traffic.sum(squares[True]) + squares[False]).sqrt()
+
+
+class Megatron:
+    """A recipe's training with its windows and weights split over `group`.
+
+    Args:
+        recipe: one window per step, in one segment, without documents.
+        local: what runs over the heads of a rank instead of the recipe's kernel.
+    """
+
+    def __init__(self, recipe: Recipe, group: dist.ProcessGroup, local: Local | None = None):
+        device, self.traffic = meshes.device(), Traffic(group)
+        dataset = open_dataset(recipe.data)
+        recipe = self.recipe = with_vocabulary(recipe, dataset.vocab_size)
+        mesh = meshes.build(1, self.traffic.size)
+        self.model = split_model(recipe, self.traffic, ops.select(recipe.train.kernel, device), local)
+        self.model.to_empty(device=device)
+        with torch.no_grad():
+            fill(self.model, shares(recipe, self.traffic, device))
+        if recipe.train.compile:
+            self._fuse()
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        window = recipe.data.window
+        self.loader = train.open_loader(recipe, dataset, mesh, "train", window, recipe.train.batch, window)
+        self.device = device
+
+    def _fuse(self) -> None:
+        """Compile what lies between exchanges; all blocks share the graphs."""
+        for block in self.model.blocks:
+            for owner, part in ((block.mixer, "project"), (block.mlp, "inner"), (block.norm1, "forward")):
+                setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
+
+    def step(self, number: int) -> float:
+        """Seconds of update `number`."""
+        began = time.perf_counter()
+        (micro_batch,) = self.loader.step(number)
+        (piece,) = micro_batch
+        self.backward(piece.to(self.device, non_blocking=True))
+        norm = reduce_gradients(self.model, self.traffic)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, (self.recipe.optim.clip / (norm + 1e-6)).clamp(max=1.0).float())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+    def backward(self, piece: Slice) -> None:
+        """Gradients of the mean loss over the window, of what this rank sees of it."""
+        total = self.traffic.sum((piece.labels != IGNORED).sum())
+        with torch.autograd.set_multithreading_enabled(False):
+            loss = self.model(piece.tokens, piece.labels).loss
+            (loss / total).backward()
