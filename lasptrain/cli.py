@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lasptrain import __version__, plan
+from lasptrain import __version__, links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
 
@@ -127,7 +127,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
     dp, sp = resolve_mesh(recipe, world)
     vocab = resolve_vocabulary(model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     layout = plan.layout(recipe, dp, sp)
-    scan = plan.with_scan(recipe, sp, layout.segment).mesh.scan
+    scan = links.with_scan(recipe, sp, layout.segment).mesh.scan
     parts = plan.parameters(model, vocab)
     total = sum(parts.values())
     return [
@@ -182,7 +182,7 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
-    scan = plan.with_scan(recipe, sp, cut.segment).mesh.scan
+    scan = links.with_scan(recipe, sp, cut.segment).mesh.scan
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
     seconds = plan.seconds_per_token(recipe, vocab, cut.segments, rates)
     tokens = cut.tokens_per_step
@@ -201,7 +201,27 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {step * recipe.train.steps / 86400:.2f} days")
     yield table
+    if gpus > 1:
+        yield _sharing(recipe, vocab, cut.slice, gpus, rates)
     yield _memory_horizon(recipe)
+
+
+def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, rates: plan.Rates) -> Table:
+    """What sharing windows costs by method, on ever more GPUs."""
+    inside, between, node = links.ASSUMED
+    counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
+    found = {n: links.step_seconds(recipe, vocab, n, tokens, rates) for n in counts}
+    table = Table(
+        title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens",
+        title_justify="left",
+        caption=f"assumed: machines of {node}, {inside.bandwidth / 1e9:.0f} GB/s and {inside.latency * 1e6:.0f} µs "
+        f"inside, {between.bandwidth / 1e9:.0f} GB/s and {between.latency * 1e6:.0f} µs between them",
+    )
+    for column in ("GPUs", *found[gpus]):
+        table.add_column(column, justify="right")
+    for n, methods in found.items():
+        table.add_row(str(n), *("" if s is None else f"{1e-3 * tokens / s:.1f}" for s in methods.values()))
+    return table
 
 
 def _memory_horizon(recipe: Recipe) -> Table:
@@ -305,6 +325,26 @@ def bench_parity(
     Console().print(parity.report(found))
     if file is not None:
         parity.write(file, found)
+
+
+@bench_app.command("ablation")
+def bench_ablation(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Per rank.")] = 32_768,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time whole steps with and without fused kernels, with and without keeping states for the backward."""
+    import torch
+
+    from lasptrain.bench import ablation
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    device, rows = ablation.measure(load(recipe, overrides), ranks, tokens)
+    Console().print(ablation.report(device, ranks, tokens, rows))
+    if file is not None:
+        ablation.write(file, device, ranks, tokens, rows)
 
 
 @data_app.command()

@@ -166,57 +166,10 @@ class Rates(NamedTuple):
 
 
 GPUS = {
-    "h200": Rates(730e12, 4.2e12, 140 * 2**30),
+    "h200": Rates(685e12, 4.2e12, 140 * 2**30),
     "h100": Rates(650e12, 3.0e12, 79 * 2**30),
     "a100": Rates(250e12, 1.6e12, 79 * 2**30),
 }
-
-
-class Link(NamedTuple):
-    """What carries a message between two GPUs, assumed: seconds before its first byte arrives, then bytes/s."""
-
-    latency: float
-    bandwidth: float
-
-
-NVLINK = Link(10e-6, 300e9)
-NETWORK = Link(25e-6, 40e9)  # one 400 Gbit/s adapter per GPU
-NODE = 8  # GPUs of one machine; an sp group that is larger crosses the network
-PARTS = 8  # into which the all-scan cuts a state
-
-
-def scan_seconds(ranks: int, size: int, link: Link, *, carried: bool = False) -> dict[str, float]:
-    """Seconds that each scan takes to bring `size` bytes of state through `ranks` ranks, in one direction.
-
-    With n ranks, S bytes, latency α and bandwidth β of a link, until the last rank has what enters its slice:
-
-        ring        (n − 1) · (α + S/β)                     from neighbour to neighbour
-        all_gather  ⌈log₂ n⌉ · α + (n − 1) · S/β            every state to every rank
-        all_scan    (n + P − 2) · (α + S/(P·β))             the ring with the state in P parts, sent on as they come
-
-    `carried`: another segment follows, and the last rank of a chain sends the first what leaves: one message more for
-    ring and all_scan, none for all_gather, whose ranks know it. One rank takes no time.
-    """
-    if ranks == 1:
-        return dict.fromkeys(("ring", "all_gather", "all_scan"), 0.0)
-    latency, sending = link.latency, size / link.bandwidth
-    back = (latency + sending) * carried
-    return {
-        "ring": (ranks - 1) * (latency + sending) + back,
-        "all_gather": math.ceil(math.log2(ranks)) * latency + (ranks - 1) * sending,
-        "all_scan": (ranks + PARTS - 2) * (latency + sending / PARTS) + back,
-    }
-
-
-def with_scan(recipe: Recipe, sp: int, segment: int) -> Recipe:
-    """The recipe with `mesh.scan: auto` decided: the cheapest for one layer's state of a micro-batch."""
-    if recipe.mesh.scan != "auto":
-        return recipe
-    size = recipe.train.micro_batch * state_bytes(recipe.model) // recipe.model.layers
-    link = NVLINK if sp <= NODE else NETWORK
-    costs = scan_seconds(sp, size, link, carried=segment < recipe.data.window)
-    mesh = recipe.mesh.model_copy(update={"scan": min(costs, key=costs.__getitem__)})
-    return recipe.model_copy(update={"mesh": mesh})
 
 
 def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lasptrain import checkpoint, ops, plan, stream
+from lasptrain import checkpoint, links, ops, plan, stream
 from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
@@ -101,7 +101,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
     available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
-    recipe = plan.with_scan(recipe, sp, segment)
+    recipe = links.with_scan(recipe, sp, segment)
     kernel = ops.select(recipe.train.kernel, device)
     scanning = attention or (lambda kernel, mesh: Attention(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device)))
     with torch.device("meta"):

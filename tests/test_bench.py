@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import parity, sp
+from lasptrain.bench import ablation, parity, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.scan import Ring
 from lasptrain.plan import Rates
 from lasptrain.recipe import load
+from tests.gloo import spawn
 from tests.test_recipe import RECIPES
 
 RATES = Rates(products=792e12, copies=4.305e12, memory=0)
@@ -47,6 +52,31 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     console = Console(width=120, record=True)
     console.print(*sp.report(found))
     assert console.export_text().count("all_gather") == 2
+
+
+def test_states_that_are_not_kept_are_made_again() -> None:
+    changes = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp64"]
+    assert all(one < 1e-12 for one in spawn(2, forgotten))
+    device, rows = ablation.measure(load(RECIPES / "quickstart.yaml", changes), 2, 16)
+    assert [(row.kernel, row.kept) for row in rows] == [(k, s) for k in ("reference", "chunked") for s in (False, True)]
+    console = Console(width=120, record=True)
+    console.print(ablation.report(device, 2, 16, rows))
+    assert console.export_text().count("chunked") == 2
+
+
+def forgotten(rank: int, world: int) -> float:
+    """How far gradients are from those of kept states; the exchanges must be twice the forward's."""
+    found = {}
+    for kind in (Attention, ablation.Forgetful):
+        scan = Ring(dist.group.WORLD, torch.device("cpu"))
+        x = torch.randn(3, 1, 8, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        q, k, v = (part.requires_grad_() for part in x)
+        attention = kind("chunked", scan)
+        o, _ = attention.finish(attention.begin(k, v, torch.full((2,), -0.1), None), q)
+        found[kind] = torch.stack(torch.autograd.grad(o.square().sum(), (q, k, v))), scan.calls
+    (want, once), (got, again) = found.values()
+    assert (once, again) == (2, 3)
+    return float((got - want).abs().max())
 
 
 def test_every_layout_trains_alike() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lasptrain import plan
+from lasptrain import links, plan
 from lasptrain.errors import ResourceError
 from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe import load
@@ -57,12 +57,19 @@ def test_recomputation_keeps_less() -> None:
 
 
 def test_the_scan_is_the_cheapest_of_three_formulas() -> None:
-    link = plan.Link(latency=2.0, bandwidth=16.0)
-    assert plan.PARTS == AllScan.PARTS
-    assert plan.scan_seconds(5, 64, link) == {"ring": 4 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5}
-    carried = plan.scan_seconds(5, 64, link, carried=True)
+    one = links.Link(latency=2.0, bandwidth=16.0)
+    even = links.Links(one, one)
+    assert links.PARTS == AllScan.PARTS
+    assert links.scan_seconds(5, 64, even) == {"ring": 4 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5}
+    carried = links.scan_seconds(5, 64, even, carried=True)
     assert carried == {"ring": 5 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5 + 6.0}
-    assert set(plan.scan_seconds(1, 64, link, carried=True).values()) == {0.0}
+    assert set(links.scan_seconds(1, 64, even, carried=True).values()) == {0.0}
+    machines = links.Links(one, links.Link(latency=10.0, bandwidth=4.0), node=2)  # links of five: in, out, in, out
+    assert links.scan_seconds(5, 64, machines) == {
+        "ring": 2 * 6.0 + 2 * 26.0,
+        "all_gather": 3 * 10.0 + 4 * 16.0,
+        "all_scan": 2 * 2.5 + 2 * 12.0 + 7 * 12.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -71,16 +78,32 @@ def test_the_scan_is_the_cheapest_of_three_formulas() -> None:
         (2, 1 << 22, 1, "ring"),  # one message either way, and the ring sends it in one direction only
         (2, 1 << 15, 1, "all_gather"),  # the ring would have to carry states back to its first rank
         (8, 1 << 22, 1, "all_gather"),
-        (64, 1 << 22, 1, "all_gather"),  # small states: latency decides
-        (64, 1 << 22, 16, "all_scan"),  # large states: bandwidth decides, and 63 whole ones are gathered
+        (16, 1 << 22, 1, "ring"),  # small states: what is gathered all crosses the network, the ring does once
+        (16, 1 << 22, 16, "all_scan"),  # large states: bandwidth decides, and 15 whole ones are gathered
     ],
 )
 def test_auto_chooses_the_scan(sp: int, segment: int, micro_batch: int, scan: str) -> None:
     recipe = load(RECIPES / "1b_4096k.yaml", [f"train.micro_batch={micro_batch}", "train.batch=16"])
     assert recipe.mesh.scan == "auto"
-    assert plan.with_scan(recipe, sp, segment).mesh.scan == scan
+    assert links.with_scan(recipe, sp, segment).mesh.scan == scan
     fixed = load(RECIPES / "1b_4096k.yaml", ["mesh.scan=all_scan"])
-    assert plan.with_scan(fixed, sp, segment) == fixed
+    assert links.with_scan(fixed, sp, segment) == fixed
+
+
+def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
+    recipe = load(RECIPES / "1b_4096k.yaml")
+    slow = links.Links(links.Link(0.0, 1e9), links.Link(0.0, 1e9))
+    rates = plan.GPUS["h200"]
+    short, long = (links.step_seconds(recipe, 64000, 2, tokens, rates, slow) for tokens in (8, 1 << 19))
+    alone, shared = short["none"], short["ring"]
+    state, layers = plan.state_bytes(recipe.model), 16
+    assert alone is not None and shared is not None
+    hidden = 8 * (2 * 2048 * 4096 / rates.products + 4 * 4096 / (0.8 * rates.copies))
+    assert shared - alone == pytest.approx(2 * state / 1e9 - layers * hidden)  # LRPE's layer has a larger state
+    assert long["ring"] == long["none"]  # behind 524,288 tokens nothing is seen of it
+    traded = 2 * 2 * 8 * 2048 * 2 * 1  # bytes of q, k, v and o of which half goes to the other rank, both ways
+    assert short["ulysses"] == pytest.approx(alone + layers * 2 * traded / 1e9 / 2)
+    assert links.step_seconds(recipe, 64000, 32, 8, rates)["megatron"] is None  # 16 heads
 
 
 def test_what_each_kind_of_data_parallelism_keeps_on_a_rank() -> None:

@@ -37,7 +37,8 @@ class Traffic:
         parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         all_gather(parts, x.contiguous(), group=self.group)
         self._count(x.numel() * x.element_size() * (self.size - 1))
-        return parts.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        whole: Tensor = parts.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        return whole
 
     def scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [B, n·T, …], of which each rank gets its T."""

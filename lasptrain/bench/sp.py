@@ -6,7 +6,6 @@ clocks; a time is the median over turns of the slowest rank.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from lasptrain.bench.megatron import Local, Megatron
 from lasptrain.bench.ranks import device_name, on_ranks
 from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.softmax import softmax
+from lasptrain.bench.steps import TURNS, alone, largest, shared, timed
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.decay import slopes
@@ -33,7 +33,6 @@ from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import SCANS
 from lasptrain.recipe import Model, Recipe
 
-TURNS = 5
 LEAST = 0.05  # seconds of a turn
 NONE = "none"  # the method that shares nothing
 # With this project's kernel; from the left, as the LASP paper ran them; and as softmax attention, another model.
@@ -153,7 +152,7 @@ def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, in
 def _sent(attention: Attention, call: Callable[[], None]) -> int:
     before = attention.scan.bytes_sent
     call()
-    return int(_largest(attention.scan.bytes_sent - before))
+    return int(largest(attention.scan.bytes_sent - before))
 
 
 def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -162,9 +161,9 @@ def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> d
     for name, call in calls.items():
         for _ in range(3):
             call()
-        counts[name] = min(200, int(LEAST / _largest(_elapsed(call, 2, device))) + 1)
+        counts[name] = min(200, int(LEAST / largest(_elapsed(call, 2, device))) + 1)
     turns = [
-        {name: _largest(_elapsed(call, counts[name], device)) for name, call in calls.items()} for _ in range(TURNS)
+        {name: largest(_elapsed(call, counts[name], device)) for name, call in calls.items()} for _ in range(TURNS)
     ]
     return {name: median(turn[name] for turn in turns) for name in calls}
 
@@ -185,30 +184,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _largest(value: float) -> float:
-    """The largest over ranks."""
-    found = torch.tensor(value, dtype=torch.float64, device=mesh.device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found)
-
-
 def _step(recipe: Recipe, method: str, tokens: int) -> Step:
     """One window over all ranks; with NONE a window for each of them."""
-    device = mesh.device()
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for step in range(3):  # the first two compile, allocate and tune
-        update(step)
     before = traffic()
-    seconds = median(_largest(update(3 + step)) for step in range(TURNS))
-    sent = int(_largest(traffic() - before)) // TURNS
-    memory = int(_largest(mesh.peak_memory(device)))
+    seconds, memory = timed(update, mesh.device())
+    sent = int(largest(traffic() - before)) // (TURNS + 3)
     close()
-    del update, close, traffic
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return Step(method, tokens, tokens / seconds, memory, sent)
 
 
@@ -217,40 +199,20 @@ def _trainer(
 ) -> tuple[Callable[[int], float], Callable[[], None], Callable[[], int]]:
     """A model with its optimizer: what makes an update and returns its seconds, what ends it, and the bytes it sent."""
     if method in SPLIT:
-        whole = _shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
+        whole = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
         assert dist.group.WORLD is not None
         rival = Megatron(whole, dist.group.WORLD, SPLIT[method])
         return rival.step, rival.loader.close, lambda: rival.traffic.bytes_sent
     if method == NONE:
-        job = train.build(_alone(recipe, tokens, ranks))
+        job = train.build(alone(recipe, tokens, ranks))
     elif method in RIVALS:
         make = RIVALS[method]
-        shared = _shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
-        job = train.build(shared, lambda kernel, mesh: cast(Attention, make(kernel, mesh.sp_group)))
+        whole = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
+        job = train.build(whole, lambda kernel, mesh: cast(Attention, make(kernel, mesh.sp_group)))
     else:
-        job = train.build(_shared(recipe, tokens, ranks, method))
+        job = train.build(shared(recipe, tokens, ranks, method))
     scan = job.model.blocks[0].mixer.attention.scan
     return lambda step: float(train.one_step(job, step)["step_time"] or 0), job.loader.close, lambda: scan.bytes_sent
-
-
-def _alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
-    """The recipe with a window for each rank."""
-    return _with(recipe, {"window": tokens, "repeat": True}, {"batch": ranks}, {"sp": 1})
-
-
-def _shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> Recipe:
-    """The recipe with one window over all ranks."""
-    data |= {"window": tokens * ranks, "repeat": True}
-    return _with(recipe, data, {"batch": 1}, {"sp": ranks, "scan": scan})
-
-
-def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: dict[str, Any]) -> Recipe:
-    sections = {
-        "data": recipe.data.model_copy(update=data),
-        "train": recipe.train.model_copy(update=batch),
-        "mesh": recipe.mesh.model_copy(update=place),
-    }
-    return recipe.model_copy(update=sections)
 
 
 def report(results: Results) -> list[Table]:

@@ -1,0 +1,55 @@
+"""Whole steps of a model, laid out and timed for a comparison."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lasptrain.parallel import mesh
+from lasptrain.recipe import Recipe
+
+TURNS = 5
+
+
+def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
+    """The recipe with a window for each rank."""
+    return _with(recipe, {"window": tokens, "repeat": True}, {"batch": ranks}, {"sp": 1})
+
+
+def shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> Recipe:
+    """The recipe with one window over all ranks."""
+    data |= {"window": tokens * ranks, "repeat": True}
+    return _with(recipe, data, {"batch": 1}, {"sp": ranks, "scan": scan})
+
+
+def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: dict[str, Any]) -> Recipe:
+    sections = {
+        "data": recipe.data.model_copy(update=data),
+        "train": recipe.train.model_copy(update=batch),
+        "mesh": recipe.mesh.model_copy(update=place),
+    }
+    return recipe.model_copy(update=sections)
+
+
+def timed(update: Callable[[int], float], device: torch.device) -> tuple[float, int]:
+    """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for step in range(3):  # the first two compile, allocate and tune
+        update(step)
+    seconds = median(largest(update(3 + step)) for step in range(TURNS))
+    return seconds, int(largest(mesh.peak_memory(device)))
+
+
+def largest(value: float) -> float:
+    """The largest over ranks."""
+    found = torch.tensor(value, dtype=torch.float64, device=mesh.device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)

@@ -1,0 +1,116 @@
+"""What it costs to share a window, as α–β models of the links between GPUs: predictions. No torch, no GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from lasptrain.plan import Rates, seconds_per_token, state_bytes
+from lasptrain.recipe import Recipe
+
+
+class Link(NamedTuple):
+    """What carries a message between two GPUs: seconds before its first byte arrives, then bytes/s."""
+
+    latency: float
+    bandwidth: float
+
+
+class Links(NamedTuple):
+    """The links of a cluster whose machines have `node` GPUs each; neighbouring ranks are on one machine."""
+
+    inside: Link = Link(10e-6, 300e9)  # NVLink
+    between: Link = Link(25e-6, 40e9)  # one 400 Gbit/s adapter per GPU
+    node: int = 8
+
+    def hops(self, ranks: int) -> list[Link]:
+        """The links from each of so many ranks to the next."""
+        return [self.inside if rank % self.node else self.between for rank in range(1, ranks)]
+
+    def slowest(self, ranks: int) -> Link:
+        """The link that bounds a collective of so many ranks."""
+        return self.inside if ranks <= self.node else self.between
+
+
+ASSUMED = Links()
+PARTS = 8  # into which the all-scan cuts a state
+
+
+def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) -> dict[str, float]:
+    """Seconds that each scan takes to bring `size` bytes of state through `ranks` ranks, in one direction.
+
+    With n ranks, S bytes, latency α and bandwidth β of a link, until the last rank has what enters its slice:
+
+        ring        Σ (α + S/β) over the n − 1 links         from neighbour to neighbour
+        all_gather  ⌈log₂ n⌉ · α + (n − 1) · S/β             every state to every rank, by the slowest link
+        all_scan    Σ (α + S/(P·β)) + (P − 1) · its largest  the ring with the state in P parts, sent on as they come
+
+    `carried`: another segment follows, and the last rank of a chain sends the first what leaves: one message more for
+    ring and all_scan, none for all_gather, whose ranks know it. One rank takes no time.
+    """
+    if ranks == 1:
+        return dict.fromkeys(("ring", "all_gather", "all_scan"), 0.0)
+    hops, slowest = links.hops(ranks), links.slowest(ranks)
+    back = (slowest.latency + size / slowest.bandwidth) * carried
+    parts = [hop.latency + size / PARTS / hop.bandwidth for hop in hops]
+    return {
+        "ring": sum(hop.latency + size / hop.bandwidth for hop in hops) + back,
+        "all_gather": math.ceil(math.log2(ranks)) * slowest.latency + (ranks - 1) * size / slowest.bandwidth,
+        "all_scan": sum(parts) + (PARTS - 1) * max(parts) + back,
+    }
+
+
+def with_scan(recipe: Recipe, sp: int, segment: int, links: Links = ASSUMED) -> Recipe:
+    """The recipe with `mesh.scan: auto` decided: the cheapest for one layer's state of a micro-batch."""
+    if recipe.mesh.scan != "auto":
+        return recipe
+    costs = scan_seconds(sp, _state(recipe), links, carried=segment < recipe.data.window)
+    mesh = recipe.mesh.model_copy(update={"scan": min(costs, key=costs.__getitem__)})
+    return recipe.model_copy(update={"mesh": mesh})
+
+
+def _state(recipe: Recipe) -> int:
+    """Bytes of one layer's state."""
+    return recipe.train.micro_batch * state_bytes(recipe.model) // recipe.model.layers
+
+
+def step_seconds(
+    recipe: Recipe, vocab: int, ranks: int, tokens: int, rates: Rates, links: Links = ASSUMED
+) -> dict[str, float | None]:
+    """Seconds of a step in which each rank has `tokens` tokens, by method; None where a method takes no so many ranks.
+
+    `none` shares nothing. A scan hides behind the products for queries and gate, and in the backward behind the
+    gradient of queries. Ulysses and Megatron wait for what they send; Ring Attention sends a block while it works on
+    one, and the last rank works on all of them. Activations have 16 bits, gradients that Ring Attention hands on 32.
+    """
+    model = recipe.model
+    width = model.heads * (model.K + model.V)
+    link = links.slowest(ranks)
+    alone = tokens * seconds_per_token(recipe, vocab, 1, rates)
+    forward = 2 * tokens * model.dim * width / rates.products
+    backward = 4 * tokens * width / (0.8 * rates.copies)
+    scans = {
+        name: sum(max(0.0, seconds - hidden) for hidden in (forward, backward))
+        for name, seconds in scan_seconds(ranks, _state(recipe), links).items()
+    }
+
+    def sending(size: float, messages: int) -> float:
+        return messages * link.latency + size / link.bandwidth
+
+    traded = 4 * tokens * width * (ranks - 1) / ranks
+    work = 2 * tokens * width / (0.8 * rates.copies)
+    block = 2 * tokens * width
+    waiting = {
+        "ulysses": 2 * sending(traded, 4),
+        "ring_attention": (ranks - 1) * (max(work, sending(block, 1)) + max(2 * work, sending(3 * block, 2))),
+        "megatron": sending(8 * 2 * (ranks - 1) * tokens * model.dim, 8),
+    }
+    split = model.heads % ranks == 0
+    return {
+        "none": alone,
+        **{name: alone + model.layers * seconds for name, seconds in scans.items()},
+        **{
+            name: alone + model.layers * seconds if split or name == "ring_attention" else None
+            for name, seconds in waiting.items()
+        },
+    }
