@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library of the running Python, or files and folders of .txt and .jsonl."""
+"""Where text comes from: the running Python's library, files and folders of text, folders of repositories."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from lasptrain.data.shard import file_sha256
-from lasptrain.errors import DataError
+from lasptrain.errors import DataError, SetupError
 
 PYTHON_SOURCE = "python:source"
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+REPOSITORIES = "repositories:"  # before a folder: each folder in it is one document
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
+LARGEST_CODE = 1 << 20  # bytes; a longer file of a repository is data
+ROWS = 256  # of a parquet file that are in memory at once
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+HIDDEN = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
 TESTS = {"test", "tests", "idle_test"}
 
 Errors = Literal["fail", "replace", "skip"]
@@ -51,11 +56,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """A named list of files in the order they are read. `root` is what their names are relative to."""
+    """A named list of files in the order they are read. `root` is what their names are relative to.
+
+    `repositories`: the files of each folder right below `root` are one document.
+    """
 
     name: str
     root: Path
     files: tuple[Path, ...]
+    repositories: bool = False
 
     @property
     def bytes(self) -> int:
@@ -75,19 +84,40 @@ class Source:
 
         Raises DataError with file and line for what `reading` does not tolerate.
         """
+        for place, text, done in self._repositories(dropped) if self.repositories else self._files(reading, dropped):
+            if text.strip():
+                yield Document(place, text, done)
+            else:
+                dropped["empty"] += 1
+
+    def _files(self, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
         done = 0
         for path in self.files:
             with _naming(path), path.open("rb") as raw:
                 for place, text, position in _texts(path, raw, reading, dropped):
-                    if text.strip():
-                        yield Document(place, text, done + position)
-                    else:
-                        dropped["empty"] += 1
-                done += raw.seek(0, io.SEEK_END)
+                    yield place, text, done + position
+                done += os.fstat(raw.fileno()).st_size
+
+    def _repositories(self, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
+        """(folder, its text files one after another, each under its name, bytes read) for each repository."""
+        done = 0
+        for name, files in groupby(self.files, key=lambda path: path.relative_to(self.root).parts[0]):
+            parts = []
+            for path in files:
+                with _naming(path):
+                    content = path.read_bytes()
+                done += len(content)
+                text = _code(content)
+                if text is None:
+                    dropped["not code"] += 1
+                else:
+                    parts.append(f"# {path.relative_to(self.root / name).as_posix()}\n{text.rstrip()}\n")
+            yield str(self.root / name), "\n".join(parts), done
 
 
 def open_source(spec: str, tests: bool = False) -> Source:
-    """The source of that name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below.
+    """The source of that name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below;
+    `repositories:FOLDER` takes each folder in it as one document.
 
     Raises DataError when there is nothing to read.
     """
@@ -96,6 +126,8 @@ def open_source(spec: str, tests: bool = False) -> Source:
         without = NOT_LIBRARY if tests else NOT_LIBRARY | TESTS
         files = [path for path in _below(root, without) if path.suffix == ".py"]
         name = f"{PYTHON_SOURCE} {platform.python_version()}"
+    elif spec.startswith(REPOSITORIES):
+        return _open_repositories(Path(spec.removeprefix(REPOSITORIES)))
     else:
         root = Path(spec)
         if not spec or not root.exists():
@@ -106,6 +138,25 @@ def open_source(spec: str, tests: bool = False) -> Source:
     if not files:
         raise DataError(f"{spec}: 0 files to read; {', '.join(SUFFIXES)} fit")
     return Source(name, root, tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix())))
+
+
+def _open_repositories(root: Path) -> Source:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; {REPOSITORIES}FOLDER takes each folder in it as one document")
+    files = [path for path in _below(root, HIDDEN) if len(path.relative_to(root).parts) > 1 and path.is_file()]
+    if not files:
+        raise DataError(f"{root}: 0 files in folders; {REPOSITORIES}FOLDER takes each folder in it as one document")
+    return Source(root.resolve().name, root, tuple(sorted(files, key=lambda path: path.relative_to(root).parts)), True)
+
+
+def _code(content: bytes) -> str | None:
+    """The text of a file of a repository, or None if it is no text, or so long that nobody wrote it."""
+    if len(content) > LARGEST_CODE or b"\0" in content:
+        return None
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _below(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
@@ -124,8 +175,11 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
         else:
             yield str(path), text, raw.tell()
         return
-    stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-    if path.name.removesuffix(".gz").endswith(".txt"):
+    if path.suffix == ".parquet":
+        yield from _rows(path, reading, dropped)
+        return
+    stream = _unpacked(path, raw)
+    if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
         texts = iter([(str(path), stream.read().removeprefix(codecs.BOM_UTF8))])
         decode: Callable[[bytes, str, Reading, Counter[str]], str | None] = _decode
     else:
@@ -135,6 +189,76 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
         text = decode(content, place, reading, dropped)
         if text is not None:
             yield place, text, raw.tell()
+
+
+class _Frames(io.RawIOBase):
+    """The content of zstandard frames; unlike the library's own reader it says so when a file ends inside of one."""
+
+    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]):
+        self._raw, self._new, self._frame = raw, decompressor, decompressor()
+        self._packed = self._content = b""
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            packed = self._packed or self._raw.read(1 << 17)
+            if not packed:
+                if self._inside:
+                    raise EOFError("it ends inside of a zstandard frame")
+                return 0
+            self._content, self._packed = self._frame.decompress(packed), b""
+            self._inside = not self._frame.eof
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, self._new()
+        count = min(len(buffer), len(self._content))
+        buffer[:count], self._content = self._content[:count], self._content[count:]
+        return count
+
+
+def _unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
+    """The content of a file that may be compressed; SetupError where its library is missing."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise SetupError(f"{path}: needs zstandard: pip install 'lasptrain[data]'") from None
+        return io.BufferedReader(_Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj()), 1 << 17)
+    return raw
+
+
+def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
+    """(place, text, bytes of the file read) for each row of a parquet file."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise SetupError(f"{path}: needs pyarrow: pip install 'lasptrain[data]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+        columns = file.schema_arrow.names
+        if reading.field not in columns:
+            raise DataError(f"{path}: no column {reading.field!r}; it has {', '.join(columns)}")
+        size, rows, number = path.stat().st_size, max(1, file.metadata.num_rows), 0
+        for batch in file.iter_batches(ROWS, columns=[reading.field]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                if isinstance(text, str):
+                    yield f"{path}:{number}", text, size * number // rows
+                else:
+                    _malformed(f"{path}:{number}: {type(text).__name__} under {reading.field!r}", reading, dropped)
+    except ArrowException as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _malformed(problem: str, reading: Reading, dropped: Counter[str]) -> None:
+    """Counts a line that holds no text; DataError when there are too many."""
+    dropped["malformed"] += 1
+    if dropped["malformed"] > reading.max_bad:
+        raise DataError(f"{problem}; {reading.max_bad} such lines are tolerated")
 
 
 def _python(content: bytes) -> str | None:
@@ -162,10 +286,8 @@ def _json_text(line: bytes, place: str, reading: Reading, dropped: Counter[str])
         if not isinstance(text, str):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        dropped["malformed"] += 1
-        if dropped["malformed"] > reading.max_bad:
-            reason = error if isinstance(error, ValueError) else f"no text under {reading.field!r}"
-            raise DataError(f"{place}: {reason}; {reading.max_bad} such lines are tolerated") from error
+        reason = error if isinstance(error, ValueError) else f"no text under {reading.field!r}"
+        _malformed(f"{place}: {reason}", reading, dropped)
         return None
     try:
         text.encode()
@@ -190,8 +312,12 @@ def _invalid(problem: str, repaired: str, reading: Reading, dropped: Counter[str
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the file system and of gzip, with the name of the file."""
+    """Errors of the file system and of decompression, with the name of the file."""
     try:
         yield
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":  # of a library that may not be there
+            raise DataError(f"{path}: {error}") from error
+        raise

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+CONTEXT = mp.get_context("forkserver")  # torch is imported once, not by every rank
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "lasptrain.train", "lasptrain.ops.chunked"])
 GRACE = 5.0  # seconds the other ranks get to end by themselves after one has failed
 
 
@@ -29,16 +31,13 @@ def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) ->
     the rank that failed first, or naming the ranks that were still running after `timeout` seconds.
     No process outlives the call.
     """
-    context = mp.get_context("spawn")
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="gloo-") as name:
         folder = Path(name)
         processes: list[BaseProcess] = [
-            context.Process(target=_rank, args=(rank, world, folder, timeout, fn, args), daemon=True)
+            CONTEXT.Process(target=_rank, args=(rank, world, folder, timeout, fn, args), daemon=True)
             for rank in range(world)
         ]
-        inherited = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the children while they import torch
         try:
             for process in processes:
                 process.start()
@@ -48,10 +47,6 @@ def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) ->
                 if process.pid is not None:
                     process.kill()
                     process.join()
-            if inherited is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = inherited
         _raise_failure(folder, processes, late, timeout)
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world)]  # noqa: S301
 

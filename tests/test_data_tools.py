@@ -11,7 +11,10 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from data_tools import commands
 from data_tools.prepare import ensure_dataset, prepare
@@ -96,6 +99,60 @@ def test_a_tokenizer_that_may_not_be_cut_is_found_out(library: list[str]) -> Non
             return [32, *super().encode(text)]
 
     assert not cuts_safely(Prefixing(), library[:1])
+
+
+def texts(spec: Path | str, reading: Reading = Reading()) -> list[tuple[str, str, int]]:  # noqa: B008  (frozen)
+    source = open_source(str(spec))
+    return [(document.place, document.text, document.done) for document in source.documents(reading, Counter())]
+
+
+def test_compressed_files_and_tables_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"line {i}\n", "body": f"body {i}"}) for i in range(600)]
+    content = "\n".join(lines).encode()
+    middle = len(content) // 2
+    frames = [zstandard.compress(content[:middle]), zstandard.compress(content[middle:])]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"one text"))
+    table = pyarrow.table({"text": [f"row {i}" for i in range(600)] + [None], "other": [*range(600), 1]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    found = texts(tmp_path, Reading(max_bad=1))
+    assert [text for _, text, _ in found] == [f"line {i}\n" for i in range(600)] + ["one text"] + [
+        f"row {i}" for i in range(600)
+    ]
+    assert found[0][0] == f"{tmp_path / 'a.jsonl.zst'}:1" and found[-1][0] == f"{tmp_path / 'c.parquet'}:600"
+    done = [position for *_, position in found]
+    assert done == sorted(done) and done[-1] <= open_source(str(tmp_path)).bytes
+    with pytest.raises(DataError, match=r"c\.parquet:601: NoneType under 'text'; 0 such lines are tolerated"):
+        texts(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: no column 'body'; it has text, other"):
+        texts(tmp_path / "c.parquet", Reading(field="body"))
+    for name in ("a.jsonl.zst", "c.parquet"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 3])
+        with pytest.raises(DataError, match=name.replace(".", r"\.")):
+            texts(tmp_path / name)
+
+
+def test_a_repository_is_one_document(tmp_path: Path) -> None:
+    for name, content in {
+        "one/b/c.py": b"c = 1\n\n\n",
+        "one/a.py": b"a = 1",
+        "one/.git/config": b"hidden",
+        "one/image.png": b"\x89PNG\0",
+        "one/latin.txt": b"\xe9",
+        "two/readme": b"text\n",
+        "stray.py": b"belongs to none",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    source, dropped = open_source(f"repositories:{tmp_path}"), Counter[str]()
+    found = list(source.documents(Reading(), dropped))
+    assert [document.text for document in found] == ["# a.py\na = 1\n\n# b/c.py\nc = 1\n", "# readme\ntext\n"]
+    assert [document.place for document in found] == [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert found[-1].done == source.bytes and dropped == {"not code": 2}
+    for wrong in (tmp_path / "missing", tmp_path / "two"):
+        with pytest.raises(DataError, match=f"{wrong}: .*repositories:FOLDER takes each folder in it as one document"):
+            open_source(f"repositories:{wrong}")
 
 
 def test_training_a_tokenizer_is_deterministic(corpus: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def split(rank: int, world: int) -> dict[str, float]:
         assert before == (2 * 2 * 4 * (24 // world) * 24 * 8 + squares(arch, world)) * (world - 1)
         loss.backward()
         norm = reduce_gradients(part, traffic)
-        worst[f"{arch} {form} loss"] = float(abs(traffic.sum(loss.detach()) - want) / want)
+        worst[f"{arch} {form} loss"] = float(abs(traffic.sum(loss.detach()) / want.detach() - 1))
         gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
         total = torch.stack([g.norm() for g in gradients.values()]).norm()
         worst[f"{arch} {form} norm"] = float(abs(norm - total) / total)
