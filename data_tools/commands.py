@@ -11,8 +11,11 @@ from data_tools.prepare import Progress
 from data_tools.prepare import prepare as prepare_folder
 from data_tools.sources import Reading, open_source
 from lasptrain.data.manifest import Manifest
+from lasptrain.data.mixture import MixedDataset
 from lasptrain.data.shard import Shard, file_sha256
+from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError, SetupError
+from lasptrain.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class Inspection:
             if documents
         ]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How several sources come together: a line for each."""
+
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,25 @@ def prepare(
 def inspect(folder: Path, window: int | None = None) -> Inspection:
     """Read `dataset.json`."""
     return Inspection(folder, Manifest.load(folder), window)
+
+
+def preview(recipe: Recipe) -> Mixing:
+    """What a recipe's training will read of each of its sources; prepares those that never were."""
+    data, train = recipe.data, recipe.train
+    dataset = open_dataset(data)
+    parts, counts = [dataset], [data.mix_block]
+    if isinstance(dataset, MixedDataset):
+        parts, counts = list(dataset.parts), list(dataset.counts)
+    total = train.steps * train.batch
+    lines = [f"{total:,} windows of {data.window:,} tokens in {train.steps:,} steps, mixed {sum(counts):,} at a time"]
+    for part, count in zip(parts, counts, strict=True):
+        tokens = part.whole("train").tokens
+        epochs = total * data.window * count / sum(counts) / tokens
+        lines.append(
+            f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
+            f"{tokens:,} tokens, {epochs:.2f} epochs" + ("; each more than 4 times" if epochs > 4 else "")
+        )
+    return Mixing(tuple(lines))
 
 
 def verify(folder: Path) -> Verification:

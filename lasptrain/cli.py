@@ -384,6 +384,14 @@ def inspect(
 
 
 @data_app.command()
+def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show in which shares a recipe reads its sources, and how often."""
+    from data_tools import commands
+
+    typer.echo(str(commands.preview(load(recipe, overrides))))
+
+
+@data_app.command()
 def verify(folder: Dataset) -> None:
     """Read every byte of a dataset and check it."""
     from data_tools import commands

@@ -103,10 +103,21 @@ class Model(Section):
             yield "model.normalizer", "found true; only arch: linear_transformer has a normalizer, leave it out"
 
 
-class Data(Section):
-    """What it is trained on: one stream of documents, cut into windows."""
+class Part(Section):
+    """One of several sources, and how many windows come from it, as a weight."""
 
-    source: Text = "python:source"  # the Python library's own source, a prepared folder, or text to prepare
+    path: Text
+    weight: Annotated[float, Field(gt=0, le=1e9)]
+
+
+class Data(Section):
+    """What it is trained on: one stream of documents, cut into windows; or several, mixed."""
+
+    # the Python library's own source, a prepared folder, or text to prepare; or several, each with path and weight
+    source: Annotated[Text | Annotated[tuple[Part, ...], Field(min_length=1)], BeforeValidator(_tuple)] = (
+        "python:source"
+    )
+    mix_block: Count = 1024  # windows in which several sources come in exactly their shares
     tokenizer: Text = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
     window: Count  # tokens
     seed: Seed = 0  # of the order of windows

@@ -112,6 +112,8 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(key: str, value: Any) -> Any:
+    if key == "data.source" and not isinstance(value, str):
+        return [{**part, "path": Path(part["path"]).name} for part in value]
     return Path(value).name if key in ("data.source", "data.tokenizer") else value
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"ops", "run"},
     {"models", "data", "data_tools", "loss", "optim", "parallel"},
     {"checkpoint", "metrics", "profile"},
-    {"stream", "train", "eval", "convert", "plan", "bench", "summary"},
+    {"stream", "train", "eval", "convert", "plan", "links", "bench", "summary"},
     {"launch", "rank", "cli"},
     {"__main__"},
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from lasptrain.data.manifest import FILE, Manifest, ShardEntry
+from lasptrain.data.order import window_start
 from lasptrain.data.shard import Shard, Tokens
 from lasptrain.errors import DataError
 
@@ -24,6 +27,14 @@ class Split:
         self.align = align
         self._ends = list(accumulate(shard.header.n_tokens for shard in shards))
         self.tokens = self._ends[-1] if shards else 0
+
+    def window_start(self, window: int, seed: int, sample: int) -> int:
+        """The token where a sample's window starts."""
+        return window_start(self.tokens, window, self.align, seed, sample)
+
+    def held_out(self, window: int) -> list[int]:
+        """Where windows start that are cut from the start of the split, without shift or shuffle."""
+        return list(range(0, self.tokens // window * window, window))
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """Tokens [start, start + count) of the ring: int64 [count].
@@ -47,13 +58,30 @@ class Split:
         return torch.from_numpy(tokens.astype(np.int64))
 
 
+class Windows(Protocol):
+    """Where windows come from: one split, or several mixed. A place is where a window, or a slice of it, starts."""
+
+    name: str
+    tokens: int  # of the shortest ring
+    align: int
+
+    def window_start(self, window: int, seed: int, sample: int) -> int:
+        """Place of the window that a sample reads."""
+
+    def held_out(self, window: int) -> list[int]:
+        """Places of fixed windows, for validation."""
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        """Tokens from a place on: int64 [count]."""
+
+
 @dataclass(frozen=True)
 class TokenDataset:
     """A dataset whose files are all there and are the ones that `dataset.json` names."""
 
     folder: Path
     manifest: Manifest
-    splits: dict[str, Split]
+    splits: Mapping[str, Windows]
 
     @classmethod
     def open(cls, folder: Path) -> TokenDataset:
@@ -73,7 +101,13 @@ class TokenDataset:
         splits = {name: Split(name, members, manifest.order.align) for name, members in shards.items()}
         return cls(folder, manifest, splits)
 
-    def split(self, name: str) -> Split:
+    def whole(self, name: str) -> Split:
+        """The split of that name of one dataset."""
+        split = self.split(name)
+        assert isinstance(split, Split)
+        return split
+
+    def split(self, name: str) -> Windows:
         """The split of that name. Raises DataError when there is none."""
         if name not in self.splits:
             raise DataError(f"{self.folder}: no split {name!r}, it has {', '.join(sorted(self.splits)) or 'none'}")

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from lasptrain.data.dataset import Split
-from lasptrain.data.order import window_start
+from lasptrain.data.dataset import Windows
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.loss import IGNORED
 
@@ -44,7 +43,7 @@ class SliceLoader:
 
     def __init__(
         self,
-        split: Split,
+        split: Windows,
         *,
         window: int,
         batch: int,
@@ -82,12 +81,10 @@ class SliceLoader:
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def window_starts(self, step: int) -> list[int]:
-        """Where each of the global batch's windows of a step starts in the ring."""
+        """The place of each of the global batch's windows of a step."""
         first = step * self.batch
-        return [
-            window_start(self.split.tokens, self.window, self.split.align, self.seed, sample)
-            for sample in range(first, first + self.batch)
-        ]
+        samples = range(first, first + self.batch)
+        return [self.split.window_start(self.window, self.seed, sample) for sample in samples]
 
     def read_step(self, step: int) -> list[MicroBatch]:
         """What this rank trains on in a step: of its windows d, d + dp, …, `micro_batch` at a time."""
@@ -107,7 +104,7 @@ class SliceLoader:
 
     def validation_rounds(self, windows: int) -> int:
         """How many times `validation_slices` is asked, by every rank, to cover the first `windows` windows."""
-        fit = self.split.tokens // self.window
+        fit = len(self.split.held_out(self.window))
         if windows > fit:
             raise DataError(
                 f"{windows} validation windows of {self.window:,} tokens asked, {fit} fit: split {self.split.name} has "
@@ -123,7 +120,8 @@ class SliceLoader:
         """
         rows = range(index * self.micro_batch, (index + 1) * self.micro_batch)
         numbers = [row * self.dp + self.dp_rank for row in rows]
-        slices = self._micro_batch([number * self.window if number < windows else 0 for number in numbers])
+        places = self.split.held_out(self.window)
+        slices = self._micro_batch([places[number] if number < windows else places[0] for number in numbers])
         filling = torch.tensor([number >= windows for number in numbers])
         return tuple(piece._replace(labels=piece.labels.masked_fill(filling[:, None], IGNORED)) for piece in slices)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_tools.prepare import Progress, ensure_dataset
 from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.mixture import mix
 from lasptrain.recipe import Data
 
 
@@ -21,5 +22,13 @@ def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
 
     Raises DataError where it is missing, damaged, or made with another tokenizer than `data.tokenizer`.
     """
-    folder = ensure_dataset(data.source, data.tokenizer, cache_folder(data), data.validation, data.seed, progress)
-    return TokenDataset.open(folder)
+    names = [data.source] if isinstance(data.source, str) else [part.path for part in data.source]
+    parts = [
+        TokenDataset.open(
+            ensure_dataset(name, data.tokenizer, cache_folder(data), data.validation, data.seed, progress)
+        )
+        for name in names
+    ]
+    if isinstance(data.source, str):
+        return parts[0]
+    return mix(parts, [part.weight for part in data.source], data.mix_block)

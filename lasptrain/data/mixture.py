@@ -1,0 +1,116 @@
+"""Several datasets in fixed shares: which of them a sample reads is as pure a function of (seed, sample) as where.
+
+Of every block of `sum(counts)` samples, dataset k gives exactly counts[k] windows, at places that a permutation of the
+block says; each has its own ring, order and epochs. A window comes from one dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+
+import torch
+
+from lasptrain.data.dataset import Split, TokenDataset
+from lasptrain.data.order import permute, splitmix64
+from lasptrain.errors import DataError
+
+SPAN = 1 << 48  # tokens between the places of one dataset and of the next
+
+
+def shares(weights: Sequence[float], block: int) -> list[int]:
+    """Windows of each dataset in a block: weights · block, by largest remainders.
+
+    Raises DataError where one would get none, naming the least weight that fits.
+    """
+    if block < len(weights):
+        raise DataError(f"data.mix_block: {block} windows for {len(weights)} sources; expected one for each at least")
+    exact = [Fraction(weight) for weight in weights]
+    parts = [weight / sum(exact) * block for weight in exact]
+    counts = [int(part) for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda k: (counts[k] - parts[k], k))
+    for k in by_remainder[: block - sum(counts)]:
+        counts[k] += 1
+    for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        if count == 0:
+            rest = float(sum(exact) - exact[number])
+            raise DataError(
+                f"data.source.{number}.weight: {weight:g} is no window in {block}; the least that fits is "
+                f"{math.ceil(rest / max(1, block - 1) * 1e6) / 1e6:g}, or a larger data.mix_block"
+            )
+    return counts
+
+
+class Mixture:
+    """The same split of several datasets. A place is `number of the dataset · SPAN + token of its ring`."""
+
+    def __init__(self, splits: Sequence[Split], counts: Sequence[int]):
+        self.splits, self.counts = splits, counts
+        self.name = splits[0].name
+        self.tokens = min(split.tokens for split in splits)
+        self.align = math.lcm(*(split.align for split in splits))
+        self._ends = list(accumulate(counts))
+
+    def sample(self, seed: int, sample: int) -> tuple[int, int]:
+        """(dataset, its own sample) of a sample."""
+        block, place = divmod(sample, self._ends[-1])
+        slot = permute(self._ends[-1], place, splitmix64(seed), block)
+        number = bisect_right(self._ends, slot)
+        first = self._ends[number] - self.counts[number]
+        return number, block * self.counts[number] + slot - first
+
+    def window_start(self, window: int, seed: int, sample: int) -> int:
+        """Place of a sample's window."""
+        number, own = self.sample(seed, sample)
+        return number * SPAN + self.splits[number].window_start(window, seed, own)
+
+    def held_out(self, window: int) -> list[int]:
+        """Places of windows from the starts of the splits, the datasets' first ones first."""
+        places = [split.held_out(window) for split in self.splits]
+        longest = max(map(len, places))
+        return [k * SPAN + p[i] for i in range(longest) for k, p in enumerate(places) if i < len(p)]
+
+    def read(self, start: int, count: int) -> torch.Tensor:
+        """Tokens [start, start + count) of the ring that the place is in: int64 [count]."""
+        number, token = divmod(start, SPAN)
+        return self.splits[number].read(token, count)
+
+
+@dataclass(frozen=True)
+class MixedDataset(TokenDataset):
+    """Datasets in shares; what is not theirs together is that of the first."""
+
+    parts: tuple[TokenDataset, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the datasets' own and their shares."""
+        content = [[part.fingerprint, count] for part, count in zip(self.parts, self.counts, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Mean over windows: what a model of token frequencies would reach that knows a window's dataset."""
+        pairs = zip(self.parts, self.counts, strict=True)
+        return sum(part.unigram_entropy * count for part, count in pairs) / sum(self.counts)
+
+
+def mix(parts: Sequence[TokenDataset], weights: Sequence[float], block: int) -> TokenDataset:
+    """The datasets in shares of `weights`; raises DataError where they were made with different tokenizers."""
+    first = parts[0]
+    for part in parts[1:]:
+        if part.tokenizer_sha256 != first.tokenizer_sha256:
+            raise DataError(
+                f"data.source: {part.folder} was made with tokenizer {part.manifest.tokenizer.name}, "
+                f"{first.folder} with {first.manifest.tokenizer.name}; sources that are mixed share one"
+            )
+    counts = shares(weights, block)
+    splits = {name: Mixture([part.whole(name) for part in parts], counts) for name in ("train", "validation")}
+    return MixedDataset(first.folder, first.manifest, splits, tuple(parts), tuple(counts))
