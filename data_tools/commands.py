@@ -6,16 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools import synthetic
 from data_tools import tokenizer as tokenizers
-from data_tools.prepare import Progress
+from data_tools.prepare import ANY_LENGTH, Progress
 from data_tools.prepare import prepare as prepare_folder
 from data_tools.sources import Reading, open_source
+from data_tools.synthetic import Kind
 from lasptrain.data.manifest import Manifest
-from lasptrain.data.mixture import MixedDataset
 from lasptrain.data.shard import Shard, file_sha256
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError, SetupError
-from lasptrain.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,12 @@ class Inspection:
     folder: Path
     manifest: Manifest
     window: int | None = None
+
+    def rate(self, seconds: float) -> str:
+        """How fast it was made."""
+        splits = self.manifest.splits.values()
+        tokens, size = sum(split.tokens for split in splits), sum(split.bytes for split in splits)
+        return f"{seconds:.1f} s: {size / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -64,16 +69,6 @@ class Inspection:
             if documents
         ]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How several sources come together: a line for each."""
-
-    lines: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
 
 
 @dataclass(frozen=True)
@@ -112,6 +107,7 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
+    lengths: tuple[int, int] = ANY_LENGTH,
 ) -> Inspection:
     """Write a dataset and show what is in it."""
     folder = prepare_folder(
@@ -123,6 +119,7 @@ def prepare(
         seed=seed,
         workers=workers,
         progress=progress,
+        lengths=lengths,
     )
     return inspect(folder)
 
@@ -132,23 +129,12 @@ def inspect(folder: Path, window: int | None = None) -> Inspection:
     return Inspection(folder, Manifest.load(folder), window)
 
 
-def preview(recipe: Recipe) -> Mixing:
-    """What a recipe's training will read of each of its sources; prepares those that never were."""
-    data, train = recipe.data, recipe.train
-    dataset = open_dataset(data)
-    parts, counts = [dataset], [data.mix_block]
-    if isinstance(dataset, MixedDataset):
-        parts, counts = list(dataset.parts), list(dataset.counts)
-    total = train.steps * train.batch
-    lines = [f"{total:,} windows of {data.window:,} tokens in {train.steps:,} steps, mixed {sum(counts):,} at a time"]
-    for part, count in zip(parts, counts, strict=True):
-        tokens = part.whole("train").tokens
-        epochs = total * data.window * count / sum(counts) / tokens
-        lines.append(
-            f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
-            f"{tokens:,} tokens, {epochs:.2f} epochs" + ("; each more than 4 times" if epochs > 4 else "")
-        )
-    return Mixing(tuple(lines))
+def synthesize(kind: Kind, sources: list[str], characters: int, count: int, seed: int, out: Path) -> str:
+    """Write documents of a synthetic kind over the text of `sources`."""
+    dropped: Counter[str] = Counter()
+    texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
+    written = synthetic.write(out, synthetic.documents(kind, texts, characters, count, seed))
+    return f"{out}: {written:,} documents of about {characters:,} characters"
 
 
 def verify(folder: Path) -> Verification:

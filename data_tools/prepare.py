@@ -47,6 +47,7 @@ UNIT = 1 << 20  # characters a worker encodes at a time
 SHARD_TOKENS = 1 << 28  # a shard closes with the document that reaches this
 SPLITS = ("train", "validation")
 MILLION = 1_000_000
+ANY_LENGTH = (0, 1 << 62)  # tokens of a document
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in bytes of source, "write" in tokens
 Ids = npt.NDArray[np.uint32]
@@ -97,10 +98,12 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
+    lengths: tuple[int, int] = ANY_LENGTH,
 ) -> Path:
     """Write the dataset of `sources` to the folder `out`, which appears when it is complete.
 
-    `validation_ppm` documents in a million are held out, chosen by their content. Raises SetupError when `out` is not
+    `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
+    `lengths`, both included, are left out. Raises SetupError when `out` is not
     empty or being written, DataError for text that `reading` does not tolerate.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -109,7 +112,7 @@ def prepare(
     with _building(out, wait=False) as hidden:
         if hidden is None:
             raise SetupError(f"{out}: another process has just written it")
-        _build(hidden, _Task(opened, tokenizer_path, reading, validation_ppm, seed, workers, progress))
+        _build(hidden, _Task(opened, tokenizer_path, reading, validation_ppm, seed, workers, progress, lengths))
     return out
 
 
@@ -156,6 +159,7 @@ class _Task:
     seed: int
     workers: int | None
     progress: Progress | None
+    lengths: tuple[int, int] = ANY_LENGTH
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self.progress:
@@ -172,8 +176,12 @@ def _build(folder: Path, task: _Task) -> None:
             split: stack.enter_context(_Spool(folder / f"{split}.spool", tokenizer.vocab_size)) for split in SPLITS
         }
         for document, ids in _encoded(task, tokenizer, dropped):
-            _assign(document, ids, spools, task.validation_ppm)
-            dropped["replaced ▁"] += document.text.count("▁")
+            shortest, longest = task.lengths
+            if shortest <= len(ids) <= longest:
+                _assign(document, ids, spools, task.validation_ppm)
+                dropped["replaced ▁"] += document.text.count("▁")
+            else:
+                dropped["shorter" if len(ids) < shortest else "longer"] += 1
         if spools["train"].tokens == 0:
             held = len(spools["validation"].lengths)
             raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {dict(+dropped)}")

@@ -360,35 +360,70 @@ def prepare(
     ] = "fail",
     field: Annotated[str, typer.Option(help="The key of JSON lines that holds the text.")] = "text",
     max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
 ) -> None:
     """Turn text into token shards."""
+    import time
+
     from data_tools import commands
     from data_tools.sources import Reading
     from lasptrain.progress import preparing
 
     reading = Reading(errors, field, max_bad)
+    lengths = (min_tokens, max_tokens or 1 << 62)
+    began = time.monotonic()
     with preparing() as progress:
-        prepared = commands.prepare(sources, tokenizer, out, reading, validation, seed, workers, progress)
+        prepared = commands.prepare(sources, tokenizer, out, reading, validation, seed, workers, progress, lengths)
     typer.echo(str(prepared))
+    typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
 
 
 @data_app.command()
 def inspect(
     folder: Dataset,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens; shows how many windows fit.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="With --window: the text that this sample reads.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="To show text: the one it was made with.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="data.seed of the recipe that reads it.")] = 0,
+    split: Annotated[Literal["train", "validation"], typer.Option()] = "train",
 ) -> None:
-    """Show what a dataset holds."""
+    """Show what a dataset holds, or the text of one window with its documents' boundaries."""
+    from data_tools import commands, windows
+
+    if sample is None:
+        typer.echo(str(commands.inspect(folder, window)))
+        return
+    if window is None or tokenizer is None:
+        raise RecipeError("--sample: needs --window and --tokenizer too")
+    typer.echo(str(windows.show_window(folder, tokenizer, window, sample, seed, split)))
+
+
+@data_app.command()
+def synth(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="The new file.")],
+    kind: Annotated[
+        Literal["passkey", "recall", "tracking"], typer.Option(help="What is hidden and asked.")
+    ] = "recall",
+    characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
+    documents: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Hide facts in real text and ask for them at its end: documents that need a long memory."""
     from data_tools import commands
 
-    typer.echo(str(commands.inspect(folder, window)))
+    typer.echo(commands.synthesize(kind, sources, characters, documents, seed, out))
 
 
 @data_app.command()
 def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show in which shares a recipe reads its sources, and how often."""
-    from data_tools import commands
+    from data_tools import windows
 
-    typer.echo(str(commands.preview(load(recipe, overrides))))
+    typer.echo(str(windows.preview(load(recipe, overrides))))
 
 
 @data_app.command()

@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PATIENCE = 2.0  # seconds of work that need no word
+UNITS = {"encode": "B", "write": " tokens"}  # of the stages of preparing data
 
 
 @contextmanager
 def preparing() -> Iterator[Callable[[str, int, int], None]]:
     """Yields a function `(stage, done, total)`: a bar on stderr for each stage, a line where it is no terminal."""
     console = Console(stderr=True)
-    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
     began = time.monotonic()
 
@@ -24,10 +26,11 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
         if not tasks:
             bars.start()
         if stage not in tasks:
-            tasks[stage] = bars.add_task(f"preparing data: {stage}")
+            tasks[stage] = bars.add_task(f"preparing data: {stage}", rate="")
             if not console.is_terminal:
                 console.print(f"preparing data: {stage}")
-        bars.update(tasks[stage], completed=done, total=total)
+        rate = done / (time.monotonic() - began) / 1e6
+        bars.update(tasks[stage], completed=done, total=total, rate=f"{rate:.1f} M{UNITS[stage]}/s")
 
     try:
         yield show

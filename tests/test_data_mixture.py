@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import commands
+from data_tools import windows
 from data_tools.prepare import prepare
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
@@ -122,6 +122,6 @@ def test_a_recipe_names_several_sources(parts: list[TokenDataset]) -> None:
     dataset = open_dataset(recipe.data)
     assert dataset.fingerprint == mix(parts, WEIGHTS, BLOCK).fingerprint
     assert dataset.fingerprint != mix(parts, WEIGHTS, 20).fingerprint
-    text = str(commands.preview(recipe))
+    text = str(windows.preview(recipe))
     assert "64 windows of 32 tokens in 32 steps, mixed 10 at a time" in text
     assert f"{parts[2].folder}: 1 of 10 windows (10.00 %)" in text

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from data_tools import commands
+from data_tools import commands, synthetic, windows
 from data_tools.prepare import ensure_dataset, prepare
 from data_tools.sources import Reading, open_source
+from data_tools.synthetic import Kind
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, cut, cuts_safely, load_tokenizer
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
@@ -153,6 +155,67 @@ def test_a_repository_is_one_document(tmp_path: Path) -> None:
     for wrong in (tmp_path / "missing", tmp_path / "two"):
         with pytest.raises(DataError, match=f"{wrong}: .*repositories:FOLDER takes each folder in it as one document"):
             open_source(f"repositories:{wrong}")
+
+
+@pytest.mark.parametrize("kind", ["passkey", "recall", "tracking"])
+def test_what_is_asked_at_the_end_was_hidden_in_the_text(kind: Kind) -> None:
+    filler = [f"line {i} of text that is real enough" for i in range(400)]
+    found = list(synthetic.documents(kind, filler, 4000, 6, seed=1))
+    assert found == list(synthetic.documents(kind, filler, 4000, 9, seed=1))[:6] and len(set(found)) == 6
+    places = []
+    for text in found:
+        body, asked = text.rsplit("\n", 1)
+        assert 3900 < len(text) < 4200
+        if kind == "tracking":
+            assigned = dict(re.findall(r"VAR (\w+) = (\w+)\.", body))
+            value = re.findall(r"hold (\d+)", asked)[0]
+            chain = re.findall(r"[a-z]+\d\d", asked.split(":")[1])
+            assert [assigned[name] for name in chain] == [value, *chain[:-1]]
+            assert len(assigned) == 8 and sum(name not in chain for name in assigned) == 4
+            order = [body.index(f"VAR {name} =") for name in chain]
+            assert order == sorted(order)
+        else:
+            answers = re.findall(r"The (?:value of \w+|pass key) is \d+", asked)
+            assert len(answers) == (1 if kind == "passkey" else 4) and all(answer in body for answer in answers)
+            places += [body.index(answer) for answer in answers]
+        hidden = [line for line in body.splitlines() if line.startswith(("VAR ", "The "))]
+        rest = body.replace("".join(f"{line}\n" for line in hidden), "") if len(hidden) == 1 else body
+        assert sum(line in rest for line in filler) > 90
+    assert kind == "tracking" or max(places) - min(places) > 1500
+
+
+def test_synthetic_documents_go_to_a_new_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    out = tmp_path / "deep" / "out.jsonl"
+    said = commands.synthesize("recall", [str(tmp_path / "a.txt")], 900, 3, 0, out)
+    assert said == f"{out}: 3 documents of about 900 characters"
+    assert len(texts(out)) == 3 and [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+    with pytest.raises(SetupError, match=r"out\.jsonl: it exists"):
+        commands.synthesize("recall", [str(tmp_path / "a.txt")], 900, 3, 0, out)
+
+
+def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
+    folder = prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    shown = windows.show_window(folder, "bytes", 512, 2, 0, "train")
+    split = TokenDataset.open(folder).whole("train")
+    tokens = split.read(split.window_start(512, 0, 2), 512)
+    assert "".join(text for *_, text in shown.documents) == ByteTokenizer().decode(tokens.tolist())
+    spans = [(first, end) for first, end, _ in shown.documents]
+    assert spans[0][0] == 0 and spans[-1][1] == 512 and all(a[1] == b[0] for a, b in pairwise(spans))
+    assert [first for first, _ in spans[1:]] == [i for i in (tokens == 256).nonzero().flatten().tolist() if i]
+    assert f"window at token {shown.place:,}: {len(spans):,} documents" in str(shown)
+    with pytest.raises(DataError, match=r"--tokenizer: found python-4k\.model; .* was made with another, bytes"):
+        windows.show_window(folder, str(MODEL), 512, 2, 0, "train")
+
+
+def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
+    whole, long, short = (
+        Manifest.load(prepare([str(corpus)], "bytes", tmp_path / name, validation_ppm=0, workers=1, lengths=lengths))
+        for name, lengths in (("whole", (0, 10**9)), ("long", (100, 10**9)), ("short", (0, 99)))
+    )
+    assert long.splits["train"].documents == 3 and long.dropped["shorter"] == short.splits["train"].documents
+    assert long.splits["train"].tokens + short.splits["train"].tokens == whole.splits["train"].tokens
+    assert short.dropped["longer"] == 3
 
 
 def test_training_a_tokenizer_is_deterministic(corpus: Path, tmp_path: Path) -> None:

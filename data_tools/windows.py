@@ -1,0 +1,81 @@
+"""What training reads of datasets: the text of a window, and the shares of several sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from data_tools.tokenizer import load_tokenizer
+from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.mixture import MixedDataset
+from lasptrain.data.source import open_dataset
+from lasptrain.errors import DataError
+from lasptrain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class WindowText:
+    """What a window holds: its documents with the tokens they span, and how each begins and ends."""
+
+    place: int
+    documents: tuple[tuple[int, int, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"window at token {self.place:,}: {len(self.documents):,} documents"]
+        for first, end, text in self.documents:
+            lines.append(f"  {first:>10,} to {end:,}  {_ends(text)}")
+        return "\n".join(lines)
+
+
+def _ends(text: str, most: int = 60) -> str:
+    return repr(text) if len(text) <= 2 * most else f"{text[:most]!r} … {text[-most:]!r}"
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How several sources come together: a line for each."""
+
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def show_window(folder: Path, tokenizer_path: str, window: int, sample: int, seed: int, split: str) -> WindowText:
+    """The window that a sample reads, as text; documents that began before it stand first, without a BOS.
+
+    Raises DataError for another tokenizer than the dataset's, or a split without such a window.
+    """
+    dataset, tokenizer = TokenDataset.open(folder), load_tokenizer(tokenizer_path)
+    if tokenizer.sha256 != dataset.tokenizer_sha256:
+        made = dataset.manifest.tokenizer.name
+        raise DataError(f"--tokenizer: found {tokenizer.name}; {folder} was made with another, {made}")
+    found = dataset.split(split)
+    if found.tokens < window:
+        raise DataError(f"{folder}: split {split} has {found.tokens:,} tokens, no window of {window:,}")
+    place = found.window_start(window, seed, sample)
+    tokens = found.read(place, window)
+    starts = (tokens == dataset.bos).nonzero().flatten().tolist()
+    edges = sorted({0, *starts, window})
+    spans = pairwise(edges)
+    return WindowText(place, tuple((a, b, tokenizer.decode(tokens[a:b].tolist())) for a, b in spans))
+
+
+def preview(recipe: Recipe) -> Mixing:
+    """What a recipe's training will read of each of its sources; prepares those that never were."""
+    data, train = recipe.data, recipe.train
+    dataset = open_dataset(data)
+    parts, counts = [dataset], [data.mix_block]
+    if isinstance(dataset, MixedDataset):
+        parts, counts = list(dataset.parts), list(dataset.counts)
+    total = train.steps * train.batch
+    lines = [f"{total:,} windows of {data.window:,} tokens in {train.steps:,} steps, mixed {sum(counts):,} at a time"]
+    for part, count in zip(parts, counts, strict=True):
+        tokens = part.whole("train").tokens
+        epochs = total * data.window * count / sum(counts) / tokens
+        lines.append(
+            f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
+            f"{tokens:,} tokens, {epochs:.2f} epochs" + ("; each more than 4 times" if epochs > 4 else "")
+        )
+    return Mixing(tuple(lines))
