@@ -394,15 +394,15 @@ def _encode(tokenizer_path: str | Path, may_cut: bool, unit: list[Document]) -> 
     tokenizer = _tokenizer(tokenizer_path)
     encoded = []
     for document in unit:
-        ids = [tokenizer.bos]
-        for piece in cut(document.text) if may_cut else [document.text]:
-            ids += tokenizer.encode(piece)
-        array_ids = np.asarray(ids, np.uint32)
-        wrong = np.flatnonzero((array_ids[1:] == tokenizer.bos) | (array_ids[1:] >= tokenizer.vocab_size))
+        pieces = cut(document.text) if may_cut else [document.text]
+        ids = np.concatenate(
+            [np.array([tokenizer.bos], np.uint32), *(np.asarray(tokenizer.encode(p), np.uint32) for p in pieces)]
+        )
+        wrong = np.flatnonzero((ids[1:] == tokenizer.bos) | (ids[1:] >= tokenizer.vocab_size))
         if wrong.size:
             raise DataError(
                 f"{document.place}: token {ids[wrong[0] + 1]} at {wrong[0]}: BOS inside of a document, or outside of "
                 f"the vocabulary of {tokenizer.vocab_size}"
             )
-        encoded.append(array_ids)
+        encoded.append(ids)
     return encoded

@@ -391,13 +391,15 @@ def inspect(
     split: Annotated[Literal["train", "validation"], typer.Option()] = "train",
 ) -> None:
     """Show what a dataset holds, or the text of one window with its documents' boundaries."""
-    from data_tools import commands, windows
+    from data_tools import commands
 
     if sample is None:
         typer.echo(str(commands.inspect(folder, window)))
         return
     if window is None or tokenizer is None:
         raise RecipeError("--sample: needs --window and --tokenizer too")
+    from data_tools import windows
+
     typer.echo(str(windows.show_window(folder, tokenizer, window, sample, seed, split)))
 
 
