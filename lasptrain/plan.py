@@ -11,13 +11,15 @@ from lasptrain.recipe import REPLICATED, Model, Parallel, Recipe
 def parameters(model: Model, vocab: int) -> dict[str, int]:
     """Parameters by part of the model; their sum is the model's. `vocab` is the number of rows of the embedding."""
     D, H, K, V, F, L = model.dim, model.heads, model.K, model.V, model.mlp, model.layers
-    gated = model.arch == "tnl"
+    gated = model.arch != "linear_transformer"
+    norms = {"tnl": 0, "linear_transformer": L * (2 * D + V) + D, "ssd": L * (2 * D + H * V) + D}
     parts = {
         "embedding": vocab * D,
         "mixer": L * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),
+        "step": L * (H * D + H) * model.data_dependent,
         "mlp": L * 3 * D * F,
         "lrpe": len(model.lrpe) * H * K,
-        "norms": 0 if gated else L * (2 * D + V) + D,
+        "norms": norms[model.arch],
         "head": 0 if model.tie else vocab * D,
     }
     return {part: count for part, count in parts.items() if count}
@@ -195,7 +197,7 @@ DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
 def horizon(model: Model, window: int) -> list[list[int]]:
     """Per layer, at how many heads a token weighs more than 1/1000 after each of DISTANCES."""
     table = slopes(model.decay, model.layers, model.heads, window)
-    return [[sum(slope * far < math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
+    return [[sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
 
 
 def sees(model: Model, window: int) -> float:

@@ -50,7 +50,7 @@ class Section(BaseModel):
 class Model(Section):
     """What is trained. `heads` heads of key dim K and value dim V on a residual stream of `dim` channels."""
 
-    arch: Literal["tnl", "linear_transformer"]
+    arch: Literal["tnl", "linear_transformer", "ssd"]
     dim: Count
     layers: Count
     heads: Count
@@ -62,12 +62,17 @@ class Model(Section):
     lrpe: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = (0,)  # tnl: indices of the layers with LRPE
     tie: bool = True  # the output head is the embedding
     normalizer: bool = False  # linear_transformer: divide by q · Σk
+    data_dependent: bool = False  # ssd: the input says how much each token writes and forgets
 
     @model_validator(mode="before")
     @classmethod
-    def _no_lrpe_outside_tnl(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("arch") == "linear_transformer":
-            return {"lrpe": (), **value}
+    def _defaults_of_others(cls, value: Any) -> Any:
+        """LRPE and the decay that is the default belong to tnl."""
+        match value.get("arch") if isinstance(value, dict) else None:
+            case "linear_transformer":
+                return {"lrpe": (), **value}
+            case "ssd":
+                return {"lrpe": (), "decay": "window", **value}
         return value
 
     @property
@@ -94,13 +99,16 @@ class Model(Section):
                 yield "model.lrpe", f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
         if list(self.lrpe) != sorted(set(self.lrpe)):
             yield "model.lrpe", f"found {list(self.lrpe)}; write {sorted(set(self.lrpe))}"
-        if self.arch == "linear_transformer":
-            if self.decay != "none":
-                yield "model.decay", f"found {self.decay!r}; a linear_transformer does not decay, write decay: none"
-            if self.lrpe:
-                yield "model.lrpe", f"found {list(self.lrpe)}; only arch: tnl has LRPE, leave it out"
-        elif self.normalizer:
+        if self.arch == "linear_transformer" and self.decay != "none":
+            yield "model.decay", f"found {self.decay!r}; a linear_transformer does not decay, write decay: none"
+        if self.lrpe and self.arch != "tnl":
+            yield "model.lrpe", f"found {list(self.lrpe)}; only arch: tnl has LRPE, leave it out"
+        if self.normalizer and self.arch != "linear_transformer":
             yield "model.normalizer", "found true; only arch: linear_transformer has a normalizer, leave it out"
+        if self.data_dependent and self.arch != "ssd":
+            yield "model.data_dependent", "found true; only arch: ssd has a decay that the data says, leave it out"
+        if self.data_dependent and self.decay == "none":
+            yield "model.decay", "found 'none'; with data_dependent = true expected a schedule, such as window"
 
 
 class Part(Section):
@@ -727,7 +735,7 @@ class _Source:
 
 
 _EXPECTED: dict[Path_, str] = {
-    ("model", "arch"): "tnl or linear_transformer",
+    ("model", "arch"): "tnl, ssd or linear_transformer",
     ("model", "dim"): "the width of the model, such as 256",
     ("model", "layers"): "the number of layers, such as 4",
     ("model", "heads"): "the number of heads, such as 4",

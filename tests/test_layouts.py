@@ -28,11 +28,14 @@ from tests.gloo import spawn
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
-Arch = Literal["tnl", "linear_transformer"]
+Arch = Literal["tnl", "linear_transformer", "ssd"]
 
 
 def config(arch: Arch) -> Model:
     tnl = arch == "tnl"
+    if arch == "ssd":
+        sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 4, "mlp": 20, "vocab": VOCAB}
+        return Model.model_validate({"arch": "ssd", "data_dependent": True, "tie": False, **sizes})
     return Model(
         arch=arch,
         dim=24,
@@ -85,7 +88,10 @@ def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Slice]:
 
 def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Initial values, with matrices five times larger: rounding then stays small beside the activations."""
+    g = torch.Generator().manual_seed(7)
     for name, value in initial_values(model, 7, CPU):
+        if ".dt." in name:
+            value = value + torch.randn(value.shape, generator=g).double() / 20
         yield name, value * 5 if name.endswith("weight") else value
 
 
@@ -186,6 +192,7 @@ def test_every_layout_is_one_device(world: int) -> None:
     cases: list[Case] = [("tnl", torch.float32, layout) for layout in layouts(world)]
     cases += [("linear_transformer", torch.float32, layout) for layout in layouts(world)[::5]]
     cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
+    cases += [("ssd", torch.float64, layout) for layout in layouts(world)[2::5]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
@@ -193,6 +200,7 @@ def test_every_layout_is_one_device(world: int) -> None:
 def test_every_number_of_segments_is_one_device(world: int) -> None:
     cases: list[Case] = [("tnl", torch.float64, layout) for layout in streamed(world)]
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
+    cases += [("ssd", torch.float64, layout) for layout in streamed(world)[1::4]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 

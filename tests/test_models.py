@@ -53,24 +53,25 @@ def test_the_slopes_of_a_model_are_those_of_the_released_one() -> None:
     assert table[15][15] == pytest.approx(2**-8 * 1e-5)
 
 
-def model(arch: Literal["tnl", "linear_transformer"], normalizer: bool = False, tie: bool = True) -> LanguageModel:
-    tnl = arch == "tnl"
-    cfg = Model(
-        arch=arch,
-        dim=12,
-        layers=3,
-        heads=3,
-        key_dim=4,
-        value_dim=5,
-        mlp=10,
-        vocab=23,
-        decay="tnl" if tnl else "none",
-        lrpe=(0, 2) if tnl else (),
-        tie=tie,
-        normalizer=normalizer,
-    )
+Arch = Literal["tnl", "linear_transformer", "ssd", "data-dependent ssd"]
+
+
+def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageModel:
+    own: dict[str, dict[str, object]] = {
+        "tnl": {"decay": "tnl", "lrpe": (0, 2)},
+        "linear_transformer": {"decay": "none", "normalizer": normalizer},
+        "ssd": {},
+        "data-dependent ssd": {"data_dependent": True},
+    }
+    sizes = {"dim": 12, "layers": 3, "heads": 3, "key_dim": 4, "value_dim": 5, "mlp": 10, "vocab": 23, "tie": tie}
+    cfg = Model.model_validate({"arch": arch.split()[-1], **sizes, **own[arch]})
     made = LanguageModel(cfg, 64, Attention("chunked"), dtype=torch.float64).double()
-    fill(made, ((n, v * 20 if n.endswith("weight") and v.dim() > 1 else v) for n, v in initial_values(made, 3, CPU)))
+    g = torch.Generator().manual_seed(3)
+    for name, value in initial_values(made, 3, CPU):
+        value = value * 20 if name.endswith("weight") and value.dim() > 1 else value
+        if ".dt." in name or (".norm" in name and arch.endswith("ssd")):
+            value = value + torch.randn(value.shape, generator=g)
+        fill(made, [(name, value)])
     return made
 
 
@@ -130,23 +131,68 @@ def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> 
     return norm(x) * p["norm.weight"] @ p.get("head.weight", p["embed.weight"]).T
 
 
+def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+    """A token at a time: the step scales what is written and says how much is forgotten."""
+
+    def scaled(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    p = dict(m.named_parameters())
+    x = p["embed.weight"][tokens]
+    for i, slope in enumerate(m.decays().double()):
+        w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
+        h = scaled(x, w["norm1.weight"])
+        q, k, v = (F.silu(h @ w[f"mixer.{n}.weight"].T).view(len(h), 3, -1) for n in "qkv")
+        step = torch.ones(len(h), 3, dtype=torch.float64)
+        if m.cfg.data_dependent:
+            step = F.softplus(h @ w["mixer.dt.weight"].T + w["mixer.dt.bias"])
+        state, outputs = torch.zeros(3, 4, 5, dtype=torch.float64), []
+        for t in range(len(h)):
+            kept = torch.exp(-slope * step[t]) if t and doc[t] == doc[t - 1] else torch.zeros(3)
+            state = kept[:, None, None] * state + torch.einsum("hk,hv->hkv", k[t], step[t][:, None] * v[t])
+            outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
+        o = torch.stack(outputs) * F.silu(h @ w["mixer.gate.weight"].T).view(-1, 3, 5)
+        x = x + scaled(o, w["mixer.norm.weight"].view(3, 5)).flatten(1) @ w["mixer.out.weight"].T
+        h = scaled(x, w["norm2.weight"])
+        x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
+    return scaled(x, p["norm.weight"]) @ p.get("head.weight", p["embed.weight"]).T
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize(
-    ("arch", "normalizer"), [("tnl", False), ("linear_transformer", False), ("linear_transformer", True)]
+    ("arch", "normalizer"),
+    [
+        ("ssd", False),
+        ("data-dependent ssd", False),
+        ("tnl", False),
+        ("linear_transformer", False),
+        ("linear_transformer", True),
+    ],
 )
-def test_a_model_is_its_definition(arch: Literal["tnl", "linear_transformer"], normalizer: bool, tie: bool) -> None:
+def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> None:
     m = model(arch, normalizer, tie)
     tokens = torch.randint(23, (1, 90), generator=torch.Generator().manual_seed(1))
     doc = torch.zeros(1, 90, dtype=torch.int32)
     doc[0, 50:] = 1
     with torch.no_grad():
         found = m.norm(m.hidden(tokens, doc)[0])[0] @ m.head_weight.T
-        expected = (tnl_logits if arch == "tnl" else linear_transformer_logits)(m, tokens[0], doc[0])
+        definitions = {"tnl": tnl_logits, "ssd": ssd_logits, "linear_transformer": linear_transformer_logits}
+        expected = definitions[m.cfg.arch](m, tokens[0], doc[0])
     assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
 
 
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer"])
-def test_generation_is_the_forward_pass(arch: Literal["tnl", "linear_transformer"]) -> None:
+def test_a_data_dependent_model_begins_as_its_twin_of_constant_decay() -> None:
+    tokens = torch.randint(23, (1, 40), generator=torch.Generator().manual_seed(1))
+    found = []
+    for made in (model("data-dependent ssd"), model("ssd")):
+        fill(made, initial_values(made, 3, CPU))
+        with torch.no_grad():
+            found.append(made.hidden(tokens)[0])
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-7
+
+
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd"])
+def test_generation_is_the_forward_pass(arch: Arch) -> None:
     m = model(arch)
     tokens = [3, 1, 4, 1, 5]
     continued = generate(m, tokens, 12, temperature=0)
@@ -158,8 +204,8 @@ def test_generation_is_the_forward_pass(arch: Literal["tnl", "linear_transformer
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer"])
-def test_a_plan_counts_the_parameters(arch: Literal["tnl", "linear_transformer"], tie: bool) -> None:
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd"])
+def test_a_plan_counts_the_parameters(arch: Arch, tie: bool) -> None:
     m = model(arch, tie=tie)
     assert sum(plan.parameters(m.cfg, 23).values()) == sum(p.numel() for p in m.parameters())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,13 @@ from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
 from lasptrain.models.mixers import COMPILED, State, TransNormer, Undecayed
+from lasptrain.models.ssd import EPS, StateSpace, Step
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.recipe import Model
 
 INIT_STD = 0.02
+
+Mixer: TypeAlias = TransNormer | Undecayed | StateSpace
 
 
 class Output(NamedTuple):
@@ -36,7 +39,7 @@ class Block(nn.Module):
     `recompute` calls `mix`: directly, or under activation checkpointing.
     """
 
-    def __init__(self, norm1: nn.Module, mixer: TransNormer | Undecayed, norm2: nn.Module, mlp: nn.Module):
+    def __init__(self, norm1: nn.Module, mixer: Mixer, norm2: nn.Module, mlp: nn.Module):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
@@ -175,17 +178,25 @@ class LanguageModel(nn.Module):
 
 
 def _norm(cfg: Model) -> nn.Module:
-    return SimpleRMSNorm() if cfg.arch == "tnl" else RMSNorm(cfg.dim)
+    match cfg.arch:
+        case "tnl":
+            return SimpleRMSNorm()
+        case "linear_transformer":
+            return RMSNorm(cfg.dim)
+        case "ssd":
+            return RMSNorm(cfg.dim, EPS)
 
 
 def _block(cfg: Model, index: int, attention: Attention) -> Block:
     sizes = (cfg.dim, cfg.heads, cfg.K, cfg.V)
-    mixer: TransNormer | Undecayed
+    mixer: Mixer
     match cfg.arch:
         case "tnl":
             mixer = TransNormer(*sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention)
         case "linear_transformer":
             mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
+        case "ssd":
+            mixer = StateSpace(*sizes, data_dependent=cfg.data_dependent, attention=attention)
     return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"))
 
 
@@ -193,12 +204,18 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
     """Initial full-size parameters and buffers by name, one at a time.
 
     Each has a generator of its own, seeded by (seed, name), so every layout of ranks starts from the same weights.
-    Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K. The decay of a
-    layer is a persistent buffer: in a checkpoint the numbers are the definition.
+    Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K; a data-dependent
+    step begins as one, so that such a model begins as its twin of constant decay. The decay of a layer is a persistent
+    buffer: in a checkpoint the numbers are the definition.
     """
     lrpe = {f"{name}.theta" for name, module in model.named_modules() if isinstance(module, Lrpe)}
+    modules = dict(model.named_modules()).items()
+    steps = {f"{name}.{part}" for name, m in modules if isinstance(m, Step) for part in ("weight", "bias")}
     for name, parameter in model.named_parameters():
-        if name in lrpe:
+        if name in steps:
+            first = Step.FIRST_BIAS if name.endswith("bias") else 0.0
+            yield name, torch.full(parameter.shape, first, device=device, dtype=torch.float64)
+        elif name in lrpe:
             count = parameter.numel()
             channel = torch.arange(count, dtype=torch.float64, device=device)
             yield name, (10000.0 ** (-2.0 * channel / count)).view(parameter.shape)

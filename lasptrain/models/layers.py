@@ -27,12 +27,12 @@ class SimpleRMSNorm(nn.Module):
 class RMSNorm(nn.Module):
     """srms(x) times a weight [dim]."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return srms(x) * self.weight.to(x.dtype)
+        return srms(x, self.eps) * self.weight.to(x.dtype)
 
 
 class Mlp(nn.Module):
