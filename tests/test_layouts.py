@@ -34,7 +34,7 @@ Arch = Literal["tnl", "linear_transformer", "ssd"]
 def config(arch: Arch) -> Model:
     tnl = arch == "tnl"
     if arch == "ssd":
-        sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 4, "mlp": 20, "vocab": VOCAB}
+        sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
         return Model.model_validate({"arch": "ssd", "data_dependent": True, "tie": False, **sizes})
     return Model(
         arch=arch,
@@ -87,12 +87,15 @@ def pieces(tokens: Tensor, sp: int, rank: int, segments: int) -> list[Slice]:
 
 
 def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """Initial values, with matrices five times larger: rounding then stays small beside the activations."""
+    """Initial values, with larger matrices: rounding then stays small beside the activations. Not as large for ssd,
+    where large ones make gradients of steps that cancel.
+    """
+    times = 3 if model.cfg.arch == "ssd" else 5
     g = torch.Generator().manual_seed(7)
     for name, value in initial_values(model, 7, CPU):
         if ".dt." in name:
             value = value + torch.randn(value.shape, generator=g).double() / 20
-        yield name, value * 5 if name.endswith("weight") else value
+        yield name, value * times if name.endswith("weight") else value
 
 
 @cache

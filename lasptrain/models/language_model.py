@@ -48,7 +48,7 @@ class Block(nn.Module):
         self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool, only_state: bool = False
     ) -> tuple[Tensor, State]:
         """x [B, T, D] after the block and the mixer's leaving state; `only_state` leaves x as it is."""
-        phases = self.mixer.phases(x.shape[1])
+        phases: Any = self.mixer.phases(x.shape[1])  # only the mixer knows what they are
         if only_state:
             return x, self.mixer.state(self.norm1(x), phases, doc, carry, memory)
         x, leaving = self.recompute(self.mix, x, phases, doc, carry, memory, leave)

@@ -5,7 +5,7 @@ Weights and their gradients are at least fp32; products take operands in the dty
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,17 @@ class Linear(nn.Linear):
         return products(x, self)[0]
 
 
-def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+class Weighted(Protocol):
+    """A weight [out, in], and if it was made before the same in the precision of products."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def operand(self) -> Tensor | None: ...
+
+
+def products(x: Tensor, *layers: Weighted) -> tuple[Tensor, ...]:
     """x Wᵀ for each layer [..., out], of one x [..., in] whose gradient is summed inside of the products."""
     weights = [layer.weight for layer in layers]
     operands = [layer.weight if layer.operand is None else layer.operand for layer in layers]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,15 +16,27 @@ from lasptrain.parallel.attention import Attention, Memory, Pending
 EPS = 1e-5  # of every norm of this architecture
 
 
-class Step(Linear):
-    """The step's logit x Wᵀ + b [B, T, H]; W is zero and b = ln(e − 1) at first, so that every step is one."""
+class StepWeights(NamedTuple):
+    """What makes a step's logit x Wᵀ + b, in full precision; takes the place of a `Linear` in `products`."""
+
+    weight: Tensor  # [H, D]
+    bias: Tensor  # [H]
+    operand: None = None
+
+
+class Step(nn.Module):
+    """The weights of a data-dependent step; W is zero and b = ln(e − 1) at first, so that every step is one."""
 
     full_precision = True
     FIRST_BIAS = 0.541324854612918
 
     def __init__(self, dim: int, heads: int):
-        super().__init__(dim, heads)
-        self.bias = nn.Parameter(torch.empty(heads))
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(heads, dim)), nn.Parameter(torch.empty(heads))
+
+    def forward(self) -> StepWeights:
+        """Copies: where parameters are sharded, these are here only while this runs."""
+        return StepWeights(self.weight.clone(), self.bias.clone())
 
 
 class GatedNorm(nn.Module):
@@ -58,62 +72,61 @@ class StateSpace(nn.Module):
         self.slope: Tensor
         self.register_buffer("slope", torch.empty(heads))
 
-    def phases(self, length: int) -> None:
-        return None
+    def phases(self, length: int) -> StepWeights | None:
+        return None if self.dt is None else self.dt()
 
     def forward(
-        self, h: Tensor, phases: object, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self, h: Tensor, phases: StepWeights | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
         if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h), doc, carry, memory, leave)
-            q, gate = self.queries(h)
+            pending = self._begin(*self.keys(h, phases), doc, carry, memory, leave)
+            q, gate = self.queries(h, phases)
         else:
-            k, v, decay, q, gate = self.project(h)
+            k, v, decay, q, gate = self.project(h, phases)
             pending = self._begin(k, v, decay, doc, carry, memory, leave)
         o, leaving = self.attention.finish(pending, q)
         return self.output(o, gate), (leaving,)
 
-    def state(self, h: Tensor, phases: object, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(self, h: Tensor, phases: StepWeights | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
-        return (self.attention.leave(self._begin(*self.keys(h), doc, carry, memory, True)),)
+        return (self.attention.leave(self._begin(*self.keys(h, phases), doc, carry, memory, True)),)
 
     def _begin(
         self, k: Tensor, v: Tensor, decay: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> Pending:
         return self.attention.begin(k, v, decay, doc, carry=carry[0], memory=memory, leave=leave)
 
-    def keys(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, h: Tensor, phases: StepWeights | None) -> tuple[Tensor, Tensor, Tensor]:
         """k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
-        if self.dt is None:
-            k, v = products(h, self.k, self.v)
-            return self._active(k), self._active(v), -self.slope
-        k, v, dt = products(h, self.k, self.v, self.dt)
-        return self._active(k), *self._stepped(v, dt)
+        k, v, *dt = products(h, self.k, self.v, *_given(phases))
+        return self._active(k), *self._stepped(v, dt, phases)
 
-    def queries(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, h: Tensor, phases: StepWeights | None) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = products(h, self.q, self.gate)
         return self._active(q), gate
 
-    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, phases: StepWeights | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        if self.dt is None:
-            k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
-            return self._active(k), self._active(v), -self.slope, self._active(q), gate
-        k, v, q, gate, dt = products(h, self.k, self.v, self.q, self.gate, self.dt)
-        return self._active(k), *self._stepped(v, dt), self._active(q), gate
+        k, v, q, gate, *dt = products(h, self.k, self.v, self.q, self.gate, *_given(phases))
+        return self._active(k), *self._stepped(v, dt, phases), self._active(q), gate
 
     def _active(self, x: Tensor) -> Tensor:
         return F.silu(x).view(*x.shape[:2], self.heads, -1)
 
-    def _stepped(self, v: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    def _stepped(self, v: Tensor, dt: list[Tensor], phases: StepWeights | None) -> tuple[Tensor, Tensor]:
         """Values times their steps, and the log decay, of what `products` made; steps are in at least fp32."""
-        assert self.dt is not None
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        step = F.softplus(dt.to(wide) + self.dt.bias.to(wide))
+        if phases is None:
+            return self._active(v), -self.slope
+        wide = torch.promote_types(v.dtype, torch.float32)
+        step = F.softplus(dt[0].to(wide) + phases.bias.to(wide))
         return (self._active(v) * step[..., None]).to(v.dtype), -self.slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(self.norm(o, gate))
         return y
+
+
+def _given(phases: StepWeights | None) -> list[StepWeights]:
+    return [] if phases is None else [phases]
