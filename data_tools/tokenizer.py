@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 
@@ -149,6 +149,50 @@ def cuts_safely(tokenizer: Tokenizer, texts: Iterable[str], probes: int = 1000) 
             if probes == 0:
                 return True
     return True
+
+
+class Check(NamedTuple):
+    """What a tokenizer does to texts. `changed` names those that do not come back, with the first character that is
+    another one; `cuts` is whether long texts may be cut; `differing` counts texts that another tokenizer encodes
+    otherwise.
+    """
+
+    texts: int
+    tokens: int
+    bytes: int
+    unknown: int
+    changed: list[str]
+    cuts: bool
+    differing: int | None
+
+    @property
+    def good(self) -> bool:
+        return not self.unknown and not self.changed and not self.differing
+
+
+def check(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], other: Tokenizer | None = None) -> Check:
+    """How a tokenizer fares on (place, text) pairs: round trip, unknown pieces, cuts, parity with another one.
+
+    U+2581, sentencepiece's own sign for the space, comes back as a space; that is no failure.
+    """
+    tokens = size = unknown = count = differing = 0
+    changed: list[str] = []
+    sample: list[str] = []
+    for place, text in texts:
+        ids = [i for piece in cut(text) for i in tokenizer.encode(piece)]
+        back, kept = tokenizer.decode(ids), text.replace("▁", " ")
+        if back != kept:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(kept, back, strict=False)) if a != b), min(len(kept), len(back))
+            )
+            changed.append(f"{place}: character {at}: {kept[at : at + 20]!r} comes back as {back[at : at + 20]!r}")
+        count, tokens, size = count + 1, tokens + len(ids), size + len(text.encode())
+        unknown += sum(tokenizer.token_bytes[i] == 0 for i in ids)
+        sample += [text] * (len(sample) < 100)
+        if other is not None:
+            differing += ids != [i for piece in cut(text) for i in other.encode(piece)]
+    cuts = cuts_safely(tokenizer, sample)
+    return Check(count, tokens, size, unknown, changed, cuts, None if other is None else differing)
 
 
 def _cut_place(text: str, start: int, longest: int) -> int:

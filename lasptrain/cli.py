@@ -451,6 +451,34 @@ def train_tokenizer(
     typer.echo(str(commands.train_tokenizer(sources, vocab, out)))
 
 
+@tokenizer_app.command("check")
+def check_tokenizer(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    sources: Sources,
+    other: Annotated[str | None, typer.Option("--against", metavar="FILE", help="Another one: same ids?")] = None,
+) -> None:
+    """Encode text and decode it again: what is lost, unknown, or encoded otherwise by another tokenizer."""
+    from collections import Counter
+
+    from data_tools.sources import Reading, open_source
+    from data_tools.tokenizer import check, load_tokenizer
+
+    dropped: Counter[str] = Counter()
+    documents = (d for source in sources for d in open_source(source).documents(Reading(), dropped))
+    texts = ((document.place, document.text) for document in documents)
+    found = check(load_tokenizer(file), texts, load_tokenizer(other) if other else None)
+    for line in found.changed[:20]:
+        typer.echo(line)
+    rate = found.bytes / max(1, found.tokens)
+    typer.echo(f"{found.texts:,} texts, {found.tokens:,} tokens, {rate:.3f} bytes per token")
+    typer.echo(f"{len(found.changed):,} do not come back, {found.unknown:,} tokens are unknown")
+    typer.echo(f"long texts {'may be cut: no id changes' if found.cuts else 'are encoded whole: a cut changes ids'}")
+    if found.differing is not None:
+        typer.echo(f"{found.differing:,} texts have other ids than {other} gives them")
+    if not found.good:
+        raise typer.Exit(DataError.code)
+
+
 @tokenizer_app.command("inspect")
 def inspect_tokenizer(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],

@@ -21,7 +21,7 @@ from data_tools import commands, synthetic, windows
 from data_tools.prepare import ensure_dataset, prepare
 from data_tools.sources import Reading, open_source
 from data_tools.synthetic import Kind
-from data_tools.tokenizer import ByteTokenizer, Tokenizer, cut, cuts_safely, load_tokenizer
+from data_tools.tokenizer import ByteTokenizer, Tokenizer, check, cut, cuts_safely, load_tokenizer
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, LaspError, SetupError
@@ -86,6 +86,22 @@ def test_cutting_changes_no_token(tokenizer: Tokenizer, library: list[str]) -> N
         pieces = list(cut(text, 300))
         assert "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_a_tokenizer_is_checked(library: list[str]) -> None:
+    model = load_tokenizer(MODEL)
+    named = [(f"text {i}", text) for i, text in enumerate([*HARD, *library[:20]])]
+    good = check(model, named, load_tokenizer(MODEL))
+    assert good.good and good.cuts and good.differing == 0 and good.texts == len(named)
+    assert good.bytes == sum(len(text.encode()) for _, text in named)
+
+    class Lossy(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [256 if i == ord("x") else i for i in super().encode(text)]
+
+    bad = check(Lossy(), [("a", "axb"), ("b", "abc")], ByteTokenizer())
+    assert not bad.good and bad.unknown == 1 and bad.differing == 1
+    assert bad.changed == ["a: character 1: 'xb' comes back as 'b'"]
 
 
 def test_cut_places() -> None:
