@@ -12,7 +12,8 @@ def parameters(model: Model, vocab: int) -> dict[str, int]:
     """Parameters by part of the model; their sum is the model's. `vocab` is the number of rows of the embedding."""
     D, H, K, V, F, L = model.dim, model.heads, model.K, model.V, model.mlp, model.layers
     gated = model.arch != "linear_transformer"
-    norms = {"tnl": 0, "linear_transformer": L * (2 * D + V) + D, "ssd": L * (2 * D + H * V) + D}
+    by_head = L * (2 * D + V) + D
+    norms = {"tnl": 0, "linear_transformer": by_head, "retnet": by_head, "ssd": L * (2 * D + H * V) + D}
     parts = {
         "embedding": vocab * D,
         "mixer": L * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),

@@ -50,12 +50,12 @@ class Section(BaseModel):
 class Model(Section):
     """What is trained. `heads` heads of key dim K and value dim V on a residual stream of `dim` channels."""
 
-    arch: Literal["tnl", "linear_transformer", "ssd"]
+    arch: Literal["tnl", "linear_transformer", "ssd", "retnet"]
     dim: Count
     layers: Count
     heads: Count
     key_dim: Count | None = None  # K, per head; dim / heads if not given
-    value_dim: Count | None = None  # V, per head; dim / heads if not given
+    value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
     mlp: Count  # width of the MLP
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
     decay: Literal["tnl", "tnl_paper", "alibi", "retnet", "window", "none"] = "tnl"
@@ -73,6 +73,8 @@ class Model(Section):
                 return {"lrpe": (), **value}
             case "ssd":
                 return {"lrpe": (), "decay": "window", **value}
+            case "retnet":
+                return {"lrpe": (), "decay": "retnet", **value}
         return value
 
     @property
@@ -83,7 +85,7 @@ class Model(Section):
     @property
     def V(self) -> int:
         """Value dim per head."""
-        return self.value_dim or self.dim // self.heads
+        return self.value_dim or (2 if self.arch == "retnet" else 1) * self.dim // self.heads
 
     def problems(self) -> Iterator[Problem]:
         """Heads that do not divide the width, LRPE on layers that do not exist, keys of the other architecture."""
@@ -105,6 +107,11 @@ class Model(Section):
             yield "model.lrpe", f"found {list(self.lrpe)}; only arch: tnl has LRPE, leave it out"
         if self.normalizer and self.arch != "linear_transformer":
             yield "model.normalizer", "found true; only arch: linear_transformer has a normalizer, leave it out"
+        if self.arch == "retnet" and self.K % 2:
+            yield (
+                "model.key_dim",
+                f"{self.K} channels do not make pairs to rotate; nearest: {self.K - 1 or 2}, {self.K + 1}",
+            )
         if self.data_dependent and self.arch != "ssd":
             yield "model.data_dependent", "found true; only arch: ssd has a decay that the data says, leave it out"
         if self.data_dependent and self.decay == "none":
@@ -735,7 +742,7 @@ class _Source:
 
 
 _EXPECTED: dict[Path_, str] = {
-    ("model", "arch"): "tnl, ssd or linear_transformer",
+    ("model", "arch"): "tnl, ssd, retnet or linear_transformer",
     ("model", "dim"): "the width of the model, such as 256",
     ("model", "layers"): "the number of layers, such as 4",
     ("model", "heads"): "the number of heads, such as 4",

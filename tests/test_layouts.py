@@ -28,14 +28,14 @@ from tests.gloo import spawn
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
-Arch = Literal["tnl", "linear_transformer", "ssd"]
+Arch = Literal["tnl", "linear_transformer", "ssd", "retnet"]
 
 
 def config(arch: Arch) -> Model:
     tnl = arch == "tnl"
-    if arch == "ssd":
+    if arch in ("ssd", "retnet"):
         sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
-        return Model.model_validate({"arch": "ssd", "data_dependent": True, "tie": False, **sizes})
+        return Model.model_validate({"arch": arch, "data_dependent": arch == "ssd", "tie": False, **sizes})
     return Model(
         arch=arch,
         dim=24,
@@ -196,6 +196,7 @@ def test_every_layout_is_one_device(world: int) -> None:
     cases += [("linear_transformer", torch.float32, layout) for layout in layouts(world)[::5]]
     cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
     cases += [("ssd", torch.float64, layout) for layout in layouts(world)[2::5]]
+    cases += [("retnet", torch.float64, layout) for layout in layouts(world)[3::7]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
@@ -204,6 +205,7 @@ def test_every_number_of_segments_is_one_device(world: int) -> None:
     cases: list[Case] = [("tnl", torch.float64, layout) for layout in streamed(world)]
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
     cases += [("ssd", torch.float64, layout) for layout in streamed(world)[1::4]]
+    cases += [("retnet", torch.float64, layout) for layout in streamed(world)[2::5]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 

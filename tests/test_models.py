@@ -53,7 +53,7 @@ def test_the_slopes_of_a_model_are_those_of_the_released_one() -> None:
     assert table[15][15] == pytest.approx(2**-8 * 1e-5)
 
 
-Arch = Literal["tnl", "linear_transformer", "ssd", "data-dependent ssd"]
+Arch = Literal["tnl", "linear_transformer", "ssd", "data-dependent ssd", "retnet"]
 
 
 def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageModel:
@@ -61,6 +61,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
         "tnl": {"decay": "tnl", "lrpe": (0, 2)},
         "linear_transformer": {"decay": "none", "normalizer": normalizer},
         "ssd": {},
+        "retnet": {},
         "data-dependent ssd": {"data_dependent": True},
     }
     sizes = {"dim": 12, "layers": 3, "heads": 3, "key_dim": 4, "value_dim": 5, "mlp": 10, "vocab": 23, "tie": tie}
@@ -69,7 +70,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
     g = torch.Generator().manual_seed(3)
     for name, value in initial_values(made, 3, CPU):
         value = value * 20 if name.endswith("weight") and value.dim() > 1 else value
-        if ".dt." in name or (".norm" in name and arch.endswith("ssd")):
+        if ".dt." in name or (".norm" in name and arch.endswith(("ssd", "retnet"))):
             value = value + torch.randn(value.shape, generator=g)
         fill(made, [(name, value)])
     return made
@@ -158,12 +159,37 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
     return scaled(x, p["norm.weight"]) @ p.get("head.weight", p["embed.weight"]).T
 
 
+def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+    """RetNet as complex numbers that turn, with absolute positions that do not even start at zero."""
+    angle = torch.arange(1000, 1000 + len(tokens)).double()[:, None] * 10000.0 ** (-torch.arange(2).double() / 2)
+
+    def turning(x: Tensor) -> Tensor:
+        first, second = x.view(-1, 3, 4).chunk(2, dim=-1)
+        return torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    p = dict(m.named_parameters())
+    x = p["embed.weight"][tokens]
+    for i, slope in enumerate(m.decays().double()):
+        w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
+        h = norm(x) * w["norm1.weight"]
+        q, k = (turning(h @ w[f"mixer.{n}.weight"].T) for n in "qk")
+        score = torch.einsum("ihk,jhk->hij", q, k.conj()).real / 2
+        v, gate = h @ w["mixer.v.weight"].T, h @ w["mixer.gate.weight"].T
+        o = torch.einsum("hij,hij,jhv->ihv", score, weights(slope, doc), v.view(len(h), 3, -1))
+        o = (norm(o) * w["mixer.norm.weight"]).flatten(1) * F.silu(gate)
+        x = x + o @ w["mixer.out.weight"].T
+        h = norm(x) * w["norm2.weight"]
+        x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
+    return norm(x) * p["norm.weight"] @ p.get("head.weight", p["embed.weight"]).T
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize(
     ("arch", "normalizer"),
     [
         ("ssd", False),
         ("data-dependent ssd", False),
+        ("retnet", False),
         ("tnl", False),
         ("linear_transformer", False),
         ("linear_transformer", True),
@@ -176,7 +202,12 @@ def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> N
     doc[0, 50:] = 1
     with torch.no_grad():
         found = m.norm(m.hidden(tokens, doc)[0])[0] @ m.head_weight.T
-        definitions = {"tnl": tnl_logits, "ssd": ssd_logits, "linear_transformer": linear_transformer_logits}
+        definitions = {
+            "tnl": tnl_logits,
+            "ssd": ssd_logits,
+            "linear_transformer": linear_transformer_logits,
+            "retnet": retnet_logits,
+        }
         expected = definitions[m.cfg.arch](m, tokens[0], doc[0])
     assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
 
@@ -191,7 +222,7 @@ def test_a_data_dependent_model_begins_as_its_twin_of_constant_decay() -> None:
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-7
 
 
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd"])
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd", "retnet"])
 def test_generation_is_the_forward_pass(arch: Arch) -> None:
     m = model(arch)
     tokens = [3, 1, 4, 1, 5]
@@ -204,7 +235,7 @@ def test_generation_is_the_forward_pass(arch: Arch) -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd"])
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd", "retnet"])
 def test_a_plan_counts_the_parameters(arch: Arch, tie: bool) -> None:
     m = model(arch, tie=tie)
     assert sum(plan.parameters(m.cfg, 23).values()) == sum(p.numel() for p in m.parameters())

@@ -17,13 +17,14 @@ from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
 from lasptrain.models.mixers import COMPILED, State, TransNormer, Undecayed
+from lasptrain.models.retention import Retention
 from lasptrain.models.ssd import EPS, StateSpace, Step
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.recipe import Model
 
 INIT_STD = 0.02
 
-Mixer: TypeAlias = TransNormer | Undecayed | StateSpace
+Mixer: TypeAlias = TransNormer | Undecayed | StateSpace | Retention
 
 
 class Output(NamedTuple):
@@ -181,7 +182,7 @@ def _norm(cfg: Model) -> nn.Module:
     match cfg.arch:
         case "tnl":
             return SimpleRMSNorm()
-        case "linear_transformer":
+        case "linear_transformer" | "retnet":
             return RMSNorm(cfg.dim)
         case "ssd":
             return RMSNorm(cfg.dim, EPS)
@@ -197,6 +198,8 @@ def _block(cfg: Model, index: int, attention: Attention) -> Block:
             mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
         case "ssd":
             mixer = StateSpace(*sizes, data_dependent=cfg.data_dependent, attention=attention)
+        case "retnet":
+            mixer = Retention(*sizes, decayed=cfg.decay != "none", attention=attention)
     return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"))
 
 

@@ -60,9 +60,44 @@ class Phases(NamedTuple):
 
     def features(self, x: Tensor) -> Tensor:
         """[x cos θt, x sin θt] [B, T, H, 2K] of x [B, T, H, K]."""
-        cos = (self.cos_hi * self.cos_lo - self.sin_hi * self.sin_lo).flatten(0, 1)[: x.shape[1]]
-        sin = (self.sin_hi * self.cos_lo + self.cos_hi * self.sin_lo).flatten(0, 1)[: x.shape[1]]
+        cos, sin = self._table(x.shape[1])
         return torch.cat([x * cos, x * sin], dim=-1).to(x.dtype)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """x [B, T, H, 2K] whose first half of channels is turned by θt against the second (RoPE, arXiv:2104.09864)."""
+        cos, sin = self._table(x.shape[1])
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def _table(self, length: int) -> tuple[Tensor, Tensor]:
+        cos = (self.cos_hi * self.cos_lo - self.sin_hi * self.sin_lo).flatten(0, 1)[:length]
+        sin = (self.sin_hi * self.cos_lo + self.cos_hi * self.sin_lo).flatten(0, 1)[:length]
+        return cos, sin
+
+
+STEP = 256  # tokens of the finer table
+
+
+def phases(theta: Tensor, length: int, dtype: torch.dtype) -> Phases:
+    """The phases [H, K] of frequencies θ over so many tokens, tables in `dtype`; angles are made in fp64."""
+    theta = theta.double()
+    lo = theta * torch.arange(STEP, device=theta.device, dtype=torch.float64)[:, None, None]
+    blocks = torch.arange(-(-length // STEP), device=theta.device, dtype=torch.float64)
+    hi = theta * (blocks * STEP)[:, None, None, None]
+    cos_lo, sin_lo, cos_hi, sin_hi = (f(x).to(dtype) for x in (lo, hi) for f in (torch.cos, torch.sin))
+    return Phases(cos_lo, sin_lo, cos_hi, sin_hi, theta * length)
+
+
+class Rotary:
+    """Fixed frequencies base^(−2i/K) of a rotated key of K channels, the same in every head; positions as in `Lrpe`."""
+
+    def __init__(self, key_dim: int, base: float = 10000.0):
+        self.key_dim, self.base = key_dim, base
+
+    def __call__(self, length: int, device: torch.device, dtype: torch.dtype) -> Phases:
+        """The phases of a slice of so many tokens."""
+        channel = torch.arange(0, self.key_dim, 2, device=device, dtype=torch.float64)
+        return phases((self.base ** (-channel / self.key_dim))[None], length, dtype)
 
 
 class Lrpe(nn.Module):
@@ -73,17 +108,11 @@ class Lrpe(nn.Module):
     """
 
     full_precision = True
-    STEP = 256
 
     def __init__(self, heads: int, key_dim: int):
         super().__init__()
         self.theta = nn.Parameter(torch.empty(heads, key_dim))
 
     def forward(self, length: int) -> Phases:
-        """The phases of a slice of so many tokens; angles are made in fp64."""
-        theta = self.theta.double()
-        lo = theta * torch.arange(self.STEP, device=theta.device, dtype=torch.float64)[:, None, None]
-        blocks = torch.arange(-(-length // self.STEP), device=theta.device, dtype=torch.float64)
-        hi = theta * (blocks * self.STEP)[:, None, None, None]
-        cos_lo, sin_lo, cos_hi, sin_hi = (f(x).to(self.theta.dtype) for x in (lo, hi) for f in (torch.cos, torch.sin))
-        return Phases(cos_lo, sin_lo, cos_hi, sin_hi, theta * length)
+        """The phases of a slice of so many tokens."""
+        return phases(self.theta, length, self.theta.dtype)

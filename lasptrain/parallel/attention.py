@@ -111,7 +111,8 @@ class Attention:
 
         Args:
             log_decay, doc: as in `lasptrain.ops`.
-            angle: [H, K/2] fp64 radians by which keys turn over the slice, where they are rotated.
+            angle: [H, K/2], or [1, K/2] without gradient, fp64 radians by which keys turn over the slice, where they
+                are rotated.
             carry: the state that entered the segment, as the scan handed it out; None at a window's start.
             memory: where the entering state is kept, or found if the layer is being recomputed.
             leave: whether `finish` is to return what enters the next segment.
@@ -204,7 +205,7 @@ class _Begin(Function):
         transition = Transition(decay, angle)
         right, dcarry = handed.exchange.wait()
         dangle = None
-        if angle is not None and right is not None:
+        if ctx.needs_input_grad[3] and right is not None:
             state, _ = ops.summarize(kernel, k, v, log_decay, doc)
             leaving = transition.apply(handed.entering, transition.rotate(state))
             dangle = _grad_angle(right, leaving)

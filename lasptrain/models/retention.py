@@ -1,0 +1,79 @@
+"""Retention (RetNet, arXiv:2307.08621): linear attention with a constant decay per head and rotated q and k."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasptrain.models.layers import Phases, RMSNorm, Rotary
+from lasptrain.models.linear import Linear, products
+from lasptrain.models.mixers import State
+from lasptrain.parallel.attention import Attention, Memory, Pending
+
+
+class Retention(nn.Module):
+    """q, k, v linear, q and k rotated, q scaled by K^−½; y = W (rms(o) per head ⊙ silu(gate))."""
+
+    def __init__(
+        self, dim: int, heads: int, key_dim: int, value_dim: int, *, decayed: bool = True, attention: Attention
+    ):
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.scale = key_dim**-0.5
+        self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
+        self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
+        self.out = Linear(heads * value_dim, dim)
+        self.norm = RMSNorm(value_dim)
+        self.rotary = Rotary(key_dim)
+        self.slope: Tensor | None
+        self.register_buffer("slope", torch.empty(heads) if decayed else None)
+
+    def phases(self, length: int) -> Phases:
+        wide = torch.promote_types(self.q.weight.dtype, torch.float32)
+        return self.rotary(length, self.q.weight.device, wide)
+
+    def forward(
+        self, h: Tensor, phases: Phases, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, State]:
+        if self.attention.scan.size > 1:
+            pending = self._begin(*self.keys(h, phases), phases, doc, carry, memory, leave)
+            q, gate = self.queries(h, phases)
+        else:
+            k, v, q, gate = self.project(h, phases)
+            pending = self._begin(k, v, phases, doc, carry, memory, leave)
+        o, leaving = self.attention.finish(pending, q)
+        return self.output(o, gate), (leaving,)
+
+    def state(self, h: Tensor, phases: Phases, doc: Tensor | None, carry: State, memory: Memory) -> State:
+        """What leaves the segment, without outputs."""
+        return (self.attention.leave(self._begin(*self.keys(h, phases), phases, doc, carry, memory, True)),)
+
+    def _begin(
+        self, k: Tensor, v: Tensor, phases: Phases, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> Pending:
+        decay = None if self.slope is None else -self.slope
+        return self.attention.begin(k, v, decay, doc, angle=phases.turn, carry=carry[0], memory=memory, leave=leave)
+
+    def keys(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
+        """k and v, [B, T, H, ·]."""
+        k, v = products(h, self.k, self.v)
+        return phases.rotated(self._heads(k)), self._heads(v)
+
+    def queries(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, K] and the gate [B, T, H·V]."""
+        q, gate = products(h, self.q, self.gate)
+        return phases.rotated(self._heads(q) * self.scale), gate
+
+    def project(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`keys` and `queries` at once."""
+        k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
+        return phases.rotated(self._heads(k)), self._heads(v), phases.rotated(self._heads(q) * self.scale), gate
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1)
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        y: Tensor = self.out(self.norm(o).flatten(2) * F.silu(gate))
+        return y
