@@ -58,7 +58,7 @@ class Model(Section):
     value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
     mlp: Count  # width of the MLP
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
-    decay: Literal["tnl", "tnl_paper", "alibi", "retnet", "window", "none"] = "tnl"
+    decay: Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "none"] = "tnl"
     lrpe: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = (0,)  # tnl: indices of the layers with LRPE
     tie: bool = True  # the output head is the embedding
     normalizer: bool = False  # linear_transformer: divide by q · Σk

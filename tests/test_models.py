@@ -47,6 +47,13 @@ def test_head_counts_that_are_no_power_of_two_follow_alibi() -> None:
     assert slopes("alibi", 1, 12, 0)[0] == pytest.approx(expected, abs=5e-5)
 
 
+def test_the_slopes_of_minimax_in_transformers_differ_in_the_last_layer() -> None:
+    assert slopes("minimax_hf", 1, 12, 0)[0][:3] == pytest.approx([0.63, 0.397, 0.25], abs=5e-4)
+    ours, theirs = slopes("tnl", *B1, 0), slopes("minimax_hf", *B1, 0)
+    assert theirs[0] == pytest.approx(ours[0]) and theirs[8] == pytest.approx(ours[8], rel=1e-5)
+    assert theirs[15][0] / ours[15][0] == pytest.approx(1 + 1 / 15, rel=1e-4)
+
+
 def test_the_slopes_of_a_model_are_those_of_the_released_one() -> None:
     table = slopes("tnl", *B1, 0)
     assert table[0][0] == pytest.approx(2**-0.5 * 1.00001)

@@ -115,7 +115,11 @@ def test_what_yaml_1_1_would_convert_stays_text(write: Write, word: str) -> None
         ("  dim: 256", "  dim: [256]", "r.yaml:3: model.dim: found [256]; expected an integer"),
         ("  dim: 256", "  dim:", "r.yaml:3: model.dim: found nothing; expected an integer"),
         ("  dim: 256", "  dim: 1_000", "r.yaml:3: model.dim: found '1_000'; expected an integer"),
-        ("  arch: tnl", "  arch: tln", "r.yaml:2: model.arch: found 'tln'; expected tnl or linear_transformer"),
+        (
+            "  arch: tnl",
+            "  arch: tln",
+            "r.yaml:2: model.arch: found 'tln'; expected tnl, ssd, retnet or linear_transformer",
+        ),
         ("  lr: 1e-4", "  lr: fast", "r.yaml:11: optim.lr: found 'fast'; expected a number"),
         ("  lr: 1e-4", "  lr: .nan", "r.yaml:11: optim.lr: found .nan; expected a finite number"),
         ("  lr: 1e-4", "  lr: -.inf", "r.yaml:11: optim.lr: found -.inf; expected a finite number"),

@@ -18,8 +18,9 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[flo
     """Slopes [layers][heads], all ≥ 0.
 
     Args:
-        schedule: `tnl` (released TransNormerLLM), `tnl_paper` (arXiv:2307.14995), `alibi`, `retnet` (arXiv:2307.08621),
-            `window` (the slowest head keeps 1/1000 over the whole window), `none`.
+        schedule: `tnl` (released TransNormerLLM), `minimax_hf` (MiniMax in transformers: as `tnl`, but for the last
+            layer and for head counts that are no power of two), `tnl_paper` (arXiv:2307.14995), `alibi`, `retnet`
+            (arXiv:2307.08621), `window` (the slowest head keeps 1/1000 over the whole window), `none`.
         window: tokens of a training window; used by `window` only.
     """
     match schedule:
@@ -29,6 +30,11 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[flo
             return [_alibi(heads)] * layers
         case "tnl":
             return [[b * (1 - i / max(layers - 1, 1) + 1e-5) for b in _alibi(heads)] for i in range(layers)]
+        case "minimax_hf":
+            return [
+                [2.0 ** (-8.0 * (h + 1) / heads) * (1 - i / (layers - 1 + 1e-5) + 1e-5) for h in range(heads)]
+                for i in range(layers)
+            ]
         case "tnl_paper":
             return [[8 * h / heads * (1 - i / layers) for h in range(heads)] for i in range(layers)]
         case "retnet":

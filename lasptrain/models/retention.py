@@ -34,8 +34,9 @@ class Retention(nn.Module):
         return self.rotary(length, self.q.weight.device, wide)
 
     def forward(
-        self, h: Tensor, phases: Phases, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
+        assert phases is not None
         if self.attention.scan.size > 1:
             pending = self._begin(*self.keys(h, phases), phases, doc, carry, memory, leave)
             q, gate = self.queries(h, phases)
@@ -45,8 +46,9 @@ class Retention(nn.Module):
         o, leaving = self.attention.finish(pending, q)
         return self.output(o, gate), (leaving,)
 
-    def state(self, h: Tensor, phases: Phases, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
+        assert phases is not None
         return (self.attention.leave(self._begin(*self.keys(h, phases), phases, doc, carry, memory, True)),)
 
     def _begin(
