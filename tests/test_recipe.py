@@ -118,7 +118,7 @@ def test_what_yaml_1_1_would_convert_stays_text(write: Write, word: str) -> None
         (
             "  arch: tnl",
             "  arch: tln",
-            "r.yaml:2: model.arch: found 'tln'; expected tnl, ssd, retnet or linear_transformer",
+            "r.yaml:2: model.arch: found 'tln'; expected tnl, linear_transformer, ssd or retnet",
         ),
         ("  lr: 1e-4", "  lr: fast", "r.yaml:11: optim.lr: found 'fast'; expected a number"),
         ("  lr: 1e-4", "  lr: .nan", "r.yaml:11: optim.lr: found .nan; expected a finite number"),
