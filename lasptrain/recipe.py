@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from lasptrain.errors import RecipeError, SetupError
@@ -129,9 +138,11 @@ class Data(Section):
     """What it is trained on: one stream of documents, cut into windows; or several, mixed."""
 
     # the Python library's own source, a prepared folder, or text to prepare; or several, each with path and weight
-    source: Annotated[Text | Annotated[tuple[Part, ...], Field(min_length=1)], BeforeValidator(_tuple)] = (
-        "python:source"
-    )
+    source: Annotated[
+        Annotated[Text, Tag("text")] | Annotated[tuple[Part, ...], Tag("parts")],
+        Discriminator(lambda value: "parts" if isinstance(value, tuple) else "text"),
+        BeforeValidator(_tuple),
+    ] = "python:source"
     mix_block: Count = 1024  # windows in which several sources come in exactly their shares
     tokenizer: Text = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
     window: Count  # tokens
@@ -140,6 +151,11 @@ class Data(Section):
     reset_at_documents: bool = True  # a document never sees another
     repeat: bool = False  # fill a window that is longer than the corpus by reading it again
     cache: Text | None = None  # where prepared shards are kept; ${XDG_CACHE_HOME:-~/.cache}/lasptrain
+
+    def problems(self) -> Iterator[Problem]:
+        """No source at all."""
+        if not self.source:
+            yield "data.source", "found []; expected text, or sources each with path and weight"
 
 
 class Mesh(Section):
@@ -756,7 +772,10 @@ _EXPECTED: dict[Path_, str] = {
 def _location(error: ErrorDetails) -> Path_:
     """Where the value stands: pydantic appends the branch of a union, which is no key of ours."""
     place = error["loc"][:1]
-    return (*place, *(part for part in error["loc"][1:] if isinstance(part, int)))
+    for part in error["loc"][1:]:
+        if isinstance(part, int) or isinstance(place[-1], int):  # an item of a list, or a key of an item
+            place += (part,)
+    return place
 
 
 def _expectation(error: ErrorDetails) -> str:
