@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -82,3 +84,23 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
+
+
+def from_rank_0(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The x that rank 0 of the group holds, on all of its ranks; what the others give has its shape and dtype."""
+    x = x.detach().contiguous().clone()
+    dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process only, where there is none yet: for what is collective by nature."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
