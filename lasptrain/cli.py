@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lasptrain import __version__, links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
+from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ data_app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mo
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
 bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data_app, name="data")
+eval_commands.register(app)
 app.add_typer(bench_app, name="bench")
 data_app.add_typer(tokenizer_app, name="tokenizer")
 

@@ -109,11 +109,13 @@ class Reader:
 
         labels[0] is what should follow the past, labels[j + 1] what should follow inputs[j].
         """
-        logits = past.logits[:1]
-        if inputs:
-            x, _ = self.model.hidden(torch.tensor([list(inputs)], device=self.device), carry=past.carry, leave=True)
-            wanted = torch.tensor(labels[1:], device=self.device) != IGNORED
-            logits = torch.cat([logits[: int(labels[0] != IGNORED)], self.model.logits(x[0, wanted])])
+        found, carry = [past.logits[: int(labels[0] != IGNORED)]], past.carry
+        for start in range(0, len(inputs), self.segment):
+            piece = torch.tensor([list(inputs[start : start + self.segment])], device=self.device)
+            x, carry = self.model.hidden(piece, carry=carry, leave=True)
+            asked = torch.tensor(labels[start + 1 : start + 1 + self.segment], device=self.device) != IGNORED
+            found.append(self.model.logits(x[0, asked]))
+        logits = torch.cat(found)
         target = torch.tensor([label for label in labels if label != IGNORED], device=self.device)
         nats = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
         return nats.cpu(), (logits.argmax(-1) == target).cpu()
