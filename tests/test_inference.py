@@ -41,7 +41,7 @@ def model(arch: Arch = "tnl") -> LanguageModel:
         fill(made, initial_values(made, 0, CPU))
         for parameter in made.parameters():
             if parameter.dim() == 2 and parameter.shape[0] != 3:
-                parameter *= 4
+                parameter.mul_(4)
     return made
 
 

@@ -28,7 +28,7 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(metavar="4k..4m", help="Tokens: 4k,64k or a range by factors of 4.")
     ] = None,
-    samples: Annotated[int, typer.Option("--n", min=1, help="Samples of each task and length.")] = 10,
+    samples: Annotated[int, typer.Option("--n", min=1, help="Samples of each task and length.")] = 5,
     depths: Annotated[int, typer.Option(min=1, help="Places of a single needle, in turn.")] = 10,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     control: Annotated[bool, typer.Option("--control", help="Also without what answers the question.")] = False,

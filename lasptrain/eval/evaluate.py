@@ -102,11 +102,11 @@ class Questions:
         found = []
         if self.dataset is not None:
             split = self.dataset.split("validation")
-            found = perplexity.documents(split, self.dataset.bos, length, self.asked.samples)
+            found = perplexity.enough_documents(split, self.dataset.bos, length, self.asked.samples)
         if not found:
-            say(f"{task} not run: no held-out document has {length:,} tokens")
+            say(f"{task} not run: no held-out document has {perplexity.LEAST:,} tokens")
         for index, document in enumerate(found):
-            key = (task, length, index)
+            key = (task, len(document), index)
             if key in done:
                 continue
             began = time.perf_counter()
@@ -116,7 +116,7 @@ class Questions:
                 values = {
                     str(context): value for context, value in perplexity.against_context(reader, document).items()
                 }
-            yield _record(key) | {"tokens": length, "nats": values, "seconds": time.perf_counter() - began}
+            yield _record(key) | {"tokens": len(document), "nats": values, "seconds": time.perf_counter() - began}
 
 
 def _record(key: Key) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lasptrain.eval.inference import Reader
 
 BLOCK = 1 << 20  # tokens looked at in one go
 FIRST = 256  # the first bucket of positions ends here
+LEAST = 1024  # tokens of a document that is worth looking at
 TARGET = 4096  # tokens whose loss is compared
 
 
@@ -29,12 +31,25 @@ def documents(split: Split, bos: int, least: int, count: int) -> list[Tensor]:
     return found
 
 
+def enough_documents(split: Split, bos: int, longest: int, count: int) -> list[Tensor]:
+    """`documents` of `longest` tokens or, where there are not `count` of them, of the next half that has as many.
+
+    All are equally long, so that the mix of documents is the same along a curve. None of 1,024 tokens: an empty list.
+    """
+    length = longest
+    while length >= LEAST:
+        if len(found := documents(split, bos, length, count)) == count or length // 2 < LEAST:
+            return found
+        length //= 2
+    return []
+
+
 def _documents(split: Split, bos: int) -> Iterator[Tensor]:
     rest = torch.empty(0, dtype=torch.int64)
     for start in range(0, split.tokens, BLOCK):
         tokens = torch.cat([rest, split.read(start, min(BLOCK, split.tokens - start))])
         edges = (tokens == bos).nonzero().flatten().tolist()
-        yield from (tokens[a:b] for a, b in zip(edges, edges[1:], strict=False))
+        yield from (tokens[a:b] for a, b in pairwise(edges))
         rest = tokens[edges[-1] :] if edges else tokens
     yield rest
 

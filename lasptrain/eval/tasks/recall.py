@@ -61,7 +61,7 @@ def _pair(key: str, value: str) -> str:
 def copy(ask: Ask) -> Sample:
     """Random tokens R, other random tokens, R again: 512 of them, or an eighth of a short length."""
     draw = ask.random("copy")
-    ids = [i for i in range(ask.tokenizer.vocab_size) if i != ask.tokenizer.bos]
+    ids = _ordinary(ask)
     count = min(COPIED, ask.length // 8)
     copied = draw.choices(ids, k=count)
     filler = draw.choices(ids, k=ask.length - 2 * count - 1)
@@ -78,12 +78,18 @@ def copy(ask: Ask) -> Sample:
 
 def mqar(ask: Ask) -> Sample:
     """Multi-query associative recall of length / 16, at most 64, pairs."""
-    draw = ask.random("mqar")
     pairs = min(64, ask.length // 16)
-    tokens, labels = associations(draw, ask.length - 1, pairs, ask.tokenizer.vocab_size)
-    context = 2 * pairs
-    bos = ask.tokenizer.bos
-    return Sample(prompt=[bos, *tokens[:context]], inputs=tokens[context:], labels=[IGNORED, *labels[context:]])
+    ids = _ordinary(ask)
+    tokens, labels = associations(ask.random("mqar"), ask.length - 1, pairs, len(ids))
+    context, bos = 2 * pairs, ask.tokenizer.bos
+    answers = [label if label == IGNORED else ids[label] for label in labels[context:]]
+    tokens = [ids[token] for token in tokens]
+    return Sample(prompt=[bos, *tokens[:context]], inputs=tokens[context:], labels=[IGNORED, *answers])
+
+
+def _ordinary(ask: Ask) -> list[int]:
+    """All ids but BOS."""
+    return [i for i in range(ask.tokenizer.vocab_size) if i != ask.tokenizer.bos]
 
 
 def associations(draw: random.Random, length: int, pairs: int, vocab: int) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from itertools import pairwise
 
 from lasptrain.eval.tasks.needle import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
@@ -42,7 +43,7 @@ def _chain(draw: random.Random, letters: int) -> tuple[list[str], list[str]]:
     value = draw.randint(10_000, 99_999)
     return [
         f"VAR {names[0]} = {value}",
-        *(f"VAR {b} = VAR {a} " for a, b in zip(names, names[1:], strict=False)),
+        *(f"VAR {b} = VAR {a} " for a, b in pairwise(names)),
     ], names
 
 
