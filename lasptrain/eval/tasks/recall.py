@@ -6,6 +6,8 @@ import json
 import random
 import uuid
 
+import torch
+
 from lasptrain.eval.tasks.needle import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
 from lasptrain.loss import IGNORED
@@ -80,10 +82,11 @@ def mqar(ask: Ask) -> Sample:
     """Multi-query associative recall of length / 16, at most 64, pairs."""
     pairs = min(64, ask.length // 16)
     ids = _ordinary(ask)
-    tokens, labels = associations(ask.random("mqar"), ask.length - 1, pairs, len(ids))
+    generator = torch.Generator().manual_seed(ask.random("mqar").getrandbits(63))
+    made, labels = associations(1, ask.length - 1, pairs, len(ids), generator)
     context, bos = 2 * pairs, ask.tokenizer.bos
-    answers = [label if label == IGNORED else ids[label] for label in labels[context:]]
-    tokens = [ids[token] for token in tokens]
+    answers = [label if label == IGNORED else ids[label] for label in labels[0, context:].tolist()]
+    tokens = [ids[token] for token in made[0].tolist()]
     return Sample(prompt=[bos, *tokens[:context]], inputs=tokens[context:], labels=[IGNORED, *answers])
 
 
@@ -92,23 +95,24 @@ def _ordinary(ask: Ask) -> list[int]:
     return [i for i in range(ask.tokenizer.vocab_size) if i != ask.tokenizer.bos]
 
 
-def associations(draw: random.Random, length: int, pairs: int, vocab: int) -> tuple[list[int], list[int]]:
-    """MQAR (arXiv:2312.04927): tokens and labels of one sequence.
+def associations(
+    count: int, length: int, pairs: int, vocab: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MQAR (arXiv:2312.04927): tokens and labels of `count` sequences, int64 [count, length].
 
     Keys from [1, V/2), values from [V/2, V), none twice: k₁v₁…k_Nv_N, then every key once at an even offset drawn
     without replacement with p(g) ∝ g^(α−1), so that most come soon; its label, at its own position, is its value. All
     other tokens are random.
     """
-    keys = draw.sample(range(1, vocab // 2), pairs)
-    values = draw.sample(range(vocab // 2, vocab), pairs)
-    tokens = [token for pair in zip(keys, values, strict=True) for token in pair]
-    tokens += [draw.randrange(vocab) for _ in range(length - 2 * pairs)]
-    labels = [IGNORED] * length
-    space = (length - 2 * pairs) // 2
-    # drawing without replacement by weight w is taking the largest of u^(1/w) (Efraimidis and Spirakis 2006)
-    rank = {gap: draw.random() ** ((gap + 1) ** (1 - ALPHA)) for gap in range(space)}
-    gaps = sorted(rank, key=rank.__getitem__, reverse=True)[:pairs]
-    for gap, key, value in zip(gaps, keys, values, strict=True):
-        at = 2 * pairs + 2 * gap
-        tokens[at], labels[at] = key, value
+    half, context = vocab // 2, 2 * pairs
+    keys = 1 + torch.rand(count, half - 1, generator=generator).topk(pairs).indices
+    values = half + torch.rand(count, vocab - half, generator=generator).topk(pairs).indices
+    tokens = torch.randint(vocab, (count, length), generator=generator)
+    labels = torch.full((count, length), IGNORED)
+    tokens[:, 0:context:2], tokens[:, 1:context:2] = keys, values
+    gaps = torch.arange(1, (length - context) // 2 + 1)
+    weights = gaps.double() ** (ALPHA - 1)
+    places = context + 2 * torch.multinomial(weights.expand(count, -1), pairs, generator=generator)
+    tokens.scatter_(1, places, keys)
+    labels.scatter_(1, places, values)
     return tokens, labels
