@@ -349,6 +349,25 @@ def bench_ablation(
         ablation.write(file, device, ranks, tokens, rows)
 
 
+@bench_app.command("mqar")
+def bench_mqar(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks that share every sequence.")] = 1,
+    tokens: Annotated[int, typer.Option(min=4, help="Of a sequence.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="To recall.")] = 4,
+    vocab: Annotated[int, typer.Option(min=16, help="Different tokens.")] = 8192,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Train a recipe's model to recall pairs of tokens (MQAR) and test it on unseen ones."""
+    from lasptrain.bench import mqar
+
+    found = mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)
+    Console().print(mqar.report(found))
+    if file is not None:
+        mqar.write(file, found)
+
+
 @data_app.command()
 def prepare(
     sources: Sources,

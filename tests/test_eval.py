@@ -6,11 +6,13 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from lasptrain import recipe as recipes
 from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.eval import perplexity, report
 from lasptrain.eval.commands import parse_lengths
@@ -67,7 +69,7 @@ def test_a_sample_is_as_long_as_asked_and_always_the_same(task: str, tokenizer: 
             reference in tokenizer.decode(sample.labels) for reference in sample.references
         )
         question = text[-150:]
-        assert sample.depth in (None, 1.0) or not any(reference in question for reference in sample.references)
+        assert sample.depth is None or not any(reference in question for reference in sample.references)
 
 
 @pytest.mark.parametrize("index", range(10))
@@ -84,8 +86,8 @@ def test_a_single_needle_stands_at_its_depth(index: int) -> None:
 def test_the_needle_prompt_is_rulers() -> None:
     text = ByteTokenizer().decode(TASKS["niah_single_1"](Ask(ByteTokenizer(), 1024, 0)).prompt)
     pattern = (
-        r"A special magic number is hidden within the following text\. Make sure to memorize it\. I will quiz you about "
-        r"the number afterwards\.\nOne of the special magic numbers for (\S+) is: \d{7}\.\n"
+        r"A special magic number is hidden within the following text\. Make sure to memorize it\. "
+        r"I will quiz you about the number afterwards\.\nOne of the special magic numbers for (\S+) is: \d{7}\.\n"
         r"(The grass is green\. The sky is blue\. The sun is yellow\. Here we go\. There and back again\.\n)+"
         r"What is the special magic number for \1 mentioned in the provided text\? "
         r"The special magic number for \1 mentioned in the provided text is"
@@ -288,6 +290,10 @@ def test_files_of_the_user(tmp_path: Path) -> None:
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(DataError, match=message):
             list(rows(tmp_path / "bad.jsonl"))
+
+
+def test_a_recipe_can_name_every_task() -> None:
+    assert get_args(recipes.Task) == tuple(TASKS)
 
 
 def test_lengths() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,3 +106,8 @@ def report(found: dict[str, Any]) -> Table:
     for step, value in found["curve"]:
         table.add_row(str(step), f"{value:.4f}")
     return table
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    """All numbers as JSON."""
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

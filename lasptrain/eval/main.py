@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from data_tools.tokenizer import load_tokenizer
 from lasptrain import __version__
 from lasptrain.bench.ranks import on_ranks
 from lasptrain.data.dataset import TokenDataset
@@ -23,8 +24,10 @@ from lasptrain.eval.inference import Reader, join
 from lasptrain.eval.load import Trained, load_model
 from lasptrain.eval.tasks import TASKS
 from lasptrain.metrics import write_scalars
+from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
-from lasptrain.recipe import Data
+from lasptrain.parallel.mesh import Mesh
+from lasptrain.recipe import Data, Recipe
 
 
 def evaluate(
@@ -85,6 +88,15 @@ def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
     except DataError as error:
         notes.append(f"no perplexity: {error}")
         return None
+
+
+def while_training(model: LanguageModel, recipe: Recipe, mesh: Mesh) -> dict[str, float]:
+    """Results of the recipe's `eval.tasks` by name, on rank 0 of each sp group; the model is whole on every rank."""
+    lengths = recipe.eval.lengths or (recipe.data.window,)
+    asked = Asked(recipe.eval.tasks, lengths, samples=recipe.eval.samples)
+    questions = Questions(asked, load_tokenizer(recipe.data.tokenizer))
+    records = questions.answers(Reader(model, mesh), set(), mesh.rank("sp") == 0, lambda _: None)
+    return report.scalars(report.cells(record for record in records if "tokens" in record))
 
 
 def _header(trained: Trained, asked: Asked, reader: Reader, dataset: TokenDataset | None) -> Record:
