@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -24,11 +27,13 @@ from lasptrain.eval.tasks import TASKS
 from lasptrain.eval.tasks.files import rows, samples, task_name
 from lasptrain.eval.tasks.recall import associations
 from lasptrain.eval.tasks.sample import Ask, Sample
+from lasptrain.metrics import read_metrics
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, find_file
 
+ROOT = Path(__file__).parent.parent
 MODEL = find_file(Path("tokenizers/python-4k.model"))
 TOKENIZERS = [ByteTokenizer(), load_tokenizer(str(MODEL))]
 LENGTH = 8192
@@ -303,3 +308,49 @@ def test_lengths() -> None:
     for wrong in ("x", "0", "4g", ""):
         with pytest.raises(RecipeError, match="--lengths"):
             parse_lengths(wrong)
+
+
+def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i}: " + " ".join(str(i * j) for j in range(600)))
+    (tmp_path / "tiny.yaml").write_text(
+        "model: {arch: tnl, decay: window, dim: 16, layers: 2, heads: 2, mlp: 24}\n"
+        "data: {source: text, tokenizer: bytes, window: 480, cache: cache, validation: 200000}\n"
+        "optim: {lr: 1e-2, schedule: constant}\n"
+        "train: {steps: 2, batch: 2, precision: fp32}\n"
+        "eval: {windows: 2, sample: 0, tasks: [passkey, copy], lengths: [512], samples: 2}\n"
+    )
+
+    def lasptrain(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "lasptrain", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    lasptrain("pretrain", "tiny.yaml", "--nproc", "2", "--set", "mesh.sp=2")
+    (logged,) = read_metrics(tmp_path / "runs" / "tiny", "eval")
+    assert logged["passkey@512/score"] in (0, 0.5, 1)
+    options = ["--n", "2", "--tasks", "passkey,copy,ppl_by_position,ppl_vs_context", "--lengths", "512,1024"]
+    output = lasptrain("eval", "runs/tiny", *options)
+    assert "passkey" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
+    results = tmp_path / "runs" / "tiny" / "eval" / "step-2" / "results.json"
+    first = json.loads(results.read_text())
+    lasptrain("eval", "runs/tiny", *options, "--out", "spread", "--nproc", "2")
+    second = json.loads((tmp_path / "spread" / "results.json").read_text())
+    assert second["sp"] == 2 and first["sp"] == 1
+    for alone, spread in zip(first["cells"], second["cells"], strict=True):
+        assert alone["n"] == spread["n"] == 2
+        for measure in {"answer_nll", "accuracy"} & set(alone):
+            assert alone[measure] == pytest.approx(spread[measure], rel=1e-4)
+        for one, other in zip(alone.get("curve", ()), spread.get("curve", ()), strict=True):
+            assert one["x"] == other["x"] and one["nats"] == pytest.approx(other["nats"], rel=1e-4)
+    assert logged["copy@512/answer_nll"] == pytest.approx(first["cells"][2]["answer_nll"], rel=1e-4)
+    assert lasptrain("generate", "runs/tiny", "--prompt", "1 2 ", "--tokens", "5").startswith("1 2 ")

@@ -20,7 +20,7 @@ from tests.gloo import spawn
 VOCAB = 61
 TIGHT = 1e-10  # relative, in fp64
 CPU = torch.device("cpu")
-Arch = Literal["tnl", "linear_transformer"]
+Arch = Literal["tnl", "linear_transformer", "ssd"]
 
 
 def model(arch: Arch = "tnl") -> LanguageModel:
@@ -32,9 +32,10 @@ def model(arch: Arch = "tnl") -> LanguageModel:
         heads=3,
         mlp=20,
         vocab=VOCAB,
-        decay="window" if tnl else "none",
+        decay="none" if arch == "linear_transformer" else "window",
         lrpe=(0,) if tnl else (),
-        normalizer=not tnl,
+        normalizer=arch == "linear_transformer",
+        data_dependent=arch == "ssd",
     )
     made = LanguageModel(cfg, 300, Attention("chunked"), dtype=torch.float64).double()
     with torch.no_grad():
@@ -60,7 +61,7 @@ def near(a: Tensor, b: Tensor, bound: float = 1e-5) -> None:
     assert float((a.double() - b.double()).norm() / b.double().norm()) < bound
 
 
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer"])
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd"])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
 def test_reading_in_segments_then_token_by_token_is_one_forward(arch: Arch, length: int) -> None:
     made, tokens = model(arch), text(length + 8)
@@ -135,7 +136,8 @@ def test_generation_repeats_with_its_seed_and_ends_at_a_stop() -> None:
 def _on_ranks(rank: int, world: int) -> None:
     grid = meshes.build(1, world)
     tokens = text(131)
-    for arch in ("tnl", "linear_transformer"):
+    archs: tuple[Arch, ...] = ("tnl", "linear_transformer", "ssd")
+    for arch in archs:
         made = model(arch)
         expected = all_logits(made, tokens)
         wanted = torch.nn.functional.cross_entropy(expected[:-1], tokens[0, 1:], reduction="none")

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lasptrain.errors import RecipeError
 
-USUAL = ("passkey", "niah_single_1", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
+USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks that read each text together; one per GPU, or 1.")]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_tools.tokenizer import Tokenizer
-from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.dataset import Split, TokenDataset
 from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.eval import perplexity
 from lasptrain.eval.generate import decode
@@ -102,6 +102,9 @@ class Questions:
         found = []
         if self.dataset is not None:
             split = self.dataset.split("validation")
+            if not isinstance(split, Split):
+                say(f"{task} not run: the held-out text is a mixture; expected one source")
+                return
             found = perplexity.enough_documents(split, self.dataset.bos, length, self.asked.samples)
         if not found:
             say(f"{task} not run: no held-out document has {perplexity.LEAST:,} tokens")
