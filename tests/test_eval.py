@@ -17,7 +17,7 @@ import torch
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from lasptrain import recipe as recipes
 from lasptrain.errors import DataError, RecipeError, SetupError
-from lasptrain.eval import perplexity, report
+from lasptrain.eval import main, perplexity, report
 from lasptrain.eval.commands import parse_lengths
 from lasptrain.eval.evaluate import Asked, Ledger, Questions, answer
 from lasptrain.eval.generate import decode
@@ -310,7 +310,7 @@ def test_lengths() -> None:
             parse_lengths(wrong)
 
 
-def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path) -> None:
+def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i}: " + " ".join(str(i * j) for j in range(600)))
@@ -338,12 +338,16 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path) -> None:
     lasptrain("pretrain", "tiny.yaml", "--nproc", "2", "--set", "mesh.sp=2")
     (logged,) = read_metrics(tmp_path / "runs" / "tiny", "eval")
     assert logged["passkey@512/score"] in (0, 0.5, 1)
-    options = ["--n", "2", "--tasks", "passkey,copy,ppl_by_position,ppl_vs_context", "--lengths", "512,1024"]
-    output = lasptrain("eval", "runs/tiny", *options)
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs", "tiny")
+    asked = Asked(("passkey", "copy", "ppl_by_position", "ppl_vs_context"), (512, 1024), samples=2)
+    main.evaluate(run, asked, None, 4096, 1)
+    first = json.loads((run / "eval" / "step-2" / "results.json").read_text())
+    output = lasptrain(
+        *("eval", "runs/tiny", "--n", "2", "--tasks", "passkey,copy,ppl_by_position,ppl_vs_context"),
+        *("--lengths", "512,1024", "--out", "spread", "--nproc", "2"),
+    )
     assert "passkey" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
-    results = tmp_path / "runs" / "tiny" / "eval" / "step-2" / "results.json"
-    first = json.loads(results.read_text())
-    lasptrain("eval", "runs/tiny", *options, "--out", "spread", "--nproc", "2")
     second = json.loads((tmp_path / "spread" / "results.json").read_text())
     assert second["sp"] == 2 and first["sp"] == 1
     for alone, spread in zip(first["cells"], second["cells"], strict=True):
@@ -353,4 +357,5 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path) -> None:
         for one, other in zip(alone.get("curve", ()), spread.get("curve", ()), strict=True):
             assert one["x"] == other["x"] and one["nats"] == pytest.approx(other["nats"], rel=1e-4)
     assert logged["copy@512/answer_nll"] == pytest.approx(first["cells"][2]["answer_nll"], rel=1e-4)
-    assert lasptrain("generate", "runs/tiny", "--prompt", "1 2 ", "--tokens", "5").startswith("1 2 ")
+    drawn = [main.generate(run, ["1 2 ", "Doc"], 5, 0.8, 0.9, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 2
