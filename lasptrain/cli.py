@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lasptrain import __version__, links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
+from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ data_app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mo
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
 bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data_app, name="data")
+eval_commands.register(app)
 app.add_typer(bench_app, name="bench")
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
@@ -345,6 +347,25 @@ def bench_ablation(
     Console().print(ablation.report(device, ranks, tokens, rows))
     if file is not None:
         ablation.write(file, device, ranks, tokens, rows)
+
+
+@bench_app.command("mqar")
+def bench_mqar(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks that share every sequence.")] = 1,
+    tokens: Annotated[int, typer.Option(min=4, help="Of a sequence.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="To recall.")] = 4,
+    vocab: Annotated[int, typer.Option(min=16, help="Different tokens.")] = 8192,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Train a recipe's model to recall pairs of tokens (MQAR) and test it on unseen ones."""
+    from lasptrain.bench import mqar
+
+    found = mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)
+    Console().print(mqar.report(found))
+    if file is not None:
+        mqar.write(file, found)
 
 
 @data_app.command()

@@ -204,6 +204,15 @@ def _append(file: Path) -> IO[str]:
     return file.open("a", encoding="utf-8")
 
 
+def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
+    """TensorBoard events of their own in the folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as events:
+        for name, value in values.items():
+            events.add_scalar(name, value, step)
+
+
 def read_metrics(run: Path, event: str | None = None) -> list[Record]:
     """The records of RUN/metrics.jsonl by step: of updates, or of an `event` (`eval`); [] if there is no file.
 

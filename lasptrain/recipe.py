@@ -238,13 +238,35 @@ class Checkpoint(Section):
     keep: Count = 2
 
 
+Task = Literal[
+    "passkey",
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "kv_retrieval",
+    "copy",
+    "mqar",
+]
+
+
 class Eval(Section):
-    """Loss on held-out documents while training."""
+    """Loss on held-out documents while training, and long-context tasks."""
 
     every: Index = 50  # steps; 0: only at the end
     windows: Count = 4
     window: Count | None = None  # tokens of a held-out window; data.window if not given
     sample: Index = 64  # tokens continued by the model in the summary
+    tasks: Annotated[tuple[Task, ...], BeforeValidator(_tuple)] = ()  # asked of the model whenever its loss is taken
+    lengths: Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = ()  # of tasks, in tokens; data.window if not given
+    samples: Count = 5  # of each task and length
 
 
 class Launch(Section):

@@ -20,6 +20,7 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError
+from lasptrain.eval.main import while_training
 from lasptrain.eval.validation import Validation, validate
 from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, mfu, peak_rate
@@ -32,7 +33,7 @@ from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
 from lasptrain.profile import profiled
 from lasptrain.recipe import Recipe
-from lasptrain.summary import summarize
+from lasptrain.summary import gather, summarize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -75,7 +76,7 @@ def train(recipe: Recipe, run: Path) -> None:
             metrics.log(step + 1, **values)
             if _due(recipe.eval.every, step + 1, steps):
                 validation = evaluate(job)
-                metrics.log_eval(step + 1, **validation.scalars())
+                metrics.log_eval(step + 1, **validation.scalars(), **ask(job))
             if _due(recipe.checkpoint.every, step + 1, steps):
                 checkpoint.save(run, step + 1, job.model, job.optimizer, meta, recipe.checkpoint.keep)
                 metrics.committed(step + 1)
@@ -235,6 +236,12 @@ def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tenso
         )
     norm = clip_gradients(job.model, job.recipe.optim.clip)
     return sum_over_ranks(loss) / total, norm
+
+
+def ask(job: Job) -> dict[str, float]:
+    """How the model does at `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
+    whole = gather(job.model, True) if job.recipe.eval.tasks else None
+    return {} if whole is None else while_training(whole, job.recipe, job.mesh)
 
 
 def evaluate(job: Job) -> Validation:

@@ -27,7 +27,7 @@ HOMES = {
     "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
-    "typer": {"cli"},
+    "typer": {"cli", "eval"},
     "sentencepiece": {"data_tools"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -1,35 +1,60 @@
-"""Recurrent generation: the prompt is one slice, every further token a slice of length one."""
+"""Recurrent generation: every token is a slice of length one; memory per token is constant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from lasptrain.eval.inference import Reader, Snapshot
 from lasptrain.models.language_model import LanguageModel
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn from softmax(logits / temperature)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # only from the likeliest tokens that together reach this probability
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
 def generate(
     model: LanguageModel, prompt: Sequence[int], count: int, *, temperature: float = 0.8, seed: int = 0
 ) -> list[int]:
-    """`count` token ids that continue `prompt`; memory per token is constant.
+    """`count` token ids that continue `prompt`, of a model that is whole on this rank."""
+    past = Reader(model).read(torch.tensor([list(prompt)]))
+    return decode(model, past, count, Sampling(temperature, seed=seed))[0]
 
-    Args:
-        model: on one device, not spread over ranks.
-        temperature: of the softmax that is sampled from; 0 takes the likeliest token.
-    """
-    device = model.embed.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([list(prompt)], device=device)
-    carry = None
-    result: list[int] = []
-    for _ in range(count):
-        x, carry = model.hidden(tokens, carry=carry, leave=True)
-        logits = model.logits(x[:, -1])
-        if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)
-        else:
-            tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        result.append(int(tokens))
-    return result
+
+@torch.no_grad()
+def decode(
+    model: LanguageModel, past: Snapshot, count: int, sampling: Sampling = GREEDY, stop: int | None = None
+) -> list[list[int]]:
+    """Up to `count` token ids for each of the B pasts; a row ends before the id `stop`."""
+    generator = torch.Generator(past.logits.device).manual_seed(sampling.seed)
+    carry, logits = past.carry, past.logits
+    drawn: list[Tensor] = []
+    for i in range(count):
+        if i:
+            x, carry = model.hidden(drawn[-1], carry=carry, leave=True)
+            logits = model.logits(x[:, -1])
+        drawn.append(choose(logits, sampling, generator))
+        if stop is not None and bool((torch.cat(drawn, 1) == stop).any(1).all()):
+            break
+    rows: list[list[int]] = torch.cat(drawn, 1).tolist() if drawn else [[] for _ in past.logits]
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Next tokens int64 [B, 1] of logits [B, vocab]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)  # the first that reaches top_p stays
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator))

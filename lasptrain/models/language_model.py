@@ -101,6 +101,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         assert isinstance(cfg.vocab, int)
         self.cfg, self.window, self.dtype, self.loss_chunk = cfg, window, dtype, loss_chunk
+        self.attention = attention
         self.scale = math.sqrt(cfg.dim) if cfg.arch == "tnl" else 1.0
         self.embed = nn.Embedding(cfg.vocab, cfg.dim)
         self.layers = nn.ModuleList(_block(cfg, i, attention) for i in range(cfg.layers))

@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -82,3 +85,23 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
+
+
+def from_rank_0(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The x that rank 0 of the group holds, on all of its ranks; what the others give has its shape and dtype."""
+    x = x.detach().contiguous().clone()
+    dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process only, where there is none yet: for what is collective by nature."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

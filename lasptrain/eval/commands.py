@@ -1,0 +1,128 @@
+"""`lasptrain eval` and `lasptrain generate`. torch is imported late."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lasptrain.errors import RecipeError
+
+USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks that read each text together; one per GPU, or 1.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command("eval")(evaluate)
+    app.command()(generate)
+
+
+def evaluate(
+    run: Run,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B,…", help="Tasks, or all; a wrong one lists them.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="4k..4m", help="Tokens: 4k,64k or a range by factors of 4.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--n", min=1, help="Samples of each task and length.")] = 5,
+    depths: Annotated[int, typer.Option(min=1, help="Places of a single needle, in turn.")] = 10,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    control: Annotated[bool, typer.Option("--control", help="Also without what answers the question.")] = False,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for haystacks, instead of noise.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Option("--file", metavar="FILE", help="RULER rows, SQuAD, or JSONL of prompts.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="RUN/eval/step-N if not given.")] = None,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens in work at a time.")] = 32768,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw heatmap.png and curves.png (extra plot).")] = False,
+    nproc: Nproc = None,
+) -> None:
+    """Ask a trained model long-context tasks; the same command again continues where it stopped."""
+    from lasptrain.eval import main
+    from lasptrain.eval.evaluate import PERPLEXITY, Asked
+    from lasptrain.eval.tasks import TASKS
+    from lasptrain.recipe import load
+
+    chosen = USUAL if tasks is None else tuple(part.strip() for part in tasks.split(",") if part.strip())
+    if tasks == "all":
+        chosen = (*TASKS, *PERPLEXITY)
+    if files and tasks is None:
+        chosen = ()
+    window = load(_recipe(run)).data.window
+    asked = Asked(
+        tasks=chosen,
+        lengths=(max(window // 4, 512), window) if lengths is None else parse_lengths(lengths),
+        samples=samples,
+        depths=depths,
+        seed=seed,
+        control=control,
+        text=() if text is None else tuple(_sentences(text)),
+        files=tuple(files or ()),
+    )
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        found = main.evaluate(run, asked, out, segment, nproc, progress)
+    for part in main.shown(found, plot):
+        console.print(part)
+
+
+def generate(
+    run: Run,
+    prompts: Annotated[list[str], typer.Option("--prompt", help="Text to continue; several make a batch.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Only from the likeliest that reach this.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Continue a text."""
+    from lasptrain.eval import main
+
+    for prompt, continued in zip(prompts, main.generate(run, prompts, tokens, temperature, top_p, seed), strict=True):
+        typer.echo(prompt + typer.style(continued, bold=True))
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """`4k,64k` or `4k..4m`, a range by factors of 4 with its end, as numbers of tokens. K is 1,024."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        length, end = _tokens(first), _tokens(last if dots else first)
+        while length < end:
+            found.append(length)
+            length *= 4
+        found.append(end)
+    return tuple(dict.fromkeys(found))
+
+
+def _tokens(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    if match is None or int(match[1]) == 0:
+        raise RecipeError(f"--lengths: found {text!r}; expected numbers such as 4096, 4k or 1m, or a range 4k..4m")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]]
+
+
+def _recipe(run: Path) -> Path:
+    from lasptrain.errors import CheckpointError
+    from lasptrain.run import RECIPE
+
+    if not (run / RECIPE).is_file():
+        raise CheckpointError(f"{run}: found no {RECIPE}; expected a run folder such as runs/quickstart")
+    return run / RECIPE
+
+
+def _sentences(file: Path) -> list[str]:
+    from lasptrain.errors import DataError
+
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"--text: {file}: {error}; expected a text file") from None
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", content) if sentence.strip()]
+    if not sentences:
+        raise DataError(f"--text: {file}: found no sentence; expected text")
+    return sentences

@@ -1,0 +1,208 @@
+"""Asks a model all questions, and goes on where it was stopped: every answer is a line in samples.jsonl.
+
+Each sample is read once; from that snapshot its gold answer is scored, in one forward, and an answer is generated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.tokenizer import Tokenizer
+from lasptrain.data.dataset import Split, TokenDataset
+from lasptrain.errors import DataError, RecipeError, SetupError
+from lasptrain.eval import perplexity
+from lasptrain.eval.generate import decode
+from lasptrain.eval.inference import Reader
+from lasptrain.eval.score import METRICS
+from lasptrain.eval.tasks import TASKS
+from lasptrain.eval.tasks.files import samples as file_samples
+from lasptrain.eval.tasks.files import task_name
+from lasptrain.eval.tasks.sample import Ask, Sample
+
+Record = dict[str, Any]
+Say = Callable[[str], None]
+
+SAMPLES = "samples.jsonl"
+BY_POSITION, VS_CONTEXT = "ppl_by_position", "ppl_vs_context"
+PERPLEXITY = (BY_POSITION, VS_CONTEXT)
+SHOWN = 200  # characters of a prompt's end that are kept
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int = 10
+    depths: int = 10
+    seed: int = 0
+    control: bool = False  # also with what answers the question taken out
+    text: tuple[str, ...] = ()  # sentences for haystacks
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS and task not in PERPLEXITY]
+        if unknown:
+            raise RecipeError(f"--tasks: found {unknown[0]!r}; expected some of {', '.join((*TASKS, *PERPLEXITY))}")
+
+    def identity(self) -> Record:
+        """What answers depend on, besides the model and which questions are asked."""
+        text = hashlib.sha256("\n".join(self.text).encode()).hexdigest() if self.text else None
+        return {"seed": self.seed, "depths": self.depths, "text": text, "control": self.control}
+
+
+Key = tuple[str, int, int]  # task, length, index
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All that is asked, in order; `dataset` has the documents for perplexity, of its validation split."""
+
+    asked: Asked
+    tokenizer: Tokenizer
+    dataset: TokenDataset | None = None
+
+    def answers(self, reader: Reader, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
+        """Records of what is not `done` yet, on the rank that speaks; empty ones on others. Collective over ranks."""
+        for task in self.asked.tasks:
+            for length in self.asked.lengths if task in TASKS else ():
+                yield from self._cell(reader, task, length, done, speaks, say)
+            if task in PERPLEXITY:
+                yield from self._perplexity(reader, task, done, say)
+        for file in self.asked.files:
+            for index, (length, sample) in enumerate(file_samples(file, self.tokenizer, self.asked.samples)):
+                key = (task_name(file), length, index)
+                if key not in done:
+                    yield _record(key) | answer(reader, self.tokenizer, sample, self.asked.control, speaks)
+
+    def _cell(self, reader: Reader, task: str, length: int, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
+        asked = self.asked
+        for index in range(asked.samples):
+            key = (task, length, index)
+            if key in done:
+                continue
+            try:
+                sample = TASKS[task](Ask(self.tokenizer, length, index, asked.seed, asked.depths, asked.text))
+            except RecipeError as error:
+                say(f"{task} not run: {error}")
+                return
+            yield _record(key) | answer(reader, self.tokenizer, sample, asked.control, speaks)
+
+    def _perplexity(self, reader: Reader, task: str, done: set[Key], say: Say) -> Iterator[Record]:
+        length = max(self.asked.lengths)
+        found = []
+        if self.dataset is not None:
+            split = self.dataset.split("validation")
+            if not isinstance(split, Split):
+                say(f"{task} not run: the held-out text is a mixture; expected one source")
+                return
+            found = perplexity.enough_documents(split, self.dataset.bos, length, self.asked.samples)
+        if not found:
+            say(f"{task} not run: no held-out document has {perplexity.LEAST:,} tokens")
+        for index, document in enumerate(found):
+            key = (task, len(document), index)
+            if key in done:
+                continue
+            began = time.perf_counter()
+            if task == BY_POSITION:
+                values = {str(end): value for end, (value, _) in perplexity.by_position(reader, document).items()}
+            else:
+                values = {
+                    str(context): value for context, value in perplexity.against_context(reader, document).items()
+                }
+            yield _record(key) | {"tokens": len(document), "nats": values, "seconds": time.perf_counter() - began}
+
+
+def _record(key: Key) -> Record:
+    return dict(zip(("task", "length", "index"), key, strict=True))
+
+
+def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, speaks: bool) -> Record:
+    """What the model makes of a sample. Every rank reads; the one that speaks scores and generates."""
+    began = time.perf_counter()
+    past = reader.read(torch.tensor([sample.prompt]))
+    seconds = time.perf_counter() - began
+    other = None
+    if control and sample.control:
+        other = reader.read(torch.tensor([sample.control]))
+    if not speaks:
+        return {}
+    nats, hits = reader.score(past, sample.inputs, sample.labels)
+    record: Record = {
+        "tokens": len(sample.prompt),
+        "depth": sample.depth,
+        "distance": sample.distance,
+        "answer_nll": float(nats.mean()),
+        "accuracy": float(hits.double().mean()),
+        "exact": float(hits.all()),
+        "seconds": seconds,
+        "prompt_end": tokenizer.decode(sample.prompt[-SHOWN:])[-SHOWN:],
+    }
+    if other is not None:
+        record["control_nll"] = float(reader.score(other, sample.inputs, sample.labels)[0].mean())
+    if sample.references:
+        prediction = tokenizer.decode(decode(reader.model, past, sample.budget, stop=tokenizer.bos)[0])
+        score = METRICS[sample.metric](prediction, sample.references)
+        record |= {"metric": sample.metric, "score": score, "prediction": prediction, "references": sample.references}
+    return record
+
+
+class Ledger:
+    """The answers so far, in FOLDER/samples.jsonl, under a first line that says what they are answers of."""
+
+    def __init__(self, folder: Path, identity: Record, speaks: bool = True):
+        """Raises SetupError where the folder has answers of another model or other questions."""
+        self.file = folder / SAMPLES
+        self.records: list[Record] = []
+        present = self._read()
+        if present and present[0].get("identity") != json.loads(json.dumps(identity)):
+            raise SetupError(
+                f"{self.file}: holds answers under {present[0].get('identity')}, now {identity}; use another --out"
+            )
+        self.records = present[1:]
+        self._speaks = speaks
+        if speaks:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = present or [{"identity": identity}]
+            new = self.file.with_suffix(".new")  # without a line that a kill has torn
+            new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            new.replace(self.file)
+
+    def _read(self) -> list[Record]:
+        lines = []
+        try:
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise DataError(f"{self.file}: {error.strerror}; expected answers of an earlier evaluation") from None
+        return lines
+
+    @property
+    def done(self) -> set[Key]:
+        return {(record["task"], record["length"], record["index"]) for record in self.records}
+
+    def add(self, record: Record) -> None:
+        """Keep an answer, on disk at once."""
+        self.records.append(record)
+        if self._speaks:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def settings(asked: Asked) -> Record:
+    """What was asked, as JSON has it; of the user's text only its digest."""
+    return asdict(asked) | asked.identity() | {"files": [str(file) for file in asked.files]}

@@ -1,0 +1,145 @@
+"""Inference is the training scan: a prompt is read in segments, spread over ranks; then tokens come one at a time.
+
+Memory does not grow with the prompt: what is kept of it is the state that leaves each layer, at least fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasptrain.loss import IGNORED
+from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.mixers import State
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.mesh import Mesh, from_rank_0, sum_over_ranks
+from lasptrain.parallel.scan import SCANS
+
+
+class Snapshot(NamedTuple):
+    """All that a model knows of the tokens read so far. It is never written to, so any number of texts may go on."""
+
+    carry: list[State]  # per layer; every tensor starts with B
+    logits: Tensor  # fp32 [B, vocab] of the token that comes next
+    length: int  # tokens read
+
+    def fork(self, count: int) -> Snapshot:
+        """The same past, of B = 1, for `count` continuations side by side."""
+        carry = [tuple(None if s is None else s.expand(count, *s.shape[1:]) for s in state) for state in self.carry]
+        return Snapshot(carry, self.logits.expand(count, -1), self.length)
+
+
+def join(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """Several pasts as one batch; the states of a recurrence have one shape whatever was read."""
+    carry = [
+        tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*states, strict=True))
+        for states in zip(*(one.carry for one in snapshots), strict=True)
+    ]
+    return Snapshot(carry, torch.cat([one.logits for one in snapshots]), max(one.length for one in snapshots))
+
+
+class Reader:
+    """A model that reads texts of any length, together with the other ranks of the mesh's sp group.
+
+    Args:
+        model: whole on this rank; its weights are used where they are.
+        mesh: its dp × sp ranks; every rank is given the same texts. None: this rank alone.
+        segment: tokens in work at a time over all ranks; made a multiple of their number.
+        scan: how states cross ranks.
+    """
+
+    def __init__(self, model: LanguageModel, mesh: Mesh | None = None, segment: int = 8192, scan: str = "all_gather"):
+        self.model, self.mesh = model, mesh
+        self.sp, self.rank = (1, 0) if mesh is None else (mesh.length("sp"), mesh.rank("sp"))
+        self.segment = max(segment // self.sp, 1) * self.sp
+        self.device = model.embed.weight.device
+        self.spread = model
+        if mesh is not None and self.sp > 1:
+            kernel = model.attention.kernel
+            self.spread = twin(model, Attention(kernel, SCANS[scan](mesh.sp_group, self.device)))
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, past: Snapshot | None = None) -> Snapshot:
+        """Read int64 tokens [B, N], N ≥ 1, after `past`. The last 1 to sp tokens are run by every rank."""
+        shared = (tokens.shape[1] - 1) // self.sp * self.sp
+        carry = None if past is None else past.carry
+        for start, length in self._segments(shared):
+            piece = self._slice(tokens, start, length)
+            carry = self.spread(piece, carry=carry, leave=True).leaving
+        if shared:
+            carry = self._everywhere(carry)
+        x, leaving = self.model.hidden(tokens[:, shared:].to(self.device), carry=carry, leave=True)
+        logits = self.model.logits(x[:, -1])
+        return Snapshot(leaving, logits, tokens.shape[1] + (0 if past is None else past.length))
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, past: Snapshot | None = None) -> Tensor:
+        """Nats [N − 1], fp64 on the CPU, by which tokens [N] after the first were expected, each given all before."""
+        count = len(tokens) - 1
+        shared = count // self.sp * self.sp
+        inputs, labels = tokens[None, :-1], tokens[None, 1:]
+        found = torch.zeros(count, dtype=torch.float64, device=self.device)
+        carry = None if past is None else past.carry
+        for start, length in self._segments(shared):
+            own = slice(start + self.rank * length, start + (self.rank + 1) * length)
+            out = self.spread(
+                self._slice(inputs, start, length),
+                self._slice(labels, start, length),
+                carry=carry,
+                leave=True,
+                per_token=True,
+            )
+            carry = out.leaving
+            assert out.loss is not None
+            found[own] = out.loss.double()
+        if self.sp > 1 and self.mesh is not None:
+            found = sum_over_ranks(found) / self.mesh.length("dp")
+        if shared < count:
+            carry = self._everywhere(carry) if shared else carry
+            tail = (inputs[:, shared:].to(self.device), labels[:, shared:].to(self.device))
+            found[shared:] = self.model(*tail, carry=carry, per_token=True).loss.double()
+        return found.cpu()
+
+    @torch.no_grad()
+    def score(self, past: Snapshot, inputs: Sequence[int], labels: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of every label that is not IGNORED its nats (fp64) and whether it is the likeliest token, given the past.
+
+        labels[0] is what should follow the past, labels[j + 1] what should follow inputs[j].
+        """
+        found, carry = [past.logits[: int(labels[0] != IGNORED)]], past.carry
+        for start in range(0, len(inputs), self.segment):
+            piece = torch.tensor([list(inputs[start : start + self.segment])], device=self.device)
+            x, carry = self.model.hidden(piece, carry=carry, leave=True)
+            asked = torch.tensor(labels[start + 1 : start + 1 + self.segment], device=self.device) != IGNORED
+            found.append(self.model.logits(x[0, asked]))
+        logits = torch.cat(found)
+        target = torch.tensor([label for label in labels if label != IGNORED], device=self.device)
+        nats = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        return nats.cpu(), (logits.argmax(-1) == target).cpu()
+
+    def _segments(self, tokens: int) -> list[tuple[int, int]]:
+        """Where each segment of the first `tokens` tokens starts, and how long each rank's slice of it is."""
+        starts = range(0, tokens, self.segment)
+        return [(start, min(self.segment, tokens - start) // self.sp) for start in starts]
+
+    def _slice(self, tokens: Tensor, start: int, length: int) -> Tensor:
+        begin = start + self.rank * length
+        return tokens[:, begin : begin + length].to(self.device)
+
+    def _everywhere(self, carry: list[State] | None) -> list[State] | None:
+        """What left the last segment, on every rank: a scan promises it to the first one only."""
+        if carry is None or self.mesh is None or self.sp == 1:
+            return carry
+        mesh = self.mesh
+        return [tuple(None if s is None else from_rank_0(s, mesh.sp_group) for s in state) for state in carry]
+
+
+def twin(model: LanguageModel, attention: Attention) -> LanguageModel:
+    """The same model, the same weights in memory, with another recurrence."""
+    with torch.device("meta"):
+        other = LanguageModel(model.cfg, model.window, attention, dtype=model.dtype, loss_chunk=model.loss_chunk)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other

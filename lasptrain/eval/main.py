@@ -1,0 +1,137 @@
+"""An evaluation from model to report, on one rank or several."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from data_tools.tokenizer import load_tokenizer
+from lasptrain import __version__
+from lasptrain.bench.ranks import on_ranks
+from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.source import open_dataset
+from lasptrain.errors import DataError
+from lasptrain.eval import report
+from lasptrain.eval.evaluate import PERPLEXITY, Asked, Ledger, Questions, Record, settings
+from lasptrain.eval.generate import Sampling, decode
+from lasptrain.eval.inference import Reader, join
+from lasptrain.eval.load import Trained, load_model
+from lasptrain.eval.tasks import TASKS
+from lasptrain.metrics import write_scalars
+from lasptrain.models.language_model import LanguageModel
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.mesh import Mesh
+from lasptrain.recipe import Data, Recipe
+
+
+def evaluate(
+    run: Path, asked: Asked, out: Path | None, segment: int, nproc: int | None, progress: Progress | None = None
+) -> Record:
+    """Ask everything that has no answer yet, write the report, and return what results.json holds, and `folder`."""
+    ranks = nproc or torch.cuda.device_count() or 1
+    if ranks > 1:
+        found: Record = on_ranks(ranks, _evaluate, run, asked, out, segment)
+        return found
+    return _evaluate(run, asked, out, segment, progress)
+
+
+def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, progress: Progress | None = None) -> Record:
+    """On every rank."""
+    with meshes.alone():
+        world = meshes.world_size()
+        mesh = meshes.build(1, world)
+        speaks = mesh.rank("sp") == 0
+        trained = load_model(run)
+        reader = Reader(trained.model, mesh, segment)
+        folder = out or run / "eval" / f"step-{trained.step}"
+        identity = asked.identity() | {"step": trained.step, "tokenizer": trained.tokenizer.sha256}
+        ledger = Ledger(folder, identity, speaks)
+        done = ledger.done
+        meshes.smallest(0)  # all have read what there is before anyone writes
+        notes: list[str] = []
+        dataset = _dataset(trained.recipe.data, notes) if set(PERPLEXITY) & set(asked.tasks) else None
+        began, peak = time.perf_counter(), meshes.peak_memory(reader.device)
+        total = len([task for task in asked.tasks if task in TASKS]) * len(asked.lengths) * asked.samples
+        with _bar(progress, total) as advance:
+            for record in Questions(asked, trained.tokenizer, dataset).answers(reader, done, speaks, notes.append):
+                if speaks:
+                    ledger.add(record)
+                    advance(record["task"])
+        peak = max(peak, meshes.peak_memory(reader.device))
+        header = _header(trained, asked, reader, dataset) | {"notes": notes, "peak_bytes": peak}
+        header["seconds"] = time.perf_counter() - began
+        found = report.cells(ledger.records)
+        if speaks:
+            report.write(folder, found, header)
+            write_scalars(folder, trained.step, report.scalars(found))
+    return {**header, "cells": found, "folder": str(folder)}
+
+
+@contextlib.contextmanager
+def _bar(progress: Progress | None, total: int) -> Iterator[Any]:
+    if progress is None:
+        yield lambda _: None
+        return
+    bar = progress.add_task("eval", total=total)
+    yield lambda task: progress.update(bar, advance=task not in PERPLEXITY, description=task)
+
+
+def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
+    try:
+        return open_dataset(data)
+    except DataError as error:
+        notes.append(f"no perplexity: {error}")
+        return None
+
+
+def while_training(model: LanguageModel, recipe: Recipe, mesh: Mesh) -> dict[str, float]:
+    """Results of the recipe's `eval.tasks` by name, on rank 0 of each sp group; the model is whole on every rank."""
+    lengths = recipe.eval.lengths or (recipe.data.window,)
+    asked = Asked(recipe.eval.tasks, lengths, samples=recipe.eval.samples)
+    questions = Questions(asked, load_tokenizer(recipe.data.tokenizer))
+    records = questions.answers(Reader(model, mesh), set(), mesh.rank("sp") == 0, lambda _: None)
+    return report.scalars(report.cells(record for record in records if "tokens" in record))
+
+
+def _header(trained: Trained, asked: Asked, reader: Reader, dataset: TokenDataset | None) -> Record:
+    return {
+        "name": trained.recipe.name,
+        "step": trained.step,
+        "window_trained": trained.recipe.data.window,
+        "asked": settings(asked),
+        "template": "base",
+        "tokenizer_sha256": trained.tokenizer.sha256,
+        "dataset": None if dataset is None else dataset.fingerprint,
+        "sp": reader.sp,
+        "segment": reader.segment,
+        "dtype": str(trained.model.dtype).removeprefix("torch."),
+        "versions": {"lasptrain": __version__, "torch": torch.__version__},
+    }
+
+
+def shown(found: Record, plot: bool) -> Iterator[Any]:
+    """What the terminal gets; draws the pictures where they are asked for."""
+    folder, cells = Path(found["folder"]), found["cells"]
+    title = f"{found['name']} after {found['step']} steps: % right, nats per answer token (samples)"
+    if any(cell["task"] not in PERPLEXITY for cell in cells):
+        yield report.table(cells, title)
+    yield from report.curves(cells)
+    yield from found["notes"]
+    for file in report.plot(folder, cells) if plot else ():
+        yield f"{file}"
+    yield f"{folder / report.PAGE}  ({found['seconds']:.0f} s)"
+
+
+def generate(run: Path, prompts: Sequence[str], count: int, temperature: float, top_p: float, seed: int) -> list[str]:
+    """A continuation of each prompt by up to `count` tokens."""
+    trained = load_model(run)
+    reader, tokenizer = Reader(trained.model), trained.tokenizer
+    pasts = [reader.read(torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]])) for prompt in prompts]
+    rows = decode(trained.model, join(pasts), count, Sampling(temperature, top_p, seed), stop=tokenizer.bos)
+    return [tokenizer.decode(row) for row in rows]

@@ -1,0 +1,256 @@
+"""What was found: cells of task × length with their intervals, as a table, JSON, a page of HTML, and pictures."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from lasptrain.errors import SetupError
+from lasptrain.eval.evaluate import PERPLEXITY, Record
+from lasptrain.eval.score import bootstrap, interval
+
+RESULTS, PAGE, TABLE = "results.json", "report.html", "table.md"
+MEASURES = ("score", "exact", "accuracy")  # parts of one
+
+
+def cells(records: Iterable[Record]) -> list[Record]:
+    """One object for each task and length: n, and each measure with its 95 % interval, over all and by depth."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["task"], record["length"]), []).append(record)
+    return [
+        {"task": task, "length": length, "n": len(group)} | (_curve(group) if task in PERPLEXITY else _cell(group))
+        for (task, length), group in groups.items()
+    ]
+
+
+def _cell(group: list[Record]) -> Record:
+    cell: Record = {"metric": group[0].get("metric")}
+    for measure in MEASURES:
+        values = [record[measure] for record in group if measure in record]
+        if values:
+            cell[measure], cell[f"{measure}_ci95"] = fmean(values), interval(values)
+    for measure in ("answer_nll", "control_nll"):
+        values = [record[measure] for record in group if measure in record]
+        if values:
+            cell[measure], cell[f"{measure}_ci95"] = fmean(values), bootstrap(values)
+    depths = sorted({record["depth"] for record in group if record["depth"] is not None})
+    if len(depths) > 1:
+        cell["by_depth"] = [_at(depth, [r for r in group if r["depth"] == depth]) for depth in depths]
+    cell["true_tokens"] = [min(r["tokens"] for r in group), max(r["tokens"] for r in group)]
+    cell["prefill_tokens_per_s"] = sum(r["tokens"] for r in group) / max(sum(r["seconds"] for r in group), 1e-9)
+    return cell
+
+
+def _at(depth: float, group: list[Record]) -> Record:
+    means = {measure: fmean(r[measure] for r in group) for measure in MEASURES if measure in group[0]}
+    return {"depth": depth, "n": len(group), "distance": round(fmean(r["distance"] for r in group)), **means}
+
+
+def _curve(group: list[Record]) -> Record:
+    points = []
+    for x in group[0]["nats"]:
+        values = [record["nats"][x] for record in group]
+        points.append({"x": int(x), "nats": fmean(values), "ci95": bootstrap(values)})
+    return {"curve": points}
+
+
+def table(found: list[Record], title: str) -> Table:
+    """Tasks down, lengths across: percent ± half of the interval, exact match where there is no score."""
+    lengths = sorted({cell["length"] for cell in found if cell["task"] not in PERPLEXITY})
+    result = Table(title=title, title_justify="left")
+    result.add_column("task")
+    for length in lengths:
+        result.add_column(short(length), justify="right")
+    rows: dict[str, dict[int, Record]] = {}
+    for cell in found:
+        if cell["task"] not in PERPLEXITY:
+            rows.setdefault(cell["task"], {})[cell["length"]] = cell
+    for task, row in rows.items():
+        result.add_row(task, *(_text(row[length]) if length in row else "" for length in lengths))
+    return result
+
+
+def curves(found: list[Record]) -> list[Table]:
+    """A table for each perplexity task."""
+    heads = {
+        "ppl_by_position": "nats per token, positions up to",
+        "ppl_vs_context": "nats per token, after a context of",
+    }
+    result = []
+    for cell in found:
+        if cell["task"] in heads:
+            title = f"{cell['task']}: {cell['n']} documents of {cell['length']:,} tokens"
+            one = Table(title=title, title_justify="left")
+            one.add_column(heads[cell["task"]])
+            for point in cell["curve"]:
+                one.add_column(f"{point['x']:,}", justify="right")
+            one.add_row("", *(f"{point['nats']:.3f}" for point in cell["curve"]))
+            one.add_row("95 %", *("{:.2f} to {:.2f}".format(*point["ci95"]) for point in cell["curve"]))
+            result.append(one)
+    return result
+
+
+def _text(cell: Record) -> str:
+    measure = "score" if "score" in cell else "accuracy"
+    low, high = cell[f"{measure}_ci95"]
+    return f"{100 * cell[measure]:.0f} ±{50 * (high - low):.0f}, nll {cell['answer_nll']:.2f} ({cell['n']})"
+
+
+def short(tokens: int) -> str:
+    """4096 as 4K."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return f"{tokens:,}"
+
+
+def scalars(found: list[Record]) -> dict[str, float]:
+    """Names and numbers for logs."""
+    result = {}
+    for cell in found:
+        name = f"{cell['task']}@{short(cell['length'])}"
+        for measure in (*MEASURES, "answer_nll"):
+            if measure in cell:
+                result[f"{name}/{measure}"] = float(cell[measure])
+        for point in cell.get("curve", ()):
+            result[f"{name}/nats_at_{point['x']}"] = float(point["nats"])
+    return result
+
+
+def write(folder: Path, found: list[Record], header: Record) -> None:
+    """results.json, table.md and report.html in the folder."""
+    (folder / RESULTS).write_text(json.dumps({**header, "cells": found}, indent=1) + "\n", encoding="utf-8")
+    (folder / TABLE).write_text(_markdown(found), encoding="utf-8")
+    (folder / PAGE).write_text(_page(found, header), encoding="utf-8")
+
+
+def _grid(found: list[Record]) -> list[list[str]]:
+    lengths = sorted({cell["length"] for cell in found if cell["task"] not in PERPLEXITY})
+    tasks = dict.fromkeys(cell["task"] for cell in found if cell["task"] not in PERPLEXITY)
+    place = {(cell["task"], cell["length"]): cell for cell in found}
+    rows = [["task", *map(short, lengths)]]
+    for task in tasks:
+        texts = (_text(place[task, length]) if (task, length) in place else "" for length in lengths)
+        rows.append([task, *texts])
+    return rows
+
+
+def _markdown(found: list[Record]) -> str:
+    head, *rows = _grid(found)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+STYLE = (
+    "body{font:15px system-ui;margin:2em auto;max-width:70em;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .7em;border:1px solid #ccc;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:1em 2em 1em 0}"
+    "pre{white-space:pre-wrap}"
+)
+
+
+def _page(found: list[Record], header: Record) -> str:
+    """One file without anything from outside: the table, a map of depth × length for each task, the curves."""
+    title = html.escape(f"{header.get('name')} after {header.get('step')} steps")
+    head, *rows = _grid(found)
+    parts = [f"<h1>{title}</h1>", "<p>Percent right ± half of the 95 % interval, nats per answer token (samples).</p>"]
+    parts.append(_html([head], "th", rows))
+    parts += [_map(task, found) for task in dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell)]
+    parts += [_svg(cell) for cell in found if "curve" in cell]
+    parts.append(f"<h2>How</h2><pre>{html.escape(json.dumps(header, indent=1))}</pre>")
+    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return page + "\n".join(parts) + "\n"
+
+
+def _html(heads: list[list[str]], tag: str, rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + "".join([line(h, tag) for h in heads] + [line(row, "td") for row in rows]) + "</table>"
+
+
+def depth_map(task: str, found: list[Record]) -> tuple[list[float], list[int], dict[tuple[float, int], float]]:
+    """Depths, lengths, and the part answered right at each pair that was asked: exactly, or by token for copies."""
+    values: dict[tuple[float, int], float] = {}
+    for cell in found:
+        if cell["task"] == task:
+            for at in cell.get("by_depth", ()):
+                values[at["depth"], cell["length"]] = at.get("score", at["accuracy"])
+    return sorted({depth for depth, _ in values}), sorted({length for _, length in values}), values
+
+
+def _map(task: str, found: list[Record]) -> str:
+    depths, lengths, values = depth_map(task, found)
+    rows = []
+    for depth in depths:
+        colours = (
+            f'<td style="background:hsl({120 * values[depth, n]:.0f} 60% 75%)">{values[depth, n]:.2f}</td>'
+            if (depth, n) in values
+            else '<td style="background:#ddd"></td>'
+            for n in lengths
+        )
+        rows.append(f"<tr><td>{depth:.0%}</td>{''.join(colours)}</tr>")
+    head = "".join(f"<th>{short(n)}</th>" for n in lengths)
+    caption = f"<figcaption>{html.escape(task)}: depth × length</figcaption>"
+    return f"<figure>{caption}<table><tr><th></th>{head}</tr>{''.join(rows)}</table></figure>"
+
+
+def _svg(cell: Record) -> str:
+    points = cell["curve"]
+    values = [point["nats"] for point in points]
+    low, high = min(values), max(max(values), min(values) + 1e-9)
+    width = 480 / max(len(points) - 1, 1)
+    places = [(40 + i * width, 30 + 140 * (high - value) / (high - low)) for i, value in enumerate(values)]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    labels = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/><text x="{x:.1f}" y="{y - 8:.1f}">{value:.3f}</text>'
+        f'<text x="{x:.1f}" y="195">{short(point["x"])}</text>'
+        for (x, y), value, point in zip(places, values, points, strict=True)
+    )
+    caption = f"<figcaption>{cell['task']}: nats per token, {cell['n']} documents</figcaption>"
+    style = 'font-size="11" text-anchor="middle"'
+    path = f'<polyline points="{line}" fill="none" stroke="#369"/>'
+    return f'<figure>{caption}<svg width="560" height="205" {style}>{path}{labels}</svg></figure>'
+
+
+def plot(folder: Path, found: list[Record]) -> list[Path]:
+    """heatmap.png and curves.png, where there is something to draw. Raises SetupError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError("--plot: matplotlib is not installed; expected it, pip install 'lasptrain[plot]'") from None
+    files = []
+    tasks = list(dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell))
+    if tasks:
+        figure = Figure(figsize=(4.5 * len(tasks), 4), layout="constrained")
+        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+            _draw_map(axes, *depth_map(task, found), task)
+        files.append(folder / "heatmap.png")
+        figure.savefig(files[-1], dpi=120)
+    shown = [cell for cell in found if "curve" in cell]
+    if shown:
+        figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
+        for axes, cell in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            points = cell["curve"]
+            axes.plot([short(p["x"]) for p in points], [p["nats"] for p in points], marker="o")
+            axes.set(title=cell["task"], ylabel="nats per token")
+        files.append(folder / "curves.png")
+        figure.savefig(files[-1], dpi=120)
+    return files
+
+
+def _draw_map(
+    axes: Any, depths: Sequence[float], lengths: Sequence[int], values: dict[tuple[float, int], float], title: str
+) -> None:
+    grid = [[values.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+    axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set(title=title, xlabel="length", ylabel="depth")
+    axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

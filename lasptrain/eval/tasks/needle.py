@@ -1,0 +1,103 @@
+"""Needles in a haystack, as RULER's `niah.py` (arXiv:2404.06654) makes them."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from typing import Literal
+
+from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
+from lasptrain.eval.tasks.words import key
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DEPTHS = [round(i * 100 / 39) / 100 for i in range(40)]
+BUDGET = 128
+
+Kind = Literal["words", "numbers", "uuids"]
+
+
+def niah(
+    task: str,
+    ask: Ask,
+    *,
+    hay: Literal["noise", "text", "needles"] = "noise",
+    names: Kind = "words",
+    values: Kind = "numbers",
+    keys: int = 1,
+    values_per_key: int = 1,
+    queries: int = 1,
+) -> Sample:
+    """`keys` needles of `values_per_key` values each in noise, in the user's text, or among other needles."""
+    draw = ask.random(task)
+    asked: list[str] = []
+    while len(asked) < keys:
+        if (name := _draw(draw, names)) not in asked:
+            asked.append(name)
+    needles = [(name, _draw(draw, values)) for name in asked for _ in range(values_per_key)]
+    draw.shuffle(needles)
+    single = len(needles) == 1
+    places = [ask.depth] if single else sorted(draw.sample(DEPTHS, len(needles)))
+    queried = draw.sample(asked, queries)
+    wanted = {i for i, (name, _) in enumerate(needles) if name in queried}
+    found = [value for name in queried for other, value in needles if other == name]
+    head, tail = _prompt(queried, values, several=len(found) > 1)
+    text = ask.text if hay == "text" and ask.text else (NOISE,)
+    separator = " " if hay == "text" and ask.text else "\n"
+    seed = draw.random()
+
+    def draft(units: int) -> Draft:
+        if hay == "needles":
+            other = random.Random(seed)
+            items = [_distractor(other, names, values, asked) for _ in range(units)]
+        else:
+            items = [text[i % len(text)] for i in range(units)]
+        marks = set()
+        for number, (place, (name, value)) in enumerate(zip(places, needles, strict=True)):
+            at = round(place * units) + number
+            items.insert(at, _needle(name, value, values))
+            if number in wanted:
+                marks.add(at)
+        return haystack(head, items, marks, separator, tail)
+
+    answer = " " + _listed(found)
+    return fill(ask, draft, Question(answer, tuple(found), BUDGET, depth=ask.depth if single else None))
+
+
+def _needle(name: str, value: str, values: Kind) -> str:
+    return f"One of the special magic {values} for {name} is: {value}."
+
+
+def _distractor(draw: random.Random, names: Kind, values: Kind, asked: list[str]) -> str:
+    name = _draw(draw, names)
+    while name in asked:
+        name = _draw(draw, names)
+    return _needle(name, _draw(draw, values), values)
+
+
+def _draw(draw: random.Random, kind: Kind) -> str:
+    match kind:
+        case "words":
+            return key(draw)
+        case "numbers":
+            return str(draw.randint(1_000_000, 9_999_999))
+        case "uuids":
+            return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+
+
+def _prompt(queried: list[str], values: Kind, several: bool) -> tuple[str, str]:
+    """What stands before the haystack and after it; in the singular where one value is asked for."""
+    some, are, all_, kind = ("Some", "are", "are all", values) if several else ("A", "is", "is", values[:-1])
+    query = _listed(queried)
+    head = (
+        f"{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. "
+        f"I will quiz you about the {kind} afterwards.\n"
+    )
+    tail = (
+        f"\nWhat {all_} the special magic {kind} for {query} mentioned in the provided text?"
+        f" The special magic {kind} for {query} mentioned in the provided text {are}"
+    )
+    return head, tail
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]

@@ -1,0 +1,118 @@
+"""Retrieval outside RULER: passkey, key–value pairs, a copy over a distance, associative recall of random tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+
+import torch
+
+from lasptrain.eval.tasks.needle import NOISE
+from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
+from lasptrain.loss import IGNORED
+
+COPIED = 512
+ALPHA = 0.01
+
+
+def passkey(ask: Ask) -> Sample:
+    """Five digits in noise (landmark attention, arXiv:2305.16300)."""
+    key = ask.random("passkey").randint(10_000, 99_999)
+    head = (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+        "I will quiz you about the important information there.\n"
+    )
+    sentences = [f"{sentence}." for sentence in NOISE.rstrip(".").split(". ")]
+
+    def draft(units: int) -> Draft:
+        at = round(ask.depth * units)
+        noise = [sentences[i % len(sentences)] for i in range(units)]
+        needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+        parts = [" ".join(noise[:at]), needle, " ".join(noise[at:])]
+        return haystack(head, parts, {1}, "\n", "\nWhat is the pass key? The pass key is")
+
+    return fill(ask, draft, Question(f" {key}", (str(key),), 6, "first_int", ask.depth))
+
+
+def key_values(ask: Ask) -> Sample:
+    """One JSON object of uuids and the value of one key (InfiniteBench, arXiv:2402.13718)."""
+    draw = ask.random("kv_retrieval")
+    key, value, seed = _uuid(draw), _uuid(draw), draw.random()
+    head = "Extract the value corresponding to the specified key in the JSON object below.\n\n{"
+    tail = f'}}\n\nKey: "{key}"\nThe value associated with the specified key is:'
+
+    def draft(units: int) -> Draft:
+        other = random.Random(seed)
+        pairs = [_pair(_uuid(other), _uuid(other)) for _ in range(units)]
+        at = round(ask.depth * units)
+        pairs.insert(at, _pair(key, value))
+        return haystack(head, pairs, {at}, ",\n", tail)
+
+    return fill(ask, draft, Question(f" {json.dumps(value)}", (value,), 50, "word", ask.depth))
+
+
+def _uuid(draw: random.Random) -> str:
+    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+
+
+def _pair(key: str, value: str) -> str:
+    return f"{json.dumps(key)}: {json.dumps(value)}"
+
+
+def copy(ask: Ask) -> Sample:
+    """Random tokens R, other random tokens, R again: 512 of them, or an eighth of a short length."""
+    draw = ask.random("copy")
+    ids = _ordinary(ask)
+    count = min(COPIED, ask.length // 8)
+    copied = draw.choices(ids, k=count)
+    filler = draw.choices(ids, k=ask.length - 2 * count - 1)
+    bos = ask.tokenizer.bos
+    return Sample(
+        prompt=[bos, *copied, *filler],
+        inputs=copied[:-1],
+        labels=copied,
+        depth=0.0,
+        distance=len(filler),
+        control=[bos, *filler],
+    )
+
+
+def mqar(ask: Ask) -> Sample:
+    """Multi-query associative recall of length / 16, at most 64, pairs."""
+    pairs = min(64, ask.length // 16)
+    ids = _ordinary(ask)
+    generator = torch.Generator().manual_seed(ask.random("mqar").getrandbits(63))
+    made, labels = associations(1, ask.length - 1, pairs, len(ids), generator)
+    context, bos = 2 * pairs, ask.tokenizer.bos
+    answers = [label if label == IGNORED else ids[label] for label in labels[0, context:].tolist()]
+    tokens = [ids[token] for token in made[0].tolist()]
+    return Sample(prompt=[bos, *tokens[:context]], inputs=tokens[context:], labels=[IGNORED, *answers])
+
+
+def _ordinary(ask: Ask) -> list[int]:
+    """All ids but BOS."""
+    return [i for i in range(ask.tokenizer.vocab_size) if i != ask.tokenizer.bos]
+
+
+def associations(
+    count: int, length: int, pairs: int, vocab: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MQAR (arXiv:2312.04927): tokens and labels of `count` sequences, int64 [count, length].
+
+    Keys from [1, V/2), values from [V/2, V), none twice: k₁v₁…k_Nv_N, then every key once at an even offset drawn
+    without replacement with p(g) ∝ g^(α−1), so that most come soon; its label, at its own position, is its value. All
+    other tokens are random.
+    """
+    half, context = vocab // 2, 2 * pairs
+    keys = 1 + torch.rand(count, half - 1, generator=generator).topk(pairs).indices
+    values = half + torch.rand(count, vocab - half, generator=generator).topk(pairs).indices
+    tokens = torch.randint(vocab, (count, length), generator=generator)
+    labels = torch.full((count, length), IGNORED)
+    tokens[:, 0:context:2], tokens[:, 1:context:2] = keys, values
+    gaps = torch.arange(1, (length - context) // 2 + 1)
+    weights = gaps.double() ** (ALPHA - 1)
+    places = context + 2 * torch.multinomial(weights.expand(count, -1), pairs, generator=generator)
+    tokens.scatter_(1, places, keys)
+    labels.scatter_(1, places, values)
+    return tokens, labels

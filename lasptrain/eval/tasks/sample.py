@@ -1,0 +1,137 @@
+"""One question to a model, and how text is made as long as asked: whole units, counted in tokens, never cut."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from data_tools.tokenizer import Tokenizer, cut
+from lasptrain.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of token ids (BOS first) and what should follow it.
+
+    `labels[0]` should follow the prompt, `labels[j + 1]` should follow `inputs[j]`; IGNORED ones are not asked.
+    """
+
+    prompt: list[int]
+    inputs: list[int]
+    labels: list[int]
+    references: tuple[str, ...] = ()  # what a generated answer is compared with; none: nothing is generated
+    budget: int = 0  # tokens generated
+    metric: str = "match_all"
+    depth: float | None = None  # where the answer stands, 0 at the beginning
+    distance: int | None = None  # tokens between it and the question's end
+    control: list[int] | None = None  # the same prompt without it
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a task is asked to make: sample `index` of `count`, at most `length` tokens with its answer."""
+
+    tokenizer: Tokenizer
+    length: int
+    index: int
+    seed: int = 0
+    depths: int = 10  # places where a single needle is put in turn: depth 0 to 1
+    text: tuple[str, ...] = ()  # sentences of the user's text, for haystacks
+
+    def random(self, task: str) -> random.Random:
+        """Draws that depend on nothing but seed, task, length and index."""
+        return random.Random(f"{self.seed}/{task}/{self.length}/{self.index}")
+
+    @property
+    def depth(self) -> float:
+        """Where a single needle goes."""
+        return self.index % self.depths / max(self.depths - 1, 1)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Text of a sample: up to the end of what answers it, what follows that, and the whole without that."""
+
+    before: str
+    after: str
+    without: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.before + self.after
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a draft."""
+
+    answer: str  # appended to the prompt as it stands: with its leading space
+    references: tuple[str, ...]
+    budget: int
+    metric: str = "match_all"
+    depth: float | None = None
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text of any length, without BOS."""
+    return [i for piece in cut(text) for i in tokenizer.encode(piece)]
+
+
+def fill(ask: Ask, draft: Callable[[int], Draft], question: Question, least: int = 1) -> Sample:
+    """The sample whose draft has as many units of haystack as fit: BOS + prompt + budget ≤ length (RULER's rule).
+
+    `draft(n)` has n units. Raises RecipeError where not even `least` fit.
+    """
+    room = ask.length - max(question.budget, len(encode(ask.tokenizer, question.answer)) + 1) - 1
+
+    @functools.cache
+    def size(units: int) -> int:
+        return len(encode(ask.tokenizer, draft(units).text))
+
+    if size(least) > room:
+        needed = ask.length + size(least) - room
+        raise RecipeError(f"--lengths: {ask.length} tokens are too few for this task; expected at least {needed}")
+    units, probe = least, least + 16
+    for _ in range(4):  # about linear: the slope seen so far says where to look next
+        slope = max((size(probe) - size(units)) / (probe - units), 1e-3) if probe != units else 1.0
+        units, probe = probe, max(least, probe + int((room - size(probe)) / slope))
+    units = probe
+    while size(units) > room:
+        units -= 1
+    while size(units + 1) <= room:
+        units += 1
+    return written(ask, draft(units), question)
+
+
+def written(ask: Ask, draft: Draft, question: Question) -> Sample:
+    """A draft in tokens. Prompt and answer are encoded as one text and split where the prompt's own ids end."""
+    tokenizer = ask.tokenizer
+    own = encode(tokenizer, draft.text)
+    joint = encode(tokenizer, draft.text + question.answer)
+    same = _common(own, joint)
+    answer = joint[same:]
+    return Sample(
+        prompt=[tokenizer.bos, *own[:same]],
+        inputs=answer[:-1],
+        labels=answer,
+        references=question.references,
+        budget=question.budget,
+        metric=question.metric,
+        depth=question.depth,
+        distance=len(encode(tokenizer, draft.after)),
+        control=None if draft.without is None else [tokenizer.bos, *encode(tokenizer, draft.without)],
+    )
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def haystack(head: str, items: Sequence[str], needles: Collection[int], separator: str, tail: str) -> Draft:
+    """The items as one text between head and tail; those at the indices `needles` hold the answer."""
+    first = min(needles)
+    rest = separator.join(["", *items[first + 1 :]])
+    without = [item for i, item in enumerate(items) if i not in needles]
+    return Draft(head + separator.join(items[: first + 1]), rest + tail, head + separator.join(without) + tail)

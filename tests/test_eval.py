@@ -1,0 +1,361 @@
+"""The evaluator itself: tasks as defined, scorers on known rows, perfect and blind models, runs that are continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from lasptrain import recipe as recipes
+from lasptrain.errors import DataError, RecipeError, SetupError
+from lasptrain.eval import main, perplexity, report
+from lasptrain.eval.commands import parse_lengths
+from lasptrain.eval.evaluate import Asked, Ledger, Questions, answer
+from lasptrain.eval.generate import decode
+from lasptrain.eval.inference import Reader
+from lasptrain.eval.score import METRICS, bootstrap, interval, wilson
+from lasptrain.eval.tasks import TASKS
+from lasptrain.eval.tasks.files import rows, samples, task_name
+from lasptrain.eval.tasks.recall import associations
+from lasptrain.eval.tasks.sample import Ask, Sample
+from lasptrain.metrics import read_metrics
+from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Model, find_file
+
+ROOT = Path(__file__).parent.parent
+MODEL = find_file(Path("tokenizers/python-4k.model"))
+TOKENIZERS = [ByteTokenizer(), load_tokenizer(str(MODEL))]
+LENGTH = 8192
+ASKED = {  # how often a reference stands in its prompt
+    "passkey": 2,
+    "niah_single_1": 1,
+    "niah_single_2": 1,
+    "niah_single_3": 1,
+    "niah_multikey_1": 1,
+    "niah_multikey_2": 1,
+    "niah_multikey_3": 1,
+    "niah_multivalue": 1,
+    "niah_multiquery": 1,
+    "kv_retrieval": 1,
+}
+TEXT = ("It rains today.", "The harbour is quiet!", "Who has seen the third boat?")
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "pieces"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_is_as_long_as_asked_and_always_the_same(task: str, tokenizer: Tokenizer) -> None:
+    ask = Ask(tokenizer, LENGTH, index=4, text=TEXT)
+    sample = TASKS[task](ask)
+    random.seed(7)
+    assert sample == TASKS[task](ask)
+    assert sample.prompt != TASKS[task](Ask(tokenizer, LENGTH, index=5, text=TEXT)).prompt
+    assert sample.prompt != TASKS[task](Ask(tokenizer, LENGTH, index=4, seed=1, text=TEXT)).prompt
+    assert len(sample.labels) == len(sample.inputs) + 1
+    assert sample.prompt[0] == tokenizer.bos and tokenizer.bos not in sample.prompt[1:]
+    total = len(sample.prompt) + max(sample.budget, len(sample.inputs))
+    assert LENGTH - 130 < total <= LENGTH
+    text = tokenizer.decode(sample.prompt)
+    for reference in sample.references if task in ASKED else ():
+        assert text.count(reference) == ASKED[task]
+        assert sample.control is None or reference not in tokenizer.decode(sample.control)
+    if task in ASKED:
+        assert sample.references and all(
+            reference in tokenizer.decode(sample.labels) for reference in sample.references
+        )
+        question = text[-150:]
+        assert sample.depth is None or not any(reference in question for reference in sample.references)
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_a_single_needle_stands_at_its_depth(index: int) -> None:
+    for task in ("passkey", "niah_single_1", "niah_multikey_2", "kv_retrieval"):
+        sample = TASKS[task](Ask(ByteTokenizer(), LENGTH, index))
+        place = ByteTokenizer().decode(sample.prompt).rindex(sample.references[0])
+        assert sample.depth == pytest.approx(index / 9)
+        assert sample.depth == pytest.approx(place / len(sample.prompt), abs=0.06)
+        end = place + len(sample.references[0])
+        assert sample.distance == pytest.approx(len(sample.prompt) - 1 - end, abs=25)
+
+
+def test_the_needle_prompt_is_rulers() -> None:
+    text = ByteTokenizer().decode(TASKS["niah_single_1"](Ask(ByteTokenizer(), 1024, 0)).prompt)
+    pattern = (
+        r"A special magic number is hidden within the following text\. Make sure to memorize it\. "
+        r"I will quiz you about the number afterwards\.\nOne of the special magic numbers for (\S+) is: \d{7}\.\n"
+        r"(The grass is green\. The sky is blue\. The sun is yellow\. Here we go\. There and back again\.\n)+"
+        r"What is the special magic number for \1 mentioned in the provided text\? "
+        r"The special magic number for \1 mentioned in the provided text is"
+    )
+    assert re.fullmatch(pattern, text)
+    several = ByteTokenizer().decode(TASKS["niah_multiquery"](Ask(ByteTokenizer(), 2048, 0)).prompt)
+    assert several.startswith("Some special magic numbers are hidden") and several.count("numbers for") == 6
+    assert re.search(r"What are all the special magic numbers for \S+, \S+, \S+, and \S+ mentioned", several)
+
+
+def test_variables_form_one_chain() -> None:
+    sample = TASKS["vt"](Ask(ByteTokenizer(), LENGTH, 3))
+    text = ByteTokenizer().decode(sample.prompt).split("Memorize and track")[-1]
+    found = re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", text)
+    assert [name for name, _ in found] == list(sample.references)
+    assert [source for _, source in found[1:]] == list(sample.references[:-1])
+    assert text.rstrip().endswith(f"5 variables are assigned the value {found[0][1]}, they are:")
+
+
+def test_words_are_as_frequent_as_defined() -> None:
+    sample = TASKS["cwe"](Ask(TOKENIZERS[1], LENGTH, 0))
+    listed = re.findall(r"\d+\. (\w+)", TOKENIZERS[1].decode(sample.prompt).split("Below is")[-1])
+    counts = {word: listed.count(word) for word in listed}
+    assert {word for word, count in counts.items() if count == 30} == set(sample.references)
+    assert set(counts.values()) == {30, 3}
+    sample = TASKS["fwe"](Ask(ByteTokenizer(), LENGTH, 0))
+    body = ByteTokenizer().decode(sample.prompt).split("coded words. ")[1].split("\n")[0].split()
+    ranked = [body.count(word) for word in ("...", *sample.references)]
+    assert (
+        ranked[0]
+        > ranked[1]
+        > ranked[2]
+        > ranked[3]
+        == max(body.count(word) for word in set(body) - {"...", *sample.references[:2]})
+    )
+    assert ranked[0] / ranked[1] == pytest.approx(4, rel=0.1)
+
+
+def test_associations_are_zoologys() -> None:
+    near = far = 0
+    drawn = associations(50, 64, 4, 100, torch.Generator().manual_seed(0))
+    for tokens, labels in zip(*(part.tolist() for part in drawn), strict=True):
+        pairs = dict(zip(tokens[:8:2], tokens[1:8:2], strict=True))
+        assert len(pairs) == 4 and all(0 < key < 50 <= value < 100 for key, value in pairs.items())
+        asked = [i for i, label in enumerate(labels) if label != -100]
+        assert len(asked) == 4 and {tokens[i]: labels[i] for i in asked} == pairs
+        assert all(i >= 8 and i % 2 == 0 for i in asked)
+        near, far = near + sum(i < 12 for i in asked), far + sum(i >= 60 for i in asked)
+    assert near > 5 * far > 0  # p(g) falls as g^(α − 1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "references", "expected"),
+    [
+        ("match_all", "it is One and two", ("one", "TWO", "three"), 2 / 3),
+        ("match_all", "one", ("one", "uno", "eins"), 1 / 3),
+        ("match_part", "one", ("one", "uno", "eins"), 1),  # lm-evaluation-harness: 1/3
+        ("match_part", "two", ("one", "uno"), 0),
+        ("match_all", "x\x00one\ttwo", ("x\none\ntwo",), 1),
+        ("first_int", " 123. 456", ("123",), 1),
+        ("first_int", "0123", ("123",), 0),
+        ("first_int", "none", ("123",), 0),
+        ("first_int", "456 123", ("123",), 0),
+        ("word", '"ab-1".', ("ab-1",), 1),
+        ("word", "xab-1", ("ab-1",), 0),
+        ("f1", "The cat sat", ("a cat", "dog"), 2 / 3),
+        ("f1", "", ("cat",), 0),
+    ],
+)
+def test_scorers(metric: str, prediction: str, references: tuple[str, ...], expected: float) -> None:
+    assert METRICS[metric](prediction, references) == pytest.approx(expected)
+
+
+def test_intervals() -> None:
+    assert wilson(20, 20) == pytest.approx((0.839, 1), abs=5e-4)
+    assert wilson(18, 20) == pytest.approx((0.699, 0.972), abs=5e-4)
+    assert wilson(250, 500) == pytest.approx((0.456, 0.544), abs=5e-4)
+    values = [i % 4 / 3 for i in range(100)]
+    low, high = bootstrap(values)
+    assert 0.40 < low < 0.45 and 0.55 < high < 0.60 and bootstrap(values) == (low, high)
+    assert interval([1.0, 0.0, 1.0]) == wilson(2, 3) and interval(values) == (low, high)
+
+
+def tiny(vocab: int = 257) -> LanguageModel:
+    cfg = Model(arch="tnl", dim=16, layers=2, heads=2, mlp=16, vocab=vocab, decay="window")
+    model = LanguageModel(cfg, 512, Attention("chunked"))
+    with torch.no_grad():
+        fill(model, initial_values(model, 0, torch.device("cpu")))
+    return model
+
+
+def test_the_map_shows_where_a_blind_model_fails() -> None:
+    records = []
+    for length in (1024, 2048, 4096):
+        for index in range(20):
+            sample = TASKS["passkey"](Ask(ByteTokenizer(), length, index, depths=5))
+            assert sample.distance is not None
+            right = float(sample.distance <= 1024)
+            records.append(
+                {"task": "passkey", "length": length, "index": index, "tokens": len(sample.prompt), "seconds": 0.1}
+                | {"depth": sample.depth, "distance": sample.distance, "metric": "first_int", "answer_nll": 1 - right}
+                | {"score": right, "exact": right, "accuracy": right}
+            )
+    found = report.cells(records)
+    assert [cell["score"] for cell in found] == [1, 0.6, 0.4]
+    assert found[0]["score_ci95"] == wilson(20, 20)
+    depths, lengths, values = report.depth_map("passkey", found)
+    assert depths == [0, 0.25, 0.5, 0.75, 1] and lengths == [1024, 2048, 4096]
+    assert [values[depth, 4096] for depth in depths] == [0, 0, 0, 1, 1]
+    assert "100 ±8, nll 0.00 (20)" in json.dumps(report._grid(found), ensure_ascii=False)
+
+
+def test_exact_is_what_greedy_generation_finds_and_answers_are_kept(tmp_path: Path) -> None:
+    reader, tokenizer = Reader(tiny()), ByteTokenizer()
+    asked = Asked(("passkey", "copy"), (512,), samples=3, control=True)
+    identity = asked.identity()
+    ledger = Ledger(tmp_path, identity)
+    notes: list[str] = []
+    answers = Questions(asked, tokenizer).answers(reader, ledger.done, True, notes.append)
+    for record in [next(answers) for _ in range(2)]:
+        ledger.add(record)
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"task": "passkey", "len')  # killed while it wrote
+    continued = Ledger(tmp_path, identity)
+    assert continued.records == json.loads(json.dumps(ledger.records))
+    for record in Questions(asked, tokenizer).answers(reader, continued.done, True, notes.append):
+        continued.add(record)
+    whole = list(Questions(asked, tokenizer).answers(reader, set(), True, notes.append))
+    assert len(whole) == 6 and not notes
+
+    def timeless(records: list[dict[str, object]]) -> list[dict[str, object]]:
+        return [{key: value for key, value in json.loads(json.dumps(r)).items() if key != "seconds"} for r in records]
+
+    assert timeless(Ledger(tmp_path, identity).records) == timeless(whole)
+    assert all("control_nll" in record for record in whole)
+    with pytest.raises(SetupError, match="--out"):
+        Ledger(tmp_path, identity | {"seed": 1})
+    found = report.cells(whole)
+    report.write(tmp_path, found, {"name": "tiny", "step": 1})
+    assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["n"] == 3
+    assert "passkey" in (tmp_path / "report.html").read_text() and "http" not in (tmp_path / "report.html").read_text()
+    assert {file.name for file in report.plot(tmp_path, found)} == {"heatmap.png"}
+
+
+def test_a_right_answer_is_seen_as_right() -> None:
+    reader, tokenizer = Reader(tiny()), ByteTokenizer()
+    prompt = [tokenizer.bos, *tokenizer.encode("a prompt")]
+    row = decode(reader.model, reader.read(torch.tensor([prompt])), 8)[0]
+    sample = Sample(prompt, row[:-1], row, (tokenizer.decode(row),), 8)
+    record = answer(reader, tokenizer, sample, control=False, speaks=True)
+    assert record["exact"] == record["accuracy"] == 1
+    wrong = [(row[0] + 1) % 256, *row[1:]]
+    record = answer(reader, tokenizer, Sample(prompt, wrong[:-1], wrong), control=False, speaks=True)
+    assert record["exact"] == 0 and record["accuracy"] < 1 and "score" not in record
+
+
+def test_what_does_not_fit_is_said_and_the_rest_is_asked() -> None:
+    notes: list[str] = []
+    questions = Questions(Asked(("cwe", "copy", "ppl_by_position"), (256,), samples=1), ByteTokenizer())
+    found = list(questions.answers(Reader(tiny()), set(), True, notes.append))
+    assert [record["task"] for record in found] == ["copy"]
+    assert len(notes) == 2 and re.search(r"cwe not run: .*256 tokens are too few.*at least \d+", notes[0])
+    with pytest.raises(RecipeError, match="expected some of passkey"):
+        Asked(("niah",), (256,))
+
+
+def test_losses_by_position_and_against_context() -> None:
+    reader, document = Reader(tiny()), torch.randint(257, (2048,), generator=torch.Generator().manual_seed(0))
+    losses = reader.losses(document)
+    found = perplexity.by_position(reader, document)
+    assert {end: count for end, (_, count) in found.items()} == {256: 256, 512: 256, 1024: 512, 2048: 1023}
+    assert found[512][0] == pytest.approx(float(losses[256:512].mean()))
+    curve = perplexity.against_context(reader, document)
+    assert list(curve) == [0, 95, 383, 1535]
+    assert curve[1535] == pytest.approx(float(losses[-512:].mean()))
+    alone = torch.cat([document[:1], document[-512:]])
+    assert curve[0] == pytest.approx(float(reader.losses(alone).mean()))
+
+
+def test_files_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "niah_single_1").mkdir()
+    ruler = tmp_path / "niah_single_1" / "validation.jsonl"
+    row = {"index": 734, "input": "hay needle 5 hay", "outputs": ["5"], "length": 4096, "answer_prefix": " It is"}
+    ruler.write_text(json.dumps(row) + "\n" + json.dumps(row | {"outputs": ["5", "6"]}) + "\n")
+    assert task_name(ruler) == "niah_single_1"
+    (length, sample), (_, second) = samples(ruler, ByteTokenizer(), 10)
+    assert length == 4096 and sample.budget == 128 and sample.metric == "match_all"
+    assert ByteTokenizer().decode(sample.prompt) == "hay needle 5 hay It is"
+    assert ByteTokenizer().decode(second.labels) == " 5, 6" and second.references == ("5", "6")
+    plain = tmp_path / "mine.jsonl"
+    plain.write_text('{"prompt": "1 + 1 =", "answer": "2", "budget": 3, "metric": "first_int"}\n')
+    ((length, sample),) = samples(plain, ByteTokenizer(), 10)
+    assert (length, sample.budget, sample.metric) == (8 + 3, 3, "first_int")
+    squad = tmp_path / "squad.json"
+    question = {"question": "Who?", "answers": [{"text": "Ann"}, {"text": "Ann"}, {"text": "Ann B."}]}
+    squad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann B. came.", "qas": [question]}]}]}))
+    (only,) = rows(squad)
+    assert only.references == ("Ann", "Ann B.") and only.prompt.endswith("Question: Who?\nAnswer:")
+    for text, message in (('{"prompt": 3}', r"bad.jsonl:1: found keys prompt"), ("{", "bad.jsonl: cannot be read")):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(DataError, match=message):
+            list(rows(tmp_path / "bad.jsonl"))
+
+
+def test_a_recipe_can_name_every_task() -> None:
+    assert get_args(recipes.Task) == tuple(TASKS)
+
+
+def test_lengths() -> None:
+    assert parse_lengths("4k,100") == (4096, 100)
+    assert parse_lengths("4k..256k") == (4096, 16384, 65536, 262144)
+    assert parse_lengths("4k..128K")[-2:] == (65536, 131072)
+    for wrong in ("x", "0", "4g", ""):
+        with pytest.raises(RecipeError, match="--lengths"):
+            parse_lengths(wrong)
+
+
+def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i}: " + " ".join(str(i * j) for j in range(600)))
+    (tmp_path / "tiny.yaml").write_text(
+        "model: {arch: tnl, decay: window, dim: 16, layers: 2, heads: 2, mlp: 24}\n"
+        "data: {source: text, tokenizer: bytes, window: 480, cache: cache, validation: 200000}\n"
+        "optim: {lr: 1e-2, schedule: constant}\n"
+        "train: {steps: 2, batch: 2, precision: fp32}\n"
+        "eval: {windows: 2, sample: 0, tasks: [passkey, copy], lengths: [512], samples: 2}\n"
+    )
+
+    def lasptrain(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "lasptrain", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    lasptrain("pretrain", "tiny.yaml", "--nproc", "2", "--set", "mesh.sp=2")
+    (logged,) = read_metrics(tmp_path / "runs" / "tiny", "eval")
+    assert logged["passkey@512/score"] in (0, 0.5, 1)
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs", "tiny")
+    asked = Asked(("passkey", "copy", "ppl_by_position", "ppl_vs_context"), (512, 1024), samples=2)
+    main.evaluate(run, asked, None, 4096, 1)
+    first = json.loads((run / "eval" / "step-2" / "results.json").read_text())
+    output = lasptrain(
+        *("eval", "runs/tiny", "--n", "2", "--tasks", "passkey,copy,ppl_by_position,ppl_vs_context"),
+        *("--lengths", "512,1024", "--out", "spread", "--nproc", "2"),
+    )
+    assert "passkey" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
+    second = json.loads((tmp_path / "spread" / "results.json").read_text())
+    assert second["sp"] == 2 and first["sp"] == 1
+    for alone, spread in zip(first["cells"], second["cells"], strict=True):
+        assert alone["n"] == spread["n"] == 2
+        for measure in {"answer_nll", "accuracy"} & set(alone):
+            assert alone[measure] == pytest.approx(spread[measure], rel=1e-4)
+        for one, other in zip(alone.get("curve", ()), spread.get("curve", ()), strict=True):
+            assert one["x"] == other["x"] and one["nats"] == pytest.approx(other["nats"], rel=1e-4)
+    assert logged["copy@512/answer_nll"] == pytest.approx(first["cells"][2]["answer_nll"], rel=1e-4)
+    drawn = [main.generate(run, ["1 2 ", "Doc"], 5, 0.8, 0.9, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 2
