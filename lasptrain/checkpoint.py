@@ -28,7 +28,9 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
@@ -36,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -46,13 +49,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lasptrain import __version__
-from lasptrain.errors import CheckpointError
+from lasptrain.errors import CheckpointError, ResourceError
 from lasptrain.optim import initial_state, initialise_state
+from lasptrain.recipe import Checkpoint
 
 FORMAT = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's own table of tensors
+TIMEOUT = timedelta(minutes=30)  # for which a rank that writes waits for another
 SPARE = 1.1  # free space asked for, as a multiple of what is written
 
 T = TypeVar("T")
@@ -77,20 +82,33 @@ def save(
     meta: Json,
     keep: int,
     group: dist.ProcessGroup | None = None,
+    milestone: int = 0,
 ) -> None:
     """Commit the state after `step` updates as RUN/checkpoints/step-N, then delete all but the newest `keep` steps.
 
-    Collective over `group` (default: all ranks); returns when the step is committed. `meta` is any JSON object. Raises
-    the same CheckpointError on every rank if any failed; then nothing has changed on disk.
+    Multiples of `milestone` stay too. Collective over `group` (default: all ranks); returns when the step is committed.
+    `meta` is any JSON object. Raises the same CheckpointError on every rank if any failed; then nothing has changed on
+    disk.
     """
-    tensors = _tensors(model, optimizer)
+    _save(run, step, _present(_tensors(model, optimizer)), meta, keep, milestone, group)
+
+
+def _save(
+    run: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    meta: Json,
+    keep: int,
+    milestone: int,
+    group: dist.ProcessGroup | None,
+) -> None:
     rank = dist.get_rank(group)
     what = f"{run}: step {step} not saved"
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     name = _first(_vote(what, lambda: _begin(run, step, size) if rank == 0 else None, group))
     folder = run / FOLDER / name
     try:
-        tables = _vote(what, lambda: _write(folder, _present(tensors), rank, group), group)
+        tables = _vote(what, lambda: _write(folder, tensors, rank, group), group)
         files = {name: entry for table in tables for name, entry in table.items()}
         _vote(what, lambda: _commit(folder, step, meta, files, len(tables)) if rank == 0 else None, group)
     except CheckpointError:
@@ -98,7 +116,61 @@ def save(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if rank == 0:
-        _prune(run, step, keep)
+        prune(run, keep, milestone, step)
+
+
+class Saver:
+    """Saves a run while it trains on: `save` copies the state to host memory, a thread writes and commits the copy.
+
+    The thread has a group of its own to talk over. One save at a time: the next one, and `wait`, first let it end.
+    Collective over all ranks; `patience` saves in a row may fail.
+    """
+
+    def __init__(
+        self, run: Path, model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint, newest: int | None
+    ) -> None:
+        self.newest = newest  # the step that was committed last
+        self._run, self._model, self._optimizer, self._cfg = run, model, optimizer, checkpoint
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._stage = StateDictStager(pin_memory=torch.cuda.is_available(), share_memory=False)
+        self._failed = 0
+
+    def save(self, step: int, meta: Json) -> None:
+        """Begin to save `step` and return once its state may change. Raises ResourceError as `wait` does."""
+        self.wait()
+        tensors = self._stage.stage(_present(_tensors(self._model, self._optimizer)))
+        cfg = self._cfg
+        meta = json.loads(json.dumps(meta))  # may change too
+        future = self._thread.submit(_save, self._run, step, tensors, meta, cfg.keep, cfg.milestone, self._group)
+        self._pending = step, future
+
+    def wait(self, *, last: bool = False) -> None:
+        """Let the save that is under way end. ResourceError where too many failed, or the `last` one did."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except CheckpointError as error:
+            self._failed += 1
+            if last or self._failed > self._cfg.patience:
+                times = f"{self._failed} saves in a row failed" if self._failed > 1 else "a save failed"
+                raise ResourceError(f"{times}: {error}") from None
+            if dist.get_rank() == 0:
+                log.warning("%s; training goes on", error)
+        else:
+            self._failed, self.newest = 0, step
+
+    def poll(self) -> None:
+        """Set `newest` if a save has ended well. Local, so what failed is left to the next collective call."""
+        if self._pending is not None and self._pending[1].done() and self._pending[1].exception() is None:
+            self.newest = self._pending[0]
+
+    def close(self) -> None:
+        """End the thread; a save must not be under way."""
+        self._thread.shutdown()
 
 
 def load(
@@ -107,8 +179,9 @@ def load(
     optimizer: Optimizer | None,
     expect: Json | None = None,
     group: dist.ProcessGroup | None = None,
+    until: int | None = None,
 ) -> Loaded | None:
-    """Load the newest intact step of RUN into `model` and `optimizer`, on any mesh; None if the run has no step.
+    """Load the newest intact step of RUN, not after `until`, into `model` and `optimizer`, on any mesh; None if none.
 
     Collective over `group` (default: all ranks). A damaged step is named in a warning and the next older one is taken.
     Without an optimizer only the model is read. Nothing on disk changes, and nothing in memory before all checks
@@ -117,6 +190,7 @@ def load(
     """
     rank = dist.get_rank(group)
     steps = _first(_vote(f"{run}: cannot list checkpoints", lambda: committed(run) if rank == 0 else None, group))
+    steps = [step for step in steps if until is None or step <= until]
     for step in steps:
         folder = run / FOLDER / f"step-{step}"
         manifest, problems = _verify(folder, step, group)
@@ -148,6 +222,63 @@ def latest(run: Path) -> Path | None:
         if not _read_manifest(folder, step)[1]:
             return folder
     return None
+
+
+class Step(NamedTuple):
+    """A step on disk: bytes of its files, ranks that wrote it, Unix time of its commit, what is wrong with it."""
+
+    step: int
+    size: int
+    world: int | None
+    time: float
+    problems: list[str]
+
+
+def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
+    """The steps of RUN, newest first; `thorough` reads all their bytes, otherwise sizes are compared. One process."""
+    for step in committed(run):
+        folder = run / FOLDER / f"step-{step}"
+        try:
+            manifest, problem = _read_manifest(folder, step)
+        except CheckpointError as error:
+            manifest, problem = {}, str(error)
+        files = manifest.get("files", {})
+        problems = [problem] if problem else []
+        for name, entry in files.items():
+            problems += _problems(folder / name, entry, thorough=thorough)
+        size = sum(path.lstat().st_size for path in folder.iterdir())
+        yield Step(step, size, manifest.get("world"), folder.stat().st_mtime, problems)
+
+
+def surplus(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
+    """The steps up to `newest` (default: all) that neither the newest `keep` nor multiples of `milestone` are.
+
+    A folder without a manifest of ours is not among them.
+    """
+    steps = [step for step in committed(run) if newest is None or step <= newest]
+    doomed = [step for step in steps[max(keep, 1) :] if not (milestone and step % milestone == 0)]
+    return [step for step in doomed if _ours(run / FOLDER / f"step-{step}", step)]
+
+
+def _ours(folder: Path, step: int) -> bool:
+    try:
+        return _read_manifest(folder, step)[1] is None
+    except CheckpointError:
+        return False
+
+
+def prune(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
+    """Delete the surplus steps and return them. For one process that alone may write RUN."""
+    doomed = surplus(run, keep, milestone, newest)
+    for step in doomed:
+        folder, gone = run / FOLDER / f"step-{step}", run / FOLDER / f".step-{step}.del"
+        try:
+            folder.rename(gone)
+            _sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
+            shutil.rmtree(gone)
+        except OSError as error:
+            log.warning("cannot delete %s: %s", folder, _reason(error))
+    return doomed
 
 
 def sweep(run: Path) -> None:
@@ -301,20 +432,6 @@ def _commit(folder: Path, step: int, meta: Json, files: Json, world: int) -> Non
     _sync(parent)
 
 
-def _prune(run: Path, step: int, keep: int) -> None:
-    """Delete the steps before `step` beyond the newest `keep`; a folder without a manifest of ours is not touched."""
-    for old in [other for other in committed(run) if other <= step][max(keep, 1) :]:
-        folder = run / FOLDER / f"step-{old}"
-        doomed = run / FOLDER / f".step-{old}.del"
-        try:
-            if _read_manifest(folder, old)[1] is None:
-                folder.rename(doomed)
-                _sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
-                shutil.rmtree(doomed)
-        except (OSError, CheckpointError) as error:
-            log.warning("cannot delete %s: %s", folder, _reason(error))
-
-
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -375,13 +492,13 @@ def _verify(folder: Path, step: int, group: dist.ProcessGroup | None) -> tuple[J
     return manifest, [problem for problems in found for problem in problems]
 
 
-def _problems(path: Path, entry: Json) -> Iterator[str]:
+def _problems(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[str]:
     """What is wrong with a file that the manifest describes as `entry`."""
     if path.is_symlink() or not path.is_file():
         yield f"{path.name} is missing"
     elif (size := path.stat().st_size) != entry["size"]:
         yield f"{path.name} has {size} bytes instead of {entry['size']}"
-    elif _sha256(path) != entry["sha256"]:
+    elif thorough and _sha256(path) != entry["sha256"]:
         yield f"{path.name} does not match its SHA-256"
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lasptrain import __version__, links, plan
-from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
+from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
 
@@ -47,8 +47,8 @@ def main() -> NoReturn:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except LaspError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
+        for line in str(error).splitlines() if error.code != INTERRUPTED else ():
+            typer.echo(line if error.code == STOPPED else f"error: {line}", err=True)
         code = error.code
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -84,14 +84,17 @@ def pretrain(
     nnodes: Annotated[int, typer.Option(min=1, help="Machines; start this command on each of them.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="The number of this machine, from 0.")] = 0,
     rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A free port on machine 0.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Go on that often after losing a rank.")] = 0,
 ) -> None:
     """Train a recipe, or go on with its newest run."""
     loaded = load(recipe, overrides)
     _check_nodes(nnodes, node_rank, rdzv)
+    if max_restarts and nnodes > 1:
+        raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
     from lasptrain.launch import Nodes, Place, launch
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None
-    raise typer.Exit(launch(loaded, Place(run, fresh), nproc, nodes))
+    raise typer.Exit(launch(loaded, Place(run, fresh), nproc, nodes, max_restarts=max_restarts))
 
 
 def _check_nodes(nnodes: int, node_rank: int, rdzv: str | None) -> None:

@@ -6,8 +6,10 @@ several lines, one per problem.
 
 from typing import ClassVar
 
-INTERRUPTED = 130
 INTERNAL = 70
+STOPPED = 75  # by a signal, saved; submit it again unchanged
+INTERRUPTED = 130  # by Ctrl-C, saved
+TERMINATED = 143  # by a second signal, not saved
 
 
 class LaspError(Exception):
@@ -56,3 +58,11 @@ class ResourceError(LaspError):
     """Memory or disk space ran out."""
 
     code: ClassVar[int] = 8
+
+
+class Stopped(LaspError):
+    """A signal has ended the run, which has saved what it had: STOPPED, or INTERRUPTED by Ctrl-C."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code  # type: ignore[misc]  # of the signal, not of the class

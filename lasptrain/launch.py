@@ -19,9 +19,11 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -33,14 +35,26 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lasptrain import recipe as recipes
 from lasptrain import run as runs
+from lasptrain import stop, watch
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import INTERNAL, INTERRUPTED, LaspError, RankLostError, ResourceError, SetupError
+from lasptrain.errors import (
+    INTERNAL,
+    INTERRUPTED,
+    STOPPED,
+    TERMINATED,
+    LaspError,
+    RankLostError,
+    ResourceError,
+    SetupError,
+    Stopped,
+)
+from lasptrain.metrics import STATUS
 from lasptrain.parallel import mesh
 from lasptrain.progress import preparing
 from lasptrain.recipe import Recipe
 
 TRAIN = "lasptrain.train:train"
-TERMINATED = 143
+HUNG = "hung"
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -74,28 +88,67 @@ class Failure(NamedTuple):
 
 
 def launch(
-    recipe: Recipe, place: Place = USUAL, nproc: int | None = None, nodes: Nodes | None = None, target: str = TRAIN
+    recipe: Recipe,
+    place: Place = USUAL,
+    nproc: int | None = None,
+    nodes: Nodes | None = None,
+    target: str = TRAIN,
+    max_restarts: int = 0,
 ) -> int:
     """Trains a recipe and returns the exit code; what went wrong in a rank has been printed, once.
 
-    Raises LaspError for what is wrong before any process starts. `target` names the function `(recipe, run)` that every
-    rank calls inside an initialised process group.
+    A run that has lost a rank is started again up to `max_restarts` times. Raises LaspError for what is wrong before
+    any process starts. `target` names the function `(recipe, run)` that every rank calls inside an initialised process
+    group.
     """
     joined = _joined()
     if joined is not None:
+        stop.listen()
         recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
         rank_process(recipe, target, place=place)
+    _stop_at_once()
     nproc = _processes(nproc)
     recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lasptrain-")))
-        run = None
-        if nodes is None or nodes.rank == 0:
-            run = stack.enter_context(_adopted(recipe, place))
+    with _adopted(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
+        failure = _attempts(recipe, run, nproc, nodes, target, max_restarts)
+    return report(failure) if failure else 0
+
+
+def _attempts(
+    recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, target: str, max_restarts: int
+) -> Failure | None:
+    """Starts the ranks, again where one was lost; how they failed in the end, if they did."""
+    restarts = 0
+    while True:
+        failure = _attempt(recipe, run, nproc, nodes, target)
+        if run is not None:
+            conclude(run, failure, restarts)
+        if failure is None or failure.code != RankLostError.code or restarts >= max_restarts:
+            return failure
+        restarts += 1
+        sys.stderr.write(f"{failure.message}; restart {restarts} of {max_restarts}\n")
+
+
+def _stop_at_once() -> None:
+    """Until there are ranks, signals end this process by an exception: nothing has been done that could be lost."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise stop.stopped(number, "training had not begun")
+
+    for number in stop.CODES:
+        signal.signal(number, leave)
+
+
+def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, target: str) -> Failure | None:
+    """Starts the ranks of this machine and waits for them; how they failed, if they did."""
+    with tempfile.TemporaryDirectory(prefix="lasptrain-") as name:
+        folder = Path(name)
         records = folder if run is None else run / runs.RANKS
+        for record in records.glob("*.json"):
+            record.unlink()
         runs.write(folder / runs.RECIPE, recipes.dump(recipe))
-        return _agent(folder, run, records, nproc, nodes, target)
+        return _agent(folder, run, records, nproc, nodes, target, recipe.launch.grace)
 
 
 def resolve(recipe: Recipe, world: int) -> Recipe:
@@ -113,8 +166,6 @@ def _adopted(recipe: Recipe, place: Place) -> Iterator[Path]:
     with runs.lock(run):
         runs.adopt(run, recipe)
         (run / runs.RANKS).mkdir(exist_ok=True)
-        for record in (run / runs.RANKS).glob("*.json"):
-            record.unlink()
         yield run
 
 
@@ -149,8 +200,10 @@ def first_host(hosts: str) -> str:
     return "".join(part or "" for part in match.groups()) if match else hosts
 
 
-def _agent(folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str) -> int:
-    """Runs this machine's ranks under the elastic agent and returns what they returned."""
+def _agent(
+    folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str, grace: int
+) -> Failure | None:
+    """Runs this machine's ranks under the elastic agent."""
     _silence("torch.distributed.elastic")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
@@ -159,19 +212,60 @@ def _agent(folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nod
     here = sys.path[0] in ("", str(Path.cwd()))
     entry = ["-m", "lasptrain.rank"] if here else ["-P", "-m", "lasptrain.rank"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
+    watching = watch.Watch(folder, partial(_record_hung, records))
+    watching.start()
     try:
-        elastic_launch(_config(folder, nproc, nodes), sys.executable)("-u", *entry, *arguments)
+        elastic_launch(_config(folder, nproc, nodes, grace), sys.executable)("-u", *entry, *arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return report(cause(codes, records))
+        return cause(codes, records)
     except SignalException as error:
-        return INTERRUPTED if error.sigval == signal.SIGINT else TERMINATED
+        began = any(folder.glob(f"{watch.PULSE}*"))
+        return _stopped_by(stop.stopped(error.sigval, "training had not begun"), began, records)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(
             f"--rdzv: no rendezvous at {place}: {_first_line(error)}; expected a free, open port"
         ) from None
-    return 0
+    finally:
+        _ignore_signals()  # what is left to do takes no time
+        watching.end()
+    return None
+
+
+def _ignore_signals() -> None:
+    for number in stop.CODES:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _record_hung(records: Path, rank: int, what: str) -> None:
+    name = f"rank {rank} on {socket.gethostname()}"
+    _record(records, Failure(rank, RankLostError.code, HUNG, f"{name} {what}", time.time()))
+
+
+def _stopped_by(stopped: Stopped, began: bool, records: Path) -> Failure:
+    """How a run ended that a signal to the launcher has ended: as its ranks say, where they had begun."""
+    if not began:
+        return Failure(0, stopped.code, type(stopped).__name__, str(stopped), time.time())
+    found = sorted(_read_records(records), key=lambda failure: (failure.code == RankLostError.code, failure.time))
+    if found and found[0].code != RankLostError.code:
+        return found[0]._replace(code=stopped.code) if found[0].kind == type(stopped).__name__ else found[0]
+    return Failure(0, TERMINATED, "Killed", "stopped before the newest step could be saved", time.time())
+
+
+def conclude(run: Path, failure: Failure | None, restarts: int = 0) -> None:
+    """Adds to status.json how the run has ended, for schedulers and people."""
+    file = run / STATUS
+    try:
+        status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {}
+    status |= {"state": "finished", "code": 0, "restarts": restarts, "time": round(time.time(), 3)}
+    if failure is not None:
+        state = "stopped" if failure.code in (STOPPED, INTERRUPTED) else "failed"
+        status |= {"state": state, "code": failure.code, "rank": failure.rank, "last_error": failure.message.strip()}
+    with suppress(OSError):  # the disk may be what has failed
+        runs.write(file, json.dumps(status))
 
 
 def _silence(package: str) -> None:
@@ -181,13 +275,16 @@ def _silence(package: str) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def _config(folder: Path, nproc: int, nodes: Nodes | None) -> LaunchConfig:
+def _config(folder: Path, nproc: int, nodes: Nodes | None, grace: int) -> LaunchConfig:
     common: dict[str, Any] = {
         "nproc_per_node": nproc,
         "max_restarts": 0,
         "logs_specs": DefaultLogsSpecs(log_dir=str(folder)),
         "metrics_cfg": {},
+        "signals_to_handle": ",".join(number.name for number in stop.CODES),
     }
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # from PyTorch 2.12 on; before, it is 30 s
+        common["shutdown_timeout"] = grace
     if nodes is None:
         return LaunchConfig(
             min_nodes=1,
@@ -216,6 +313,8 @@ def cause(codes: dict[int, int], records: Path) -> Failure:
     own = [failure for failure in found if failure.code != RankLostError.code]
     if own:
         return own[0]
+    if hung := [failure for failure in found if failure.kind == HUNG]:
+        return hung[0]
     recorded = {failure.rank for failure in found}
     silent = {rank: code for rank, code in codes.items() if rank not in recorded}
     killed = {rank: -code for rank, code in silent.items() if code < 0}
@@ -243,7 +342,8 @@ def report(failure: Failure) -> int:
     """Prints a failure on stderr and returns its code."""
     if failure.code != INTERRUPTED:
         end = "" if failure.message.endswith("\n") else "\n"
-        prefix = "" if failure.code == INTERNAL and failure.kind != "ended" else "error: "
+        plain = failure.code == STOPPED or (failure.code == INTERNAL and failure.kind != "ended")
+        prefix = "" if plain else "error: "
         sys.stderr.write(f"{prefix}{failure.message}{end}")
     return failure.code
 
@@ -257,7 +357,7 @@ def rank_process(
     """
     launched = records is not None
     folders = {records} if records else set()
-    code = 0
+    code, failure = 0, None
     try:
         digest = runs.digest(recipe)
         with ExitStack() as stack:
@@ -276,6 +376,8 @@ def rank_process(
             _record(folder, failure)
         if not launched:
             report(failure)
+    if not launched and run is not None and os.environ["RANK"] == "0":
+        conclude(run, failure)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # an interpreter that takes down a group which others still hold may abort

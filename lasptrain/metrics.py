@@ -72,9 +72,18 @@ class Metrics:
         self._plot("eval", step, values)
         self._display.say(f"step {step}/{self._steps}  held-out loss {_number(values.get('loss'), '.4f')}")
 
-    def committed(self, step: int) -> None:
-        """Report that a checkpoint of `step` is on disk."""
+    def left_out(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
+        """Report what the guard has done about update `step`, whose `windows` start at these tokens."""
         if not self._speaks:
+            return
+        self._write({"step": step, "event": verdict, "reason": reason, "windows": windows, **values})
+        self._status["last_error"] = f"step {step}: {verdict}: {reason}"
+        self._renew()
+        self._display.say(f"step {step}: {verdict}: {reason}; its windows start at tokens {windows}")
+
+    def committed(self, step: int | None) -> None:
+        """Report that `step` is the newest that is on disk, if there is one and it was not reported yet."""
+        if not self._speaks or step is None or self._status["committed"] == step:
             return
         self._status["committed"] = step
         self._renew()

@@ -1,22 +1,37 @@
 """A rank's process, as the elastic agent of a launcher starts it. Light, so that it can end quietly from the start."""
 
 import ctypes
+import faulthandler
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
+from lasptrain import stop, watch
 from lasptrain.errors import RankLostError
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
     """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.rank_process`."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the launcher, which speaks for all
+    watch.begin(Path(recipe).parent, int(os.environ["RANK"]))
+    faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
+    stop.listen(lambda number: record_stop(Path(records), number))
     die_with(int(launcher))
     from lasptrain.launch import rank_process
     from lasptrain.recipe import load
 
     rank_process(load(recipe), target, run=Path(run) if run else None, records=Path(records))
+
+
+def record_stop(records: Path, number: int) -> None:
+    """Leave word that this rank was stopped by a signal and has lost nothing; as `launch.Failure`, without torch."""
+    end = stop.stopped(number, "nothing was unsaved")
+    rank = int(os.environ["RANK"])
+    told = {"rank": rank, "code": end.code, "kind": "Stopped", "message": str(end), "time": time.time()}
+    (records / f".{rank}.stop").write_text(json.dumps(told))
+    (records / f".{rank}.stop").replace(records / f"{rank}.json")
 
 
 def die_with(parent: int) -> None:

@@ -236,6 +236,22 @@ class Checkpoint(Section):
 
     every: Count = 100  # steps
     keep: Count = 2
+    milestone: Index = 0  # steps whose multiples stay for good; 0: none
+    patience: Index = 2  # saves in a row that may fail before the run ends
+
+
+class Guard(Section):
+    """What follows a step whose loss or gradient norm is not finite, or whose norm is a spike.
+
+    stop: end the run; its weights are those of the step before, saved. skip: leave the step out. rollback: go back to
+    the weights of a checkpoint at least `back` steps older and on with the data that follows.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "ignore"
+    factor: Annotated[float, Field(gt=1, le=1e6)] = 10.0  # a spike is that many times the median of the last 64 norms
+    back: Count = 100  # steps
+    limit: Count = 3  # steps in a row that may be left out
 
 
 Task = Literal[
@@ -273,6 +289,8 @@ class Launch(Section):
     """Processes."""
 
     timeout: Count = 600  # seconds that a rank waits for another
+    hang: Count = 300  # seconds without a finished segment after which a rank is taken for hung
+    grace: Count = 120  # seconds that ranks get to save when they are asked to stop
 
 
 class Recipe(Section):
@@ -286,6 +304,7 @@ class Recipe(Section):
     optim: Optim
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     eval: Eval = Eval()
     launch: Launch = Launch()
 

@@ -25,13 +25,14 @@ def _placeholder(state: Tensor | None) -> Tensor | None:
 
 
 def _forward_states(
-    model: nn.Module, layers: int, segments: Sequence[Slice]
+    model: nn.Module, layers: int, segments: Sequence[Slice], tick: Callable[[], None]
 ) -> tuple[list[list[Memory]], list[State] | None]:
     """What entered this rank's slice of each segment, per layer, and the states that enter the last segment."""
     kept: list[list[Memory]] = []
     carry: list[State] | None = None
     with torch.no_grad():
         for segment in segments:
+            tick()
             kept.append([Memory() for _ in range(layers)])
             carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
             for memory in kept[-1]:
@@ -47,6 +48,7 @@ def backward(
     segments: Sequence[Slice],
     scale: Tensor | float,
     before_last_backward: Callable[[], None] = lambda: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Add the gradient of scale · (sum of this window's losses) to the parameters; return that sum, detached.
 
@@ -54,13 +56,15 @@ def backward(
         model: a `LanguageModel`, or what `parallelize` made of one.
         segments: this rank's slice of each segment, in order.
         before_last_backward: called before the forward that precedes the last backward, to turn gradient reduction on.
+        tick: called before each forward, on all ranks equally often; what it raises leaves gradients unfinished.
     """
-    kept, carry = _forward_states(model, layers, segments[:-1])
+    kept, carry = _forward_states(model, layers, segments[:-1], tick)
     kept.append([Memory() for _ in range(layers)])
     total: Tensor | None = None
     grads: list[Tensor | None] = []
     for index in reversed(range(len(segments))):
         segment, last = segments[index], index == len(segments) - 1
+        tick()
         if index == 0:
             before_last_backward()
         entered = None

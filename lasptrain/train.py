@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lasptrain import checkpoint, links, ops, plan, stream
+from lasptrain import checkpoint, links, ops, plan, stop, stream, watch
 from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import NumericalError
+from lasptrain.errors import NumericalError, Stopped
 from lasptrain.eval.main import while_training
 from lasptrain.eval.validation import Validation, validate
+from lasptrain.guard import Guard
 from lasptrain.loss import IGNORED
-from lasptrain.metrics import Metrics, mfu, peak_rate
+from lasptrain.metrics import Metrics, Value, mfu, peak_rate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from lasptrain.parallel import mesh as meshes
@@ -52,36 +53,101 @@ class Job:
     loader: SliceLoader
     flops_per_token: int
     peak: float | None  # FLOP/s of this device in bf16, where it is known
+    guard: Guard
+    tick: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
 
 def train(recipe: Recipe, run: Path) -> None:
     """Train `recipe` in the folder `run`, from its newest checkpoint on, to the last step.
 
-    Collective over all ranks. Raises the errors of `lasptrain.errors`; the newest checkpoint then stays as it was.
+    Collective over all ranks. Raises the errors of `lasptrain.errors`; what was committed stays. Where a signal or a
+    number ends the training, the newest step has been saved.
     """
     job = build(recipe)
     recipe = job.recipe
-    meta = identity(job)
     speaks = job.mesh.flat.get_rank() == 0
     if speaks:
         checkpoint.sweep(run)
-    loaded = checkpoint.load(run, job.model, job.optimizer, meta)
-    start, steps = (0 if loaded is None else loaded.step), recipe.train.steps
-    validation = None
-    with Metrics(run, steps=steps, start=start, speaks=speaks) as metrics:
+    loaded = checkpoint.load(run, job.model, job.optimizer, identity(job))
+    start = 0
+    if loaded is not None:
+        start = loaded.step
+        job.guard.restore(loaded.meta.get("guard", {}))
+    saver = checkpoint.Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
+    with stop.unsaved(), Metrics(run, steps=recipe.train.steps, start=start, speaks=speaks) as metrics:
+        validation = run_steps(replace(job, tick=partial(tick, watch.SLOW)), run, start, saver, metrics)
+    watch.beat(watch.SLOW)
+    job.loader.close()
+    summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), speaks)
+
+
+def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics: Metrics) -> Validation | None:
+    """Every step from `start` on; the last validation, if there was one. Ends with the newest step saved."""
+    recipe, done, validation = job.recipe, start, None
+    steps = recipe.train.steps
+    speaks = job.mesh.flat.get_rank() == 0
+    try:
         for step in range(start, steps):
             chosen = speaks and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
                 values = one_step(job, step)
-            metrics.log(step + 1, **values)
-            if _due(recipe.eval.every, step + 1, steps):
+            done = step + 1
+            job = replace(job, tick=partial(tick, recipe.launch.hang))
+            metrics.log(done, **values)
+            if job.guard.verdict != "take":
+                left_out(job, run, done, values, saver, metrics)
+            if _due(recipe.eval.every, done, steps):
                 validation = evaluate(job)
-                metrics.log_eval(step + 1, **validation.scalars(), **ask(job))
-            if _due(recipe.checkpoint.every, step + 1, steps):
-                checkpoint.save(run, step + 1, job.model, job.optimizer, meta, recipe.checkpoint.keep)
-                metrics.committed(step + 1)
-    job.loader.close()
-    summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), speaks)
+                watch.beat(watch.SLOW)
+                metrics.log_eval(done, **validation.scalars(), **ask(job))
+            if _due(recipe.checkpoint.every, done, steps):
+                saver.save(done, saved_with(job))
+            saver.poll()
+            metrics.committed(saver.newest)
+    except (Stopped, NumericalError):
+        watch.beat(watch.SLOW)
+        reshard(job.model)
+        saver.wait()
+        if saver.newest != done:
+            saver.save(done, saved_with(job))
+        finish(saver, metrics)
+        raise
+    finish(saver, metrics)
+    return validation
+
+
+def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
+    """Let the last save end."""
+    watch.beat(watch.SLOW)
+    saver.wait(last=True)
+    saver.close()
+    metrics.committed(saver.newest)
+
+
+def tick(silence: float) -> None:
+    """At every segment: this rank is alive, and if any rank was asked to stop, all do. Raises Stopped."""
+    watch.beat(silence)
+    number = meshes.largest(stop.noted())
+    if number:
+        raise stop.stopped(number, "the newest step is saved, the same command continues")
+
+
+def left_out(
+    job: Job, run: Path, step: int, values: dict[str, Value], saver: checkpoint.Saver, metrics: Metrics
+) -> None:
+    """Record what the guard says about a step, and go back to older weights if it says so."""
+    guard = job.guard
+    numbers = {key: values[key] for key in ("loss", "grad_norm")}
+    metrics.left_out(step, guard.verdict, guard.reason, job.loader.window_starts(step - 1), **numbers)
+    if guard.verdict == "rollback":
+        saver.wait()
+        until = step - job.recipe.guard.back
+        if checkpoint.load(run, job.model, job.optimizer, identity(job), until=until) is None:
+            raise NumericalError(
+                f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
+                f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
+            )
+        saver.save(step, saved_with(job))  # or the next start would take weights that were given up
 
 
 def _due(every: int, step: int, steps: int) -> bool:
@@ -130,6 +196,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
         loader,
         plan.flops_per_token(recipe.model, vocab),
         peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+        Guard(recipe.guard),
     )
 
 
@@ -162,6 +229,11 @@ def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
     return model.to(torch.promote_types(dtype, torch.float32))
 
 
+def saved_with(job: Job) -> dict[str, Any]:
+    """What is saved beside tensors: what a checkpoint must agree with, and what the guard remembers."""
+    return identity(job) | {"guard": job.guard.state()}
+
+
 def identity(job: Job) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued: the data and its order, the model and its decays."""
     recipe = job.recipe
@@ -178,28 +250,32 @@ def identity(job: Job) -> dict[str, Any]:
     }
 
 
-def one_step(job: Job, step: int) -> dict[str, float | int | None]:
-    """Update number `step` (0 is the first) and its metrics. Raises NumericalError before anything has changed."""
+def one_step(job: Job, step: int) -> dict[str, Value]:
+    """Update number `step` (0 is the first), if the guard lets it pass, and its metrics.
+
+    Raises NumericalError or, from `job.tick`, Stopped before anything has changed.
+    """
     recipe, began = job.recipe, time.perf_counter()
     micro_batches = [tuple(piece.to(job.device, non_blocking=True) for piece in m) for m in job.loader.step(step)]
     data_wait = time.perf_counter() - began
     loss, norm = accumulate(job, micro_batches)
+    found = {"loss": float(loss), "grad_norm": float(norm)}
     lr = learning_rate(recipe.optim, recipe.train.steps, step)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        windows = job.loader.window_starts(step)
+    verdict = job.guard.judge(found["loss"], found["grad_norm"])
+    if verdict == "stop":
         raise NumericalError(
-            f"step {step + 1}: loss {float(loss)}, gradient norm {float(norm)}; expected finite numbers, try a lower "
-            f"optim.lr. The weights are those of step {step}; the windows of step {step + 1} start at tokens {windows}"
+            f"step {step + 1}: {job.guard.reason}; try a lower optim.lr, or guard.nonfinite: skip. The weights are "
+            f"those of step {step}; the windows of step {step + 1} start at tokens {job.loader.window_starts(step)}"
         )
-    set_learning_rate(job.optimizer, lr)
-    job.optimizer.step()
+    if verdict in ("take", "warn"):
+        set_learning_rate(job.optimizer, lr)
+        job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     tokens = recipe.train.batch * recipe.data.window
     seconds = time.perf_counter() - began
     return {
-        "loss": float(loss),
+        **found,
         "lr": lr,
-        "grad_norm": float(norm),
         "tokens": (step + 1) * tokens,
         "tokens_per_s": tokens / seconds,
         "tokens_per_s_per_gpu": tokens / seconds / job.mesh.size,
@@ -233,6 +309,7 @@ def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tenso
             micro_batch,
             job.mesh.size / total,
             (lambda: synchronise(True)) if last else (lambda: None),
+            job.tick,
         )
     norm = clip_gradients(job.model, job.recipe.optim.clip)
     return sum_over_ranks(loss) / total, norm
@@ -252,10 +329,15 @@ def evaluate(job: Job) -> Validation:
     batch = job.mesh.length("dp") * recipe.train.micro_batch
     held_out = open_loader(recipe, job.dataset, job.mesh, "validation", window, batch, segment)
     rounds = held_out.validation_rounds(recipe.eval.windows)
-    slices = (held_out.validation_slices(i, recipe.eval.windows) for i in range(rounds))
+
+    def slices() -> Iterator[MicroBatch]:
+        for index in range(rounds):
+            job.tick()
+            yield tuple(piece.to(job.device) for piece in held_out.validation_slices(index, recipe.eval.windows))
+
     found = validate(
         job.called,
-        (tuple(piece.to(job.device) for piece in segments) for segments in slices),
+        slices(),
         job.mesh,
         window,
         job.dataset.token_bytes.to(job.device),

@@ -12,13 +12,13 @@ FILES = sorted(file for top in ("lasptrain", "data_tools") for file in (ROOT / t
 
 # Lowest first. What stands in lasptrain/ may import its own layer and those below.
 LAYERS = (
-    {"__init__", "errors", "progress"},
+    {"__init__", "errors", "progress", "stop", "watch"},
     {"recipe"},
     {"ops", "run"},
-    {"models", "data", "data_tools", "loss", "optim", "parallel"},
+    {"models", "data", "data_tools", "guard", "loss", "optim", "parallel"},
     {"checkpoint", "metrics", "profile"},
     {"stream", "train", "eval", "convert", "plan", "links", "bench", "summary"},
-    {"launch", "rank", "cli"},
+    {"launch", "rank", "cli", "cli_checkpoint"},
     {"__main__"},
 )
 
@@ -27,7 +27,7 @@ HOMES = {
     "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
-    "typer": {"cli", "eval"},
+    "typer": {"cli", "cli_checkpoint", "eval"},
     "sentencepiece": {"data_tools"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

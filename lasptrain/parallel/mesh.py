@@ -80,6 +80,13 @@ def smallest(value: int) -> int:
     return int(found)
 
 
+def largest(value: int) -> int:
+    """The largest of a number over all ranks, through host memory: does not wait for a GPU."""
+    found = torch.tensor(value)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all ranks, in its own dtype."""
     x = x.detach().clone()

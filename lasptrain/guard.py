@@ -1,0 +1,60 @@
+"""What happens to a step whose loss or gradient is not one to learn from: the recipe's `guard`. No torch.
+
+A step that is left out changes no weight and still counts, so that data stays a function of the step.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, Literal
+
+from lasptrain.recipe import Guard as Policy
+
+Verdict = Literal["take", "warn", "skip", "rollback", "stop"]
+
+LATELY = 64  # norms whose median a spike is measured by
+ENOUGH = 16  # of them, before anything is called a spike
+
+
+class Guard:
+    """Judges steps in order; every rank comes to the same verdict, because loss and norm are the same on all."""
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self._policy = policy or Policy()
+        self._norms: list[float] = []
+        self._left_out = 0  # steps in a row
+        self.verdict: Verdict = "take"
+        self.reason = ""
+
+    def judge(self, loss: float, norm: float) -> Verdict:
+        """What to do with a step of this loss and gradient norm; `reason` tells why where that is not `take`."""
+        self.verdict, self.reason = self._judge(loss, norm)
+        if self.verdict in ("skip", "rollback"):
+            self._left_out += 1
+            if self._left_out > self._policy.limit:
+                self.reason += f", and the {self._policy.limit} steps before were left out (guard.limit)"
+                self.verdict = "stop"
+        elif self.verdict != "stop":
+            self._left_out = 0
+            if self._policy.spike != "ignore":
+                self._norms = [*self._norms, norm][-LATELY:]
+        return self.verdict
+
+    def _judge(self, loss: float, norm: float) -> tuple[Verdict, str]:
+        policy = self._policy
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return policy.nonfinite, f"loss {loss}, gradient norm {norm}; expected finite numbers"
+        if policy.spike != "ignore" and len(self._norms) >= ENOUGH:
+            usual = median(self._norms)
+            if norm > policy.factor * usual:
+                return policy.spike, f"gradient norm {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}"
+        return "take", ""
+
+    def state(self) -> dict[str, Any]:
+        """What of the past later verdicts depend on, as JSON."""
+        return {"norms": self._norms, "left_out": self._left_out}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        norms: Sequence[float] = state.get("norms", ())
+        self._norms, self._left_out = [float(norm) for norm in norms][-LATELY:], int(state.get("left_out", 0))

@@ -1,0 +1,103 @@
+"""Hangs: every rank says how far it is and when it will have said more; the launcher ends a rank that does not keep it.
+
+A line in a small file per rank, on the launcher's machine: process id, how many segments it has done, and the time
+(monotonic, one clock for all processes of a machine) until which silence means nothing. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+SLOW = 1800.0  # seconds granted to what has no segments: starting, compiling, saving
+PERIOD = 0.25  # seconds between looks
+PULSE = "pulse-"
+
+_file: int | None = None
+_count = 0
+
+
+class Pulse(NamedTuple):
+    """What a rank has said last."""
+
+    rank: int
+    pid: int
+    signs: int
+    until: float
+
+
+def begin(folder: Path, rank: int) -> None:
+    """From now on this process beats as `rank` into a file in `folder`."""
+    global _file
+    _file = os.open(folder / f"{PULSE}{rank}", os.O_WRONLY | os.O_CREAT, 0o666)
+    beat(SLOW)
+
+
+def beat(silence: float) -> None:
+    """Say that this rank goes on, and will say so again within `silence` seconds."""
+    global _count
+    if _file is not None:
+        _count += 1
+        os.pwrite(_file, f"{os.getpid()} {_count} {time.monotonic() + silence:.3f}".ljust(64).encode(), 0)
+
+
+class Watch(threading.Thread):
+    """Looks after the ranks whose pulses are in `folder` until it is told to `end`.
+
+    Of ranks that wait for each other none goes on: hung is the one that is stopped, else the one that has done least.
+    `tell(rank, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[int, str], None]) -> None:
+        super().__init__(daemon=True, name="watch")
+        self._folder, self._tell = folder, tell
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(PERIOD):
+            pulses = self._pulses()
+            if any(time.monotonic() > pulse.until for pulse in pulses):
+                self._end_hung(pulses)
+                return
+
+    def end(self) -> None:
+        """Stop looking."""
+        self._over.set()
+        self.join()
+
+    def _pulses(self) -> list[Pulse]:
+        found = []
+        for file in self._folder.glob(f"{PULSE}*"):
+            pid, count, until = file.read_text().split() or ("0", "0", "inf")
+            if int(pid) and _state(int(pid)) not in ("", "Z", "X"):
+                found.append(Pulse(int(file.name.removeprefix(PULSE)), int(pid), int(count), float(until)))
+        return found
+
+    def _end_hung(self, pulses: list[Pulse]) -> None:
+        paused = [pulse for pulse in pulses if _state(pulse.pid) in ("T", "t")]
+        least = min(pulse.signs for pulse in pulses)
+        hung = paused or [pulse for pulse in pulses if pulse.signs == least]
+        for pulse in hung:
+            why = "it is stopped" if pulse in paused else "see its stack above"
+            alone = "" if len(hung) < len(pulses) else ", as all others here"
+            self._tell(pulse.rank, f"hung after {pulse.signs} signs of life{alone}; {why}")
+        for number in (signal.SIGUSR2, signal.SIGKILL):
+            for pulse in pulses if number == signal.SIGUSR2 else hung:
+                try:
+                    os.kill(pulse.pid, number)
+                except ProcessLookupError:
+                    continue
+            time.sleep(PERIOD)
+
+
+def _state(pid: int) -> str:
+    """R, S, T (stopped), Z, … as Linux says it; R where it says nothing, empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "" if Path("/proc/self/stat").exists() else "R"
