@@ -116,7 +116,7 @@ def _save(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if rank == 0:
-        prune(run, keep, milestone, step)
+        delete(run, surplus(run, keep, milestone, step))
 
 
 class Saver:
@@ -267,10 +267,9 @@ def _ours(folder: Path, step: int) -> bool:
         return False
 
 
-def prune(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
-    """Delete the surplus steps and return them. For one process that alone may write RUN."""
-    doomed = surplus(run, keep, milestone, newest)
-    for step in doomed:
+def delete(run: Path, steps: list[int]) -> None:
+    """Delete steps. For one process that alone may write RUN."""
+    for step in steps:
         folder, gone = run / FOLDER / f"step-{step}", run / FOLDER / f".step-{step}.del"
         try:
             folder.rename(gone)
@@ -278,7 +277,6 @@ def prune(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -
             shutil.rmtree(gone)
         except OSError as error:
             log.warning("cannot delete %s: %s", folder, _reason(error))
-    return doomed
 
 
 def sweep(run: Path) -> None:

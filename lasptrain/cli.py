@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lasptrain import __version__, links, plan
+from lasptrain import __version__, cli_checkpoint, links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
@@ -29,6 +29,7 @@ bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, 
 app.add_typer(data_app, name="data")
 eval_commands.register(app)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_checkpoint.app, name="ckpt")
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]

@@ -1,0 +1,75 @@
+"""`lasptrain ckpt`: the checkpoints of a run, listed, verified, pruned. None of it needs a GPU or other ranks."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lasptrain import run as runs
+from lasptrain.errors import CheckpointError
+
+app = typer.Typer(help="Checkpoints of a run.", rich_markup_mode=None, no_args_is_help=True)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")]
+
+
+@app.command("list")
+def list_steps(run: Run) -> None:
+    """Show the steps with their sizes; what is wrong at a glance is named."""
+    _show(run, thorough=False)
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Read every byte of every step and compare digests; exit code 4 if one does not fit."""
+    if not _show(run, thorough=True):
+        raise typer.Exit(CheckpointError.code)
+
+
+@app.command()
+def prune(
+    run: Run,
+    keep: Annotated[int, typer.Option(min=1, help="The newest steps that stay.")] = 2,
+    milestone: Annotated[int, typer.Option(min=0, help="Multiples of this stay too; 0: none do.")] = 0,
+    really: Annotated[bool, typer.Option("--really", help="Delete; without it only say what.")] = False,
+) -> None:
+    """Delete steps, all but the newest and the milestones. The newest step that is whole always stays."""
+    from lasptrain import checkpoint
+
+    with runs.lock(_existing(run)):
+        steps = checkpoint.surplus(run, keep, milestone)
+        whole = next((step.step for step in checkpoint.inspect(run, thorough=True) if not step.problems), None)
+        doomed = [step for step in steps if step != whole]
+        if really:
+            checkpoint.sweep(run)
+            checkpoint.delete(run, doomed)
+    verb = "deleted" if really else "would delete"
+    typer.echo(f"{verb} {', '.join(f'step-{step}' for step in doomed) or 'nothing'}")
+
+
+def _existing(run: Path) -> Path:
+    if not (run / runs.CHECKPOINTS).is_dir():
+        raise CheckpointError(f"{run}: holds no {runs.CHECKPOINTS}; expected a run folder, such as runs/quickstart")
+    return run
+
+
+def _show(run: Path, *, thorough: bool) -> bool:
+    """Print the steps; whether all are whole."""
+    from lasptrain import checkpoint
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "bytes", "ranks"):
+        table.add_column(name, justify="right")
+    table.add_column("committed")
+    table.add_column("verdict", overflow="fold")
+    good = True
+    for step in checkpoint.inspect(_existing(run), thorough=thorough):
+        good = good and not step.problems
+        verdict = "; ".join(step.problems) or ("intact" if thorough else "complete")
+        when = datetime.fromtimestamp(step.time).isoformat(" ", "seconds")
+        table.add_row(str(step.step), f"{step.size:,}", str(step.world or "?"), when, verdict)
+    Console(soft_wrap=True).print(table)
+    return good

@@ -1,0 +1,270 @@
+"""Runs that are stopped, poisoned or robbed of their disk end as they should, and lose no committed step."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lasptrain import checkpoint, stop, stream, train
+from lasptrain import recipe as recipes
+from lasptrain.errors import NumericalError, ResourceError, Stopped
+from lasptrain.guard import ENOUGH, Guard
+from lasptrain.metrics import read_metrics
+from lasptrain.recipe import Guard as Policy
+from tests.gloo import spawn
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+model: {arch: tnl, dim: 16, layers: 2, heads: 2, mlp: 24}
+data: {source: SOURCE, tokenizer: bytes, window: 64, cache: CACHE, validation: 300000}
+optim: {lr: 1e-2, schedule: constant}
+train: {steps: 14, batch: 4, precision: fp32, segment: 32}
+checkpoint: {every: 3, keep: 2}
+eval: {every: 4, windows: 2, sample: 0}
+launch: {timeout: 30}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text(f"Document {i} counts: " + " ".join(str(i * j) for j in range(i * 5)))
+    text = RECIPE.replace("SOURCE", str(folder / "text")).replace("CACHE", str(folder / "cache"))
+    (folder / "tiny.yaml").write_text(text)
+    return folder / "tiny.yaml"
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+# Signals, in the ranks
+
+
+@contextmanager
+def at_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Iterator[None]:
+    """Within, `act` comes before call `number` (1 is the first) of the function `owner.name`."""
+    function, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
+
+
+STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
+    # Where the signal comes: before call n of a function; the step that must be saved by it.
+    ("forward without gradients", stream, "_forward_states", 10, 2),
+    ("backward", torch.autograd, "backward", 20, 4),
+    ("evaluation", train, "validate", 1, 8),
+    ("update", train, "set_learning_rate", 2, 10),
+    ("saving", checkpoint, "_commit", 1, 12),
+)
+
+
+def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: str) -> list[tuple[str, str, int]]:
+    """Train; one rank alone gets a signal at each place in turn. What was raised, and the newest step on disk."""
+    stop.listen()
+    recipe = recipes.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320"])
+    ended = []
+    for place, owner, name, number, _ in STOPS:
+        stop._noted = 0
+        mine = rank == (0 if name == "_commit" else world - 1)
+        signalled = signal.SIGUSR1 if name == "backward" else signal.SIGTERM
+        with at_call(owner, name, number if mine else 0, lambda s=signalled: os.kill(os.getpid(), s)):
+            try:
+                train.train(recipe, folder / kind)
+                end = "finished"
+            except Stopped as error:
+                end = f"{error.code} {error}"
+        ended.append((place, end, checkpoint.committed(folder / kind)[0]))
+        dist.barrier()
+    stop._noted = 0
+    train.train(recipe, folder / kind)
+    train.train(recipe, folder / f"{kind}-undisturbed")
+    return ended
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Path, tmp_path: Path, kind: str) -> None:
+    for run in (kind, f"{kind}-undisturbed"):
+        (tmp_path / run).mkdir()
+    first, second = spawn(2, stopped_everywhere, recipe, tmp_path, kind)
+    assert first == second
+    for (place, end, step), (*_, saved) in zip(first, STOPS, strict=True):
+        assert end.startswith("75 stopped by SIG"), place
+        assert step == saved or (place == "saving" and step == 13), place
+    assert losses(tmp_path / kind) == losses(tmp_path / f"{kind}-undisturbed")
+    assert len(losses(tmp_path / kind)) == 14
+
+
+# The guard
+
+
+def test_what_the_guard_says() -> None:
+    guard = Guard(Policy(nonfinite="skip", spike="warn", limit=2))
+    assert [guard.judge(1.0, 1.0 + i / 100) for i in range(ENOUGH)] == ["take"] * ENOUGH
+    assert guard.judge(1.0, 9.0) == "take"
+    assert guard.judge(1.0, 20.0) == "warn" and "19 times the usual 1.08" in guard.reason
+    assert [guard.judge(float("nan"), 1.0), guard.judge(1.0, float("inf"))] == ["skip", "skip"]
+    again = Guard(Policy(nonfinite="skip", spike="warn", limit=2))
+    again.restore(json.loads(json.dumps(guard.state())))
+    for other in (guard, again):
+        assert other.judge(float("nan"), 1.0) == "stop" and "guard.limit" in other.reason
+    assert Guard().judge(1.0, float("nan")) == "stop"
+    assert Guard().judge(1.0, 1e30) == "take"
+
+
+@contextmanager
+def poisoned(*steps: int) -> Iterator[None]:
+    """Within, the loss of these updates (0 is the first) is no number."""
+    one_step, accumulate = train.one_step, train.accumulate
+    now = [-1]
+
+    def poisoning(job: train.Job, micro_batches: Any) -> Any:
+        loss, norm = accumulate(job, micro_batches)
+        return (loss * float("nan") if now[0] in steps else loss), norm
+
+    def stepping(job: train.Job, step: int) -> Any:
+        now[0] = step
+        return one_step(job, step)
+
+    train.one_step, train.accumulate = stepping, poisoning
+    try:
+        yield
+    finally:
+        train.one_step, train.accumulate = one_step, accumulate
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trained(file: Path, run: Path, *overrides: str, bad: tuple[int, ...] = ()) -> list[float | None]:
+    """The losses of a run, with what its folder held before."""
+    run.mkdir(exist_ok=True)
+    with poisoned(*bad):
+        train.train(recipes.load(file, ["model.vocab=320", *overrides]), run)
+    return [record["loss"] for record in read_metrics(run)]
+
+
+def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, recipe: Path, tmp_path: Path) -> None:
+    skip = trained(recipe, tmp_path / "skip", "guard.nonfinite=skip", "train.steps=9", bad=(4,))
+    assert skip[4] is None and None not in skip[:4] + skip[5:]
+    (record,) = read_metrics(tmp_path / "skip", "skip")
+    assert record["step"] == 5 and len(record["windows"]) == 4
+
+    with pytest.raises(NumericalError, match=r"step 5: loss nan.*windows of step 5 start at tokens"):
+        trained(recipe, tmp_path / "stop", "train.steps=9", bad=(4,))
+    assert checkpoint.committed(tmp_path / "stop")[0] == 4
+    assert trained(recipe, tmp_path / "stop", "train.steps=9")[:4] == skip[:4]
+
+    rolled = ("guard.nonfinite=rollback", "guard.back=2", "train.steps=9")
+    back = trained(recipe, tmp_path / "back", *rolled, bad=(6,))
+    assert back[:4] == skip[:4] and back[6] is None
+    (record,) = read_metrics(tmp_path / "back", "rollback")
+    assert record["step"] == 7
+    # Its weights after step 7 are those after step 3: the first steps alone, then on with the data of step 8.
+    shown = [tmp_path / "back" / "checkpoints" / f"step-{step}" / "__0_0.distcp" for step in (9,)]
+    assert shown[0].exists()
+    assert back[7] is not None and back[7] > min(loss for loss in back[3:6] if loss is not None)
+
+    with pytest.raises(NumericalError, match="rollback found no checkpoint of step 1 or before"):
+        trained(recipe, tmp_path / "young", *rolled, bad=(2,))
+
+
+# Saving beside training
+
+
+def small(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(64, 64)
+    return model, torch.optim.AdamW(model.parameters(), fused=True)
+
+
+def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, tmp_path: Path) -> None:
+    model, optimizer = small(0)
+    wanted = model.weight.detach().clone()
+    saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(keep=1, milestone=2), None)
+    for step in range(1, 6):
+        saver.save(step, {"step": step})
+        with torch.no_grad():
+            model.weight.add_(1.0)  # while the thread has not begun to write
+    saver.wait(last=True)
+    saver.close()
+    assert saver.newest == 5
+    assert checkpoint.committed(tmp_path) == [5, 4, 2]
+    for step in (2, 4, 5):
+        again, states = small(1)
+        loaded = checkpoint.load(tmp_path, again, states, until=step)
+        assert loaded is not None and (loaded.step, loaded.meta) == (step, {"step": step})
+        assert torch.equal(again.weight, wanted + (step - 1))
+
+
+def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:
+    model, optimizer = small(0)
+    saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(patience=1), None)
+    saver.save(1, {})
+    saver.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        saver.save(2, {})
+        saver.save(3, {})
+        with pytest.raises(ResourceError, match=r"2 saves in a row failed: .*step 3 not saved: rank 0: File too large"):
+            saver.save(4, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saver.newest == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    saver.save(5, {})
+    saver.wait(last=True)
+    assert checkpoint.committed(tmp_path) == [5, 1]
+
+
+def ckpt(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "lasptrain", "ckpt", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path) -> None:
+    model, optimizer = small(0)
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=9)
+    (tmp_path / "recipe.yaml").touch()
+    damaged = tmp_path / "checkpoints" / "step-4" / "__0_0.distcp"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    code, said = ckpt("verify", str(tmp_path))
+    assert code == 4 and "__0_0.distcp does not match its SHA-256" in said and said.count("intact") == 3
+    code, said = ckpt("prune", str(tmp_path), "--keep", "1", "--milestone", "2", "--really")
+    assert (code, said) == (0, "deleted step-1\n")  # 3 is the newest that is whole
+    assert checkpoint.committed(tmp_path) == [4, 3, 2]
+    assert ckpt("list", str(tmp_path / "nothing"))[0] == 4
