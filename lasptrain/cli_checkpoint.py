@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lasptrain import run as runs
 from lasptrain.errors import CheckpointError
@@ -60,16 +58,10 @@ def _show(run: Path, *, thorough: bool) -> bool:
     """Print the steps; whether all are whole."""
     from lasptrain import checkpoint
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("step", "bytes", "ranks"):
-        table.add_column(name, justify="right")
-    table.add_column("committed")
-    table.add_column("verdict", overflow="fold")
     good = True
     for step in checkpoint.inspect(_existing(run), thorough=thorough):
         good = good and not step.problems
         verdict = "; ".join(step.problems) or ("intact" if thorough else "complete")
         when = datetime.fromtimestamp(step.time).isoformat(" ", "seconds")
-        table.add_row(str(step.step), f"{step.size:,}", str(step.world or "?"), when, verdict)
-    Console(soft_wrap=True).print(table)
+        typer.echo(f"step-{step.step}  {step.size:,} bytes  {step.world or '?'} ranks  {when}  {verdict}")
     return good

@@ -317,6 +317,8 @@ def cause(codes: dict[int, int], records: Path) -> Failure:
         return hung[0]
     recorded = {failure.rank for failure in found}
     silent = {rank: code for rank, code in codes.items() if rank not in recorded}
+    if forced := [rank for rank, code in silent.items() if code == TERMINATED]:
+        return Failure(forced[0], TERMINATED, "Killed", f"rank {forced[0]} was told twice to stop: not saved", 0.0)
     killed = {rank: -code for rank, code in silent.items() if code < 0}
     # The agent ends the others by SIGTERM, so a rank that died of anything else comes first.
     for rank, number in sorted(killed.items(), key=lambda item: item[1] == signal.SIGTERM):

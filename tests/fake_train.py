@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lasptrain.errors import LaspError, NumericalError
+from lasptrain import stop, train
+from lasptrain.errors import LaspError, NumericalError, Stopped
 from lasptrain.recipe import Recipe, load
 
 
@@ -46,6 +47,38 @@ def die(recipe: Recipe, run: Path) -> None:
     dist.barrier()
 
 
+def die_once(recipe: Recipe, run: Path) -> None:
+    """As `die` the first time, as `agree` the second time."""
+    if not (run / "died").exists():
+        dist.barrier()
+        (run / "died").touch()
+        die(recipe, run)
+    agree(recipe, run)
+
+
+def pause(recipe: Recipe, run: Path) -> None:
+    """The last rank is stopped as by SIGSTOP, in its third segment of at most `launch.hang` seconds."""
+    for segment in range(10**6):
+        train.tick(recipe.launch.hang)
+        if segment == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.01)
+
+
+def heed(recipe: Recipe, run: Path) -> None:
+    """Stops where training would, after a moment of saving."""
+    with stop.unsaved():
+        (run / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
+        try:
+            while True:
+                train.tick(recipe.launch.hang)
+                time.sleep(0.01)
+        except Stopped:
+            (run / f"saving-{dist.get_rank()}").touch()
+            time.sleep(recipe.train.steps)
+            raise
+
+
 def wait(recipe: Recipe, run: Path) -> None:
     """Says that it is there, and stays."""
     (run / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
@@ -59,8 +92,11 @@ def main() -> int:
     target, recipe, nproc, *rest = sys.argv[1:]
     nodes = Nodes(int(rest[0]), int(rest[1]), rest[2]) if len(rest) >= 3 else None
     overrides = rest[3:] if nodes else []
+    restarts = int(os.environ.get("RESTARTS", "0"))
     try:
-        return launch(load(recipe, overrides), USUAL, int(nproc), nodes, target=f"tests.fake_train:{target}")
+        return launch(
+            load(recipe, overrides), USUAL, int(nproc), nodes, f"tests.fake_train:{target}", max_restarts=restarts
+        )
     except LaspError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.code

@@ -208,7 +208,7 @@ def small(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
-    wanted = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
     saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(keep=1, milestone=2), None)
     for step in range(1, 6):
         saver.save(step, {"step": step})
@@ -222,7 +222,7 @@ def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, 
         again, states = small(1)
         loaded = checkpoint.load(tmp_path, again, states, until=step)
         assert loaded is not None and (loaded.step, loaded.meta) == (step, {"step": step})
-        assert torch.equal(again.weight, wanted + (step - 1))
+        assert bool((again.weight == step - 1).all())
 
 
 def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:

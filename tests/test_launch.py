@@ -157,20 +157,68 @@ def _gone(pid: int) -> bool:
     return state == "Z"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_to_the_launcher_ends_all_quietly(folder: Path, start: Start, number: int, code: int) -> None:
-    launcher = start("wait", "tiny.yaml", "2")
+def status(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "runs" / "tiny" / "status.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_launcher_ends_all(folder: Path, start: Start, number: int, code: int) -> None:
+    """Ranks that have nothing to save leave at once, the others (`heed`) as soon as they have saved."""
+    launcher = start("heed" if number == signal.SIGUSR1 else "wait", "tiny.yaml", "2")
     pids = _pids(folder, 2)
     if number == signal.SIGINT:
         busy, said = end(start("agree", "tiny.yaml", "1"))
         assert busy == 5
         assert f"in use by process {launcher.pid} on {socket.gethostname()} since 2" in said
     launcher.send_signal(number)
-    assert end(launcher) == (code, "")
+    told = f"stopped by {signal.Signals(number).name}; " if code == 75 else ""
+    ended, said = end(launcher)
+    assert ended == code and said.startswith(told) and said.count("\n") == bool(told), said
     deadline = time.monotonic() + 5
     while not all(map(_gone, pids)):
         assert time.monotonic() < deadline, "a rank outlives its launcher"
         time.sleep(0.05)
+    if code > 0:
+        assert (status(folder)["state"], status(folder)["code"]) == ("stopped", code)
+    assert len(list(folder.glob("runs/tiny/saving-*"))) == (2 if number == signal.SIGUSR1 else 0)
+
+
+def test_a_second_signal_leaves_at_once(folder: Path, start: Start) -> None:
+    (folder / "slow.yaml").write_text("name: tiny\n" + RECIPE.replace("steps: 2", "steps: 60"))
+    launcher = start("heed", "slow.yaml", "2")
+    _pids(folder, 2)
+    launcher.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while len(list(folder.glob("runs/tiny/saving-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.6)  # later than an echo
+    launcher.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code, _ = end(launcher)
+    assert code == 143
+    assert time.monotonic() - began < 10
+    assert status(folder)["code"] == 143
+
+
+def test_a_lost_rank_is_started_again_where_asked(folder: Path, start: Start) -> None:
+    code, said = end(start("die_once", "tiny.yaml", "2", RESTARTS="1"))
+    assert code == 0
+    assert said == "rank 1 was killed by SIGKILL: out of host memory?; restart 1 of 1\n"
+    assert [told["world"] for told in ranks(folder)] == [2, 2]
+    assert (status(folder)["state"], status(folder)["restarts"]) == ("finished", 1)
+
+
+def test_a_stopped_rank_is_named_and_ended(folder: Path, start: Start) -> None:
+    (folder / "tiny.yaml").write_text(RECIPE.replace("timeout: 20", "timeout: 60, hang: 2"))
+    began = time.monotonic()
+    code, said = end(start("pause", "tiny.yaml", "2"))
+    assert code == 7
+    assert f"error: rank 1 on {socket.gethostname()} hung after" in said and "it is stopped" in said
+    assert "fake_train.py" in said  # the stack of the rank that waits
+    assert time.monotonic() - began < 30
+    assert status(folder)["rank"] == 1 and "hung" in str(status(folder)["last_error"])
 
 
 def test_two_launchers_on_one_machine_make_one_mesh(folder: Path, start: Start) -> None:
@@ -238,6 +286,12 @@ def test_a_killed_rank_is_the_cause_and_one_that_the_agent_ended_is_not(tmp_path
     assert cause({2: -15, 1: -9}, tmp_path).rank == 1
     assert cause({2: -15, 0: 7}, _records(tmp_path, lost)) == lost
     assert cause({2: -11, 0: 7}, tmp_path)[:2] == (2, 7)
+
+
+def test_a_hung_rank_is_the_cause_and_one_that_was_forced_to_leave_says_so(tmp_path: Path) -> None:
+    assert cause({1: 143, 0: 7}, _records(tmp_path, Failure(0, 7, "RuntimeError", "lost", 1.0)))[:2] == (1, 143)
+    hung = Failure(1, 7, "hung", "rank 1 hung", 2.0)
+    assert cause({1: -9, 0: 7}, _records(tmp_path, hung)) == hung
 
 
 def test_a_rank_that_left_no_record_is_a_bug(tmp_path: Path) -> None:
