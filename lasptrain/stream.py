@@ -25,7 +25,7 @@ def _placeholder(state: Tensor | None) -> Tensor | None:
 
 
 def _forward_states(
-    model: nn.Module, layers: int, segments: Sequence[Slice], tick: Callable[[], None]
+    model: nn.Module, layers: int, segments: Sequence[Slice], tick: Callable[[], None] = lambda: None
 ) -> tuple[list[list[Memory]], list[State] | None]:
     """What entered this rank's slice of each segment, per layer, and the states that enter the last segment."""
     kept: list[list[Memory]] = []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def losses(run: Path) -> list[float]:
 
 
 @contextmanager
-def at_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> Iterator[None]:
+def at_call(owner: Any, name: str, number: int, act: Callable[[], object]) -> Iterator[None]:
     """Within, `act` comes before call `number` (1 is the first) of the function `owner.name`."""
     function, calls = getattr(owner, name), iter(range(1, 10**6))
 
@@ -91,7 +92,7 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
         stop._noted = 0
         mine = rank == (0 if name == "_commit" else world - 1)
         signalled = signal.SIGUSR1 if name == "backward" else signal.SIGTERM
-        with at_call(owner, name, number if mine else 0, lambda s=signalled: os.kill(os.getpid(), s)):
+        with at_call(owner, name, number if mine else 0, partial(os.kill, os.getpid(), signalled)):
             try:
                 train.train(recipe, folder / kind)
                 end = "finished"
@@ -116,6 +117,19 @@ def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Pa
         assert step == saved or (place == "saving" and step == 13), place
     assert losses(tmp_path / kind) == losses(tmp_path / f"{kind}-undisturbed")
     assert len(losses(tmp_path / kind)) == 14
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path) -> None:
+    """The short form of tests/soak.py, in a process of its own: it forks."""
+    script = "from pathlib import Path; import sys; from tests.soak import soak; soak(Path(sys.argv[1]), 4)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # The guard
@@ -200,7 +214,7 @@ def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, 
 # Saving beside training
 
 
-def small(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def small(seed: int) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = torch.nn.Linear(64, 64)
     return model, torch.optim.AdamW(model.parameters(), fused=True)
