@@ -338,7 +338,18 @@ def test_recipes_are_frozen_and_strict() -> None:
     with pytest.raises(ValidationError, match=r"mesh\.sp = 3"):
         Recipe.model_validate(recipe.model_dump() | {"mesh": {"sp": 3}})
     assert Recipe.model_validate(recipe.model_dump()) == recipe
-    assert set(SECTIONS) == {"model", "data", "mesh", "parallel", "optim", "train", "checkpoint", "eval", "launch"}
+    assert set(SECTIONS) == {
+        "model",
+        "data",
+        "mesh",
+        "parallel",
+        "optim",
+        "train",
+        "checkpoint",
+        "guard",
+        "eval",
+        "launch",
+    }
 
 
 @pytest.mark.parametrize(
