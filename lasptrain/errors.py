@@ -56,3 +56,9 @@ class ResourceError(LaspError):
     """Memory or disk space ran out."""
 
     code: ClassVar[int] = 8
+
+
+class ConvertError(LaspError):
+    """A model cannot be expressed in another format, or what was written does not compute the same."""
+
+    code: ClassVar[int] = 9
