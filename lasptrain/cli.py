@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lasptrain import __version__, links, plan
+from lasptrain.cli_convert import convert
+from lasptrain.convert import targets
 from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
@@ -29,6 +31,7 @@ bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, 
 app.add_typer(data_app, name="data")
 eval_commands.register(app)
 app.add_typer(bench_app, name="bench")
+app.command()(convert)
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
@@ -149,6 +152,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("work", f"{plan.flops_per_token(model, vocab) / 1e9:.3g} GFLOP per token"),
         ("state", f"{plan.state_bytes(model) / 2**20:.3g} MiB per window over all layers"),
         ("checkpoint", f"{12 * total / 1e9:.3g} GB"),
+        *(("convert --to", line) for line in targets.lines(model)),
     ]
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     {"models", "data", "data_tools", "loss", "optim", "parallel"},
     {"checkpoint", "metrics", "profile"},
     {"stream", "train", "eval", "convert", "plan", "links", "bench", "summary"},
-    {"launch", "rank", "cli"},
+    {"launch", "rank", "cli", "cli_convert"},
     {"__main__"},
 )
 
@@ -27,7 +27,11 @@ HOMES = {
     "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
+<<<<<<< Updated upstream
     "typer": {"cli", "eval"},
+=======
+    "typer": {"cli", "cli_convert"},
+>>>>>>> Stashed changes
     "sentencepiece": {"data_tools"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -47,15 +47,16 @@ def check(target: str, found: Json, model: Model, where: str) -> None:
 
 
 def _granite(model: Model, softmax: Sequence[int]) -> Json:
-    attention = "attention"
+    kinds = ["attention" if i in softmax else "mamba" for i in range(model.layers)]
+    kinds += [] if softmax else ["attention"]  # the silent one, see `tables.granite`
     return {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
         "hidden_size": model.dim,
-        "num_hidden_layers": model.layers,
-        "layer_types": [attention if i in softmax else "mamba" for i in range(model.layers)],
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
+        "num_key_value_heads": 1,
         "intermediate_size": model.mlp,
         "shared_intermediate_size": model.mlp,
         "num_local_experts": 0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -167,6 +168,8 @@ def granite(cfg: Model, names: Collection[str]) -> list[Rule]:
     """GraniteMoeHybridForCausalLM without experts, from `ssd` and softmax layers between.
 
     The convolution passes its last tap only; a constant decay is a step of softplus(ln(e − 1)) = 1 and a zero matrix.
+    A stack without softmax layers gets one of zeros at its end, which adds nothing: transformers counts the tokens in
+    its cache there, and refuses to cache without.
     """
     table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
@@ -177,7 +180,23 @@ def granite(cfg: Model, names: Collection[str]) -> list[Rule]:
             table += _mamba(cfg, own, f"{to}mamba.", dependent=f"{own}mixer.dt.weight" in names)
         table += _mapped(_NORMS | {"shared_mlp.output_linear.weight": "mlp.down.weight"}, to, own)
         table.append(rows(f"{to}shared_mlp.input_linear.weight", f"{own}mlp.gate.weight", f"{own}mlp.up.weight"))
-    return table
+    return table if any(".attn." in name for name in names) else table + _silent(cfg)
+
+
+def _silent(cfg: Model) -> list[Rule]:
+    """A softmax layer with one key head whose matrices are zero."""
+    head, to = cfg.dim // cfg.heads, f"model.layers.{cfg.layers}."
+    zeros = {
+        "self_attn.q_proj": (cfg.dim, cfg.dim),
+        "self_attn.k_proj": (head, cfg.dim),
+        "self_attn.v_proj": (head, cfg.dim),
+        "self_attn.o_proj": (cfg.dim, cfg.dim),
+        "shared_mlp.input_linear": (2 * cfg.mlp, cfg.dim),
+        "shared_mlp.output_linear": (cfg.dim, cfg.mlp),
+    }
+    return [fixed(f"{to}{norm}", lambda: torch.ones(cfg.dim)) for norm in _NORMS] + [
+        fixed(f"{to}{name}.weight", partial(torch.zeros, shape)) for name, shape in zeros.items()
+    ]
 
 
 def _mamba(cfg: Model, own: str, to: str, dependent: bool) -> list[Rule]:

@@ -33,6 +33,13 @@ def resolve(name: str, model: Model) -> str:
     return target
 
 
+def lines(model: Model) -> Iterator[str]:
+    """Every target and what runs it, or why the model cannot be expressed there; `hf` beside what it stands for."""
+    for target, reason in refusals(model).items():
+        name = f"{target} (hf)" if WITHOUT_CUSTOM_CODE.get(model.arch) == target else target
+        yield f"{name}: {RUNS_IN[target] if reason is None else f'no, {reason}'}"
+
+
 def refusals(model: Model) -> dict[str, str | None]:
     """Every target, and why this model cannot be expressed there, or None where it can."""
     return {target: next(_reasons(target, model), None) for target in RUNS_IN}
@@ -53,6 +60,8 @@ def _reasons(target: str, model: Model) -> Iterator[str]:
         case "granitemoehybrid":
             if wide % model.dim:
                 yield f"model.heads × value dim = {wide} is no multiple of model.dim = {model.dim}"
+            if model.dim % model.heads:
+                yield f"model.heads = {model.heads} do not divide model.dim = {model.dim}"
             if model.K & (model.K - 1):
                 yield f"key dim {model.K} is no power of two"
         case "minimax":
