@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from lasptrain.errors import DataError
+
+protocol: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # whose classes have no types
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
 
@@ -19,7 +20,7 @@ def tokenizer_json(path: Path) -> str:
     Merges are every way to make a piece of two others, best piece first, which is the order in which sentencepiece
     joins. Raises DataError for a model that is not BPE, or that changes text before it cuts it.
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model = protocol.ModelProto.FromString(path.read_bytes())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         raise DataError(f"{path}: no BPE model; expected one, others do not convert with the same ids")

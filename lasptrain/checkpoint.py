@@ -16,6 +16,7 @@ all of them. Ranks share one file system.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -531,8 +532,17 @@ class Step:
     def read(self, name: str) -> Tensor:
         """A tensor of the model by its name there."""
         tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
-        load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
+        with _alone():
+            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
         return tensor
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns where there is no process group, even if told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 class _OnceRead(_Reader):
@@ -560,12 +570,14 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
 
     folder = run / FOLDER / _begin(run, step, size)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        with _alone():
             writer = _Writer(folder, thread_count=1, sync_files=True)
             save_state(tensors, storage_writer=writer, planner=_Lazily(value), no_dist=True)
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
         _commit(folder, step, meta, files, 1)
+    except CheckpointException as error:  # DCP's cloak over the error of `read`
+        shutil.rmtree(folder, ignore_errors=True)
+        raise error.failures[0][0] from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lasptrain import __version__, links, plan
-from lasptrain.cli_convert import convert
 from lasptrain.convert import targets
+from lasptrain.convert.commands import convert
 from lasptrain.errors import INTERNAL, INTERRUPTED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary

@@ -18,7 +18,7 @@ LAYERS = (
     {"models", "data", "data_tools", "loss", "optim", "parallel"},
     {"checkpoint", "metrics", "profile"},
     {"stream", "train", "eval", "convert", "plan", "links", "bench", "summary"},
-    {"launch", "rank", "cli", "cli_convert"},
+    {"launch", "rank", "cli"},
     {"__main__"},
 )
 
@@ -27,11 +27,7 @@ HOMES = {
     "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
-<<<<<<< Updated upstream
-    "typer": {"cli", "eval"},
-=======
-    "typer": {"cli", "cli_convert"},
->>>>>>> Stashed changes
+    "typer": {"cli", "convert", "eval"},
     "sentencepiece": {"data_tools"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -18,7 +18,7 @@ _FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std
 
 def config(target: str, model: Model, window: int, bos: int, dtype: str, softmax: Sequence[int]) -> Json:
     """The config.json of `model`; `softmax` are the indices of its softmax layers. Targets as in `targets.RUNS_IN`."""
-    common = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "bos_token_id": bos, "dtype": dtype}
+    common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "bos_token_id": bos, "dtype": dtype}
     common |= {"eos_token_id": None, "pad_token_id": None}
     common |= {"max_position_embeddings": window if softmax else UNBOUNDED}
     match target:

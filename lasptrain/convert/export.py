@@ -118,5 +118,3 @@ def _verify(folder: Path, run: Path, target: str, dtype: str) -> verify.Parity |
     if not verify.installed(library):
         return f"not compared: {library} is not installed (pip install 'lasptrain[convert]')"
     return verify.compare(folder, run, exact=dtype == "fp32")
-
-

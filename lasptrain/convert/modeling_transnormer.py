@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 CHUNK = 128  # tokens of a prefill that are computed at once
 
 
-class TransnormerConfig(PretrainedConfig):
+class TransnormerConfig(PretrainedConfig):  # type: ignore[misc]
     """The keys of OpenNLPLab's configuration that say what is computed."""
 
     model_type = "transnormer"

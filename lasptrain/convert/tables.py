@@ -154,7 +154,7 @@ def retnet(cfg: Model, names: Collection[str]) -> list[Rule]:
     )
 
 
-def _fla(cfg: Model, further: Mapping[str, str], names: Collection[str]) -> list[Rule]:
+def _fla(cfg: Model, further: dict[str, str], names: Collection[str]) -> list[Rule]:
     table = _ends("model.embeddings.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
         own = f"layers.{i}."
@@ -231,7 +231,8 @@ def _above_zeros(target: str, sources: Sequence[str], count: int) -> Rule:
         return [torch.cat([*xs, xs[0].new_zeros(count, xs[0].shape[1])])]
 
     def back(ys: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        *parts, rest = ys[0].split([*(shape[0] for shape in shapes), count])
+        parts = list(ys[0].split([*(shape[0] for shape in shapes), count]))
+        rest = parts.pop()
         if not rest.is_meta and rest.any():
             raise ConvertError(f"{target}: the decay depends on the token, that of the recipe does not")
         return parts
@@ -304,7 +305,7 @@ def check_sources(table: Sequence[Rule], names: Collection[str], where: str) -> 
 
 def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str, Form]:
     """Shape and dtype of every tensor of the target, in the table's order."""
-    found = {}
+    found: dict[str, Form] = {}
     for rule in table:
         made = rule.to([torch.empty(shapes[source], device="meta") for source in rule.sources])
         kept = torch.float32 if rule.full_precision else dtype
@@ -312,9 +313,7 @@ def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str
     return found
 
 
-def export(
-    table: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def export(table: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the target, one rule in memory at a time."""
     for rule in table:
         if rule.targets:

@@ -6,11 +6,11 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from data_tools.fast_tokenizer import tokenizer_json
 from data_tools.tokenizer import load_tokenizer
+from lasptrain.convert.verify import installed
 from lasptrain.errors import DataError
 
 LINES = 10_000
@@ -20,7 +20,7 @@ FAST = ("tokenizer.json", "tokenizer_config.json")
 def export(path: Path, folder: Path) -> str:
     """Write the tokenizer of the sentencepiece model at `path` into `folder`; returns what became of it."""
     shutil.copyfile(path, folder / "tokenizer.model")
-    if find_spec("tokenizers") is None:
+    if not installed("tokenizers"):
         return "tokenizer.model only, for sentencepiece: the package tokenizers is not installed"
     try:
         text = tokenizer_json(path)
@@ -60,10 +60,24 @@ def _different(path: Path, text: str) -> str | None:
 def lines(count: int = LINES, seed: int = 0) -> Iterator[str]:
     """Lines that are hard to cut: spaces everywhere, controls, scripts, emoji, digits, literal special tokens."""
     yield ""
-    random_ = random.Random(seed)  # noqa: S311
+    random_ = random.Random(seed)
     source = Path(random.__file__).read_text(encoding="utf-8").splitlines()
     hard = [" ", "  ", "\n", "\t", "\r\n", "<s>", "</s>", "<unk>", "<0x0A>", "▁", "0123456789", "3.14", "é", "e\u0301"]
-    hard += ["汉字", "かな", "한국어", "Ünï", "🙂", "👩‍👩‍👧", "\u200b", "\u00a0", "\ufeff", "\x00", "العربية", "’", "--"]
+    hard += [
+        "汉字",
+        "かな",
+        "한국어",
+        "Ünï",
+        "🙂",
+        "👩‍👩‍👧",
+        "\u200b",
+        "\u00a0",
+        "\ufeff",
+        "\x00",
+        "العربية",
+        "’",
+        "--",
+    ]
     for _ in range(count - 1):
         parts = random_.choices(hard, k=random_.randint(0, 4)) + random_.choices(source, k=random_.randint(0, 2))
         random_.shuffle(parts)

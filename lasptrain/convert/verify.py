@@ -1,6 +1,6 @@
 """An exported model is the model: its logits in its own library, in a process of its own, against ours in float64.
 
-    python -m lasptrain.convert.verify FOLDER RUN      prints one line of JSON
+python -m lasptrain.convert.verify FOLDER RUN      prints one line of JSON
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Parity(NamedTuple):
         errors = ", ".join(f"{name} {getattr(self, name):.1e}" for name in ("full", "decode", "chunked", "padded"))
         return (
             f"{self.library}: largest errors of logits up to {self.scale:.1f}: {errors}; "
-            f"{self.greedy} of {GREEDY} greedy tokens equal" + ("" if self.gated else "; not gated: weights were rounded")
+            f"{self.greedy} of {GREEDY} greedy tokens equal"
+            + ("" if self.gated else "; not gated: weights were rounded")
         )
 
     def problems(self) -> list[str]:
@@ -56,15 +57,16 @@ class Parity(NamedTuple):
 
 
 def installed(library: str) -> bool:
-    """Whether a package is there, without importing it."""
-    return find_spec(library) is not None
+    """Whether a package is there, without importing it; a folder of that name is none."""
+    spec = find_spec(library)
+    return spec is not None and spec.origin is not None
 
 
 def compare(folder: Path, run: Path, exact: bool) -> Parity:
     """Compare `folder` with the newest step of `run`. ConvertError beyond tolerance, where `exact`."""
     command = [sys.executable, "-m", "lasptrain.convert.verify", str(folder.absolute()), str(run.absolute())]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -159,7 +161,9 @@ def main(folder: str, run: str) -> None:
     )
     if strange := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise ConvertError(f"keys: {strange}")
-    found = measure(model.eval(), reference(Path(run)), model.config.vocab_size, f"transformers {transformers.__version__}")
+    found = measure(
+        model.eval(), reference(Path(run)), model.config.vocab_size, f"transformers {transformers.__version__}"
+    )
     sys.stdout.write(json.dumps(found._asdict()) + "\n")
 
 
