@@ -242,6 +242,28 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_weights_of_others_begin_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, MODELS["tnl"][1])
+    folder = tmp_path / "public"
+    export(run, folder, "transnormer", check=False)
+    tensors = {name: Folder(folder).read(name) for name in Folder(folder).shapes}
+    for file in (RECORD, "model.safetensors", "model.safetensors.index.json"):
+        (folder / file).unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(4000)))
+    recipe = json.loads(recipe_text(MODELS["tnl"][1]))
+    recipe["data"] |= {"source": str(tmp_path / "text.txt"), "cache": str(tmp_path / "cache"), "validation": 0}
+    (tmp_path / "next.yaml").write_text(json.dumps(recipe))
+    back = checkpoint.Step(restore(folder, tmp_path / "back", tmp_path / "next.yaml"))
+    first = checkpoint.Step(run)
+    assert back.step == 0 and back.meta["dataset"] != first.meta["dataset"]
+    assert back.shapes == first.shapes
+    assert all(torch.equal(back.read(name), first.read(name)) for name in back.shapes)
+    (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n")
+    with pytest.raises(ConvertError, match="no tensors can be read from it"):
+        Folder(folder)
+
+
 def test_every_tensor_is_in_one_rule() -> None:
     cfg = recipes.Model.model_validate({**SIZES, "arch": "tnl", "vocab": 64})
     table = tables.transnormer(cfg, {"embed.weight"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle  # noqa: TID251  only for the name of its error
 import secrets
 import shutil
 import struct
@@ -113,26 +114,27 @@ def _write_shard(file: BinaryIO, shard: Mapping[str, Form], tensors: Iterator[tu
 
 
 class Folder:
-    """The tensors of a folder of safetensors shards. Raises ConvertError where it is none."""
+    """The tensors of a folder of safetensors shards, or of PyTorch's zip files. ConvertError where it is neither."""
 
     def __init__(self, path: Path):
         self.path = path
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not files:
-            raise ConvertError(f"{path}: holds no *.safetensors; expected a folder that a converter wrote")
+            raise ConvertError(f"{path}: holds no *.safetensors and no pytorch_model*.bin; expected a model's folder")
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118  it is no dict
-                    if name in self.files:
-                        raise ConvertError(f"{file}: has {name}, as has {self.files[name].name}; expected it once")
-                    self.files[name] = file
-                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+            for name, shape in _shapes(file).items():
+                if name in self.files:
+                    raise ConvertError(f"{file}: has {name}, as has {self.files[name].name}; expected it once")
+                self.files[name], self.shapes[name] = file, shape
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
-        with _open(self.files[name]) as opened:
+        file = self.files[name]
+        if file.suffix == ".bin":
+            return _mapped(file)[name].clone()
+        with _open(file) as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor.clone()
 
@@ -148,6 +150,22 @@ class Folder:
         if not isinstance(found, dict):
             raise ConvertError(f"{file}: found {type(found).__name__}; expected an object")
         return found
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    if file.suffix == ".bin":
+        return {name: tuple(tensor.shape) for name, tensor in _mapped(file).items()}
+    with _open(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  no dict
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """A file of PyTorch's, mapped into memory; of its pickle only tensors are taken, so nothing in it runs."""
+    try:
+        found: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ConvertError(f"{file}: no tensors can be read from it ({str(error).splitlines()[0]})") from None
+    return found
 
 
 def _open(file: Path) -> Any:
