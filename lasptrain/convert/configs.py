@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lasptrain.errors import ConvertError
@@ -16,16 +15,14 @@ _FREE = {"architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "
 _FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std", "pad_token_id"}
 
 
-def config(target: str, model: Model, window: int, bos: int, dtype: str, softmax: Sequence[int]) -> Json:
-    """The config.json of `model`; `softmax` are the indices of its softmax layers. Targets as in `targets.RUNS_IN`."""
+def config(target: str, model: Model, bos: int, dtype: str) -> Json:
+    """The config.json of `model` in a target of `targets.RUNS_IN`, whose tensors are of `dtype`, such as float32."""
     common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "bos_token_id": bos, "dtype": dtype}
     common |= {"eos_token_id": None, "pad_token_id": None}
-    common |= {"max_position_embeddings": window if softmax else UNBOUNDED}
+    common |= {"max_position_embeddings": UNBOUNDED}
     match target:
         case "granitemoehybrid":
-            return common | _granite(model, softmax)
-        case "minimax":
-            return common | _minimax(model, softmax)
+            return common | _granite(model)
         case "linear_attn":
             return common | _fla(model, "LinearAttentionForCausalLM") | _linear_attn(model)
         case "retnet":
@@ -38,17 +35,16 @@ def config(target: str, model: Model, window: int, bos: int, dtype: str, softmax
 def check(target: str, found: Json, model: Model, where: str) -> None:
     """ConvertError where a config.json says something else than ours for `model` would, in a key that both have."""
     kind = found.get("model_type")
-    expected = config(target, model, 0, 0, "", ())
+    expected = config(target, model, 0, "")
     for key, value in expected.items():
-        if key not in _FREE | {"layer_types"} and key in found and found[key] != value:
+        if key not in _FREE and key in found and found[key] != value:
             raise ConvertError(f"{where}: {key} is {found[key]!r}, the recipe's model has {value!r}")
     if kind != expected["model_type"]:
         raise ConvertError(f"{where}: model_type is {kind!r}; expected {expected['model_type']!r}")
 
 
-def _granite(model: Model, softmax: Sequence[int]) -> Json:
-    kinds = ["attention" if i in softmax else "mamba" for i in range(model.layers)]
-    kinds += [] if softmax else ["attention"]  # the silent one, see `tables.granite`
+def _granite(model: Model) -> Json:
+    kinds = ["mamba"] * model.layers + ["attention"]  # the silent one, see `tables.granite`
     return {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -78,27 +74,6 @@ def _granite(model: Model, softmax: Sequence[int]) -> Json:
         "position_embedding_type": None,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
-    }
-
-
-def _minimax(model: Model, softmax: Sequence[int]) -> Json:
-    return {
-        "architectures": ["MiniMaxForCausalLM"],
-        "model_type": "minimax",
-        "hidden_size": model.dim,
-        "num_hidden_layers": model.layers,
-        "layer_types": ["full_attention" if i in softmax else "linear_attention" for i in range(model.layers)],
-        "attn_type_list": [int(i in softmax) for i in range(model.layers)],
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
-        "head_dim": model.K,
-        "rotary_dim": model.K,
-        "intermediate_size": model.mlp // 2,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 2,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "postnorm": True,
     }
 
 

@@ -20,7 +20,7 @@ from lasptrain.recipe import Model, Recipe
 
 RECORD = "lasptrain_export.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LIBRARY = {"granitemoehybrid": "transformers", "minimax": "transformers", "transnormer": "transformers"}
+LIBRARY = {"granitemoehybrid": "transformers", "transnormer": "transformers"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
     with files.whole_folder(out, force) as folder:
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
         cutter = load_tokenizer(recipe.data.tokenizer)
-        softmax = [i for i in range(model.layers) if f"layers.{i}.attn.q.weight" in step.shapes]
-        window = step.meta["order"]["window"]
         name = str(DTYPES[dtype]).removeprefix("torch.")
-        config = configs.config(target, model, window, cutter.bos, name, softmax)
+        config = configs.config(target, model, cutter.bos, name)
         slopes = {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")}
         if target == "transnormer":
             shutil.copy(Path(__file__).with_name("modeling_transnormer.py"), folder)

@@ -71,29 +71,6 @@ def fixed(target: str, value: Callable[[], Tensor], full_precision: bool = False
     return Rule((target,), (), lambda _: [value()], back, full_precision)
 
 
-def interleaved(target: str, heads: int, *sources: str) -> Rule:
-    """Rows of the sources head by head: q of head 0, k of head 0, v of head 0, q of head 1, …"""
-
-    def to(xs: list[Tensor]) -> list[Tensor]:
-        return [torch.cat([x.unflatten(0, (heads, -1)) for x in xs], dim=1).flatten(0, 1)]
-
-    def back(ys: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        parts = ys[0].unflatten(0, (heads, -1)).split([shape[0] // heads for shape in shapes], dim=1)
-        return [part.flatten(0, 1) for part in parts]
-
-    return Rule((target,), sources, to, back)
-
-
-def halves(targets: tuple[str, str], source: str, dim: int, scale: float = 1.0) -> Rule:
-    """The two halves of a matrix along `dim`, times a power of two, which is exact."""
-    return Rule(
-        targets,
-        (source,),
-        lambda xs: [part * scale for part in xs[0].chunk(2, dim)],
-        lambda ys, _: [torch.cat(ys, dim) / scale],
-    )
-
-
 def logarithm(target: str, slope: str) -> Rule:
     """ln of the slopes; a slope of zero becomes NO_DECAY. The logarithm of `back` is not exact: slopes are numbers."""
     return Rule(
@@ -165,22 +142,19 @@ def _fla(cfg: Model, further: dict[str, str], names: Collection[str]) -> list[Ru
 
 
 def granite(cfg: Model, names: Collection[str]) -> list[Rule]:
-    """GraniteMoeHybridForCausalLM without experts, from `ssd` and softmax layers between.
+    """GraniteMoeHybridForCausalLM without experts, from `ssd`.
 
     The convolution passes its last tap only; a constant decay is a step of softplus(ln(e − 1)) = 1 and a zero matrix.
-    A stack without softmax layers gets one of zeros at its end, which adds nothing: transformers counts the tokens in
-    its cache there, and refuses to cache without.
+    A softmax layer of zeros at the end adds nothing: transformers counts the tokens in its cache there, and refuses to
+    cache without.
     """
     table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
         own, to = f"layers.{i}.", f"model.layers.{i}."
-        if f"{own}attn.q.weight" in names:
-            table += _mapped(_SOFTMAX, to, own)
-        else:
-            table += _mamba(cfg, own, f"{to}mamba.", dependent=f"{own}mixer.dt.weight" in names)
+        table += _mamba(cfg, own, f"{to}mamba.", dependent=f"{own}mixer.dt.weight" in names)
         table += _mapped(_NORMS | {"shared_mlp.output_linear.weight": "mlp.down.weight"}, to, own)
         table.append(rows(f"{to}shared_mlp.input_linear.weight", f"{own}mlp.gate.weight", f"{own}mlp.up.weight"))
-    return table if any(".attn." in name for name in names) else table + _silent(cfg)
+    return table + _silent(cfg)
 
 
 def _silent(cfg: Model) -> list[Rule]:
@@ -240,29 +214,6 @@ def _above_zeros(target: str, sources: Sequence[str], count: int) -> Rule:
     return Rule((target,), tuple(sources), to, back)
 
 
-def minimax(cfg: Model, names: Collection[str]) -> list[Rule]:
-    """MiniMaxForCausalLM: the MLP becomes two experts of half its width, both chosen with weight ½."""
-    table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
-    for i in range(cfg.layers):
-        own, to = f"layers.{i}.", f"model.layers.{i}."
-        if f"{own}attn.q.weight" in names:
-            table += _mapped(_SOFTMAX, to, own)
-        else:
-            mixer, attn = f"{own}mixer.", f"{to}self_attn."
-            table.append(
-                interleaved(f"{attn}qkv_proj.weight", cfg.heads, *(f"{mixer}{part}.weight" for part in ("q", "k", "v")))
-            )
-            table += _mapped(_MINIMAX, attn, mixer)
-            table.append(implied(f"{mixer}slope"))
-        table += _mapped(_NORMS, to, own)
-        moe, mlp = f"{to}block_sparse_moe.", f"{own}mlp."
-        table.append(fixed(f"{moe}gate.weight", lambda: torch.zeros(2, cfg.dim)))
-        for name, part, dim, scale in (("w1", "gate", 0, 1.0), ("w3", "up", 0, 1.0), ("w2", "down", 1, 2.0)):
-            experts = (f"{moe}experts.0.{name}.weight", f"{moe}experts.1.{name}.weight")
-            table.append(halves(experts, f"{mlp}{part}.weight", dim, scale))
-    return table
-
-
 _QKVU = ("q", "k", "v", "gate")
 _SGLU = {
     "token_mixer.out_proj.weight": "mixer.out.weight",
@@ -282,16 +233,9 @@ _FLA = {
     "mlp.down_proj.weight": "mlp.down.weight",
 }
 _NORMS = {"input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight"}
-_SOFTMAX = {
-    f"self_attn.{target}_proj.weight": f"attn.{own}.weight"
-    for target, own in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
-}
-_MINIMAX = {"output_gate.weight": "gate.weight", "out_proj.weight": "out.weight", "norm.weight": "norm.weight"}
-
 TABLES: dict[str, Callable[[Model, Collection[str]], list[Rule]]] = {
     "safetensors": safetensors,
     "granitemoehybrid": granite,
-    "minimax": minimax,
     "linear_attn": linear_attn,
     "retnet": retnet,
     "transnormer": transnormer,

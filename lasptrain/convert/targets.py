@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from lasptrain.errors import ConvertError
 from lasptrain.recipe import Model
 
-WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid", "minimax": "minimax"}  # what `hf` means for an architecture
+WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid"}  # what `hf` means for an architecture
 RUNS_IN = {
     "safetensors": "lasptrain",
     "granitemoehybrid": "transformers, vLLM, SGLang, llama.cpp",
-    "minimax": "transformers",
     "linear_attn": "flash-linear-attention, not compared with it here",
     "retnet": "flash-linear-attention, not compared with it here",
     "transnormer": "transformers with trust_remote_code",
 }
-NAMES = ("hf", *RUNS_IN)
 
 
 def resolve(name: str, model: Model) -> str:
@@ -48,7 +46,6 @@ def refusals(model: Model) -> dict[str, str | None]:
 def _reasons(target: str, model: Model) -> Iterator[str]:
     arch = {
         "granitemoehybrid": "ssd",
-        "minimax": "minimax",
         "linear_attn": "linear_transformer",
         "retnet": "retnet",
         "transnormer": "tnl",
@@ -64,15 +61,6 @@ def _reasons(target: str, model: Model) -> Iterator[str]:
                 yield f"model.heads = {model.heads} do not divide model.dim = {model.dim}"
             if model.K & (model.K - 1):
                 yield f"key dim {model.K} is no power of two"
-        case "minimax":
-            if model.heads & (model.heads - 1):
-                yield f"model.heads = {model.heads} is no power of two, so decays differ"
-            if model.K != model.V:
-                yield f"key dim {model.K} differs from value dim {model.V}"
-            if model.mlp % 2:
-                yield f"model.mlp = {model.mlp} does not split into two experts"
-            if model.decay != "minimax_hf":
-                yield f"model.decay is {model.decay}; transformers computes minimax_hf"
         case "linear_attn" | "retnet":
             for width in (model.heads * model.K, wide):
                 if int(model.dim * (width / model.dim)) != width:
