@@ -16,6 +16,7 @@ all of them. Ranks share one file system.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ import re
 import secrets
 import shutil
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +42,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
@@ -618,3 +620,90 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         raise CheckpointError(f"{METADATA} refers to {module}.{name}, which no checkpoint needs; refused")
+
+
+# One process, one tensor at a time
+
+
+class Opened:
+    """The newest step of a run, read by one process tensor by tensor. CheckpointError where it is not intact."""
+
+    def __init__(self, run: Path) -> None:
+        steps = committed(run)
+        if not steps:
+            raise CheckpointError(f"{run / FOLDER}: holds no checkpoint; expected the folder of a run that has saved")
+        self.step, self.folder = steps[0], run / FOLDER / f"step-{steps[0]}"
+        manifest, problem = _read_manifest(self.folder, self.step)
+        files: Json = manifest.get("files", {})
+        problems = [problem] if problem else [p for name, e in files.items() for p in _problems(self.folder / name, e)]
+        if problems:
+            raise CheckpointError(f"{self.folder}: damaged, {'; '.join(problems)}")
+        self.meta: Json = manifest["meta"]
+        self._reader = _OnceRead(self.folder, files)
+        table = self._reader.read_metadata().state_dict_metadata
+        self._forms = {key.removeprefix("model."): _Form.of(e) for key, e in table.items() if key.startswith("model.")}
+        self.shapes = {name: form.shape for name, form in self._forms.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model by its name there."""
+        tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
+        with _alone():
+            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
+        return tensor
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns where there is no process group, even if told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+class _OnceRead(_Reader):
+    """Reads the table of tensors once."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        self.kept: Metadata = getattr(self, "kept", None) or super().read_metadata()
+        return self.kept
+
+
+def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:
+    """Commit a step of one process: fp32 tensors of `model`, which is on meta, as `read` gives them, no moments yet.
+
+    At no time is more than one tensor in memory.
+    """
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in initial_state(parameter).items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def value(name: str) -> Tensor:
+        if name.startswith("model."):
+            return read(name.removeprefix("model.")).to(tensors[name].dtype)
+        return torch.zeros(tensors[name].shape, dtype=tensors[name].dtype)
+
+    folder = run / FOLDER / _begin(run, step, size)
+    try:
+        with _alone():
+            writer = _Writer(folder, thread_count=1, sync_files=True)
+            save_state(tensors, storage_writer=writer, planner=_Lazily(value), no_dist=True)
+        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
+        _commit(folder, step, meta, files, 1)
+    except CheckpointException as error:  # DCP's cloak over the error of `read`
+        shutil.rmtree(folder, ignore_errors=True)
+        raise error.failures[0][0] from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class _Lazily(DefaultSavePlanner):
+    """DCP's planner, which makes each tensor when its turn to be written comes."""
+
+    def __init__(self, value: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.value = value
+
+    def lookup_object(self, index: metadata.MetadataIndex) -> Tensor:
+        return self.value(index.fqn)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lasptrain import __version__, cli_checkpoint, links, plan
+from lasptrain.convert import targets
+from lasptrain.convert.commands import convert
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
@@ -30,6 +32,7 @@ app.add_typer(data_app, name="data")
 eval_commands.register(app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_checkpoint.app, name="ckpt")
+app.command()(convert)
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
@@ -153,6 +156,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("work", f"{plan.flops_per_token(model, vocab) / 1e9:.3g} GFLOP per token"),
         ("state", f"{plan.state_bytes(model) / 2**20:.3g} MiB per window over all layers"),
         ("checkpoint", f"{12 * total / 1e9:.3g} GB"),
+        *(("convert --to", line) for line in targets.lines(model)),
     ]
 
 

@@ -66,3 +66,9 @@ class Stopped(LaspError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code  # type: ignore[misc]  # of the signal, not of the class
+
+
+class ConvertError(LaspError):
+    """A model cannot be expressed in another format, or what was written does not compute the same."""
+
+    code: ClassVar[int] = 9

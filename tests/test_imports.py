@@ -27,7 +27,7 @@ HOMES = {
     "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
-    "typer": {"cli", "cli_checkpoint", "eval"},
+    "typer": {"cli", "cli_checkpoint", "convert", "eval"},
     "sentencepiece": {"data_tools"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -1,0 +1,73 @@
+"""The model card of an export: what was trained, on what, how far, with what losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lasptrain import __version__
+from lasptrain import recipe as recipes
+from lasptrain.checkpoint import Opened
+from lasptrain.convert.targets import RUNS_IN
+from lasptrain.recipe import Recipe
+
+ADVICE = {
+    "granitemoehybrid": "Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "
+    "`dt_bias` fp32: in bf16 the decays are off by up to 6 %.",
+    "transnormer": "Needs `trust_remote_code=True`: `modeling_transnormer.py` in this folder is the model.",
+    "linear_attn": "Needs flash-linear-attention and a GPU; the logits were not compared there.",
+    "retnet": "Needs flash-linear-attention and a GPU; the logits were not compared there.",
+}
+
+
+def text(run: Path, recipe: Recipe, step: Opened, target: str, parity: str) -> str:
+    """README.md of the export of `step`."""
+    order = step.meta["order"]
+    tokens = step.step * order["batch"] * order["window"]
+    library = "transformers" if "transformers" in RUNS_IN[target] else "lasptrain"
+    rows = {
+        "architecture": recipe.model.arch,
+        "steps": f"{step.step:,}",
+        "tokens seen": f"{tokens:,}, in windows of {order['window']:,}",
+        "data fingerprint": f"`{step.meta['dataset']}`",
+        **_losses(run, step.step),
+        "format": f"{target}, for {RUNS_IN[target]}",
+        "verified": parity,
+    }
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {library}",
+            "pipeline_tag: text-generation",
+            "---",
+            f"# {recipe.name}",
+            "",
+            f"Trained and exported by lasptrain {__version__}. {ADVICE.get(target, '')}".rstrip(),
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+            "Every document of the training data began with BOS, so a prompt should too.",
+            "",
+            "```yaml",
+            recipes.dump(recipe).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _losses(run: Path, step: int) -> dict[str, str]:
+    """The last losses up to `step` that the run reported."""
+    found: dict[str, str] = {}
+    file = run / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            record = json.loads(line)
+            if record["step"] <= step and "loss" in record:
+                name = "held-out loss" if record.get("event") == "eval" else "training loss"
+                found[name] = f"{record['loss']:.4f} nats per token at step {record['step']:,}"
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was killed may be torn
+    return found

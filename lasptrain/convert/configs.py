@@ -1,0 +1,130 @@
+"""What stands in a target's config.json, so that it computes what our model computes. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lasptrain.errors import ConvertError
+from lasptrain.recipe import Model
+
+Json = dict[str, Any]
+UNBOUNDED = 1 << 24  # positions of a model that has none; other runtimes refuse longer prompts
+
+# Keys that say nothing about what is computed.
+_FREE = {"architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "max_position_embeddings", "slopes"}
+_FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std", "pad_token_id"}
+
+
+def config(target: str, model: Model, bos: int, dtype: str) -> Json:
+    """The config.json of `model` in a target of `targets.RUNS_IN`, whose tensors are of `dtype`, such as float32."""
+    common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "bos_token_id": bos, "dtype": dtype}
+    common |= {"eos_token_id": None, "pad_token_id": None}
+    common |= {"max_position_embeddings": UNBOUNDED}
+    match target:
+        case "granitemoehybrid":
+            return common | _granite(model)
+        case "linear_attn":
+            return common | _fla(model, "LinearAttentionForCausalLM") | _linear_attn(model)
+        case "retnet":
+            return common | _fla(model, "RetNetForCausalLM") | {"feature_map": None, "use_output_gate": True}
+        case "transnormer":
+            return common | _transnormer(model)
+    return common | {"model_type": "lasptrain", "model": model.model_dump(mode="json")}
+
+
+def check(target: str, found: Json, model: Model, where: str) -> None:
+    """ConvertError where a config.json says something else than ours for `model` would, in a key that both have."""
+    kind = found.get("model_type")
+    expected = config(target, model, 0, "")
+    for key, value in expected.items():
+        if key not in _FREE and key in found and found[key] != value:
+            raise ConvertError(f"{where}: {key} is {found[key]!r}, the recipe's model has {value!r}")
+    if kind != expected["model_type"]:
+        raise ConvertError(f"{where}: model_type is {kind!r}; expected {expected['model_type']!r}")
+
+
+def _granite(model: Model) -> Json:
+    kinds = ["mamba"] * model.layers + ["attention"]  # the silent one, see `tables.granite`
+    return {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "hidden_size": model.dim,
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": 1,
+        "intermediate_size": model.mlp,
+        "shared_intermediate_size": model.mlp,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": model.heads,
+        "mamba_n_groups": model.heads,
+        "mamba_d_state": model.K,
+        "mamba_d_head": model.V,
+        "mamba_expand": model.heads * model.V // model.dim,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 256,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "attention_multiplier": (model.dim // model.heads) ** -0.5,
+        "attention_bias": False,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "position_embedding_type": None,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+
+
+def _fla(model: Model, architecture: str) -> Json:
+    return {
+        "architectures": [architecture],
+        "model_type": {"RetNetForCausalLM": "retnet"}.get(architecture, "linear_attn"),
+        "attn_mode": "chunk",
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.layers,
+        "num_heads": model.heads,
+        "num_kv_heads": None,
+        "expand_k": model.heads * model.K / model.dim,
+        "expand_v": model.heads * model.V / model.dim,
+        "hidden_ratio": None,
+        "intermediate_size": model.mlp,
+        "hidden_act": "swish",
+        "norm_eps": 1e-6,
+        "elementwise_affine": True,
+        "fuse_norm": True,
+        "attn": None,
+    }
+
+
+def _linear_attn(model: Model) -> Json:
+    return {
+        "feature_map": "elu",
+        "tie_feature_map_qk": False,
+        "norm_q": False,
+        "norm_k": False,
+        "norm_feature_map": model.normalizer,
+    }
+
+
+def _transnormer(model: Model) -> Json:
+    return {
+        "architectures": ["TransnormerForCausalLM"],
+        "model_type": "transnormer",
+        "auto_map": {
+            "AutoConfig": "modeling_transnormer.TransnormerConfig",
+            "AutoModelForCausalLM": "modeling_transnormer.TransnormerForCausalLM",
+        },
+        "decoder_embed_dim": model.dim,
+        "decoder_layers": model.layers,
+        "decoder_attention_heads": model.heads,
+        "hidden_dim": model.dim,
+        "glu_dim": model.mlp,
+        "linear_act_fun": "swish",
+        "norm_type": "simplermsnorm",
+        "linear_use_lrpe_list": [int(i in model.lrpe) for i in range(model.layers)],
+        "no_scale_embedding": False,
+        "bias": False,
+        "init_std": 0.02,
+    }

@@ -1,0 +1,118 @@
+"""A run leaves: the newest checkpoint as a folder that another library loads, with what it needs to come back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.tokenizer import BYTES, load_tokenizer
+from lasptrain import __version__, checkpoint
+from lasptrain import recipe as recipes
+from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
+from lasptrain.errors import ConvertError
+from lasptrain.recipe import Model, Recipe
+
+RECORD = "lasptrain_export.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIBRARY = {"granitemoehybrid": "transformers", "transnormer": "transformers"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, for people."""
+
+    folder: Path
+    target: str
+    tensors: int
+    bytes: int
+    tokenizer: str
+    parity: verify.Parity | str  # the errors found, or why nothing was compared
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.folder}: {self.target}, {self.tensors} tensors, {self.bytes:,} bytes"
+        yield f"runs in    {targets.RUNS_IN[self.target]}"
+        yield f"tokenizer  {self.tokenizer}"
+        yield f"verified   {self.parity}"
+
+
+def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = False, check: bool = True) -> Exported:
+    """Write the newest step of `run` as the target `to` into the new folder `out`.
+
+    Args:
+        dtype: of the tensors, `fp32` or `bf16`; what must stay fp32 does.
+        force: replace `out` if it exists.
+        check: compare logits in the target's library, where it is installed.
+
+    Raises ConvertError, or CheckpointError for a damaged step; then `out` is as it was.
+    """
+    recipe = recipes.load(_recipe(run))
+    step = checkpoint.Opened(run)
+    model = Model.model_validate(step.meta["model"])
+    target = targets.resolve(to, model)
+    table = tables.TABLES[target](model, step.shapes)
+    tables.check_sources(table, step.shapes, str(step.folder))
+    forms = tables.forms(table, step.shapes, DTYPES[dtype])
+    with files.whole_folder(out, force) as folder:
+        files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
+        cutter = load_tokenizer(recipe.data.tokenizer)
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        config = configs.config(target, model, cutter.bos, name)
+        slopes = {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")}
+        if target == "transnormer":
+            shutil.copy(Path(__file__).with_name("modeling_transnormer.py"), folder)
+        _json(folder / "config.json", config)
+        _json(folder / "generation_config.json", {"bos_token_id": cutter.bos, "do_sample": False})
+        told = BYTES if recipe.data.tokenizer == BYTES else tokenizer.export(Path(recipe.data.tokenizer), folder)
+        parity = _verify(folder, run, target, dtype) if check else "not compared: --no-verify"
+        _json(folder / RECORD, _record(step, recipe, model, target, dtype, slopes, parity))
+        (folder / "README.md").write_text(card.text(run, recipe, step, target, str(parity)), encoding="utf-8")
+    return Exported(out, target, len(forms), sum(form.bytes for form in forms.values()), told, parity)
+
+
+def _recipe(run: Path) -> Path:
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise ConvertError(f"{run}: holds no recipe.yaml; expected the folder of a run")
+    return file
+
+
+def _json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _record(
+    step: checkpoint.Opened,
+    recipe: Recipe,
+    model: Model,
+    target: str,
+    dtype: str,
+    slopes: dict[str, list[float]],
+    parity: verify.Parity | str,
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "lasptrain": __version__,
+        "target": target,
+        "dtype": dtype,
+        "step": step.step,
+        "checkpoint": json.loads((step.folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))["sha256"],
+        "meta": step.meta,
+        "recipe": recipes.dump(recipe),
+        "slopes": slopes,
+        "parity": parity if isinstance(parity, str) else parity._asdict(),
+    }
+
+
+def _verify(folder: Path, run: Path, target: str, dtype: str) -> verify.Parity | str:
+    library = LIBRARY.get(target)
+    if library is None:
+        return "not compared: no other library computes it here"
+    if not verify.installed(library):
+        return f"not compared: {library} is not installed (pip install 'lasptrain[convert]')"
+    return verify.compare(folder, run, exact=dtype == "fp32")

@@ -1,0 +1,175 @@
+"""Folders of safetensors shards, written and read one tensor at a time; a folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle  # noqa: TID251  only for the name of its error
+import secrets
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lasptrain.errors import ConvertError
+
+SHARD = 4 * 10**9  # bytes of a file, unless one tensor alone is larger
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
+
+    ConvertError where `out` exists and is no empty folder, unless `force`, which replaces it at the end.
+    """
+    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise ConvertError(f"{out}: exists; expected a new folder, or --force to replace it")
+    if out.exists() and not out.is_dir():
+        raise ConvertError(f"{out}: is a file; expected a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
+    new.mkdir()
+    try:
+        yield new
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        _sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(folder: Path, forms: Mapping[str, Form], tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD) -> None:
+    """Write `tensors`, which come in the order of `forms`, into shards of at most `limit` bytes, and their index."""
+    shards: list[dict[str, Form]] = [{}]
+    size = 0
+    for name, form in forms.items():
+        if shards[-1] and size + form.bytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = form
+        size += form.bytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [SINGLE] if len(names) == 1 else names
+    stream = iter(tensors)
+    for file, shard in zip(names, shards, strict=True):
+        with (folder / file).open("xb") as opened:
+            _write_shard(opened, shard, stream)
+    index = {
+        "metadata": {"total_size": sum(form.bytes for form in forms.values())},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_shard(file: BinaryIO, shard: Mapping[str, Form], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """The safetensors format: the length of a JSON header in 8 bytes, the header, the bytes of the tensors in order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, form in shard.items():
+        end = offset + form.bytes
+        header[name] = {"dtype": NAMES[form.dtype], "shape": form.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for expected, form in shard.items():
+        name, tensor = next(tensors)
+        assert (name, tuple(tensor.shape), tensor.dtype) == (expected, form.shape, form.dtype), (name, expected)
+        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class Folder:
+    """The tensors of a folder of safetensors shards, or of PyTorch's zip files. ConvertError where it is neither."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise ConvertError(f"{path}: holds no *.safetensors and no pytorch_model*.bin; expected a model's folder")
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            for name, shape in _shapes(file).items():
+                if name in self.files:
+                    raise ConvertError(f"{file}: has {name}, as has {self.files[name].name}; expected it once")
+                self.files[name], self.shapes[name] = file, shape
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        file = self.files[name]
+        if file.suffix == ".bin":
+            return _mapped(file)[name].clone()
+        with _open(file) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor.clone()
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None."""
+        file = self.path / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ConvertError(f"{file}: cannot be read as JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ConvertError(f"{file}: found {type(found).__name__}; expected an object")
+        return found
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    if file.suffix == ".bin":
+        return {name: tuple(tensor.shape) for name, tensor in _mapped(file).items()}
+    with _open(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  no dict
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """A file of PyTorch's, mapped into memory; of its pickle only tensors are taken, so nothing in it runs."""
+    try:
+        found: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ConvertError(f"{file}: no tensors can be read from it ({str(error).splitlines()[0]})") from None
+    return found
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ConvertError(f"{file}: no safetensors file can be read from it ({error})") from None

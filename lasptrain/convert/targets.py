@@ -1,0 +1,74 @@
+"""Formats a model can leave in, and why not. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lasptrain.errors import ConvertError
+from lasptrain.recipe import Model
+
+WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid"}  # what `hf` means for an architecture
+RUNS_IN = {
+    "safetensors": "lasptrain",
+    "granitemoehybrid": "transformers, vLLM, SGLang, llama.cpp",
+    "linear_attn": "flash-linear-attention, not compared with it here",
+    "retnet": "flash-linear-attention, not compared with it here",
+    "transnormer": "transformers with trust_remote_code",
+}
+
+
+def resolve(name: str, model: Model) -> str:
+    """The target of `--to name` for this model. ConvertError with the reason where it cannot be expressed there."""
+    target = WITHOUT_CUSTOM_CODE.get(model.arch) if name == "hf" else name
+    possible = ", ".join(target for target, reason in refusals(model).items() if reason is None)
+    if target is None:
+        raise ConvertError(f"--to hf: arch {model.arch} has no class there without custom code; expected {possible}")
+    if target not in RUNS_IN:
+        raise ConvertError(f"--to {name}: unknown; expected {possible}")
+    reason = refusals(model)[target]
+    if reason is not None:
+        raise ConvertError(f"--to {name}: {reason}; expected {possible}")
+    return target
+
+
+def lines(model: Model) -> Iterator[str]:
+    """Every target and what runs it, or why the model cannot be expressed there; `hf` beside what it stands for."""
+    for target, reason in refusals(model).items():
+        name = f"{target} (hf)" if WITHOUT_CUSTOM_CODE.get(model.arch) == target else target
+        yield f"{name}: {RUNS_IN[target] if reason is None else f'no, {reason}'}"
+
+
+def refusals(model: Model) -> dict[str, str | None]:
+    """Every target, and why this model cannot be expressed there, or None where it can."""
+    return {target: next(_reasons(target, model), None) for target in RUNS_IN}
+
+
+def _reasons(target: str, model: Model) -> Iterator[str]:
+    arch = {
+        "granitemoehybrid": "ssd",
+        "linear_attn": "linear_transformer",
+        "retnet": "retnet",
+        "transnormer": "tnl",
+    }.get(target, model.arch)
+    if model.arch != arch:
+        yield f"{target} is arch {arch}, not {model.arch}"
+    wide = model.heads * model.V
+    match target:
+        case "granitemoehybrid":
+            if wide % model.dim:
+                yield f"model.heads × value dim = {wide} is no multiple of model.dim = {model.dim}"
+            if model.dim % model.heads:
+                yield f"model.heads = {model.heads} do not divide model.dim = {model.dim}"
+            if model.K & (model.K - 1):
+                yield f"key dim {model.K} is no power of two"
+        case "linear_attn" | "retnet":
+            for width in (model.heads * model.K, wide):
+                if int(model.dim * (width / model.dim)) != width:
+                    yield f"{width} channels are no multiple of model.dim = {model.dim} that it can express"
+            if target == "retnet" and model.decay != "retnet":
+                yield f"model.decay is {model.decay}; its kernel computes retnet"
+        case "transnormer":
+            if model.heads * model.K != model.dim or wide != model.dim:
+                yield "it has key and value dims of model.dim / model.heads only"
+            if model.decay != "tnl":
+                yield f"model.decay is {model.decay}; its layout means tnl"

@@ -1,0 +1,171 @@
+"""An exported model is the model: its logits in its own library, in a process of its own, against ours in float64.
+
+python -m lasptrain.convert.verify FOLDER RUN      prints one line of JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasptrain import checkpoint
+from lasptrain.errors import ConvertError
+from lasptrain.models.language_model import LanguageModel
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Model
+
+LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
+TOLERANCE = 1e-4  # of logits in fp32, for each unit of their largest that exceeds one
+
+
+class Parity(NamedTuple):
+    """Largest errors of fp32 logits against ours in float64, and the largest of these."""
+
+    scale: float
+    full: float
+    decode: float  # token by token after a prefix
+    chunked: float  # prefill in uneven pieces
+    padded: float  # a shorter text in a batch, padded on the left
+    greedy: int  # equal tokens
+    gated: bool  # whether a larger error would have been refused
+    library: str
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{name} {getattr(self, name):.1e}" for name in ("full", "decode", "chunked", "padded"))
+        return (
+            f"{self.library}: largest errors of logits up to {self.scale:.1f}: {errors}; "
+            f"{self.greedy} of {GREEDY} greedy tokens equal"
+            + ("" if self.gated else "; not gated: weights were rounded")
+        )
+
+    def problems(self) -> list[str]:
+        """What is beyond tolerance."""
+        allowed = TOLERANCE * max(1.0, self.scale)
+        found = [f"{name} {getattr(self, name):.1e}" for name in ("full", "decode", "chunked", "padded")]
+        wrong = [text for text in found if not float(text.split()[1]) <= allowed]
+        return wrong + ([f"greedy {self.greedy} of {GREEDY}"] if self.greedy < GREEDY else [])
+
+
+def installed(library: str) -> bool:
+    """Whether a package is there, without importing it; a folder of that name is none."""
+    spec = find_spec(library)
+    return spec is not None and spec.origin is not None
+
+
+def compare(folder: Path, run: Path, exact: bool) -> Parity:
+    """Compare `folder` with the newest step of `run`. ConvertError beyond tolerance, where `exact`."""
+    command = [sys.executable, "-m", "lasptrain.convert.verify", str(folder.absolute()), str(run.absolute())]
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ConvertError(f"verification: the export does not load or run: {reason}")
+    parity = Parity(**json.loads(lines[-1]))._replace(gated=exact)
+    if exact and (problems := parity.problems()):
+        raise ConvertError(f"verification: {', '.join(problems)}; expected at most {TOLERANCE:g} × logit scale")
+    return parity
+
+
+def reference(run: Path) -> Callable[[Tensor], Tensor]:
+    """Ours in float64, token by token: tokens [B, T] to logits [B, T, vocab]."""
+    step = checkpoint.Opened(run)
+    cfg = Model.model_validate(step.meta["model"])
+    with torch.device("meta"):
+        model = LanguageModel(cfg, step.meta["order"]["window"], Attention("reference"), dtype=torch.float64).double()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        fill(model, ((name, step.read(name)) for name in step.shapes))
+
+    @torch.no_grad()
+    def logits(tokens: Tensor) -> Tensor:
+        x, _ = model.hidden(tokens)
+        x = model.norm(x)
+        return torch.nn.functional.linear(x, model.head_weight)
+
+    return logits
+
+
+def measure(model: Any, ours: Callable[[Tensor], Tensor], vocab: int, library: str) -> Parity:
+    """Every way of asking `model`, compared with `ours`."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (1, LENGTH), generator=generator)
+    want = ours(tokens)
+
+    def error(got: Tensor, of: Tensor) -> float:
+        return float((got.double() - of).abs().max())
+
+    full = model(tokens, use_cache=False).logits
+    one = [PREFIX] + [1] * (LENGTH - PREFIX)
+    return Parity(
+        scale=float(want.abs().max()),
+        full=error(full, want),
+        decode=error(_cached(model, tokens, one), want),
+        chunked=error(_cached(model, tokens, PIECES), want),
+        padded=_padded(model, tokens, ours(tokens[:, :SHORT]), error),
+        greedy=_greedy(model, ours, tokens[:, :PREFIX]),
+        gated=True,
+        library=library,
+    )
+
+
+def _cached(model: Any, tokens: Tensor, lengths: Any) -> Tensor:
+    """Logits of pieces of these lengths, one after another."""
+    cache, start, found = None, 0, []
+    for piece in tokens.split(list(lengths), dim=1):
+        position = torch.arange(start, start + piece.shape[1])[None]
+        out = model(piece, past_key_values=cache, use_cache=True, position_ids=position)
+        cache, start = out.past_key_values, start + piece.shape[1]
+        found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+def _padded(model: Any, tokens: Tensor, want: Tensor, error: Callable[[Tensor, Tensor], float]) -> float:
+    rest = LENGTH - SHORT
+    batch = torch.cat([tokens, torch.cat([tokens.new_zeros(1, rest), tokens[:, :SHORT]], dim=1)])
+    mask = torch.ones_like(batch)
+    mask[1, :rest] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    return error(model(batch, attention_mask=mask, position_ids=position).logits[1:, rest:], want)
+
+
+def _greedy(model: Any, ours: Callable[[Tensor], Tensor], prompt: Tensor) -> int:
+    text = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY, do_sample=False, pad_token_id=0
+    )
+    want = prompt
+    for _ in range(GREEDY):
+        want = torch.cat([want, ours(want)[:, -1:].argmax(-1)], dim=1)
+    return int((text[:, PREFIX:] == want[:, PREFIX:]).int().cumprod(1).sum()) if text.shape == want.shape else 0
+
+
+@torch.no_grad()
+def main(folder: str, run: str) -> None:
+    """Measure and print."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    custom = (Path(folder) / "modeling_transnormer.py").exists()
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=custom
+    )
+    if strange := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
+        raise ConvertError(f"keys: {strange}")
+    found = measure(
+        model.eval(), reference(Path(run)), model.config.vocab_size, f"transformers {transformers.__version__}"
+    )
+    sys.stdout.write(json.dumps(found._asdict()) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
