@@ -116,8 +116,8 @@ class Source:
     def pieces(self, reading: Reading, dropped: Counter[str]) -> Iterator[Piece]:
         """Every document, piece by piece: of a text file of any size only a few MiB are in memory."""
         cutter, blank = Cutter(), True
-        for place, text, done, last in self._repositories(dropped) if self.repositories else self._files(
-            reading, dropped
+        for place, text, done, last in (
+            self._repositories(dropped) if self.repositories else self._files(reading, dropped)
         ):
             held = ""
             for piece in cutter.add(text or "", last):
@@ -235,9 +235,7 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
             yield place, text, raw.tell(), True
 
 
-def _plain(
-    path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]
-) -> Iterator[tuple[str | None, bool]]:
+def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str | None, bool]]:
     """(text, whether it is the last) of a file that is one document, READ bytes at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, first = 0, True
