@@ -23,7 +23,8 @@ from pyarrow import parquet
 from data_tools import commands, synthetic, windows
 from data_tools import prepare as preparing
 from data_tools.prepare import ensure_dataset, prepare
-from data_tools.sources import Reading, open_source
+from data_tools.sources import Piece, Reading, open_source
+from data_tools.spool import Ids
 from data_tools.synthetic import Kind
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, check, cut, cuts_safely, load_tokenizer
 from lasptrain.data.dataset import TokenDataset
@@ -393,7 +394,12 @@ def test_prepare_goes_on_from_the_units_that_were_finished(
             (corpus / "d.jsonl").unlink()
     encoded = []
     encode = preparing._encode
-    monkeypatch.setattr(preparing, "_encode", lambda path, unit: encoded.append(unit) or encode(path, unit))
+
+    def count(path: str, unit: list[Piece]) -> list[Ids]:
+        encoded.append(unit)
+        return encode(path, unit)
+
+    monkeypatch.setattr(preparing, "_encode", count)
     out = prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)
     again = len(encoded)
     assert files(out) == files(prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1))
