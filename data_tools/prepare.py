@@ -11,23 +11,21 @@ import os
 import re
 import shutil
 import threading
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from data_tools.sources import Document, Reading, Source, open_source
-from data_tools.tokenizer import Tokenizer, cut, cuts_safely, load_tokenizer
+from data_tools.sources import Piece, Reading, Source, open_source
+from data_tools.spool import Documents, Ids, Spool
+from data_tools.tokenizer import Tokenizer, cuts_safely, load_tokenizer
 from lasptrain import __version__
 from lasptrain.data.manifest import (
     FILE,
@@ -40,17 +38,17 @@ from lasptrain.data.manifest import (
     TokenizerEntry,
 )
 from lasptrain.data.order import permute
-from lasptrain.data.shard import Shard, ShardHeader, ShardWriter, file_sha256, numpy_dtype, token_dtype
+from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter, file_sha256
 from lasptrain.errors import DataError, ResourceError, SetupError
 
 UNIT = 1 << 20  # characters a worker encodes at a time
 SHARD_TOKENS = 1 << 28  # a shard closes with the document that reaches this
+PROBED = 64  # pieces at whose good places it is tried whether a cut changes ids
 SPLITS = ("train", "validation")
 MILLION = 1_000_000
 ANY_LENGTH = (0, 1 << 62)  # tokens of a document
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in bytes of source, "write" in tokens
-Ids = npt.NDArray[np.uint32]
 
 
 def ensure_dataset(
@@ -120,7 +118,7 @@ def prepare(
 def _building(final: Path, wait: bool) -> Iterator[Path | None]:
     """A hidden folder that becomes `final` if all goes well, or None if `final` was made while waiting for the lock.
 
-    What a killed process left in the hidden folder is removed.
+    What a process left there that was killed is used: its finished units (see `Spool`), not its shards.
     """
     hidden, lock = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.lock")
     try:
@@ -133,13 +131,16 @@ def _building(final: Path, wait: bool) -> Iterator[Path | None]:
             if (final / FILE).exists():
                 yield None
                 return
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir()
+            hidden.mkdir(exist_ok=True)
+            for path in hidden.glob("*.ltok"):
+                path.unlink()
             try:
                 yield hidden
                 hidden.rename(final)
-            except BaseException:
-                shutil.rmtree(hidden, ignore_errors=True)
+            except DataError:  # units that were finished are of use once the text is mended
+                ids = hidden / "ids"
+                if wait or not ids.exists() or not ids.stat().st_size:
+                    shutil.rmtree(hidden, ignore_errors=True)
                 raise
             lock.unlink()  # whoever still waits for this lock finds `final`
     except OSError as error:
@@ -171,40 +172,69 @@ def _build(folder: Path, task: _Task) -> None:
     tokenizer = load_tokenizer(task.tokenizer_path)
     name = " + ".join(source.name for source in task.sources)
     dropped: Counter[str] = Counter()
-    with ExitStack() as stack:
-        spools = {
-            split: stack.enter_context(_Spool(folder / f"{split}.spool", tokenizer.vocab_size)) for split in SPLITS
-        }
-        for document, ids in _encoded(task, tokenizer, dropped):
-            shortest, longest = task.lengths
-            if shortest <= len(ids) <= longest:
-                _assign(document, ids, spools, task.validation_ppm)
-                dropped["replaced ▁"] += document.text.count("▁")
-            else:
-                dropped["shorter" if len(ids) < shortest else "longer"] += 1
-        if spools["train"].tokens == 0:
-            held = len(spools["validation"].lengths)
+    what = f"1 {tokenizer.sha256} {UNIT}"
+    with Spool(folder, tokenizer.vocab_size, what) as spool:
+        splits = _documents(task, tokenizer, spool, dropped)
+        if splits["train"].tokens == 0:
+            held = len(splits["validation"].lengths)
             raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {dict(+dropped)}")
         shards: list[ShardEntry] = []
-        for split, spool in spools.items():
+        counts = np.zeros(tokenizer.vocab_size, np.int64)
+        for split, documents in splits.items():
             header = ShardHeader(
                 tokenizer.vocab_size, tokenizer.bos, tokenizer.sha256, name, split, f"lasptrain {__version__}"
             )
-            shards += _write_shards(folder, header, spool.shuffled(task.seed))
-            task.report("write", sum(shard.tokens for shard in shards), sum(s.tokens for s in spools.values()))
-    _manifest(task, tokenizer, spools, dropped, shards).save(folder)
+            written = _write_shards(folder, header, spool, documents, task.seed)
+            if split == "train":
+                counts += sum(_counts(folder / shard.name) for shard in written)
+            shards += written
+            task.report("write", sum(shard.tokens for shard in shards), sum(d.tokens for d in splits.values()))
+    _manifest(task, tokenizer, splits, counts, dropped, shards).save(folder)
+    for path in folder.iterdir():
+        if path.name != FILE and path.suffix != ".ltok":
+            path.unlink()
 
 
-def _assign(document: Document, ids: Ids, spools: dict[str, _Spool], validation_ppm: int) -> None:
-    """Content alone decides the split: adding documents moves none, and equal ones fall on one side."""
-    content = document.text.encode()
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8, usedforsecurity=False).digest(), "little")
-    split = "validation" if digest % MILLION < validation_ppm else "train"
-    spools[split].add(ids, len(content), digest)
+def _documents(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter[str]) -> dict[str, Documents]:
+    """Encode everything into the spool; which documents are in which split.
+
+    Content alone decides the split: adding documents moves none, and equal ones fall on one side.
+    """
+    splits = {split: Documents() for split in SPLITS}
+    start, end = 0, 0
+    content, text_bytes, replaced = _content_hash(), 0, 0
+    for piece, count in _encoded(task, tokenizer, spool, dropped):
+        text = piece.text.encode()
+        content.update(text)
+        text_bytes += len(text)
+        replaced += piece.text.count("▁")
+        end += count
+        if not piece.last:
+            continue
+        length = end - start + 1
+        shortest, longest = task.lengths
+        if piece.kept and shortest <= length <= longest:
+            digest = int.from_bytes(content.digest(), "little")
+            split = "validation" if digest % MILLION < task.validation_ppm else "train"
+            splits[split].add(start, length, text_bytes, digest)
+            dropped["replaced ▁"] += replaced
+        elif piece.kept:
+            dropped["shorter" if length < shortest else "longer"] += 1
+        start, content, text_bytes, replaced = end, _content_hash(), 0, 0
+    return splits
+
+
+def _content_hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8, usedforsecurity=False)
 
 
 def _manifest(
-    task: _Task, tokenizer: Tokenizer, spools: dict[str, _Spool], dropped: Counter[str], shards: list[ShardEntry]
+    task: _Task,
+    tokenizer: Tokenizer,
+    splits: dict[str, Documents],
+    counts: Int64s,
+    dropped: Counter[str],
+    shards: list[ShardEntry],
 ) -> Manifest:
     return Manifest(
         tokenizer=TokenizerEntry(
@@ -215,10 +245,10 @@ def _manifest(
             token_bytes=tuple(tokenizer.token_bytes),
         ),
         order=OrderEntry(seed=task.seed),
-        splits={split: spool.totals() for split, spool in spools.items()},
-        unigram_entropy=spools["train"].entropy(),
+        splits={split: _totals(documents) for split, documents in splits.items()},
+        unigram_entropy=_entropy(counts),
         dropped=dict(+dropped),
-        lengths=spools["train"].histogram(task.seed),
+        lengths=_histogram(splits["train"], task.seed),
         sources=tuple(
             SourceEntry(name=source.name, files=len(source.files), bytes=source.bytes, sha256=source.sha256)
             for source in task.sources
@@ -227,79 +257,47 @@ def _manifest(
     )
 
 
-class _Spool:
-    """The documents of one split in the order they came: ids in a file, lengths and digests in memory."""
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path = path
-        self.dtype = numpy_dtype(token_dtype(vocab_size))
-        self.lengths = array("q")
-        self.bytes = 0
-        self._digests = array("Q")
-        self._counts = np.zeros(vocab_size, np.int64)
-        self._file = path.open("wb")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    def add(self, ids: Ids, text_bytes: int, digest: int) -> None:
-        self._file.write(ids.astype(self.dtype).tobytes())
-        np.add.at(self._counts, ids, 1)
-        self.lengths.append(len(ids))
-        self._digests.append(digest)
-        self.bytes += text_bytes
-
-    def shuffled(self, seed: int) -> Iterator[Ids]:
-        """Every document once, in the order of `seed`."""
-        self._file.flush()
-        ends = np.cumsum(self.lengths) * self.dtype.itemsize
-        with self.path.open("rb") as file:
-            for document in self._order(seed):
-                size = self.lengths[document] * self.dtype.itemsize
-                yield np.frombuffer(os.pread(file.fileno(), size, int(ends[document]) - size), self.dtype)
-
-    def totals(self) -> SplitEntry:
-        documents = len(self.lengths)
-        duplicates = documents - len(np.unique(np.asarray(self._digests)))
-        return SplitEntry(tokens=self.tokens, documents=documents, bytes=self.bytes, duplicates=duplicates)
-
-    def entropy(self) -> float:
-        share = self._counts[self._counts > 0] / self._counts.sum()
-        return float(-(share * np.log(share)).sum())
-
-    def histogram(self, seed: int) -> LengthsEntry:
-        lengths = np.asarray(self.lengths)
-        bins = np.log2(lengths).astype(np.int64)
-        ends = np.cumsum(lengths[list(self._order(seed))])
-        starts = np.concatenate(([0], ends[:-1]))
-        windows = [1 << bits for bits in range(11, 23)]
-        return LengthsEntry(
-            documents=tuple(np.bincount(bins).tolist()),
-            tokens=tuple(np.bincount(bins, lengths).astype(np.int64).tolist()),
-            cut={str(window): float(np.mean(starts // window != (ends - 1) // window)) for window in windows},
-        )
-
-    def _order(self, seed: int) -> Iterator[int]:
-        """The shuffle of documents is the permutation before the first epoch's."""
-        return (permute(len(self.lengths), i, seed, epoch=-1) for i in range(len(self.lengths)))
+def _totals(documents: Documents) -> SplitEntry:
+    count = len(documents.lengths)
+    duplicates = count - len(np.unique(np.asarray(documents.digests)))
+    return SplitEntry(tokens=documents.tokens, documents=count, bytes=documents.bytes, duplicates=duplicates)
 
 
-def _write_shards(folder: Path, header: ShardHeader, documents: Iterator[Ids]) -> list[ShardEntry]:
+def _entropy(counts: Int64s) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _histogram(documents: Documents, seed: int) -> LengthsEntry:
+    lengths = np.asarray(documents.lengths)
+    bins = np.log2(lengths).astype(np.int64)
+    ends = np.cumsum(lengths[list(_order(documents, seed))])
+    starts = np.concatenate(([0], ends[:-1]))
+    windows = [1 << bits for bits in range(11, 23)]
+    return LengthsEntry(
+        documents=tuple(np.bincount(bins).tolist()),
+        tokens=tuple(np.bincount(bins, lengths).astype(np.int64).tolist()),
+        cut={str(window): float(np.mean(starts // window != (ends - 1) // window)) for window in windows},
+    )
+
+
+def _order(documents: Documents, seed: int) -> Iterator[int]:
+    """The shuffle of documents is the permutation before the first epoch's."""
+    return (permute(len(documents.lengths), i, seed, epoch=-1) for i in range(len(documents.lengths)))
+
+
+def _write_shards(folder: Path, header: ShardHeader, spool: Spool, documents: Documents, seed: int) -> list[ShardEntry]:
     entries: list[ShardEntry] = []
-    for first in documents:
+    order = _order(documents, seed)
+    for first in order:
         path = folder / f"{header.split}-{len(entries):05}.ltok"
         with ShardWriter(path, header) as writer:
-            writer.add(first)
-            while writer.n_tokens < SHARD_TOKENS and (following := next(documents, None)) is not None:
-                writer.add(following)
+            document: int | None = first
+            while document is not None:
+                writer.add(np.array([header.bos]))
+                for ids in spool.read(documents.starts[document], documents.lengths[document] - 1):
+                    writer.extend(ids)
+                document = next(order, None) if writer.n_tokens < SHARD_TOKENS else None
         shard = Shard(path)
         entries.append(
             ShardEntry(
@@ -315,32 +313,63 @@ def _write_shards(folder: Path, header: ShardHeader, documents: Iterator[Ids]) -
     return entries
 
 
-def _encoded(task: _Task, tokenizer: Tokenizer, dropped: Counter[str]) -> Iterator[tuple[Document, Ids]]:
-    """Every document with its ids, BOS first: uint32 [tokens], in the order of the sources."""
+def _counts(path: Path) -> Int64s:
+    """How often each id stands in a shard, which is read back for it: int64 [vocab_size]."""
+    shard, span = Shard(path), 1 << 22
+    counts = np.zeros(shard.header.vocab_size, np.int64)
+    for start in range(0, shard.header.n_tokens, span):
+        tokens = shard.read(start, min(span, shard.header.n_tokens - start))
+        counts += np.bincount(tokens, minlength=len(counts))
+    return counts
+
+
+def _encoded(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter[str]) -> Iterator[tuple[Piece, int]]:
+    """Every piece with how many ids it has, without BOS, in the order of the sources; the ids go to the spool."""
     total, done = sum(source.bytes for source in task.sources), 0
     for source in task.sources:
-        units = _units(source.documents(task.reading, dropped))
-        first = next(units, [])
-        may_cut = cuts_safely(tokenizer, (document.text for document in first))
-        encode = partial(_encode, task.tokenizer_path, may_cut)
-        for unit, documents in _in_order(encode, chain([first], units), _workers(task.workers, total)):
-            yield from zip(unit, documents, strict=True)
-            task.report("encode", done + (unit[-1].done if unit else 0), total)
+        pieces = source.pieces(task.reading, dropped)
+        first = list(islice(pieces, PROBED))
+        pieces = chain(first, pieces)
+        if not cuts_safely(tokenizer, (piece.text for piece in first)):
+            pieces = _whole(pieces)
+        encode = partial(_encode, task.tokenizer_path)
+        for unit, counts in _in_order(encode, _units(pieces), spool, _workers(task.workers, total)):
+            yield from zip(unit, counts, strict=True)
+            task.report("encode", done + unit[-1].done, total)
         done += source.bytes
 
 
-def _units(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Runs of documents with about UNIT characters."""
-    unit: list[Document] = []
+def _whole(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Documents in one piece, for a tokenizer whose ids change where a text is cut."""
+    texts: list[str] = []
+    for piece in pieces:
+        texts.append(piece.text)
+        if piece.last:
+            yield replace(piece, text="".join(texts))
+            texts = []
+
+
+def _units(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Runs of pieces with about UNIT characters."""
+    unit: list[Piece] = []
     size = 0
-    for document in documents:
-        unit.append(document)
-        size += len(document.text)
+    for piece in pieces:
+        unit.append(piece)
+        size += len(piece.text)
         if size >= UNIT:
             yield unit
             unit, size = [], 0
     if unit:
         yield unit
+
+
+def _digest(unit: list[Piece]) -> str:
+    """SHA-256 of the texts and of where they begin."""
+    digest = hashlib.sha256()
+    for piece in unit:
+        text = piece.text.encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()
 
 
 def _workers(asked: int | None, source_bytes: int) -> int:
@@ -350,24 +379,38 @@ def _workers(asked: int | None, source_bytes: int) -> int:
     return asked or max(1, min(len(os.sched_getaffinity(0)), source_bytes >> 22))
 
 
+Found = tuple[list[Piece], str, list[int] | None]  # unit, its digest, ids in each piece if the spool knows it
+
+
 def _in_order(
-    encode: Callable[[list[Document]], list[Ids]], units: Iterable[list[Document]], workers: int
-) -> Iterator[tuple[list[Document], list[Ids]]]:
-    """(unit, its ids) in the order of the units, encoded here or in `workers` processes."""
+    encode: Callable[[list[Piece]], list[Ids]], units: Iterable[list[Piece]], spool: Spool, workers: int
+) -> Iterator[tuple[list[Piece], list[int]]]:
+    """(unit, ids in each of its pieces) in the order of the units, encoded here or in `workers` processes."""
+    found: Iterator[Found] = ((unit, digest, spool.recall(digest)) for unit in units for digest in [_digest(unit)])
     if workers == 1:
-        yield from ((unit, encode(unit)) for unit in units)
+        for unit, digest, counts in found:
+            yield unit, spool.add(digest, encode(unit)) if counts is None else counts
         return
-    pending: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
-    todo = iter(units)
+    for unit, digest, counts in found:
+        if counts is None:  # all that follows is new
+            found = chain([(unit, digest, None)], found)
+            break
+        yield unit, counts
+    else:
+        return
+    pending: deque[tuple[list[Piece], str, Future[list[Ids]]]] = deque()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
         try:
             while True:
-                pending.extend((unit, pool.submit(encode, unit)) for unit in islice(todo, 2 * workers - len(pending)))
+                pending.extend(
+                    (unit, digest, pool.submit(encode, unit))
+                    for unit, digest, _ in islice(found, 2 * workers - len(pending))
+                )
                 if not pending:
                     return
-                unit, future = pending.popleft()
-                yield unit, future.result()
+                unit, digest, future = pending.popleft()
+                yield unit, spool.add(digest, future.result())
         except BrokenProcessPool as error:
             raise ResourceError("a process that encoded text was killed, probably for its memory") from error
 
@@ -389,19 +432,16 @@ def _tokenizer(spec: str | Path) -> Tokenizer:
     return load_tokenizer(spec)
 
 
-def _encode(tokenizer_path: str | Path, may_cut: bool, unit: list[Document]) -> list[Ids]:
-    """The ids of each document, BOS first. Raises DataError for an id that cannot be."""
+def _encode(tokenizer_path: str | Path, unit: list[Piece]) -> list[Ids]:
+    """The ids of each piece, without BOS: uint32 [tokens]. Raises DataError for an id that cannot be."""
     tokenizer = _tokenizer(tokenizer_path)
-    encoded = []
-    for document in unit:
-        pieces = cut(document.text) if may_cut else [document.text]
-        ids = np.concatenate(
-            [np.array([tokenizer.bos], np.uint32), *(np.asarray(tokenizer.encode(p), np.uint32) for p in pieces)]
-        )
-        wrong = np.flatnonzero((ids[1:] == tokenizer.bos) | (ids[1:] >= tokenizer.vocab_size))
+    encoded: list[Ids] = []
+    for piece in unit:
+        ids = np.asarray(tokenizer.encode(piece.text), np.uint32)
+        wrong = np.flatnonzero((ids == tokenizer.bos) | (ids >= tokenizer.vocab_size))
         if wrong.size:
             raise DataError(
-                f"{document.place}: token {ids[wrong[0] + 1]} at {wrong[0]}: BOS inside of a document, or outside of "
+                f"{piece.place}: token {ids[wrong[0]]} at {wrong[0]}: BOS inside of a document, or outside of "
                 f"the vocabulary of {tokenizer.vocab_size}"
             )
         encoded.append(ids)

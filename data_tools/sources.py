@@ -21,6 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from data_tools.tokenizer import Cutter
 from lasptrain.data.shard import file_sha256
 from lasptrain.errors import DataError, SetupError
 
@@ -28,6 +29,8 @@ PYTHON_SOURCE = "python:source"
 REPOSITORIES = "repositories:"  # before a folder: each folder in it is one document
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 LARGEST_CODE = 1 << 20  # bytes; a longer file of a repository is data
+READ = 1 << 20  # bytes of a text file that are read at once
+LONGEST_LINE = 1 << 28  # bytes of JSON that are parsed at once
 ROWS = 256  # of a parquet file that are in memory at once
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 HIDDEN = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
@@ -52,6 +55,24 @@ class Document:
     place: str
     text: str
     done: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a document, in order; of the `last` one, `kept` says whether the document counts.
+
+    What is not kept has been counted in `dropped`.
+    """
+
+    place: str
+    text: str
+    done: int
+    last: bool
+    kept: bool = True
+
+
+# Part of a document: (place, text, bytes read, whether it is the last part); None for the text drops the document.
+Part = tuple[str, str | None, int, bool]
 
 
 @dataclass(frozen=True)
@@ -84,25 +105,49 @@ class Source:
 
         Raises DataError with file and line for what `reading` does not tolerate.
         """
-        for place, text, done in self._repositories(dropped) if self.repositories else self._files(reading, dropped):
-            if text.strip():
-                yield Document(place, text, done)
-            else:
-                dropped["empty"] += 1
+        texts: list[str] = []
+        for piece in self.pieces(reading, dropped):
+            texts.append(piece.text)
+            if piece.last:
+                if piece.kept:
+                    yield Document(piece.place, "".join(texts), piece.done)
+                texts = []
 
-    def _files(self, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
+    def pieces(self, reading: Reading, dropped: Counter[str]) -> Iterator[Piece]:
+        """Every document, piece by piece: of a text file of any size only a few MiB are in memory."""
+        cutter, blank = Cutter(), True
+        for place, text, done, last in (
+            self._repositories(dropped) if self.repositories else self._files(reading, dropped)
+        ):
+            held = ""
+            for piece in cutter.add(text or "", last):
+                if held:
+                    yield Piece(place, held, done, last=False)
+                blank = blank and not piece.strip()
+                held = piece
+            if not last:
+                if held:
+                    yield Piece(place, held, done, last=False)
+                continue
+            if text is not None and blank:
+                dropped["empty"] += 1
+            kept = text is not None and not blank
+            yield Piece(place, held if kept else "", done, True, kept)
+            blank = True
+
+    def _files(self, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
         done = 0
         for path in self.files:
             with _naming(path), path.open("rb") as raw:
-                for place, text, position in _texts(path, raw, reading, dropped):
-                    yield place, text, done + position
+                for place, text, position, last in _texts(path, raw, reading, dropped):
+                    yield place, text, done + position, last
                 done += os.fstat(raw.fileno()).st_size
 
-    def _repositories(self, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
-        """(folder, its text files one after another, each under its name, bytes read) for each repository."""
+    def _repositories(self, dropped: Counter[str]) -> Iterator[Part]:
+        """Of each repository its text files one after another, each under its name."""
         done = 0
         for name, files in groupby(self.files, key=lambda path: path.relative_to(self.root).parts[0]):
-            parts = []
+            between = ""
             for path in files:
                 with _naming(path):
                     content = path.read_bytes()
@@ -111,8 +156,10 @@ class Source:
                 if text is None:
                     dropped["not code"] += 1
                 else:
-                    parts.append(f"# {path.relative_to(self.root / name).as_posix()}\n{text.rstrip()}\n")
-            yield str(self.root / name), "\n".join(parts), done
+                    head = f"{between}# {path.relative_to(self.root / name).as_posix()}"
+                    yield str(self.root / name), f"{head}\n{text.rstrip()}\n", done, False
+                    between = "\n"
+            yield str(self.root / name), "", done, True
 
 
 def open_source(spec: str, tests: bool = False) -> Source:
@@ -166,29 +213,63 @@ def _below(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files)
 
 
-def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
-    """(place, text, bytes of the file read) for each text of a file."""
+def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
+    """Each text of a file."""
     if path.suffix == ".py":
         text = _python(raw.read())
         if text is None:
             dropped["invalid"] += 1
         else:
-            yield str(path), text, raw.tell()
+            yield str(path), text, raw.tell(), True
         return
     if path.suffix == ".parquet":
         yield from _rows(path, reading, dropped)
         return
     stream = _unpacked(path, raw)
     if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
-        texts = iter([(str(path), stream.read().removeprefix(codecs.BOM_UTF8))])
-        decode: Callable[[bytes, str, Reading, Counter[str]], str | None] = _decode
-    else:
-        texts = ((f"{path}:{number}", line) for number, line in enumerate(stream, 1) if line.strip())
-        decode = _json_text
-    for place, content in texts:
-        text = decode(content, place, reading, dropped)
+        yield from ((str(path), text, raw.tell(), last) for text, last in _plain(path, stream, reading, dropped))
+        return
+    for place, line in _lines(path, stream, reading, dropped):
+        text = _json_text(line, place, reading, dropped)
         if text is not None:
-            yield place, text, raw.tell()
+            yield place, text, raw.tell(), True
+
+
+def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str | None, bool]]:
+    """(text, whether it is the last) of a file that is one document, READ bytes at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    before, first = 0, True
+    while True:
+        content = stream.read(READ)
+        try:
+            text = decoder.decode(content, final=not content)
+        except UnicodeDecodeError as error:
+            at = before + len(content) - len(error.object) + error.start
+            if _invalid(f"{path}: byte {at} is not UTF-8", "", reading, dropped) is None:
+                yield None, True
+                return
+            decoder.errors = "replace"  # from here on; the decoder has kept what it held
+            text = decoder.decode(content, final=not content)
+        before += len(content)
+        yield text.removeprefix("\ufeff") if first else text, not content
+        first = first and not text
+        if not content:
+            return
+
+
+def _lines(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of each line that is not blank; one too long for memory is passed over."""
+    number = 0
+    while line := stream.readline(LONGEST_LINE):
+        number += 1
+        if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+            if line.strip():
+                yield f"{path}:{number}", line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE)
+        fits = f"at most {LONGEST_LINE:,} bytes fit; a .txt file may have any size"
+        _malformed(f"{path}:{number}: a line of JSON too long for memory, {fits}", reading, dropped)
 
 
 class _Frames(io.RawIOBase):
@@ -231,8 +312,8 @@ def _unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, str, int]]:
-    """(place, text, bytes of the file read) for each row of a parquet file."""
+def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
+    """The text of each row of a parquet file."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -247,7 +328,7 @@ def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[tuple
             for text in batch.column(0).to_pylist():
                 number += 1
                 if isinstance(text, str):
-                    yield f"{path}:{number}", text, size * number // rows
+                    yield f"{path}:{number}", text, size * number // rows, True
                 else:
                     _malformed(f"{path}:{number}: {type(text).__name__} under {reading.field!r}", reading, dropped)
     except ArrowException as error:

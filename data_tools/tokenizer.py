@@ -127,13 +127,26 @@ def train(texts: Iterable[str], vocab: int) -> bytes:
 
 def cut(text: str, longest: int = PIECE) -> Iterator[str]:
     """Pieces of about `longest` characters that BPE encodes to the same ids as the whole."""
-    start = 0
-    while len(text) - start > longest:
-        end = _cut_place(text, start, longest)
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
+    return Cutter(longest).add(text, last=True)
+
+
+class Cutter:
+    """Cuts a text that comes in parts, however long, where `cut` would cut the whole; holds LONGEST and one part."""
+
+    def __init__(self, longest: int = PIECE) -> None:
+        self._longest = longest
+        self._rest = ""
+
+    def add(self, text: str, last: bool) -> Iterator[str]:
+        """The pieces whose ends are certain with this part of the text; with its last part, all."""
+        text, start = self._rest + text, 0
+        while len(text) - start > (self._longest if last else self._longest + LONGEST):
+            end = _cut_place(text, start, self._longest)
+            yield text[start:end]
+            start = end
+        self._rest = "" if last else text[start:]
+        if last and start < len(text):
+            yield text[start:]
 
 
 def cuts_safely(tokenizer: Tokenizer, texts: Iterable[str], probes: int = 1000) -> bool:

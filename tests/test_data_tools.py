@@ -1,6 +1,8 @@
 """Text to dataset: sources, tokenizers, cutting, and the same bytes whoever prepares them."""
 
+import errno
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +21,15 @@ import zstandard
 from pyarrow import parquet
 
 from data_tools import commands, synthetic, windows
+from data_tools import prepare as preparing
 from data_tools.prepare import ensure_dataset, prepare
-from data_tools.sources import Reading, open_source
+from data_tools.sources import Piece, Reading, open_source
+from data_tools.spool import Ids
 from data_tools.synthetic import Kind
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, check, cut, cuts_safely, load_tokenizer
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
-from lasptrain.errors import DataError, LaspError, SetupError
+from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
 HARD = [
@@ -341,7 +346,9 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_prepare_leaves_nothing_visible_and_no_process(corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_prepare_leaves_nothing_visible_and_no_process(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(corpus), str(tmp_path / "out")]
@@ -349,6 +356,105 @@ def test_a_killed_prepare_leaves_nothing_visible_and_no_process(corpus: Path, tm
     ended = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)  # waits for all
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
+    monkeypatch.setattr(preparing, "UNIT", 200)
+    whole = prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1)
+    assert len((tmp_path / ".out.partial" / "units").read_bytes().splitlines()) > 1
+    assert files(prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)) == files(whole)
+
+
+@pytest.mark.parametrize("damage", ["none", "half a unit", "half a line", "flipped", "text", "shorter"])
+def test_prepare_goes_on_from_the_units_that_were_finished(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Stopped after ten units; what is left is damaged or the text is changed; no token of the result differs."""
+    monkeypatch.setattr(preparing, "UNIT", 200)
+    done = 0
+
+    def stop(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(corpus)], "bytes", tmp_path / "out", workers=1, progress=stop)
+    ids, units = tmp_path / ".out.partial" / "ids", tmp_path / ".out.partial" / "units"
+    match damage:
+        case "half a unit":
+            ids.write_bytes(ids.read_bytes() + b"\1\0" * 33)
+        case "half a line":
+            units.write_bytes(units.read_bytes()[:-5])
+        case "flipped":
+            content = bytearray(ids.read_bytes())
+            content[len(content) // 2] ^= 1
+            ids.write_bytes(content)
+        case "text":
+            (corpus / "d.jsonl").write_text(json.dumps({"text": "other text " * 90}))
+        case "shorter":
+            (corpus / "d.jsonl").unlink()
+    encoded = []
+    encode = preparing._encode
+
+    def count(path: str, unit: list[Piece]) -> list[Ids]:
+        encoded.append(unit)
+        return encode(path, unit)
+
+    monkeypatch.setattr(preparing, "_encode", count)
+    out = prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)
+    again = len(encoded)
+    assert files(out) == files(prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1))
+    reused = {"none": 10, "half a unit": 10, "half a line": 9}.get(damage)
+    whole = len(encoded) - again
+    assert whole - again == reused if reused else 0 <= again <= whole
+
+
+def test_a_text_file_of_any_size_takes_little_memory(tmp_path: Path) -> None:
+    line = "a line of text that is as long as others, é\n"
+    (tmp_path / "a.txt").write_text(line * 500_000)
+    tracemalloc.start()
+    try:
+        digest, size = hashlib.sha256(), 0
+        pieces = open_source(str(tmp_path)).pieces(Reading(), Counter())
+        for piece in pieces:
+            digest.update(piece.text.encode())
+            size += len(piece.text)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert piece.last and piece.kept and size == len(line) * 500_000
+    assert digest.hexdigest() == hashlib.sha256((tmp_path / "a.txt").read_bytes()).hexdigest()
+    assert peak < 12 << 20 < size
+
+
+@pytest.mark.parametrize("size", [3, 1 << 16, (1 << 20) - 1, 1 << 20, (1 << 20) + 2])
+def test_text_that_is_not_unicode_is_placed_wherever_it_stands(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * size + b"\xff tail")
+    with pytest.raises(DataError, match=rf"a\.txt: byte {size} is not UTF-8"):
+        texts(tmp_path)
+    ((_, repaired, _),) = texts(tmp_path, Reading("replace"))
+    assert repaired == "x" * size + "\ufffd tail" and texts(tmp_path, Reading("skip")) == []
+
+
+def test_a_line_too_long_for_memory_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.sources.LONGEST_LINE", 40)
+    lines = [json.dumps({"text": text}) for text in ("one", "x" * 200, "two")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: a line of JSON too long for memory, at most 40 bytes fit"):
+        texts(tmp_path)
+    assert [text for _, text, _ in texts(tmp_path, Reading(max_bad=1))] == ["one", "two"]
+
+
+def test_a_full_disk_is_named_and_what_was_done_is_used(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "UNIT", 200)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResourceError, match="out: the disk is full"):
+        prepare([str(corpus)], "bytes", tmp_path / "out", workers=1, progress=full)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "ids").stat().st_size > 0
     whole = prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1)
     assert files(prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)) == files(whole)
 

@@ -94,8 +94,12 @@ class ShardWriter:
     def add(self, document: npt.NDArray[Any]) -> None:
         """Append one document, BOS included: integers [T]."""
         self._starts.append(self.n_tokens)
-        self.n_tokens += len(document)
-        self._block += document.astype(self._dtype).tobytes()
+        self.extend(document)
+
+    def extend(self, tokens: npt.NDArray[Any]) -> None:
+        """Append more tokens of the last document: integers [T]."""
+        self.n_tokens += len(tokens)
+        self._block += tokens.astype(self._dtype).tobytes()
         full = len(self._block) // BLOCK * BLOCK
         if full:
             self._write(bytes(self._block[:full]))
