@@ -671,7 +671,7 @@ class _OnceRead(_Reader):
 def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:
     """Commit a step of one process: fp32 tensors of `model`, which is on meta, as `read` gives them, no moments yet.
 
-    At no time is more than one tensor in memory.
+    Tensors are asked for one at a time, but what is written stays in memory until the file is whole.
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
