@@ -114,6 +114,26 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
     }
 
 
+def short_of_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
+    """What takes how much memory of a rank, largest first, and which keys of the recipe would need less."""
+    parts = sorted(memory(recipe, vocab, dp, sp, segment).items(), key=lambda part: -part[1])
+    used = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts if size >= 2**26)
+    parallel = recipe.parallel
+    helps = {
+        f"train.segment below {segment}": segment > sp * SHORTEST_SLICE,
+        "parallel.recompute: full": parallel.recompute in ("none", "selective"),
+        f"parallel.data_parallel: zero3 instead of {parallel.data_parallel}": dp * sp > 1
+        and parallel.data_parallel in REPLICATED,
+        "parallel.reduce: segment": dp * sp > 1
+        and parallel.data_parallel not in REPLICATED
+        and parallel.reduce != "segment",
+        f"train.micro_batch below {recipe.train.micro_batch}": recipe.train.micro_batch > 1,
+        f"train.loss_chunk below {recipe.train.loss_chunk}": recipe.train.loss_chunk > 1024,
+    }
+    keys = [key for key, applies in helps.items() if applies]
+    return f"expected on each rank: {used or 'little'}; less would need: {', '.join([*keys, 'more GPUs'])}"
+
+
 def host_memory(recipe: Recipe, sp: int, segment: int) -> int:
     """Page-locked bytes per rank: the states that enter each segment, and activations that are offloaded."""
     segments = recipe.data.window // segment

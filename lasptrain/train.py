@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import NumericalError, Stopped
+from lasptrain.errors import NumericalError, ResourceError, Stopped
 from lasptrain.eval.main import while_training
 from lasptrain.eval.validation import Validation, validate
 from lasptrain.guard import Guard
@@ -74,11 +74,25 @@ def train(recipe: Recipe, run: Path) -> None:
         start = loaded.step
         job.guard.restore(loaded.meta.get("guard", {}))
     saver = checkpoint.Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
-    with stop.unsaved(), Metrics(run, steps=recipe.train.steps, start=start, speaks=speaks) as metrics:
+    steps = recipe.train.steps
+    with stop.unsaved(), Metrics(run, steps=steps, start=start, speaks=speaks) as metrics, told_of_memory(job):
         validation = run_steps(replace(job, tick=partial(tick, watch.SLOW)), run, start, saver, metrics)
     watch.beat(watch.SLOW)
     job.loader.close()
     summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), speaks)
+
+
+@contextmanager
+def told_of_memory(job: Job) -> Iterator[None]:
+    """A GPU out of memory becomes ResourceError, with what takes it and what would need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        vocab, (dp, sp) = job.dataset.vocab_size, (job.mesh.length("dp"), job.mesh.length("sp"))
+        advice = plan.short_of_memory(job.recipe, vocab, dp, sp, job.loader.segment)
+        first = str(error).splitlines()[0]
+        peak = meshes.peak_memory(job.device) / 2**30
+        raise ResourceError(f"out of memory after {peak:.1f} GiB: {first} {advice}") from error
 
 
 def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics: Metrics) -> Validation | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
-from lasptrain import links, plan
+from lasptrain import links, plan, train
 from lasptrain.errors import ResourceError
 from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe import load
@@ -122,6 +125,28 @@ def test_what_each_kind_of_data_parallelism_keeps_on_a_rank() -> None:
         assert [found[part] for part in ("parameters", "gradients", "optimizer")] == pytest.approx(sizes, abs=8), kind
         tight = plan.with_reduction(load(RECIPES / "1b_4096k.yaml", [f"parallel.data_parallel={kind}"]), 64000, 2, 8, 1)
         assert tight.parallel.reduce == ("step" if kind in ("ddp", "zero1") else "segment")
+
+
+def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> None:
+    recipe = load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=ddp"])
+    told = plan.short_of_memory(recipe, 64000, 1, 2, 65536)
+    parts = plan.memory(recipe, 64000, 1, 2, 65536)
+    assert told.startswith(f"expected on each rank: activations {parts['activations'] / 2**30:.1f} GiB, optimizer ")
+    for key in ("train.segment below 65536", "recompute: full", "zero3 instead of ddp", "loss_chunk below 8192"):
+        assert key in told
+    job = SimpleNamespace(
+        recipe=recipe,
+        dataset=SimpleNamespace(vocab_size=64000),
+        mesh=SimpleNamespace(length={"dp": 1, "sp": 2}.__getitem__),
+        loader=SimpleNamespace(segment=65536),
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(ResourceError) as refusal, train.told_of_memory(cast(train.Job, job)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    assert "GiB: CUDA out of memory. Tried to allocate 2 GiB. expected on" in str(refusal.value)
+    assert str(refusal.value).endswith(told)
+    alone = plan.short_of_memory(load(RECIPES / "quickstart.yaml", ["train.loss_chunk=512"]), 4096, 1, 1, 512)
+    assert alone.endswith("less would need: parallel.recompute: full, more GPUs")
 
 
 def test_a_plan_needs_neither_gpu_nor_torch() -> None:
