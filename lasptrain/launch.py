@@ -310,7 +310,8 @@ def _config(folder: Path, nproc: int, nodes: Nodes | None, grace: int) -> Launch
 def cause(codes: dict[int, int], records: Path) -> Failure:
     """Who failed first: the earliest record of one that did not just lose a peer, else a rank killed by a signal."""
     found = sorted(_read_records(records), key=lambda failure: failure.time)
-    own = [failure for failure in found if failure.code != RankLostError.code]
+    # The agent asks the others to stop when one has failed, so having been stopped is a cause only if it came first.
+    own = [f for f in found if f.code != RankLostError.code and f.kind != Stopped.__name__]
     if own:
         return own[0]
     if hung := [failure for failure in found if failure.kind == HUNG]:

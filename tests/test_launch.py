@@ -290,6 +290,10 @@ def test_a_killed_rank_is_the_cause_and_one_that_the_agent_ended_is_not(tmp_path
 
 def test_a_hung_rank_is_the_cause_and_one_that_was_forced_to_leave_says_so(tmp_path: Path) -> None:
     assert cause({1: 143, 0: 7}, _records(tmp_path, Failure(0, 7, "RuntimeError", "lost", 1.0)))[:2] == (1, 143)
+    stopped = Failure(0, 75, "Stopped", "stopped by SIGTERM", 1.0)
+    assert cause({0: 75, 1: -9}, _records(tmp_path, stopped))[:2] == (1, 7)
+    assert cause({0: 75, 1: 7}, _records(tmp_path, Failure(1, 7, "RuntimeError", "lost", 2.0))) == stopped
+    (tmp_path / "1.json").unlink()
     hung = Failure(1, 7, "hung", "rank 1 hung", 2.0)
     assert cause({1: -9, 0: 7}, _records(tmp_path, hung)) == hung
 
