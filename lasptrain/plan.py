@@ -134,13 +134,21 @@ def short_of_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) 
     return f"expected on each rank: {used or 'little'}; less would need: {', '.join([*keys, 'more GPUs'])}"
 
 
-def host_memory(recipe: Recipe, sp: int, segment: int) -> int:
-    """Page-locked bytes per rank: the states that enter each segment, and activations that are offloaded."""
+def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
+    """Page-locked bytes per rank by part: the states that enter each segment, activations that are offloaded, and what
+    a checkpoint is written from beside training.
+    """
     segments = recipe.data.window // segment
     offloaded = 0
     if recipe.parallel.recompute == "offload":
         offloaded = segment // sp * activation_bytes(recipe.model_copy(update={"parallel": Parallel()}))
-    return recipe.train.micro_batch * ((segments - 1) * state_bytes(recipe.model) + offloaded)
+    count, wide = sum(parameters(recipe.model, vocab).values()), max(4, _size(recipe))
+    shards = {"ddp": 1, "zero1": 1, "hsdp": sp}.get(recipe.parallel.data_parallel, dp * sp)
+    return {
+        "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model),
+        "activations": recipe.train.micro_batch * offloaded,
+        "checkpoint": wide * count // shards + fixed_bytes(recipe, vocab, dp, sp)["optimizer"],
+    }
 
 
 def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> Recipe:

@@ -127,6 +127,17 @@ def test_what_each_kind_of_data_parallelism_keeps_on_a_rank() -> None:
         assert tight.parallel.reduce == ("step" if kind in ("ddp", "zero1") else "segment")
 
 
+def test_what_waits_in_host_memory() -> None:
+    recipe = load(RECIPES / "1b_4096k.yaml", ["parallel.recompute=offload", "parallel.data_parallel=zero3"])
+    count, state = sum(plan.parameters(recipe.model, 64000).values()), plan.state_bytes(recipe.model)
+    found = plan.host_memory(recipe, 64000, 1, 2, 65536)
+    assert found["states"] == 63 * state
+    assert found["checkpoint"] == pytest.approx(12 * count / 2, abs=8)
+    assert found["activations"] == 32768 * plan.activation_bytes(load(RECIPES / "1b_4096k.yaml"))
+    plain = plan.host_memory(load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=ddp"]), 64000, 2, 1, 1 << 22)
+    assert plain == {"states": 0, "activations": 0, "checkpoint": 12 * count}
+
+
 def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=ddp"])
     told = plan.short_of_memory(recipe, 64000, 1, 2, 65536)
