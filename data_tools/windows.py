@@ -42,8 +42,11 @@ class Mixing:
         return "\n".join(self.lines)
 
 
-def show_window(folder: Path, tokenizer_path: str, window: int, sample: int, seed: int, split: str) -> WindowText:
-    """The window that a sample reads, as text; documents that began before it stand first, without a BOS.
+def show_window(
+    folder: Path, tokenizer_path: str, window: int, sample: int, seed: int, split: str, at: int | None = None
+) -> WindowText:
+    """The window that a sample reads, or that starts `at` a token, as text; documents that began before it stand first,
+    without a BOS.
 
     Raises DataError for another tokenizer than the dataset's, or a split without such a window.
     """
@@ -54,7 +57,7 @@ def show_window(folder: Path, tokenizer_path: str, window: int, sample: int, see
     found = dataset.split(split)
     if found.tokens < window:
         raise DataError(f"{folder}: split {split} has {found.tokens:,} tokens, no window of {window:,}")
-    place = found.window_start(window, seed, sample)
+    place = found.window_start(window, seed, sample) if at is None else at % found.tokens
     tokens = found.read(place, window)
     starts = (tokens == dataset.bos).nonzero().flatten().tolist()
     edges = sorted({0, *starts, window})

@@ -414,6 +414,7 @@ def inspect(
     folder: Dataset,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens; shows how many windows fit.")] = None,
     sample: Annotated[int | None, typer.Option(min=0, help="With --window: the text that this sample reads.")] = None,
+    at: Annotated[int | None, typer.Option(min=0, help="With --window: the text from this token on.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FILE", help="To show text: the one it was made with.")
     ] = None,
@@ -423,14 +424,14 @@ def inspect(
     """Show what a dataset holds, or the text of one window with its documents' boundaries."""
     from data_tools import commands
 
-    if sample is None:
+    if sample is None and at is None:
         typer.echo(str(commands.inspect(folder, window)))
         return
     if window is None or tokenizer is None:
-        raise RecipeError("--sample: needs --window and --tokenizer too")
+        raise RecipeError(f"--{'at' if sample is None else 'sample'}: needs --window and --tokenizer too")
     from data_tools import windows
 
-    typer.echo(str(windows.show_window(folder, tokenizer, window, sample, seed, split)))
+    typer.echo(str(windows.show_window(folder, tokenizer, window, sample or 0, seed, split, at)))
 
 
 @data_app.command()
