@@ -1,12 +1,16 @@
 """Order, windows, slices: every window once an epoch, and slices tile the window on every mesh."""
 
+from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from lasptrain.data.dataset import Split
 from lasptrain.data.loader import SliceLoader
@@ -121,6 +125,51 @@ def test_slices_tile_the_window(split: Split, tokens: torch.Tensor, dp: int, sp:
                     assert torch.equal(left.labels[:, -1], right.tokens[:, 0])
                 seen += rows
         assert sorted(seen) == sorted(ranks[0].window_starts(step))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=3, max_size=50),
+    shards=st.integers(1, 3),
+    mesh=st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3])),
+    tokens_per_slice=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+)
+def test_any_epoch_on_any_mesh_sees_every_token_once(
+    lengths: list[int], shards: int, mesh: tuple[int, int, int], tokens_per_slice: int, seed: int
+) -> None:
+    dp, sp, segments = mesh
+    window, total = sp * segments * tokens_per_slice, sum(lengths)
+    assume(total >= window)
+    stream = torch.arange(2, total + 2)
+    stream[[0, *accumulate(lengths[:-1])]] = BOS
+    with TemporaryDirectory() as folder:
+        parts = np.array_split(np.arange(len(lengths)), shards)
+        texts = np.split(stream.numpy(), list(accumulate(lengths[:-1])))
+        made = []
+        for number, part in enumerate(parts):
+            with ShardWriter(
+                Path(folder, f"{number}.ltok"), ShardHeader(total + 2, BOS, "", "", "train", "")
+            ) as writer:
+                for document in part:
+                    writer.add(texts[document])
+            made.append(Shard(writer.path))
+        split = Split("train", made, 1)
+        sizes = {"window": window, "segment": window // segments, "batch": dp, "dp": dp, "sp": sp, "seed": seed}
+        rank = {(d, r): make(split, **sizes, dp_rank=d, sp_rank=r) for d in range(dp) for r in range(sp)}
+        seen: Counter[int] = Counter()
+        for sample in range(total // window):  # one epoch
+            micro = [rank[sample % dp, r].read_step(sample // dp)[0] for r in range(sp)]
+            line = [micro[r][m] for m in range(segments) for r in range(sp)]
+            start = rank[0, 0].window_starts(sample // dp)[sample % dp]
+            place = torch.arange(start, start + window + 1) % total
+            seen.update(place[:-1].tolist())
+            assert torch.equal(torch.cat([piece.tokens[0] for piece in line]), stream[place[:-1]])
+            assert torch.equal(torch.cat([piece.labels[0] for piece in line]), stream[place[1:]])
+            for piece in line:
+                assert piece.doc is not None
+                assert torch.equal(piece.doc[0], (piece.tokens[0] == BOS).cumsum(0).int())
+    assert len(seen) == total // window * window and set(seen.values()) == {1}
 
 
 def test_doc_counts_the_starts_within_the_slice(split: Split) -> None:
