@@ -177,6 +177,7 @@ def _one_rank_cannot_write(rank: int, run: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    dist.barrier()  # the other rank has looked too, before one begins the next save
     save(run, 2, net, optimizer, META, keep=1)
     loaded = load(run, net, optimizer)
     assert loaded is not None
