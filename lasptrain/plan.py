@@ -85,8 +85,7 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     """Bytes per rank that do not depend on the slice, by part."""
     count = sum(parameters(recipe.model, vocab).values())
     wide = max(4, _size(recipe))
-    kind = recipe.parallel.data_parallel
-    shards = {"ddp": 1, "zero1": 1, "hsdp": sp}.get(kind, dp * sp)
+    kind, shards = recipe.parallel.data_parallel, _shards(recipe, dp, sp)
     cast = _size(recipe) * count if shards > 1 or _size(recipe) < wide else 0  # weights as products read them
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
     states = max(count // (dp * sp), _largest(recipe.model, vocab)) if kind == "zero1" else count // shards
@@ -96,6 +95,11 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
         "optimizer": 2 * wide * states,
         "loss": recipe.train.loss_chunk * vocab * (wide + _size(recipe)) + 2 * wide * vocab * recipe.model.dim,
     }
+
+
+def _shards(recipe: Recipe, dp: int, sp: int) -> int:
+    """Parts into which parameters are cut."""
+    return {"ddp": 1, "zero1": 1, "hsdp": sp}.get(recipe.parallel.data_parallel, dp * sp)
 
 
 def _largest(model: Model, vocab: int) -> int:
@@ -143,11 +147,10 @@ def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> d
     if recipe.parallel.recompute == "offload":
         offloaded = segment // sp * activation_bytes(recipe.model_copy(update={"parallel": Parallel()}))
     count, wide = sum(parameters(recipe.model, vocab).values()), max(4, _size(recipe))
-    shards = {"ddp": 1, "zero1": 1, "hsdp": sp}.get(recipe.parallel.data_parallel, dp * sp)
     return {
         "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model),
         "activations": recipe.train.micro_batch * offloaded,
-        "checkpoint": wide * count // shards + fixed_bytes(recipe, vocab, dp, sp)["optimizer"],
+        "checkpoint": wide * count // _shards(recipe, dp, sp) + fixed_bytes(recipe, vocab, dp, sp)["optimizer"],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasptrain import ops, train
 from lasptrain.bench.ranks import device_name, on_ranks
-from lasptrain.bench.rivals import whole_windows
+from lasptrain.bench.rivals import Pending, whole_windows
 from lasptrain.bench.steps import shared, timed
 from lasptrain.parallel import mesh
 from lasptrain.parallel.attention import Attention, Memory
@@ -33,13 +33,6 @@ class Row:
     memory: int  # peak, bytes
 
 
-class _Arguments(NamedTuple):
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    angle: Tensor | None
-
-
 class Forgetful(Attention):
     """Attention that keeps no states for the backward, and so summarises and exchanges again there."""
 
@@ -56,7 +49,7 @@ class Forgetful(Attention):
         leave: bool = False,
     ) -> Any:
         whole_windows("ablation", doc, carry, leave)
-        return _Arguments(k, v, log_decay, angle)
+        return Pending(k, v, log_decay, angle)
 
     def finish(self, pending: Any, q: Tensor) -> tuple[Tensor, Tensor | None]:
         def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None) -> Tensor:

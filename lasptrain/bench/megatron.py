@@ -94,20 +94,24 @@ class _Heads:
         return self.local(q, *pending), None
 
 
-class _TransNormer(TransNormer):
-    """Some heads of a mixer; its norm is over all heads, so their squares are summed over ranks."""
+class _Whole:
+    """A mixer of some heads, between a gather of its input's slices and a scatter of its sums."""
 
     traffic: Traffic
-
-    def phases(self, length: int) -> Phases | None:
-        return super().phases(length * self.traffic.size)
 
     def forward(
         self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
         whole_windows("megatron", doc, carry[0], leave)
-        y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)
+        y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)  # type: ignore[misc]
         return _scatter(y, self.traffic), state
+
+
+class _TransNormer(_Whole, TransNormer):
+    """Its norm is over all heads, so their squares are summed over ranks."""
+
+    def phases(self, length: int) -> Phases | None:
+        return super().phases(length * self.traffic.size)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         o = o.flatten(2)
@@ -119,17 +123,8 @@ class _TransNormer(TransNormer):
         return y
 
 
-class _Undecayed(Undecayed):
-    """Some heads of a mixer."""
-
-    traffic: Traffic
-
-    def forward(
-        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
-    ) -> tuple[Tensor, State]:
-        whole_windows("megatron", doc, carry[0], leave)
-        y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)
-        return _scatter(y, self.traffic), state
+class _Undecayed(_Whole, Undecayed):
+    """Nothing but its heads."""
 
 
 class _Mlp(Mlp):

@@ -8,7 +8,7 @@ The next block travels while one is worked on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,19 +17,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lasptrain.bench.left_product import LeftProduct
-from lasptrain.bench.rivals import Traffic, turned, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.ops import state_dtype
 from lasptrain.parallel.attention import Attention, Memory
 
 # What queries read from a block of keys and values that begins so many tokens to their left.
 Block = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
-
-
-class _Pending(NamedTuple):
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    angle: Tensor | None
 
 
 class RingAttention:
@@ -63,12 +56,12 @@ class RingAttention:
         carry: Tensor | None = None,
         memory: Memory | None = None,
         leave: bool = False,
-    ) -> _Pending:
+    ) -> Pending:
         """Keep k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
         whole_windows("ring_attention", doc, carry, leave)
-        return _Pending(k, v, log_decay, angle)
+        return Pending(k, v, log_decay, angle)
 
-    def finish(self, pending: _Pending, q: Tensor) -> tuple[Tensor, None]:
+    def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, None]:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""
         o: Tensor = _Round.apply(q, *pending, self)  # type: ignore[no-untyped-call]
         return o, None

@@ -89,6 +89,15 @@ class Shifting(NamedTuple):
         return self.received
 
 
+class Pending(NamedTuple):
+    """What a method keeps between `begin` and `finish`."""
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    angle: Tensor | None
+
+
 def whole_windows(name: str, doc: Tensor | None, carry: Tensor | None, leave: bool) -> None:
     """SetupError where a method is asked for more than a window in one segment and without documents."""
     if doc is not None or carry is not None or leave:

@@ -8,24 +8,17 @@ n ranks; and it takes no more ranks than there are heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from lasptrain.bench.rivals import Traffic, turned, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.errors import SetupError
 from lasptrain.parallel.attention import Attention, Memory
 
 Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-class _Pending(NamedTuple):
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    angle: Tensor | None
 
 
 class Ulysses:
@@ -53,7 +46,7 @@ class Ulysses:
         carry: Tensor | None = None,
         memory: Memory | None = None,
         leave: bool = False,
-    ) -> _Pending:
+    ) -> Pending:
         """Trade k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
         heads, ranks = k.shape[2], self.scan.size
         whole_windows("ulysses", doc, carry, leave)
@@ -62,9 +55,9 @@ class Ulysses:
         mine = None
         if log_decay is not None:
             mine = log_decay.chunk(ranks, dim=-1)[self.scan.rank].contiguous()
-        return _Pending(self._gather(turned(k, angle, self.scan.rank)), self._gather(v), mine, angle)
+        return Pending(self._gather(turned(k, angle, self.scan.rank)), self._gather(v), mine, angle)
 
-    def finish(self, pending: _Pending, q: Tensor) -> tuple[Tensor, None]:
+    def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, None]:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""
         q = self._gather(turned(q, pending.angle, self.scan.rank))
         o = self.local(q, pending.k, pending.v, pending.log_decay)

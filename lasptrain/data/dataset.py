@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,9 +32,9 @@ class Split:
         """The token where a sample's window starts."""
         return window_start(self.tokens, window, self.align, seed, sample)
 
-    def held_out(self, window: int) -> list[int]:
+    def held_out(self, window: int) -> Sequence[int]:
         """Where windows start that are cut from the start of the split, without shift or shuffle."""
-        return list(range(0, self.tokens // window * window, window))
+        return range(0, self.tokens // window * window, window)
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """Tokens [start, start + count) of the ring: int64 [count].
@@ -68,7 +68,7 @@ class Windows(Protocol):
     def window_start(self, window: int, seed: int, sample: int) -> int:
         """Place of the window that a sample reads."""
 
-    def held_out(self, window: int) -> list[int]:
+    def held_out(self, window: int) -> Sequence[int]:
         """Places of fixed windows, for validation."""
 
     def read(self, start: int, count: int) -> torch.Tensor:

@@ -6,7 +6,9 @@ start + m·sp·C + r·C of the ring. The first C are inputs, the last C labels, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -102,9 +104,13 @@ class SliceLoader:
         self._ahead = {step + 1: self._thread.submit(self.read_step, step + 1)}
         return ahead.result()
 
+    @cached_property
+    def _held_out(self) -> Sequence[int]:
+        return self.split.held_out(self.window)
+
     def validation_rounds(self, windows: int) -> int:
         """How many times `validation_slices` is asked, by every rank, to cover the first `windows` windows."""
-        fit = len(self.split.held_out(self.window))
+        fit = len(self._held_out)
         if windows > fit:
             raise DataError(
                 f"{windows} validation windows of {self.window:,} tokens asked, {fit} fit: split {self.split.name} has "
@@ -120,7 +126,7 @@ class SliceLoader:
         """
         rows = range(index * self.micro_batch, (index + 1) * self.micro_batch)
         numbers = [row * self.dp + self.dp_rank for row in rows]
-        places = self.split.held_out(self.window)
+        places = self._held_out
         slices = self._micro_batch([places[number] if number < windows else places[0] for number in numbers])
         filling = torch.tensor([number >= windows for number in numbers])
         return tuple(piece._replace(labels=piece.labels.masked_fill(filling[:, None], IGNORED)) for piece in slices)
