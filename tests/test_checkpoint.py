@@ -216,14 +216,6 @@ def test_saved_on_four_loads_on_two_on_one_and_replicated(tmp_path: Path) -> Non
 # One process
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture
 def run(group: None, tmp_path: Path) -> Path:
     return tmp_path / "run"

@@ -170,14 +170,6 @@ def poisoned(*steps: int) -> Iterator[None]:
         train.one_step, train.accumulate = one_step, accumulate
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def trained(file: Path, run: Path, *overrides: str, bad: tuple[int, ...] = ()) -> list[float | None]:
     """The losses of a run, with what its folder held before."""
     run.mkdir(exist_ok=True)
