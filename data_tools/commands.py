@@ -129,12 +129,16 @@ def inspect(folder: Path, window: int | None = None) -> Inspection:
     return Inspection(folder, Manifest.load(folder), window)
 
 
-def synthesize(kind: Kind, sources: list[str], characters: int, count: int, seed: int, out: Path) -> str:
-    """Write documents of a synthetic kind over the text of `sources`."""
+def synthesize(
+    kind: Kind, sources: list[str], lengths: tuple[int, int], count: int, seed: int, prompts: bool, out: Path
+) -> str:
+    """Write documents of a synthetic kind over the text of `sources`, or prompts without the answer."""
     dropped: Counter[str] = Counter()
     texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
-    written = synthetic.write(out, synthetic.documents(kind, texts, characters, count, seed))
-    return f"{out}: {written:,} documents of about {characters:,} characters"
+    made = synthetic.documents(kind, texts, lengths, count, seed)
+    written = synthetic.write(out, (one.prompt if prompts else one.row for one in made))
+    about = " to ".join(f"{length:,}" for length in sorted(set(lengths)))
+    return f"{out}: {written:,} {'prompts' if prompts else 'documents'} of about {about} characters"
 
 
 def verify(folder: Path) -> Verification:

@@ -3,7 +3,7 @@
 | kind | hidden | asked |
 |---|---|---|
 | passkey | one number under a name | the number (arXiv:2305.16300) |
-| recall | several keys, each with a value | some of the values, by key (associative recall, arXiv:2312.04927) |
+| recall | 1 to 64 keys, each with a value | all values, by key (associative recall, arXiv:2312.04927) |
 | tracking | a chain of assignments, beside others | every variable that holds a value (RULER, arXiv:2404.06654) |
 
 A document is a pure function of (seed, its number), and its answers stand in its text, so that training is next-token
@@ -13,17 +13,19 @@ prediction as ever.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from lasptrain.errors import DataError, SetupError
 
 Kind = Literal["passkey", "recall", "tracking"]
-Facts = tuple[list[str], str]  # sentences to hide, in this order, and the questions with their answers
+Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in this order; questions, with their answers
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
+MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 64, 250
 
 
 def _word(of: random.Random) -> str:
@@ -43,23 +45,29 @@ def _number(of: random.Random) -> str:
     return str(of.randrange(10_000, 100_000))
 
 
-def _passkey(of: random.Random) -> Facts:
+def _log_uniform(of: random.Random, least: int, most: int) -> int:
+    """Few as often as many: every factor of two is as likely as the next."""
+    return round(math.exp(of.uniform(math.log(least), math.log(most))))
+
+
+def _passkey(of: random.Random, characters: int) -> Facts:
     key = _number(of)
-    return [
-        f"The pass key is {key}. Remember it. {key} is the pass key."
-    ], f"What is the pass key? The pass key is {key}."
+    return [f"The pass key is {key}. Remember it. {key} is the pass key."], [
+        ("What is the pass key? The pass key is", [key])
+    ]
 
 
-def _recall(of: random.Random, pairs: int = 8, asked: int = 4) -> Facts:
+def _recall(of: random.Random, characters: int) -> Facts:
+    pairs = _log_uniform(of, 1, max(1, min(MOST_PAIRS, characters // LEAST_CHARACTERS_PER_PAIR)))
     found = {word: _number(of) for word in _words(of, pairs)}
-    questions = of.sample(sorted(found), asked)
+    questions = of.sample(sorted(found), pairs)
     return (
         [f"The value of {key} is {value}." for key, value in found.items()],
-        " ".join(f"What is the value of {key}? The value of {key} is {found[key]}." for key in questions),
+        [(f"What is the value of {key}? The value of {key} is", [found[key]]) for key in questions],
     )
 
 
-def _tracking(of: random.Random, chains: int = 2, length: int = 4) -> Facts:
+def _tracking(of: random.Random, characters: int, chains: int = 2, length: int = 4) -> Facts:
     names, values = _words(of, chains * length), [_number(of) for _ in range(chains)]
     groups = [names[i * length : (i + 1) * length] for i in range(chains)]
     lines = []
@@ -68,20 +76,46 @@ def _tracking(of: random.Random, chains: int = 2, length: int = 4) -> Facts:
     turns = [chain for chain in range(chains) for _ in range(length)]
     of.shuffle(turns)
     hidden = [lines[turn].pop(0) for turn in turns]
-    return hidden, f"Which variables hold {values[0]}? These hold {values[0]}: {', '.join(groups[0])}."
+    return hidden, [(f"Which variables hold {values[0]}? These hold {values[0]}:", groups[0])]
 
 
-FACTS: dict[Kind, Callable[[random.Random], Facts]] = {"passkey": _passkey, "recall": _recall, "tracking": _tracking}
+FACTS: dict[Kind, Callable[[random.Random, int], Facts]] = {
+    "passkey": _passkey,
+    "recall": _recall,
+    "tracking": _tracking,
+}
 
 
-def document(kind: Kind, text: str, characters: int, seed: int, number: int) -> str:
-    """Document `number`: about `characters` of `text`, from a place of its own on, with facts hidden between its lines.
+class Document(NamedTuple):
+    """A text with facts hidden in it, and what is asked at its end."""
 
-    `text` goes round where it is shorter.
+    body: str
+    questions: list[tuple[str, list[str]]]  # and their answers
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As something to be learnt: all questions with their answers."""
+        asked = " ".join(f"{question} {', '.join(answers)}." for question, answers in self.questions)
+        return {"text": f"{self.body}\n{asked}"}
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """As something to be asked (`lasptrain eval --file`): the first question."""
+        question, answers = self.questions[0]
+        return {"prompt": f"{self.body}\n{question}", "answers": answers, "budget": 8 + 8 * len(answers)}
+
+
+def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number: int) -> Document:
+    """Document `number`: `text` from a place of its own on, with facts hidden between its lines.
+
+    About as many characters as drawn from `lengths`, where every factor of two is as likely as the next: short
+    documents teach what long ones then ask for. `text` goes round where it is shorter.
     """
     source = random.Random(f"{seed} {kind} {number}")
-    hidden, asked = FACTS[kind](source)
-    length = max(0, characters - sum(map(len, hidden)) - len(asked))
+    characters = _log_uniform(source, *lengths)
+    hidden, questions = FACTS[kind](source, characters)
+    asked = len(Document("", questions).row["text"])
+    length = max(0, characters - sum(map(len, hidden)) - asked)
     start = source.randrange(len(text))
     filler = (text[start:] + text * (length // len(text) + 1))[:length]
     edges = [i + 1 for i, letter in enumerate(filler) if letter == "\n"] or [0]
@@ -90,26 +124,26 @@ def document(kind: Kind, text: str, characters: int, seed: int, number: int) -> 
     for place, sentence in zip(places, hidden, strict=True):
         parts += [filler[at:place], sentence + "\n"]
         at = place
-    return "".join([*parts, filler[at:].rstrip("\n"), "\n", asked])
+    return Document("".join([*parts, filler[at:].rstrip("\n")]), questions)
 
 
-def documents(kind: Kind, texts: Sequence[str], characters: int, count: int, seed: int) -> Iterator[str]:
+def documents(kind: Kind, texts: Sequence[str], lengths: tuple[int, int], count: int, seed: int) -> Iterator[Document]:
     """`count` documents over `texts`, one after another. Raises DataError where these hold nothing."""
     text = "\n".join(texts)
     if not text.strip():
         raise DataError("0 characters of text to hide facts in")
-    return (document(kind, text, characters, seed, number) for number in range(count))
+    return (document(kind, text, lengths, seed, number) for number in range(count))
 
 
-def write(file: Path, found: Iterator[str]) -> int:
-    """Writes documents as JSON lines to a new file, complete or not at all; how many."""
+def write(file: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """Writes JSON lines to a new file, complete or not at all; how many."""
     if file.exists():
         raise SetupError(f"{file}: it exists; documents are written to a new file")
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.partial")
     try:
         with part.open("w", encoding="utf-8") as lines:
-            count = sum(1 for text in found if lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n"))
+            count = sum(1 for row in rows if lines.write(json.dumps(row, ensure_ascii=False) + "\n"))
         part.rename(file)
     finally:
         part.unlink(missing_ok=True)

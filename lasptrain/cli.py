@@ -442,13 +442,18 @@ def synth(
         Literal["passkey", "recall", "tracking"], typer.Option(help="What is hidden and asked.")
     ] = "recall",
     characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
+    shortest: Annotated[
+        int | None, typer.Option(min=1, help="Lengths from this to --characters, every factor of two as often.")
+    ] = None,
     documents: Annotated[int, typer.Option(min=1)] = 1000,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Questions for lasptrain eval --file.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Hide facts in real text and ask for them at its end: documents that need a long memory."""
     from data_tools import commands
 
-    typer.echo(commands.synthesize(kind, sources, characters, documents, seed, out))
+    lengths = (min(shortest or characters, characters), characters)
+    typer.echo(commands.synthesize(kind, sources, lengths, documents, seed, prompts, out))
 
 
 @data_app.command()

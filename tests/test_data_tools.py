@@ -30,6 +30,7 @@ from data_tools.tokenizer import ByteTokenizer, Tokenizer, check, cut, cuts_safe
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
+from lasptrain.eval.tasks.files import rows
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
 HARD = [
@@ -181,9 +182,11 @@ def test_a_repository_is_one_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["passkey", "recall", "tracking"])
 def test_what_is_asked_at_the_end_was_hidden_in_the_text(kind: Kind) -> None:
     filler = [f"line {i} of text that is real enough" for i in range(400)]
-    found = list(synthetic.documents(kind, filler, 4000, 6, seed=1))
-    assert found == list(synthetic.documents(kind, filler, 4000, 9, seed=1))[:6] and len(set(found)) == 6
-    places = []
+    made = list(synthetic.documents(kind, filler, (4000, 4000), 6, seed=1))
+    assert made == list(synthetic.documents(kind, filler, (4000, 4000), 9, seed=1))[:6]
+    found = [one.row["text"] for one in made]
+    assert len(set(found)) == 6
+    places, counts = [], set()
     for text in found:
         body, asked = text.rsplit("\n", 1)
         assert 3900 < len(text) < 4200
@@ -197,22 +200,36 @@ def test_what_is_asked_at_the_end_was_hidden_in_the_text(kind: Kind) -> None:
             assert order == sorted(order)
         else:
             answers = re.findall(r"The (?:value of \w+|pass key) is \d+", asked)
-            assert len(answers) == (1 if kind == "passkey" else 4) and all(answer in body for answer in answers)
+            assert all(answer in body for answer in answers)
+            counts.add(len(answers))
             places += [body.index(answer) for answer in answers]
         hidden = [line for line in body.splitlines() if line.startswith(("VAR ", "The "))]
         rest = body.replace("".join(f"{line}\n" for line in hidden), "") if len(hidden) == 1 else body
-        assert sum(line in rest for line in filler) > 90
+        assert sum(line in rest for line in filler) > 60
     assert kind == "tracking" or max(places) - min(places) > 1500
+    assert {"tracking": counts == set(), "passkey": counts == {1}, "recall": len(counts) > 2}[kind]
+    for one in made:
+        answer = one.row["text"].removeprefix(one.prompt["prompt"])
+        assert answer != one.row["text"] and answer.startswith(f" {', '.join(one.prompt['answers'])}.")
+
+
+def test_synthetic_documents_are_short_as_often_as_long() -> None:
+    made = synthetic.documents("passkey", ["line of text\n" * 9], (500, 32_000), 300, seed=0)
+    lengths = [len(one.row["text"]) for one in made]
+    assert min(lengths) < 600 and max(lengths) > 28_000 and 110 < sum(length < 4000 for length in lengths) < 190
 
 
 def test_synthetic_documents_go_to_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n" * 9)
     out = tmp_path / "deep" / "out.jsonl"
-    said = commands.synthesize("recall", [str(tmp_path / "a.txt")], 900, 3, 0, out)
+    said = commands.synthesize("recall", [str(tmp_path / "a.txt")], (900, 900), 3, 0, False, out)
     assert said == f"{out}: 3 documents of about 900 characters"
     assert len(texts(out)) == 3 and [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
     with pytest.raises(SetupError, match=r"out\.jsonl: it exists"):
-        commands.synthesize("recall", [str(tmp_path / "a.txt")], 900, 3, 0, out)
+        commands.synthesize("recall", [str(tmp_path / "a.txt")], (900, 900), 3, 0, False, out)
+    asked = tmp_path / "asked.jsonl"
+    commands.synthesize("recall", [str(tmp_path / "a.txt")], (300, 900), 3, 0, True, asked)
+    assert [bool(row.references) for row in rows(asked)] == [True] * 3
 
 
 def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_files_of_the_user(tmp_path: Path) -> None:
     plain = tmp_path / "mine.jsonl"
     plain.write_text('{"prompt": "1 + 1 =", "answer": "2", "budget": 3, "metric": "first_int"}\n')
     ((length, sample),) = samples(plain, ByteTokenizer(), 10)
-    assert (length, sample.budget, sample.metric) == (8 + 3, 3, "first_int")
+    assert (length, sample.budget, sample.metric) == (16, 3, "first_int")
     squad = tmp_path / "squad.json"
     question = {"question": "Who?", "answers": [{"text": "Ann"}, {"text": "Ann"}, {"text": "Ann B."}]}
     squad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann B. came.", "qas": [question]}]}]}))

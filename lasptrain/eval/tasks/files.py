@@ -82,11 +82,11 @@ def _squad(content: Any, file: Path) -> Iterator[Row]:
 
 
 def samples(file: Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, Sample]]:
-    """The first `count` questions, each with its length: the file's word, or the tokens there are."""
+    """The first `count` questions, each with its length: the file's word, or the power of two that holds its tokens."""
     for index, row in enumerate(islice(rows(file), count)):
         gap = "" if row.prompt[-1:].isspace() else " "
         question = Question(gap + ", ".join(row.references[:1]), row.references, row.budget, row.metric)
         if row.metric == "match_all":
             question = Question(gap + ", ".join(row.references), row.references, row.budget, row.metric)
         sample = written(Ask(tokenizer, 0, index), Draft(row.prompt, ""), question)
-        yield row.length or len(sample.prompt) + row.budget, sample
+        yield row.length or 1 << (len(sample.prompt) + row.budget - 1).bit_length(), sample
