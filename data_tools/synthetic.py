@@ -117,7 +117,8 @@ def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number:
     asked = len(Document("", questions).row["text"])
     length = max(0, characters - sum(map(len, hidden)) - asked)
     start = source.randrange(len(text))
-    filler = (text[start:] + text * (length // len(text) + 1))[:length]
+    filler = text[start : start + length]
+    filler += (text * (-(-length // len(text))))[: length - len(filler)] if len(filler) < length else ""
     edges = [i + 1 for i, letter in enumerate(filler) if letter == "\n"] or [0]
     places = sorted(source.choice(edges) for _ in hidden)
     parts, at = [], 0

@@ -45,7 +45,9 @@ def _state_keys(model: Model) -> list[int]:
     return [model.K * (2 if layer in model.lrpe else 1) for layer in range(model.layers)]
 
 
-LONGEST_SLICE = 32_768  # tokens; longer ones are no faster and only need more memory
+LONGEST_SLICE = 262_144  # tokens
+ENOUGH_SLICE = 32_768  # tokens; longer ones are only worth their memory where they save passes over the window
+WORTH = 0.01  # of a step's passes
 SHORTEST_SLICE = 1024  # tokens; a window whose divisors are all shorter or too long is one segment
 HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 
@@ -168,8 +170,9 @@ def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
 
 
 def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:
-    """The recipe's segment. `auto` is the longest that divides the window and whose slices are no longer than
-    LONGEST_SLICE and fit `available` bytes on each rank, which is None where nothing is known of it.
+    """The recipe's segment. `auto` is the longest that divides the window, whose slices are no longer than ENOUGH_SLICE
+    and fit `available` bytes on each rank, which is None where nothing is known of it; or a longer one, where fewer
+    segments make the step shorter by WORTH: a window that fits as a whole needs no forward pass twice.
 
     Raises ResourceError where none fits.
     """
@@ -177,11 +180,16 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
         return recipe.train.segment
     window = recipe.data.window
     whole = window // sp
-    lengths = [n for n in range(min(LONGEST_SLICE, whole), min(SHORTEST_SLICE, whole) - 1, -1) if whole % n == 0]
-    for length in lengths or [whole]:
-        needed = sum(memory(recipe, vocab, dp, sp, length * sp).values())
-        if available is None or needed <= HEADROOM * available:
-            return length * sp
+    fitting = [
+        length
+        for length in _slices(whole)
+        if available is None or sum(memory(recipe, vocab, dp, sp, length * sp).values()) <= HEADROOM * available
+    ]
+    if fitting:
+        enough = next((length for length in fitting if length <= ENOUGH_SLICE), fitting[-1])
+        least = passes(recipe, whole // fitting[0])
+        longer = available is not None and passes(recipe, whole // enough) - least >= WORTH * least
+        return sp * (fitting[0] if longer else enough)
     assert available is not None
     fixed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     raise ResourceError(
@@ -189,6 +197,17 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
         f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; more GPUs or "
         "parallel.recompute: full would"
     )
+
+
+def _slices(whole: int) -> list[int]:
+    """Lengths into which a rank's part of the window may be cut, the longest first."""
+    lengths = {part for n in range(1, math.isqrt(whole) + 1) if whole % n == 0 for part in (n, whole // n)}
+    return sorted((n for n in lengths if min(SHORTEST_SLICE, whole) <= n <= LONGEST_SLICE), reverse=True) or [whole]
+
+
+def passes(recipe: Recipe, segments: int) -> float:
+    """Forward passes' worth of work over a window: one, two for the backward, and those that are made again."""
+    return 3 + (segments - 1) / segments + (recipe.parallel.recompute == "full")
 
 
 class Rates(NamedTuple):
@@ -213,7 +232,7 @@ def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -
     one segment has one forward more, but for the last segment.
     """
     model = recipe.model
-    more = (segments - 1) / segments + (recipe.parallel.recompute == "full")
+    more = passes(recipe, segments) - 3
     parts = parameters(model, vocab)
     body = parts["mixer"] + parts["mlp"]
     products = 6 * (body + vocab * model.dim) + 2 * body * more

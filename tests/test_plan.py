@@ -43,7 +43,18 @@ def test_a_segment_fits_divides_and_is_the_longest(sp: int) -> None:
             needed = sum(plan.memory(recipe, 64000, 1, sp, segment).values())
             assert needed <= plan.HEADROOM * available
             longer = sum(plan.memory(recipe, 64000, 1, sp, 2 * segment).values())
-            assert longer > plan.HEADROOM * available or segment == plan.LONGEST_SLICE * sp
+            assert longer > plan.HEADROOM * available or segment == plan.ENOUGH_SLICE * sp
+
+
+@pytest.mark.parametrize(
+    ("window", "memory", "segment"),
+    [(1 << 16, 140, 1 << 16), (1 << 16, 64, 1 << 15), (1 << 17, 140, 1 << 16), (1 << 22, 140, 1 << 15)],
+)
+def test_a_window_is_one_segment_where_it_fits_and_few_where_that_is_faster(
+    window: int, memory: int, segment: int
+) -> None:
+    recipe = load(RECIPES / "1b_4096k.yaml", [f"data.window={window}"])
+    assert plan.choose_segment(recipe, 64000, 1, 1, memory * GIB) == segment
 
 
 def test_what_cannot_fit_is_said() -> None:
