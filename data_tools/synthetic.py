@@ -3,7 +3,7 @@
 | kind | hidden | asked |
 |---|---|---|
 | passkey | one number under a name | the number (arXiv:2305.16300) |
-| recall | 1 to 64 keys, each with a value | all values, by key (associative recall, arXiv:2312.04927) |
+| recall | few or many keys, each with a value | all values, by key (associative recall, arXiv:2312.04927) |
 | tracking | a chain of assignments, beside others | every variable that holds a value (RULER, arXiv:2404.06654) |
 
 A document is a pure function of (seed, its number), and its answers stand in its text, so that training is next-token
@@ -25,7 +25,7 @@ Kind = Literal["passkey", "recall", "tracking"]
 Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in this order; questions, with their answers
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
-MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 64, 250
+LEAST_CHARACTERS_PER_PAIR = 250
 
 
 def _word(of: random.Random) -> str:
@@ -45,11 +45,6 @@ def _number(of: random.Random) -> str:
     return str(of.randrange(10_000, 100_000))
 
 
-def _log_uniform(of: random.Random, least: int, most: int) -> int:
-    """Few as often as many: every factor of two is as likely as the next."""
-    return round(math.exp(of.uniform(math.log(least), math.log(most))))
-
-
 def _passkey(of: random.Random, characters: int) -> Facts:
     key = _number(of)
     return [f"The pass key is {key}. Remember it. {key} is the pass key."], [
@@ -58,7 +53,7 @@ def _passkey(of: random.Random, characters: int) -> Facts:
 
 
 def _recall(of: random.Random, characters: int) -> Facts:
-    pairs = _log_uniform(of, 1, max(1, min(MOST_PAIRS, characters // LEAST_CHARACTERS_PER_PAIR)))
+    pairs = round(math.exp(of.uniform(0, math.log(max(1, characters // LEAST_CHARACTERS_PER_PAIR)))))
     found = {word: _number(of) for word in _words(of, pairs)}
     questions = of.sample(sorted(found), pairs)
     return (
@@ -108,11 +103,13 @@ class Document(NamedTuple):
 def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number: int) -> Document:
     """Document `number`: `text` from a place of its own on, with facts hidden between its lines.
 
-    About as many characters as drawn from `lengths`, where every factor of two is as likely as the next: short
-    documents teach what long ones then ask for. `text` goes round where it is shorter.
+    About as many characters as drawn from `lengths`, so that documents of 1 to 2, 2 to 4, … thousand hold the same
+    share of all text: the many short ones teach what the few long ones then ask for. `text` goes round where it is
+    shorter.
     """
     source = random.Random(f"{seed} {kind} {number}")
-    characters = _log_uniform(source, *lengths)
+    shortest, longest = lengths
+    characters = round(1 / source.uniform(1 / longest, 1 / shortest))
     hidden, questions = FACTS[kind](source, characters)
     asked = len(Document("", questions).row["text"])
     length = max(0, characters - sum(map(len, hidden)) - asked)

@@ -443,7 +443,7 @@ def synth(
     ] = "recall",
     characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
     shortest: Annotated[
-        int | None, typer.Option(min=1, help="Lengths from this to --characters, every factor of two as often.")
+        int | None, typer.Option(min=1, help="Lengths from this to --characters, as much text in every octave.")
     ] = None,
     documents: Annotated[int, typer.Option(min=1)] = 1000,
     prompts: Annotated[bool, typer.Option("--prompts", help="Questions for lasptrain eval --file.")] = False,

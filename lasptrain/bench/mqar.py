@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             curve.append((step + 1, accuracy(model, _slice(unseen, mesh, device))))
+            if mesh.rank("sp") == 0:
+                sys.stderr.write(f"step {step + 1}/{steps}  accuracy {curve[-1][1]:.4f}\n")
             if curve[-1][1] >= ENOUGH:
                 break
     return {
