@@ -3,7 +3,7 @@
 | kind | hidden | asked |
 |---|---|---|
 | passkey | one number under a name | the number (arXiv:2305.16300) |
-| recall | few or many keys, each with a value | all values, by key (associative recall, arXiv:2312.04927) |
+| recall | 1 to 256 keys, each with a value | all values, by key (associative recall, arXiv:2312.04927) |
 | tracking | a chain of assignments, beside others | every variable that holds a value (RULER, arXiv:2404.06654) |
 
 A document is a pure function of (seed, its number), and its answers stand in its text, so that training is next-token
@@ -25,7 +25,7 @@ Kind = Literal["passkey", "recall", "tracking"]
 Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in this order; questions, with their answers
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
-LEAST_CHARACTERS_PER_PAIR = 250
+MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 256, 250
 
 
 def _word(of: random.Random) -> str:
@@ -53,7 +53,8 @@ def _passkey(of: random.Random, characters: int) -> Facts:
 
 
 def _recall(of: random.Random, characters: int) -> Facts:
-    pairs = round(math.exp(of.uniform(0, math.log(max(1, characters // LEAST_CHARACTERS_PER_PAIR)))))
+    most = max(1, min(MOST_PAIRS, characters // LEAST_CHARACTERS_PER_PAIR))
+    pairs = round(math.exp(of.uniform(0, math.log(most))))
     found = {word: _number(of) for word in _words(of, pairs)}
     questions = of.sample(sorted(found), pairs)
     return (
