@@ -18,6 +18,7 @@ def parameters(model: Model, vocab: int) -> dict[str, int]:
         "embedding": vocab * D,
         "mixer": L * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),
         "step": L * (H * D + H) * model.data_dependent,
+        "convolution": L * (2 * H * K + H * V) * (model.conv + 1) * (model.conv > 0),
         "mlp": L * 3 * D * F,
         "lrpe": len(model.lrpe) * H * K,
         "norms": norms[model.arch],

@@ -72,6 +72,7 @@ class Model(Section):
     tie: bool = True  # the output head is the embedding
     normalizer: bool = False  # linear_transformer: divide by q · Σk
     data_dependent: bool = False  # ssd: the input says how much each token writes and forgets
+    conv: Annotated[int, Field(ge=0, le=16)] = 0  # ssd: tokens seen by a convolution of q, k and v; 0: none
 
     @model_validator(mode="before")
     @classmethod
@@ -95,6 +96,11 @@ class Model(Section):
     def V(self) -> int:
         """Value dim per head."""
         return self.value_dim or (2 if self.arch == "retnet" else 1) * self.dim // self.heads
+
+    @property
+    def halo(self) -> int:
+        """Tokens before a slice whose activations its layers need."""
+        return max(0, self.conv - 1)
 
     def problems(self) -> Iterator[Problem]:
         """Heads that do not divide the width, LRPE on layers that do not exist, keys of the other architecture."""
@@ -123,6 +129,10 @@ class Model(Section):
             )
         if self.data_dependent and self.arch != "ssd":
             yield "model.data_dependent", "found true; only arch: ssd has a decay that the data says, leave it out"
+        if self.conv == 1:
+            yield "model.conv", "found 1, which sees no other token; expected 0 or at least 2"
+        if self.conv and self.arch != "ssd":
+            yield "model.conv", f"found {self.conv}; only arch: ssd has a convolution, leave it out"
         if self.data_dependent and self.decay == "none":
             yield "model.decay", "found 'none'; with data_dependent = true expected a schedule, such as window"
 
@@ -369,6 +379,13 @@ def _slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
             "data.window",
             f"{window} tokens do not split into mesh.sp = {sp} equal slices; nearest: {_multiples(window, sp)}",
         )
+    for key, tokens in (("train.segment", segment), ("data.window", window), ("eval.window", recipe.eval.window)):
+        if isinstance(tokens, int) and tokens // sp < recipe.model.halo:
+            yield (
+                key,
+                f"{tokens} tokens are slices of {tokens // sp} for mesh.sp = {sp}; expected slices of at least "
+                f"{recipe.model.halo}, which the layers hand to their right",
+            )
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:

@@ -35,10 +35,10 @@ def _forward_states(
             tick()
             kept.append([Memory() for _ in range(layers)])
             carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
-            for memory in kept[-1]:
-                memory.leaving = None
-                if memory.entering is not None:
-                    memory.entering = to_host(memory.entering)
+            for part in (part for memory in kept[-1] for part in memory.parts):
+                part.leaving = None
+                if part.entering is not None:
+                    part.entering = to_host(part.entering)
     return kept, carry
 
 
@@ -74,9 +74,9 @@ def backward(
                 for state in carry
             ]
         memories = kept.pop()
-        for memory in memories:
-            if memory.entering is not None:
-                memory.entering = to_device(memory.entering, segment.tokens.device)
+        for part in (part for memory in memories for part in memory.parts):
+            if part.entering is not None:
+                part.entering = to_device(part.entering, segment.tokens.device)
         out = model(segment.tokens, segment.labels, segment.doc, entered, memories, leave=not last)
         leaving = [] if last else [s for state in out.leaving for s in state]
         pairs = [(s, g) for s, g in zip(leaving, grads, strict=True) if s is not None and g is not None]

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SIZES = {"dim": 32, "layers": 2, "heads": 4, "mlp": 48}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ssd": ("hf", {"arch": "ssd", "data_dependent": True, "key_dim": 16}),
+    "ssd": ("hf", {"arch": "ssd", "data_dependent": True, "conv": 3, "key_dim": 16}),
     "ssd-constant": ("granitemoehybrid", {"arch": "ssd", "tie": False}),
     "tnl": ("transnormer", {"arch": "tnl"}),
     "tnl-untied": ("transnormer", {"arch": "tnl", "tie": False, "lrpe": [1]}),

@@ -36,6 +36,7 @@ def model(arch: Arch = "tnl") -> LanguageModel:
         lrpe=(0,) if tnl else (),
         normalizer=arch == "linear_transformer",
         data_dependent=arch == "ssd",
+        conv=4 if arch == "ssd" else 0,
     )
     made = LanguageModel(cfg, 300, Attention("chunked"), dtype=torch.float64).double()
     with torch.no_grad():

@@ -35,7 +35,8 @@ def config(arch: Arch) -> Model:
     tnl = arch == "tnl"
     if arch in ("ssd", "retnet"):
         sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
-        return Model.model_validate({"arch": arch, "data_dependent": arch == "ssd", "tie": False, **sizes})
+        own = {"data_dependent": True, "conv": 4} if arch == "ssd" else {}
+        return Model.model_validate({"arch": arch, "tie": False, **own, **sizes})
     return Model(
         arch=arch,
         dim=24,

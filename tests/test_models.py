@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Literal
 
 import pytest
@@ -60,7 +61,7 @@ def test_the_slopes_of_a_model_are_those_of_the_released_one() -> None:
     assert table[15][15] == pytest.approx(2**-8 * 1e-5)
 
 
-Arch = Literal["tnl", "linear_transformer", "ssd", "data-dependent ssd", "retnet"]
+Arch = Literal["tnl", "linear_transformer", "ssd", "data-dependent ssd", "convolved ssd", "retnet"]
 
 
 def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageModel:
@@ -70,6 +71,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
         "ssd": {},
         "retnet": {},
         "data-dependent ssd": {"data_dependent": True},
+        "convolved ssd": {"data_dependent": True, "conv": 3},
     }
     sizes = {"dim": 12, "layers": 3, "heads": 3, "key_dim": 4, "value_dim": 5, "mlp": 10, "vocab": 23, "tie": tie}
     cfg = Model.model_validate({"arch": arch.split()[-1], **sizes, **own[arch]})
@@ -77,7 +79,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
     g = torch.Generator().manual_seed(3)
     for name, value in initial_values(made, 3, CPU):
         value = value * 20 if name.endswith("weight") and value.dim() > 1 else value
-        if ".dt." in name or (".norm" in name and arch.endswith(("ssd", "retnet"))):
+        if ".dt." in name or ".conv." in name or (".norm" in name and arch.endswith(("ssd", "retnet"))):
             value = value + torch.randn(value.shape, generator=g)
         fill(made, [(name, value)])
     return made
@@ -150,7 +152,14 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
     for i, slope in enumerate(m.decays().double()):
         w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
         h = scaled(x, w["norm1.weight"])
-        q, k, v = (F.silu(h @ w[f"mixer.{n}.weight"].T).view(len(h), 3, -1) for n in "qkv")
+        products = torch.cat([h @ w[f"mixer.{n}.weight"].T for n in "vkq"], dim=1)
+        if m.cfg.conv:
+            seen = torch.zeros_like(products)
+            for t, lag in product(range(len(h)), range(3)):
+                if t >= lag and doc[t - lag] == doc[t]:
+                    seen[t] += products[t - lag] * w["mixer.conv.weight"][:, 2 - lag]
+            products = seen + w["mixer.conv.bias"]
+        v, k, q = (F.silu(x).view(len(h), 3, -1) for x in products.split([15, 12, 12], dim=1))
         step = torch.ones(len(h), 3, dtype=torch.float64)
         if m.cfg.data_dependent:
             step = F.softplus(h @ w["mixer.dt.weight"].T + w["mixer.dt.bias"])
@@ -196,6 +205,7 @@ def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
     [
         ("ssd", False),
         ("data-dependent ssd", False),
+        ("convolved ssd", False),
         ("retnet", False),
         ("tnl", False),
         ("linear_transformer", False),
@@ -229,7 +239,7 @@ def test_a_data_dependent_model_begins_as_its_twin_of_constant_decay() -> None:
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-7
 
 
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd", "retnet"])
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "convolved ssd", "retnet"])
 def test_generation_is_the_forward_pass(arch: Arch) -> None:
     m = model(arch)
     tokens = [3, 1, 4, 1, 5]
@@ -242,7 +252,7 @@ def test_generation_is_the_forward_pass(arch: Arch) -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "data-dependent ssd", "retnet"])
+@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "convolved ssd", "retnet"])
 def test_a_plan_counts_the_parameters(arch: Arch, tie: bool) -> None:
     m = model(arch, tie=tie)
     assert sum(plan.parameters(m.cfg, 23).values()) == sum(p.numel() for p in m.parameters())

@@ -62,7 +62,7 @@ def _granite(model: Model) -> Json:
         "mamba_d_state": model.K,
         "mamba_d_head": model.V,
         "mamba_expand": model.heads * model.V // model.dim,
-        "mamba_d_conv": 4,
+        "mamba_d_conv": model.conv or 4,
         "mamba_chunk_size": 256,
         "mamba_conv_bias": True,
         "mamba_proj_bias": False,

@@ -100,7 +100,7 @@ def _ends(embed: str, norm: str | None, cfg: Model) -> list[Rule]:
 
 def safetensors(cfg: Model, names: Collection[str]) -> list[Rule]:
     """Our own names."""
-    exact = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias")
+    exact = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "conv.weight", "conv.bias")
     return [rows(name, name, full_precision=name.endswith((*exact, "lrpe.theta"))) for name in names]
 
 
@@ -144,9 +144,9 @@ def _fla(cfg: Model, further: dict[str, str], names: Collection[str]) -> list[Ru
 def granite(cfg: Model, names: Collection[str]) -> list[Rule]:
     """GraniteMoeHybridForCausalLM without experts, from `ssd`.
 
-    The convolution passes its last tap only; a constant decay is a step of softplus(ln(e − 1)) = 1 and a zero matrix.
-    A softmax layer of zeros at the end adds nothing: transformers counts the tokens in its cache there, and refuses to
-    cache without.
+    Where there is no convolution, theirs passes its last tap only; a constant decay is a step of
+    softplus(ln(e − 1)) = 1 and a zero matrix. A softmax layer of zeros at the end adds nothing: transformers counts the
+    tokens in its cache there, and refuses to cache without.
     """
     table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
@@ -187,10 +187,19 @@ def _mamba(cfg: Model, own: str, to: str, dependent: bool) -> list[Rule]:
             _above_zeros(f"{to}in_proj.weight", parts, heads),
             fixed(f"{to}dt_bias", lambda: torch.full((heads,), UNIT_STEP), full_precision=True),
         ]
+    if cfg.conv:
+        convolution = [
+            shaped(f"{to}conv1d.weight", f"{own}mixer.conv.weight", (channels, 1, cfg.conv)),
+            rows(f"{to}conv1d.bias", f"{own}mixer.conv.bias"),
+        ]
+    else:
+        convolution = [
+            fixed(f"{to}conv1d.weight", lambda: torch.tensor([0.0, 0, 0, 1]).expand(channels, 1, 4)),
+            fixed(f"{to}conv1d.bias", lambda: torch.zeros(channels)),
+        ]
     return [
         *step,
-        fixed(f"{to}conv1d.weight", lambda: torch.tensor([0.0, 0, 0, 1]).expand(channels, 1, 4)),
-        fixed(f"{to}conv1d.bias", lambda: torch.zeros(channels)),
+        *convolution,
         logarithm(f"{to}A_log", f"{own}mixer.slope"),
         fixed(f"{to}D", lambda: torch.zeros(heads), full_precision=True),
         rows(f"{to}norm.weight", f"{own}mixer.norm.weight"),

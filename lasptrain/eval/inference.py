@@ -54,7 +54,7 @@ class Reader:
     def __init__(self, model: LanguageModel, mesh: Mesh | None = None, segment: int = 8192, scan: str = "all_gather"):
         self.model, self.mesh = model, mesh
         self.sp, self.rank = (1, 0) if mesh is None else (mesh.length("sp"), mesh.rank("sp"))
-        self.segment = max(segment // self.sp, 1) * self.sp
+        self.segment = max(segment // self.sp, model.cfg.halo, 1) * self.sp
         self.device = model.embed.weight.device
         self.spread = model
         if mesh is not None and self.sp > 1:
@@ -63,8 +63,8 @@ class Reader:
 
     @torch.no_grad()
     def read(self, tokens: Tensor, past: Snapshot | None = None) -> Snapshot:
-        """Read int64 tokens [B, N], N ≥ 1, after `past`. The last 1 to sp tokens are run by every rank."""
-        shared = (tokens.shape[1] - 1) // self.sp * self.sp
+        """Read int64 tokens [B, N], N ≥ 1, after `past`. The last few tokens are run by every rank."""
+        shared = self._shared(tokens.shape[1] - 1)
         carry = None if past is None else past.carry
         for start, length in self._segments(shared):
             piece = self._slice(tokens, start, length)
@@ -79,7 +79,7 @@ class Reader:
     def losses(self, tokens: Tensor, past: Snapshot | None = None) -> Tensor:
         """Nats [N − 1], fp64 on the CPU, by which tokens [N] after the first were expected, each given all before."""
         count = len(tokens) - 1
-        shared = count // self.sp * self.sp
+        shared = self._shared(count)
         inputs, labels = tokens[None, :-1], tokens[None, 1:]
         found = torch.zeros(count, dtype=torch.float64, device=self.device)
         carry = None if past is None else past.carry
@@ -119,6 +119,12 @@ class Reader:
         target = torch.tensor([label for label in labels if label != IGNORED], device=self.device)
         nats = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
         return nats.cpu(), (logits.argmax(-1) == target).cpu()
+
+    def _shared(self, count: int) -> int:
+        """How many of so many tokens ranks read together: in equal slices, none too short for what it hands on."""
+        shared = count // self.sp * self.sp
+        rest = shared % self.segment
+        return shared - rest if rest < self.sp * self.model.cfg.halo else shared
 
     def _segments(self, tokens: int) -> list[tuple[int, int]]:
         """Where each segment of the first `tokens` tokens starts, and how long each rank's slice of it is."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from lasptrain.loss import chunked_cross_entropy, token_losses
+from lasptrain.models.convolution import Convolution
 from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
@@ -73,7 +74,8 @@ class Block(nn.Module):
         What pointwise work hands to a matrix product is made again in the backward, not kept: a quarter of all memory.
         """
         functorch.ban_recompute_materialized_backward = False
-        for owner, parts in ((self.mixer, COMPILED), (self, ("feed",)), (self.norm1, ("forward",))):
+        mixers = getattr(self.mixer, "parts", COMPILED)
+        for owner, parts in ((self.mixer, mixers), (self, ("feed",)), (self.norm1, ("forward",))):
             for part in parts:
                 setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
 
@@ -154,7 +156,7 @@ class LanguageModel(nn.Module):
         x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
         leaving = []
         for i, layer in enumerate(self.blocks):
-            entered = (None,) if carry is None else carry[i]
+            entered = (None, None) if carry is None else carry[i]
             memory = Memory() if memories is None else memories[i]
             x, state = layer(x, doc, entered, memory, leave, only_state and i + 1 == len(self.layers))
             leaving.append(state)
@@ -198,7 +200,7 @@ def _block(cfg: Model, index: int, attention: Attention) -> Block:
         case "linear_transformer":
             mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
         case "ssd":
-            mixer = StateSpace(*sizes, data_dependent=cfg.data_dependent, attention=attention)
+            mixer = StateSpace(*sizes, data_dependent=cfg.data_dependent, conv=cfg.conv, attention=attention)
         case "retnet":
             mixer = Retention(*sizes, decayed=cfg.decay != "none", attention=attention)
     return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"))
@@ -209,26 +211,35 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
 
     Each has a generator of its own, seeded by (seed, name), so every layout of ranks starts from the same weights.
     Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K; a data-dependent
-    step begins as one, so that such a model begins as its twin of constant decay. The decay of a layer is a persistent
-    buffer: in a checkpoint the numbers are the definition.
+    step begins as one, so that such a model begins as its twin of constant decay; a convolution's weights are uniform
+    in ±1/√width, its bias zero. The decay of a layer is a persistent buffer: in a checkpoint the numbers are the
+    definition.
     """
-    lrpe = {f"{name}.theta" for name, module in model.named_modules() if isinstance(module, Lrpe)}
-    modules = dict(model.named_modules()).items()
-    steps = {f"{name}.{part}" for name, m in modules if isinstance(m, Step) for part in ("weight", "bias")}
+    owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        if name in steps:
-            first = Step.FIRST_BIAS if name.endswith("bias") else 0.0
+        path, _, part = name.rpartition(".")
+        owner = owners[path]
+        empty = torch.empty(parameter.shape, device=device)
+        if isinstance(owner, Step):
+            first = Step.FIRST_BIAS if part == "bias" else 0.0
             yield name, torch.full(parameter.shape, first, device=device, dtype=torch.float64)
-        elif name in lrpe:
+        elif isinstance(owner, Lrpe):
             count = parameter.numel()
             channel = torch.arange(count, dtype=torch.float64, device=device)
             yield name, (10000.0 ** (-2.0 * channel / count)).view(parameter.shape)
+        elif isinstance(owner, Convolution):
+            bound = parameter.shape[-1] ** -0.5 if part == "weight" else 0.0
+            yield name, empty.uniform_(-bound, bound, generator=_generator(seed, name, device))
         elif parameter.dim() == 1:
             yield name, torch.ones(parameter.shape, device=device)
         else:
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-            yield name, torch.empty(parameter.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
+            yield name, empty.normal_(0.0, INIT_STD, generator=_generator(seed, name, device))
     for layer, slope in zip(model.blocks, model.decays(), strict=True):
         if (buffer := getattr(layer.mixer, "slope", None)) is not None:
             yield next(n for n, b in model.named_buffers() if b is buffer), slope
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """One that is a parameter's own."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasptrain.models.convolution import Convolution, Taps, last_rows
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, products
-from lasptrain.models.mixers import State
+from lasptrain.models.mixers import COMPILED, State
 from lasptrain.parallel.attention import Attention, Memory, Pending
+from lasptrain.parallel.halo import halo
 
 EPS = 1e-5  # of every norm of this architecture
 
@@ -52,15 +54,37 @@ class GatedNorm(nn.Module):
         return srms(o, EPS).flatten(2) * self.weight.to(o.dtype)
 
 
+class Small(NamedTuple):
+    """The weights of a mixer that are small and stay in full precision, where it has them."""
+
+    step: StepWeights | None
+    taps: Taps | None
+
+    @property
+    def steps(self) -> list[StepWeights]:
+        return [] if self.step is None else [self.step]
+
+
 class StateSpace(nn.Module):
-    """q, k, v = silu(W h); S_t = a_t S_{t−1} + Δ_t k_tᵀ v_t; y = W norm(o ⊙ silu(gate)).
+    """q, k, v = silu(conv(W h)); S_t = a_t S_{t−1} + Δ_t k_tᵀ v_t; y = W norm(o ⊙ silu(gate)).
 
     a = e^{−sΔ} with a slope s per head. Δ = 1, or with `data_dependent` Δ = softplus(W h + b): a token that opens the
-    state (large Δ) writes more and forgets more. Without convolution, so that nothing but the state crosses slices.
+    state (large Δ) writes more and forgets more. `conv` is the number of tokens that the convolution sees; with 0
+    there is none, and nothing but the state crosses slices.
     """
 
+    parts = (*COMPILED, "convolved")
+
     def __init__(
-        self, dim: int, heads: int, key_dim: int, value_dim: int, *, data_dependent: bool, attention: Attention
+        self,
+        dim: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        data_dependent: bool,
+        conv: int,
+        attention: Attention,
     ):
         super().__init__()
         self.heads, self.attention = heads, attention
@@ -69,64 +93,115 @@ class StateSpace(nn.Module):
         self.out = Linear(heads * value_dim, dim)
         self.norm = GatedNorm(heads * value_dim)
         self.dt = Step(dim, heads) if data_dependent else None
+        self.channels = (heads * value_dim, heads * key_dim, heads * key_dim)  # of v, k, q
+        self.conv = Convolution(sum(self.channels), conv) if conv else None
         self.slope: Tensor
         self.register_buffer("slope", torch.empty(heads))
 
-    def phases(self, length: int) -> StepWeights | None:
-        return None if self.dt is None else self.dt()
+    def phases(self, length: int) -> Small:
+        return Small(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
 
     def forward(
-        self, h: Tensor, phases: StepWeights | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self, h: Tensor, small: Small, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
-        if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, phases), doc, carry, memory, leave)
-            q, gate = self.queries(h, phases)
+        rows = None
+        if small.taps is not None:
+            k, v, decay, q, gate, rows = self._with_neighbours(h, small, doc, carry, memory, leave)
+            pending = self._begin(k, v, decay, doc, carry, memory, leave)
+        elif self.attention.scan.size > 1:
+            pending = self._begin(*self.keys(h, small), doc, carry, memory, leave)
+            q, gate = self.queries(h, small)
         else:
-            k, v, decay, q, gate = self.project(h, phases)
+            k, v, decay, q, gate = self.project(h, small)
             pending = self._begin(k, v, decay, doc, carry, memory, leave)
         o, leaving = self.attention.finish(pending, q)
-        return self.output(o, gate), (leaving,)
+        return self.output(o, gate), (leaving, rows)
 
-    def state(self, h: Tensor, phases: StepWeights | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(self, h: Tensor, small: Small, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
-        return (self.attention.leave(self._begin(*self.keys(h, phases), doc, carry, memory, True)),)
+        rows = None
+        if small.taps is None:
+            k, v, decay = self.keys(h, small)
+        else:
+            k, v, decay, _, _, rows = self._with_neighbours(h, small, doc, carry, memory, True)
+        return self.attention.leave(self._begin(k, v, decay, doc, carry, memory, True)), rows
 
     def _begin(
         self, k: Tensor, v: Tensor, decay: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> Pending:
         return self.attention.begin(k, v, decay, doc, carry=carry[0], memory=memory, leave=leave)
 
-    def keys(self, h: Tensor, phases: StepWeights | None) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, h: Tensor, small: Small) -> tuple[Tensor, Tensor, Tensor]:
         """k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
-        k, v, *dt = products(h, self.k, self.v, *_given(phases))
-        return self._active(k), *self._stepped(v, dt, phases)
+        k, v, *dt = products(h, self.k, self.v, *small.steps)
+        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small)
 
-    def queries(self, h: Tensor, phases: StepWeights | None) -> tuple[Tensor, Tensor]:
+    def queries(self, h: Tensor, small: Small) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = products(h, self.q, self.gate)
-        return self._active(q), gate
+        return self._heads(F.silu(q)), gate
 
-    def project(self, h: Tensor, phases: StepWeights | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, small: Small) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        k, v, q, gate, *dt = products(h, self.k, self.v, self.q, self.gate, *_given(phases))
-        return self._active(k), *self._stepped(v, dt, phases), self._active(q), gate
+        k, v, q, gate, *dt = products(h, self.k, self.v, self.q, self.gate, *small.steps)
+        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small), self._heads(F.silu(q)), gate
 
-    def _active(self, x: Tensor) -> Tensor:
-        return F.silu(x).view(*x.shape[:2], self.heads, -1)
+    def _with_neighbours(
+        self, h: Tensor, small: Small, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What `project` makes, convolved, and the rows that enter the next segment."""
+        assert small.taps is not None
+        n = small.taps.weight.shape[1] - 1
+        v, k, q, gate, *dt = products(h, self.v, self.k, self.q, self.gate, *small.steps)
+        alone = self.attention.scan.size == 1 and carry[1] is None and not leave
+        if alone or (self.attention.scan.size == 1 and h.shape[1] < n):
+            before, leaving = self._own(v, k, q, doc, carry[1], n, leave)
+        else:
+            rows = torch.cat([last_rows(x, None, doc, n) for x in (v, k, q)], dim=-1)
+            before, leaving = halo(rows, carry[1], self.attention.scan, memory.rows, leave)
+        return *self.convolved(v, k, q, before, dt, small, doc), gate, leaving
 
-    def _stepped(self, v: Tensor, dt: list[Tensor], phases: StepWeights | None) -> tuple[Tensor, Tensor]:
+    def _own(
+        self, v: Tensor, k: Tensor, q: Tensor, doc: Tensor | None, carry: Tensor | None, n: int, leave: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows before and those after a slice that is the whole segment, of any length; states [B, 1, n, C]."""
+        before = v.new_zeros(v.shape[0], n, sum(self.channels)) if carry is None else carry.squeeze(1)
+        if not leave:
+            return before, None
+        return before, last_rows(torch.cat([v, k, q], dim=-1), before, doc, n).unsqueeze(1)
+
+    def convolved(
+        self,
+        v: Tensor,
+        k: Tensor,
+        q: Tensor,
+        before: Tensor,
+        dt: list[Tensor],
+        small: Small,
+        doc: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, log decay and q of the products and the rows before them."""
+        assert small.taps is not None
+        taps = small.taps.split(*self.channels)
+        parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
+        wide_v, wide_k, wide_q = (tap(x, rows, doc) for x, rows, tap in parts)
+        value, decay = self._stepped(wide_v, dt, small, v.dtype)
+        return self._heads(wide_k.to(k.dtype)), value, decay, self._heads(wide_q.to(q.dtype))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1)
+
+    def _stepped(
+        self, v: Tensor, dt: list[Tensor], small: Small, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Values times their steps, and the log decay, of what `products` made; steps are in at least fp32."""
-        if phases is None:
-            return self._active(v), -self.slope
-        wide = torch.promote_types(v.dtype, torch.float32)
-        step = F.softplus(dt[0].to(wide) + phases.bias.to(wide))
-        return (self._active(v) * step[..., None]).to(v.dtype), -self.slope * step
+        dtype = dtype or v.dtype
+        if small.step is None:
+            return self._heads(v.to(dtype)), -self.slope
+        step = F.softplus(dt[0].to(torch.promote_types(v.dtype, torch.float32)) + small.step.bias)
+        return (self._heads(v) * step[..., None]).to(dtype), -self.slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(self.norm(o, gate))
         return y
-
-
-def _given(phases: StepWeights | None) -> list[StepWeights]:
-    return [] if phases is None else [phases]

@@ -29,6 +29,19 @@ class Memory:
     known: bool = False
     entering: Tensor | None = None  # [B, H, K, V]; None is zero
     leaving: Tensor | None = None  # what the scan handed out; whoever does not need it again may drop it
+    before: Memory | None = None  # the same of the rows before the slice, where the layer needs some
+
+    @property
+    def rows(self) -> Memory:
+        """`before`, made where it is not yet there."""
+        if self.before is None:
+            self.before = Memory()
+        return self.before
+
+    @property
+    def parts(self) -> list[Memory]:
+        """This one, and `before` if there is one."""
+        return [self] if self.before is None else [self, self.before]
 
 
 class _Given(NamedTuple):
@@ -224,7 +237,9 @@ def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
     if memory.leaving is not None:
         return Scanned(memory.entering, memory.leaving.detach())
     b, _, h, kdim = k.shape
-    unread = pending.transition.decay.new_empty_strided((b, h, kdim, v.shape[-1]), (0, 0, 0, 0))
+    decay = pending.transition.decay
+    assert decay is not None
+    unread = decay.new_empty_strided((b, h, kdim, v.shape[-1]), (0, 0, 0, 0))
     return Scanned(memory.entering, unread)
 
 

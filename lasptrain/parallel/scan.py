@@ -28,7 +28,7 @@ class Transition(NamedTuple):
     The first half of the key rows are cosine features, the second half sine features (LRPE, arXiv:2307.14995).
     """
 
-    decay: Tensor  # [B, H]
+    decay: Tensor | None  # [B, H]; None: nothing is left of what entered
     angle: Tensor | None = None  # [H, K/2] radians
 
     def rotate(self, state: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Transition(NamedTuple):
 
     def apply(self, state: Tensor | None, plus: Tensor) -> Tensor:
         """transition · state + plus; a state of None is zero."""
-        if state is None:
+        if state is None or self.decay is None:
             return plus
         return torch.addcmul(plus, self.decay[..., None, None], self.rotate(state))
 
@@ -143,11 +143,13 @@ class Ring(_Scan):
     ) -> Scanned:
         """From rank to rank, `first` to `last`; `start` enters the first. Only `leave` makes the last one fold."""
         step = 1 if first <= last else -1
+        if transition.decay is None and self.rank != last:  # no need to wait for what enters
+            self._send(state, self.rank + step)
         entering = start if self.rank == first else self._receive(state, self.rank - step)
         if self.rank == last and not leave:
             return Scanned(entering, None)
         leaving = transition.apply(entering, state)
-        if self.rank != last:
+        if transition.decay is not None and self.rank != last:
             self._send(leaving, self.rank + step)
         return Scanned(entering, leaving)
 
@@ -220,16 +222,16 @@ class AllGather(_Scan):
 
         return self._exchange(body, (state, transition.decay, carry))
 
-    def _gather(self, state: Tensor, decay: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _gather(self, state: Tensor, decay: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
         if self.size == 1:
             return [state], [decay]
-        packed = torch.cat([state.flatten(), decay.flatten()])
+        packed = state.flatten() if decay is None else torch.cat([state.flatten(), decay.flatten()])
         gathered = packed.new_empty(self.size * packed.numel())
         all_gather(gathered, packed, group=self.group)
         self.bytes_sent += packed.numel() * packed.element_size()
         rows = gathered.view(self.size, -1)
-        split = [row.split([state.numel(), decay.numel()]) for row in rows]
-        return [s.view_as(state) for s, _ in split], [d.view_as(decay) for _, d in split]
+        states = [row[: state.numel()].view_as(state) for row in rows]
+        return states, [None if decay is None else row[state.numel() :].view_as(decay) for row in rows]
 
 
 SCANS: dict[str, type[Ring] | type[AllGather]] = {"ring": Ring, "all_gather": AllGather, "all_scan": AllScan}

@@ -1,0 +1,82 @@
+"""A short causal convolution per channel: what lets a token see its neighbours before it writes to the state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Taps(NamedTuple):
+    """The weights of a convolution over n + 1 tokens, in full precision."""
+
+    weight: Tensor  # [C, n + 1], the present token's last
+    bias: Tensor  # [C]
+
+    def split(self, *channels: int) -> list[Taps]:
+        """Those of consecutive channels."""
+        return [Taps(w, b) for w, b in zip(self.weight.split(channels), self.bias.split(channels), strict=True)]
+
+    def __call__(self, x: Tensor, before: Tensor, doc: Tensor | None) -> Tensor:
+        """silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.
+
+        Args:
+            x: [B, T, C].
+            before: the n rows before it [B, n, C]; zeros where they are of an earlier document than token −1.
+            doc: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
+        """
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        n = before.shape[1]
+        y = self.weight[:, n] * x.to(wide) + self.bias
+        for j in range(1, n + 1):
+            shifted = _shifted(x, before, j)
+            if doc is not None:
+                shifted = shifted * (_shifted(doc, None, j) == doc)[..., None]
+            y = y + self.weight[:, n - j] * shifted.to(wide)
+        return F.silu(y)
+
+
+def _shifted(x: Tensor, before: Tensor | None, j: int) -> Tensor:
+    """x [B, T, …] moved right by j tokens; `before` [B, n, …], zero if not given, moves in.
+
+    Sums of padded tensors, not one joined tensor, because a compiler makes one kernel of these.
+    """
+    length = x.shape[1]
+    rest = [0, 0] * (x.dim() - 2)
+    if length <= j:
+        return torch.zeros_like(x) if before is None else before[:, before.shape[1] - j :][:, :length]
+    moved = F.pad(x, [*rest, j, -j])
+    if before is None:
+        return moved
+    return moved + F.pad(before[:, before.shape[1] - j :], [*rest, 0, length - j])
+
+
+def last_rows(x: Tensor, before: Tensor | None, doc: Tensor | None, n: int) -> Tensor:
+    """The n rows that a following token may see [B, n, C]: zeros where they are of an earlier document than the last.
+
+    `before` is needed where x is shorter than n rows.
+    """
+    if x.shape[1] < n:
+        assert before is not None
+        if doc is not None:
+            before = before * (doc[:, -1] == 0)[:, None, None]
+        x = torch.cat([before, x if doc is None else x * (doc == doc[:, -1:])[..., None]], dim=1)
+        return x[:, x.shape[1] - n :]
+    rows = x[:, x.shape[1] - n :]
+    return rows if doc is None else rows * (doc[:, -n:] == doc[:, -1:])[..., None]
+
+
+class Convolution(nn.Module):
+    """The weights, at first uniform in ±1/√(n + 1) with zero bias, as torch makes them but for the bias."""
+
+    full_precision = True
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(channels, width)), nn.Parameter(torch.empty(channels))
+
+    def forward(self) -> Taps:
+        """Copies: where parameters are sharded, these are here only while this runs."""
+        return Taps(self.weight.clone(), self.bias.clone())
