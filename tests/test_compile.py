@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,10 @@ def test_no_graph_break(decay: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
-def test_blocks_compile_with_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [{"arch": "tnl"}, {"arch": "ssd", "data_dependent": True, "conv": 4}])
+def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    cfg = Model(arch="tnl", dim=32, layers=2, heads=2, mlp=48, vocab=64)
+    cfg = Model.model_validate({"dim": 32, "layers": 2, "heads": 2, "mlp": 48, "vocab": 64, **own})
     tokens = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def measured(fuse: bool) -> dict[str, Tensor]:

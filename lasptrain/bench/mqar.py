@@ -55,8 +55,8 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
     values = initial_values(model, recipe.train.seed, device)
     called = parallelize(model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=torch.float32, values=values)
     optimizer = build_optimizer(model, recipe.optim)
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    unseen = associations(TESTED, length, pairs, vocab, torch.Generator().manual_seed(recipe.train.seed + 1))
+    generator = torch.Generator(device).manual_seed(recipe.train.seed)
+    unseen = associations(TESTED, length, pairs, vocab, torch.Generator(device).manual_seed(recipe.train.seed + 1))
     steps, began, curve = recipe.train.steps, time.perf_counter(), []
     for step in range(steps):
         piece = _slice(associations(recipe.train.batch, length, pairs, vocab, generator), mesh, device)

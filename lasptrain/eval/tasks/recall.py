@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import uuid
+from typing import Any
 
 import torch
 
@@ -98,19 +99,20 @@ def _ordinary(ask: Ask) -> list[int]:
 def associations(
     count: int, length: int, pairs: int, vocab: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """MQAR (arXiv:2312.04927): tokens and labels of `count` sequences, int64 [count, length].
+    """MQAR (arXiv:2312.04927): tokens and labels of `count` sequences, int64 [count, length], where the generator is.
 
     Keys from [1, V/2), values from [V/2, V), none twice: k₁v₁…k_Nv_N, then every key once at an even offset drawn
     without replacement with p(g) ∝ g^(α−1), so that most come soon; its label, at its own position, is its value. All
     other tokens are random.
     """
     half, context = vocab // 2, 2 * pairs
-    keys = 1 + torch.rand(count, half - 1, generator=generator).topk(pairs).indices
-    values = half + torch.rand(count, vocab - half, generator=generator).topk(pairs).indices
-    tokens = torch.randint(vocab, (count, length), generator=generator)
-    labels = torch.full((count, length), IGNORED)
+    on: dict[str, Any] = {"generator": generator, "device": generator.device}
+    keys = 1 + torch.rand(count, half - 1, **on).topk(pairs).indices
+    values = half + torch.rand(count, vocab - half, **on).topk(pairs).indices
+    tokens = torch.randint(vocab, (count, length), **on)
+    labels = torch.full((count, length), IGNORED, device=generator.device)
     tokens[:, 0:context:2], tokens[:, 1:context:2] = keys, values
-    gaps = torch.arange(1, (length - context) // 2 + 1)
+    gaps = torch.arange(1, (length - context) // 2 + 1, device=generator.device)
     weights = gaps.double() ** (ALPHA - 1)
     places = context + 2 * torch.multinomial(weights.expand(count, -1), pairs, generator=generator)
     tokens.scatter_(1, places, keys)
