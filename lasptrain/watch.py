@@ -64,8 +64,8 @@ class Watch(threading.Thread):
     """Looks after the ranks whose pulses are in `folder` until it is told to `end`.
 
     Of ranks that wait for each other none goes on: hung is the one that is stopped, else the one that has done least.
-    `tell(rank, HUNG, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed. Ranks that
-    are there `LOST` seconds after another one has died are killed after `tell(rank, BEREFT, message)`.
+    `tell(rank, HUNG, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed.
+    Ranks that are there `LOST` seconds after another one has died are killed after `tell(rank, BEREFT, message)`.
     """
 
     def __init__(self, folder: Path, tell: Callable[[int, str, str], None]) -> None:
