@@ -10,7 +10,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,15 +67,18 @@ class Disk:
 
             return call
 
-        calls = {"mkdir": changing(os.mkdir), "rename": changing(os.rename), "fsync": sync}
+        calls: dict[str, Callable[..., Any]] = {"mkdir": changing(os.mkdir), "rename": changing(os.rename), "fsync": sync}
         calls |= {name: changing(getattr(os, name), gone=True) for name in ("unlink", "rmdir")}
-        with mock.patch.multiple(os, **calls):
+        with ExitStack() as stack:
+            for name, call in calls.items():
+                stack.enter_context(mock.patch.object(os, name, call))
             yield
 
     def after(self, choose: Choice) -> Tree:
         """The folder as a reader finds it, where `choose` says what is left of each file and of each name."""
         self._look(self._root)
-        return self._tree(self._number[self._root.stat().st_ino], choose)
+        tree: Tree = self._tree(self._number[self._root.stat().st_ino], choose)
+        return tree
 
     def _look(self, path: Path) -> None:
         """Learn what is there now."""

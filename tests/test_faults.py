@@ -18,8 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data_tools import windows
+from data_tools.tokenizer import load_tokenizer
 from lasptrain import checkpoint, stop, stream, train
 from lasptrain import recipe as recipes
+from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, ResourceError, Stopped
 from lasptrain.guard import ENOUGH, Guard
 from lasptrain.metrics import read_metrics
@@ -150,14 +153,17 @@ def test_what_the_guard_says() -> None:
 
 
 @contextmanager
-def poisoned(*steps: int) -> Iterator[None]:
-    """Within, the loss of these updates (0 is the first) is no number."""
+def poisoned(steps: tuple[int, ...], loss: float, norm: float) -> Iterator[list[str]]:
+    """Within, loss and gradient norm of these updates (0 is the first) are multiplied; yields what those read."""
     one_step, accumulate = train.one_step, train.accumulate
-    now = [-1]
+    now, read = [-1], list[str]()
 
     def poisoning(job: train.Job, micro_batches: Any) -> Any:
-        loss, norm = accumulate(job, micro_batches)
-        return (loss * float("nan") if now[0] in steps else loss), norm
+        found = accumulate(job, micro_batches)
+        if now[0] not in steps:
+            return found
+        read.extend(bytes_of(row) for m in micro_batches for row in torch.cat([piece.tokens for piece in m], 1))
+        return found[0] * loss, found[1] * norm
 
     def stepping(job: train.Job, step: int) -> Any:
         now[0] = step
@@ -165,42 +171,75 @@ def poisoned(*steps: int) -> Iterator[None]:
 
     train.one_step, train.accumulate = stepping, poisoning
     try:
-        yield
+        yield read
     finally:
         train.one_step, train.accumulate = one_step, accumulate
 
 
-def trained(file: Path, run: Path, *overrides: str, bad: tuple[int, ...] = ()) -> list[float | None]:
+def bytes_of(tokens: torch.Tensor) -> str:
+    return load_tokenizer("bytes").decode(tokens.tolist())
+
+
+def trained(
+    file: Path, run: Path, *overrides: str, bad: tuple[int, ...] = (), loss: float = float("nan"), norm: float = 1.0
+) -> list[float | None]:
     """The losses of a run, with what its folder held before."""
     run.mkdir(exist_ok=True)
-    with poisoned(*bad):
-        train.train(recipes.load(file, ["model.vocab=320", *overrides]), run)
+    whole = ("model.vocab=320", "train.micro_batch=4", "train.segment=64", "eval.every=0")
+    with poisoned(bad, loss, norm) as read:
+        train.train(recipes.load(file, [*whole, *overrides]), run)
+    if read:
+        (run / "read").write_text(json.dumps(read))
     return [record["loss"] for record in read_metrics(run)]
+
+
+def weights(run: Path, step: int) -> str:
+    """The digest of a step's tensors."""
+    manifest = json.loads((run / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
+    return str(manifest["files"]["__0_0.distcp"]["sha256"])
 
 
 def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, recipe: Path, tmp_path: Path) -> None:
     skip = trained(recipe, tmp_path / "skip", "guard.nonfinite=skip", "train.steps=9", bad=(4,))
     assert skip[4] is None and None not in skip[:4] + skip[5:]
     (record,) = read_metrics(tmp_path / "skip", "skip")
-    assert record["step"] == 5 and len(record["windows"]) == 4
+    assert record["step"] == 5
+    dataset = open_dataset(recipes.load(recipe).data).folder
+    shown = [windows.show_window(dataset, "bytes", 64, 0, 0, "train", at=place) for place in record["windows"]]
+    texts = ["".join(text for _, _, text in one.documents) for one in shown]
+    assert texts == json.loads((tmp_path / "skip" / "read").read_text()) and len(texts) == 4
 
     with pytest.raises(NumericalError, match=r"step 5: loss nan.*windows of step 5 start at tokens"):
         trained(recipe, tmp_path / "stop", "train.steps=9", bad=(4,))
     assert checkpoint.committed(tmp_path / "stop")[0] == 4
     assert trained(recipe, tmp_path / "stop", "train.steps=9")[:4] == skip[:4]
 
+    # Back to step 3 after step 7 is what leaves out steps 4 to 7: from then on the same windows, weights and losses.
     rolled = ("guard.nonfinite=rollback", "guard.back=2", "train.steps=9")
     back = trained(recipe, tmp_path / "back", *rolled, bad=(6,))
-    assert back[:4] == skip[:4] and back[6] is None
+    without = ("guard.nonfinite=skip", "guard.limit=4", "train.steps=9")
+    want = trained(recipe, tmp_path / "without", *without, bad=(3, 4, 5, 6))
+    assert back[:3] == want[:3] == skip[:3] and back[3:6] != want[3:6]
+    assert back[6:] == want[6:] and back[6] is None and None not in back[7:]
+    assert weights(tmp_path / "back", 9) == weights(tmp_path / "without", 9) != weights(tmp_path / "skip", 9)
     (record,) = read_metrics(tmp_path / "back", "rollback")
     assert record["step"] == 7
-    # Its weights after step 7 are those after step 3: the first steps alone, then on with the data of step 8.
-    shown = [tmp_path / "back" / "checkpoints" / f"step-{step}" / "__0_0.distcp" for step in (9,)]
-    assert shown[0].exists()
-    assert back[7] is not None and back[7] > min(loss for loss in back[3:6] if loss is not None)
 
     with pytest.raises(NumericalError, match="rollback found no checkpoint of step 1 or before"):
         trained(recipe, tmp_path / "young", *rolled, bad=(2,))
+
+
+def test_a_spike_is_told_or_left_out(group: None, recipe: Path, tmp_path: Path) -> None:
+    """Also where the run was interrupted between the norms that a spike is measured by and the spike."""
+    wanted = trained(recipe, tmp_path / "wanted", "guard.nonfinite=skip", "train.steps=19", bad=(17,))
+    for policy, twice in (("warn", False), ("skip", True)):
+        run, spike = tmp_path / policy, {"bad": (17,), "loss": 1.0, "norm": 100.0}
+        if twice:
+            trained(recipe, run, f"guard.spike={policy}", "train.steps=17")
+        found = trained(recipe, run, f"guard.spike={policy}", "train.steps=19", **spike)  # type: ignore[arg-type]
+        (record,) = read_metrics(run, policy)
+        assert record["step"] == 18 and "times the usual" in record["reason"]
+        assert found[:17] == wanted[:17] and (found[18] == wanted[18]) is (policy == "skip")
 
 
 # Saving beside training
