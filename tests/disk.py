@@ -67,7 +67,11 @@ class Disk:
 
             return call
 
-        calls: dict[str, Callable[..., Any]] = {"mkdir": changing(os.mkdir), "rename": changing(os.rename), "fsync": sync}
+        calls: dict[str, Callable[..., Any]] = {
+            "mkdir": changing(os.mkdir),
+            "rename": changing(os.rename),
+            "fsync": sync,
+        }
         calls |= {name: changing(getattr(os, name), gone=True) for name in ("unlink", "rmdir")}
         with ExitStack() as stack:
             for name, call in calls.items():

@@ -78,8 +78,8 @@ def at_call(owner: Any, name: str, number: int, act: Callable[[], object]) -> It
 
 STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
     # Where the signal comes: before call n of a function; the step that must be saved by it.
-    ("forward without gradients", stream, "_forward_states", 10, 2),
-    ("backward", torch.autograd, "backward", 20, 4),
+    ("forward without gradients", stream, "_forward_states", 5, 2),
+    ("backward", torch.autograd, "backward", 10, 4),
     ("evaluation", train, "validate", 1, 8),
     ("update", train, "set_learning_rate", 2, 10),
     ("saving", checkpoint, "_commit", 1, 12),
@@ -89,7 +89,7 @@ STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
 def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: str) -> list[tuple[str, str, int]]:
     """Train; one rank alone gets a signal at each place in turn. What was raised, and the newest step on disk."""
     stop.listen()
-    recipe = recipes.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320"])
+    recipe = recipes.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320", "train.batch=2"])
     ended = []
     for place, owner, name, number, _ in STOPS:
         stop._noted = 0
@@ -120,6 +120,23 @@ def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Pa
         assert step == saved or (place == "saving" and step == 13), place
     assert losses(tmp_path / kind) == losses(tmp_path / f"{kind}-undisturbed")
     assert len(losses(tmp_path / kind)) == 14
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
+def test_a_signal_while_the_first_step_is_compiled(
+    group: None, signals: None, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo import convert_frame
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    stop.listen()
+    compiled = recipes.load(recipe, ["model.vocab=320", "model.layers=1", "train.compile=true"])
+    with (
+        at_call(convert_frame, "_compile", 1, partial(os.kill, os.getpid(), signal.SIGTERM)),
+        pytest.raises(Stopped, match="the newest step is saved") as stopped,
+    ):
+        train.train(compiled, tmp_path)
+    assert stopped.value.code == 75 and checkpoint.committed(tmp_path) == [0]
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lasptrain import run as runs
-from lasptrain.errors import CheckpointError, NumericalError, SetupError
-from lasptrain.launch import Failure, cause, failure_of, first_host
+from lasptrain.errors import CheckpointError, NumericalError, SetupError, Stopped
+from lasptrain.launch import Failure, cause, failure_of, first_host, launch, resolve
 from lasptrain.recipe import Recipe, dump, load
 from tests.gloo import CONTEXT
 
@@ -220,6 +221,32 @@ def test_a_signal_to_the_launcher_ends_all(folder: Path, start: Start, number: i
     if code > 0:
         assert (status(folder)["state"], status(folder)["code"]) == ("stopped", code)
     assert len(list(folder.glob("runs/tiny/saving-*"))) == (2 if number == signal.SIGUSR1 else 0)
+
+
+def test_a_signal_while_data_is_prepared_ends_at_once(
+    folder: Path, signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    stages: list[str] = []
+
+    @contextmanager
+    def preparing() -> Iterator[Callable[[str, int, int], None]]:
+        def progress(stage: str, done: int, total: int) -> None:
+            stages.append(stage)
+            if stage == "write":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        yield progress
+
+    monkeypatch.setattr("lasptrain.launch.preparing", preparing)
+    with pytest.raises(Stopped, match="stopped by SIGTERM; training had not begun") as stopped:
+        launch(load("tiny.yaml"), nproc=1)
+    assert stopped.value.code == 75 and stages == ["encode", "write"]
+    assert not list((folder / "cache").rglob("dataset.json")) and not (folder / "runs").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert resolve(load("tiny.yaml"), 1).model.vocab == 320
+    assert len(list((folder / "cache").rglob("dataset.json"))) == 1
 
 
 def test_a_second_signal_leaves_at_once(folder: Path, start: Start) -> None:
