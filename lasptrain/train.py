@@ -104,7 +104,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
         for step in range(start, steps):
             chosen = speaks and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
-                values = one_step(job, step)
+                values = one_step(job, step) | {"checkpoint_stall": saver.stall()}
             done = step + 1
             job = replace(job, tick=partial(tick, recipe.launch.hang))
             metrics.log(done, **values)

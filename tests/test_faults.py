@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from typer.testing import CliRunner
 
 from data_tools import windows
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import checkpoint, stop, stream, train
+from lasptrain import checkpoint, cli, stop, stream, train
 from lasptrain import recipe as recipes
+from lasptrain.bench import saving
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, ResourceError, Stopped
 from lasptrain.guard import ENOUGH, Guard
@@ -287,6 +290,19 @@ def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, 
         assert bool((again.weight == step - 1).all())
 
 
+def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) -> None:
+    one = recipes.load(recipe, ["model.vocab=320", "train.micro_batch=4", "train.segment=64"])
+    device, size, _, rows = saving._rank(one, tmp_path / "bench", 2)
+    assert checkpoint.committed(tmp_path / "bench")[1] == saving.WARM + saving.QUIET
+    assert all(0 < stall < written for stall, written, _ in rows) and len(rows) == 2
+    console = Console(width=120, record=True)
+    console.print(saving.report(saving.Results(device, 1, size, 2.0, 50, [saving.Save(0.5, 3.0, 1.5)])))
+    assert "0.50%" in (text := console.export_text()) and "2.00%" in text and f"{size:,} bytes" in text
+    trained(recipe, tmp_path / "run", "train.steps=7")
+    stalls = {record["step"]: record["checkpoint_stall"] for record in read_metrics(tmp_path / "run")}
+    assert {step for step, stall in stalls.items() if stall > 0} == {4, 7}
+
+
 def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(patience=1), None)
@@ -309,10 +325,8 @@ def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_p
 
 
 def ckpt(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "lasptrain", "ckpt", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    return done.returncode, done.stdout + done.stderr
+    done = CliRunner().invoke(cli.app, ["ckpt", *arguments])
+    return getattr(done.exception, "code", done.exit_code), done.output
 
 
 def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path) -> None:
