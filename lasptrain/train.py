@@ -27,6 +27,7 @@ from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, Value, mfu, peak_rate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasptrain.pace import Pace
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
@@ -100,6 +101,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
     recipe, done, validation = job.recipe, start, None
     steps = recipe.train.steps
     speaks = job.mesh.flat.get_rank() == 0
+    pace = Pace(job.device)
     try:
         for step in range(start, steps):
             chosen = speaks and step + 1 in recipe.train.profile
@@ -107,6 +109,10 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
                 values = one_step(job, step) | {"checkpoint_stall": saver.stall()}
             done = step + 1
             job = replace(job, tick=partial(tick, recipe.launch.hang))
+            slowest = pace.look(float(values["data_wait"] or 0), float(values["step_time"] or 0))
+            if slowest is not None:
+                values |= {"slowest_rank": slowest.rank, "slowest_ratio": slowest.ratio}
+                metrics.straggler(done, pace.straggler(slowest))
             metrics.log(done, **values)
             if job.guard.verdict != "take":
                 left_out(job, run, done, values, saver, metrics)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,9 +25,10 @@ from typer.testing import CliRunner
 
 from data_tools import windows
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import checkpoint, cli, stop, stream, train
+from lasptrain import checkpoint, cli, pace, stop, stream, train
 from lasptrain import recipe as recipes
 from lasptrain.bench import saving
+from lasptrain.data.loader import SliceLoader
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, ResourceError, Stopped
 from lasptrain.guard import ENOUGH, Guard
@@ -260,6 +264,51 @@ def test_a_spike_is_told_or_left_out(group: None, recipe: Path, tmp_path: Path) 
         (record,) = read_metrics(run, policy)
         assert record["step"] == 18 and "times the usual" in record["reason"]
         assert found[:17] == wanted[:17] and (found[18] == wanted[18]) is (policy == "skip")
+
+
+# Stragglers
+
+
+def test_the_slowest_is_measured_by_the_median() -> None:
+    even = [(1.0, 0.2)] * 4
+    assert pace.slowest([*even, (1.1, 0.2)])[:2] == (4, 1.1)
+    assert pace.slowest([(3.0, 0.0), (1.0, 0.0)])[:2] == (0, 3.0)
+    rank, ratio, why = pace.slowest([*even, (1.0, 0.6), (1.0, 0.2)])
+    assert rank == 4 and ratio == pytest.approx(2.0) and why == "it waits for data in 60% of the time"
+    assert pace.slowest([(1.0, 0.9)] * 3).ratio == 1
+
+
+SLOW = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.1)}  # before which rank 1 sleeps, seconds
+
+
+def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
+    """Train while rank 1 reads slowly, then while it computes slowly."""
+    pace.PERIOD = 0
+    small = ["model.vocab=320", "train.micro_batch=2", "train.segment=64", "train.steps=3", "eval.every=0"]
+    recipe = recipes.load(file, small)
+    for name, (owner, function, seconds) in SLOW.items():
+        fast = getattr(owner, function)
+
+        def slow(*args: Any, fast: Any = fast, seconds: float = seconds, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return fast(*args, **kwargs)
+
+        setattr(owner, function, slow if rank == 1 else fast)
+        train.train(recipe, folder / name)
+        setattr(owner, function, fast)
+
+
+def test_a_slow_rank_is_named(recipe: Path, tmp_path: Path) -> None:
+    for name in SLOW:
+        (tmp_path / name).mkdir()
+    spawn(2, slowed, recipe, tmp_path)
+    for name, why in (("data", "it waits for data in"), ("work", "matrix products take")):
+        (told,) = read_metrics(tmp_path / name, "straggler")
+        assert re.match(rf"rank 1 on {socket.gethostname()} slows a step down \S+ times: {why}", told["what"])
+        assert json.loads((tmp_path / name / "status.json").read_text())["straggler"] == told["what"]
+        assert all(
+            record["slowest_rank"] == 1 and record["slowest_ratio"] > 1.5 for record in read_metrics(tmp_path / name)
+        )
 
 
 # Saving beside training

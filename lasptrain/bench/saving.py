@@ -1,4 +1,4 @@
-"""`lasptrain bench saving`: how long training stands still, and how much slower it is, while checkpoints are written."""
+"""`lasptrain bench saving`: how long training stands still, and how much slower it is, while checkpoints are saved."""
 
 from __future__ import annotations
 
