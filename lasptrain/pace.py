@@ -16,7 +16,7 @@ import torch
 from lasptrain.parallel import mesh
 
 PERIOD = 20.0  # seconds of training between looks
-BETWEEN = 1.0  # seconds between pieces of work
+BETWEEN = 4.0  # seconds between pieces of work
 LATE = 1.5  # times as slow as the median is a straggler
 LOOKS = 2  # in a row at which a rank has to be one before it is told
 
@@ -81,9 +81,9 @@ def slowest(rows: list[tuple[float, float]]) -> Slowest:
 
 
 def work(device: torch.device) -> float:
-    """Seconds of a few matrix products: about 2 ms of a GPU of 2024, and as much of a core."""
+    """Seconds of matrix products: some 2 ms of a GPU, 40 ms of a core, which other processes may interrupt."""
     cuda = device.type == "cuda"
-    size, times = (4096, 10) if cuda else (256, 4)
+    size, times = (4096, 10) if cuda else (256, 64)
     x = torch.ones(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     out = torch.empty_like(x)
     if cuda:

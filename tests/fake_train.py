@@ -56,6 +56,16 @@ def deaf(recipe: Recipe, run: Path) -> None:
     time.sleep(600)
 
 
+def die_in_nccl(recipe: Recipe, run: Path) -> None:
+    """As `die`, on GPUs: the others wait in a kernel for a rank that is gone."""
+    x = torch.ones(1, device="cuda")
+    dist.all_reduce(x)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        die(recipe, run)
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
+
+
 def die_once(recipe: Recipe, run: Path) -> None:
     """As `die` the first time, as `agree` the second time."""
     if not (run / "died").exists():

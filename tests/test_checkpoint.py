@@ -37,6 +37,7 @@ from lasptrain.recipe import Checkpoint, Optim
 from tests.disk import Disk, build, dark, killed, mixed
 from tests.gloo import CONTEXT, spawn
 
+Record = Callable[[str, object], None]  # of pytest, see conftest.py
 SAVED = ("fsdp", "zero1")  # kinds that runs are saved under
 META = {"recipe": {"name": "small", "optim": {"lr": 0.01}}, "windows": 4}
 
@@ -201,6 +202,7 @@ def _refuse(*_: Any) -> Any:
     raise CheckpointError("refused")
 
 
+@pytest.mark.fault("a disk that refuses to write")
 def test_saved_on_four_loads_on_two_on_one_and_replicated(tmp_path: Path) -> None:
     run = tmp_path / "run"
     states = dict(zip(SAVED, spawn(4, _save_on_four, run)[0], strict=True))
@@ -306,7 +308,10 @@ def _swap(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_flip, _shorten, _lengthen, _swap, Path.unlink])
-def test_damage_is_named_and_the_older_step_taken(run: Path, damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.fault("a damaged file of a checkpoint")
+def test_damage_is_named_and_the_older_step_taken(
+    run: Path, damage: Damage, caplog: pytest.LogCaptureFixture, record_property: Record
+) -> None:
     states = _save_steps(run, [2, 4])
     folder = run / "checkpoints" / "step-4"
     intact = run / "intact"
@@ -329,8 +334,10 @@ def test_damage_is_named_and_the_older_step_taken(run: Path, damage: Damage, cap
         shutil.rmtree(folder)
         shutil.copytree(intact, folder)
     assert _load_state(run) is not None
+    record_property("times", len(files) - (damage is _swap))
 
 
+@pytest.mark.fault("a damaged file of a checkpoint", times=2)
 def test_nothing_intact_is_an_error(run: Path) -> None:
     _save_steps(run, [2, 4])
     for step in (2, 4):
@@ -340,6 +347,7 @@ def test_nothing_intact_is_an_error(run: Path) -> None:
     assert caught.value.code == 4
 
 
+@pytest.mark.fault("a damaged file of a checkpoint")
 def test_a_given_up_timeline_is_set_aside(run: Path) -> None:
     """Training went on from step 2 because 6 was damaged: neither keep=1 nor a later load may trust the old 6."""
     _save_steps(run, [2, 6])
@@ -372,6 +380,7 @@ class _Payload:
         return self.function, self.args
 
 
+@pytest.mark.fault("a hostile checkpoint")
 @pytest.mark.parametrize("function", [os.mkdir, eval, getattr, torch.hub.load])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_hostile_table_is_refused(run: Path, function: Callable[..., Any], protocol: int) -> None:
@@ -387,6 +396,7 @@ def test_hostile_table_is_refused(run: Path, function: Callable[..., Any], proto
     assert not proof.exists()
 
 
+@pytest.mark.fault("a hostile checkpoint")
 def test_table_pointing_outside_is_refused(run: Path) -> None:
     _save_steps(run, [2])
     folder = run / "checkpoints" / "step-2"
@@ -399,6 +409,7 @@ def test_table_pointing_outside_is_refused(run: Path) -> None:
         _load_state(run)
 
 
+@pytest.mark.fault("a hostile checkpoint")
 def test_hostile_tensor_file_is_refused(run: Path) -> None:
     """Each tensor in a data file is a torch.save archive, whose pickle must not run either."""
     _save_steps(run, [2])
@@ -417,6 +428,7 @@ def test_hostile_tensor_file_is_refused(run: Path) -> None:
     assert not proof.exists()
 
 
+@pytest.mark.fault("a hostile checkpoint", times=2)
 def test_manifest_names_must_be_plain_and_format_known(run: Path) -> None:
     _save_steps(run, [2])
     folder = run / "checkpoints" / "step-2"
@@ -467,7 +479,10 @@ class _Killed(BaseException):
     """Stands for the end of the process: nothing handles it."""
 
 
-def test_a_save_that_dies_in_any_call_hurts_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("an end before a call that changes the disk, while saving")
+def test_a_save_that_dies_in_any_call_hurts_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
     """Die before the n-th call that changes what is on disk, for every n, while step 4 replaces step 2."""
     states = _save_steps(run, [2])
     outcomes = []
@@ -506,6 +521,7 @@ def test_a_save_that_dies_in_any_call_hurts_nothing(run: Path, monkeypatch: pyte
             break
     assert outcomes[-1] == "saved"
     assert len(outcomes) > 10
+    record_property("times", outcomes.count("died"))
 
 
 def _survived(run: Path, unsynced: Callable[[Path], bool] = lambda path: False) -> tuple[int, bool]:
@@ -540,10 +556,12 @@ def _survived(run: Path, unsynced: Callable[[Path], bool] = lambda path: False) 
     return len(seen), good
 
 
-def test_no_power_cut_loses_what_was_acknowledged(group: None, tmp_path: Path) -> None:
+@pytest.mark.fault("a kill or a power cut after such a call")
+def test_no_power_cut_loses_what_was_acknowledged(group: None, tmp_path: Path, record_property: Record) -> None:
     """At every call that changes the disk. Without one kind of fsync it would be lost, so this test can fail."""
     states, good = _survived(tmp_path / "run")
     assert good and states > 80
+    record_property("times", states)
     assert not _survived(tmp_path / "without-files", Path.is_file)[1]
     assert not _survived(tmp_path / "without-step", lambda path: path.name.startswith(".step"))[1]
     assert not _survived(tmp_path / "without-checkpoints", lambda path: path.name == "checkpoints")[1]
@@ -629,6 +647,7 @@ def _kill_trials(folder: Path, trials: int) -> None:
     assert caught >= trials // 4, f"only {caught} of {trials} were killed while saving"
 
 
+@pytest.mark.fault("kill -9 of a rank or two at a random time, while saving", times=25)
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     process = CONTEXT.Process(target=_kill_trials, args=(tmp_path, TRIALS + 1), daemon=True)
     process.start()

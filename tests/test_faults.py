@@ -116,6 +116,7 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
     return ended
 
 
+@pytest.mark.fault("a signal, wherever a run is", times=5)
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
 def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Path, tmp_path: Path, kind: str) -> None:
     for run in (kind, f"{kind}-undisturbed"):
@@ -130,6 +131,7 @@ def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Pa
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
+@pytest.mark.fault("a signal, wherever a run is")
 def test_a_signal_while_the_first_step_is_compiled(
     group: None, signals: None, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_signal_while_the_first_step_is_compiled(
     assert stopped.value.code == 75 and checkpoint.committed(tmp_path) == [0]
 
 
+@pytest.mark.fault("kill -9 or a signal at a random time of a whole run", times=4)
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path) -> None:
     """The short form of tests/soak.py, in a process of its own: it forks."""
     script = "from pathlib import Path; import sys; from tests.soak import soak; soak(Path(sys.argv[1]), 4)"
@@ -223,6 +226,7 @@ def weights(run: Path, step: int) -> str:
     return str(manifest["files"]["__0_0.distcp"]["sha256"])
 
 
+@pytest.mark.fault("a loss that is no number, or a spike", times=4)
 def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, recipe: Path, tmp_path: Path) -> None:
     skip = trained(recipe, tmp_path / "skip", "guard.nonfinite=skip", "train.steps=9", bad=(4,))
     assert skip[4] is None and None not in skip[:4] + skip[5:]
@@ -253,6 +257,7 @@ def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, 
         trained(recipe, tmp_path / "young", *rolled, bad=(2,))
 
 
+@pytest.mark.fault("a loss that is no number, or a spike", times=2)
 def test_a_spike_is_told_or_left_out(group: None, recipe: Path, tmp_path: Path) -> None:
     """Also where the run was interrupted between the norms that a spike is measured by and the spike."""
     wanted = trained(recipe, tmp_path / "wanted", "guard.nonfinite=skip", "train.steps=19", bad=(17,))
@@ -278,7 +283,7 @@ def test_the_slowest_is_measured_by_the_median() -> None:
     assert pace.slowest([(1.0, 0.9)] * 3).ratio == 1
 
 
-SLOW = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.1)}  # before which rank 1 sleeps, seconds
+SLOW = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.01)}  # before which rank 1 sleeps, seconds
 
 
 def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
@@ -298,6 +303,7 @@ def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
         setattr(owner, function, fast)
 
 
+@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed", times=2)
 def test_a_slow_rank_is_named(recipe: Path, tmp_path: Path) -> None:
     for name in SLOW:
         (tmp_path / name).mkdir()
@@ -352,6 +358,7 @@ def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) ->
     assert {step for step, stall in stalls.items() if stall > 0} == {4, 7}
 
 
+@pytest.mark.fault("a disk that refuses to write", times=2)
 def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(patience=1), None)
@@ -378,6 +385,7 @@ def ckpt(*arguments: str) -> tuple[int, str]:
     return getattr(done.exception, "code", done.exit_code), done.output
 
 
+@pytest.mark.fault("a damaged file of a checkpoint")
 def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     for step in range(1, 5):

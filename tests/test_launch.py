@@ -135,10 +135,19 @@ def test_ranks_get_the_resolved_recipe(folder: Path, start: Start) -> None:
         ("deaf", 7, "error: rank 1 was killed by SIGKILL: out of host memory?\n"),
     ],
 )
+@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_the_cause_is_told_once_with_its_code(folder: Path, start: Start, target: str, code: int, message: str) -> None:
     assert end(start(target, "tiny.yaml", "2")) == (code, message)
     if target != "refuse":
         assert since_the_fault(folder) < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_that_wait_in_nccl_are_ended(folder: Path, start: Start) -> None:
+    message = "error: rank 1 was killed by SIGKILL: out of host memory?\n"
+    assert end(start("die_in_nccl", "tiny.yaml", "2")) == (7, message)
+    assert since_the_fault(folder) < 5
 
 
 def since_the_fault(folder: Path) -> float:
@@ -148,6 +157,7 @@ def since_the_fault(folder: Path) -> float:
     return time - (folder / "runs" / "tiny" / "fault").stat().st_mtime
 
 
+@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_bug_in_a_rank_shows_one_traceback(folder: Path, start: Start) -> None:
     code, said = end(start("bug", "tiny.yaml", "1"))
     assert code == 70
@@ -204,6 +214,7 @@ def status(folder: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.fault("a signal, wherever a run is")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)])
 def test_a_signal_to_the_launcher_ends_all(folder: Path, start: Start, number: int, code: int) -> None:
     """Ranks that have nothing to save leave at once, the others (`heed`) as soon as they have saved."""
@@ -223,6 +234,7 @@ def test_a_signal_to_the_launcher_ends_all(folder: Path, start: Start, number: i
     assert len(list(folder.glob("runs/tiny/saving-*"))) == (2 if number == signal.SIGUSR1 else 0)
 
 
+@pytest.mark.fault("a signal, wherever a run is")
 def test_a_signal_while_data_is_prepared_ends_at_once(
     folder: Path, signals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +261,7 @@ def test_a_signal_while_data_is_prepared_ends_at_once(
     assert len(list((folder / "cache").rglob("dataset.json"))) == 1
 
 
+@pytest.mark.fault("a signal, wherever a run is")
 def test_a_second_signal_leaves_at_once(folder: Path, start: Start) -> None:
     (folder / "slow.yaml").write_text("name: tiny\n" + RECIPE.replace("steps: 2", "steps: 60"))
     launcher = start("heed", "slow.yaml", "2")
@@ -264,6 +277,7 @@ def test_a_second_signal_leaves_at_once(folder: Path, start: Start) -> None:
     assert status(folder)["code"] == 143
 
 
+@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_lost_rank_is_started_again_where_asked(folder: Path, start: Start) -> None:
     code, said = end(start("die_once", "tiny.yaml", "2", RESTARTS="1"))
     assert code == 0
@@ -272,6 +286,7 @@ def test_a_lost_rank_is_started_again_where_asked(folder: Path, start: Start) ->
     assert (status(folder)["state"], status(folder)["restarts"]) == ("finished", 1)
 
 
+@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_stopped_rank_is_named_and_ended(folder: Path, start: Start) -> None:
     (folder / "tiny.yaml").write_text(RECIPE.replace("timeout: 20", "timeout: 60, hang: 2"))
     code, said = end(start("pause", "tiny.yaml", "2"))
@@ -394,6 +409,7 @@ def test_the_newest_run_goes_on_and_fresh_takes_the_next(
     assert runs.choose("other", Path("runs/tiny"), fresh=True) == Path("runs") / fresh
 
 
+@pytest.mark.fault("two runs in one folder")
 def test_a_run_folder_is_held_by_one(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with (

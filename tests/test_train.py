@@ -74,6 +74,7 @@ def undisturbed(folder: Path) -> list[float]:
     return found
 
 
+@pytest.mark.fault("kill -9 or a signal at a random time of a whole run")
 def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) -> None:
     process = start(folder, "--run", "killed", "--set", "checkpoint.every=2")
     metrics = folder / "killed" / "metrics.jsonl"
@@ -110,17 +111,22 @@ MOVES = (
 
 
 def move(rank: int, world: int, file: Path, run: Path) -> None:
-    """Train to each update of MOVES in one life of the ranks."""
+    """Train on one mesh, then to each update of MOVES on another one, in one life of the ranks."""
+    train.train(recipes.load(file, ["mesh.dp=2", "mesh.sp=2", "train.segment=120"]), run.with_name("mesh"))
     for steps, kind, dp, sp, segment in MOVES:
         overrides = [f"parallel.data_parallel={kind}", f"mesh.dp={dp}", f"mesh.sp={sp}", f"train.segment={segment}"]
         overrides += [f"train.steps={steps}", "checkpoint.every=1", "optim.clip=0.05"]
         train.train(recipes.load(file, overrides), run)
 
 
-def test_every_kind_of_data_parallelism_continues_every_other(folder: Path) -> None:
-    pretrain(folder, "clipped", "--set", "optim.clip=0.05")
-    (folder / "kinds").mkdir()
+def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every_other(
+    folder: Path, group: None, undisturbed: list[float]
+) -> None:
+    for run in ("mesh", "kinds", "clipped"):
+        (folder / run).mkdir()
+    train.train(recipes.load(folder / "tiny.yaml", ["optim.clip=0.05"]), folder / "clipped")
     spawn(4, move, folder / "tiny.yaml", folder / "kinds")
+    assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)
     for key in ("loss", "grad_norm"):
         found, want = ([record[key] for record in read_metrics(folder / run)] for run in ("kinds", "clipped"))
         assert found == pytest.approx(want, rel=2e-5), key
@@ -131,11 +137,6 @@ def test_every_kind_of_data_parallelism_continues_every_other(folder: Path) -> N
             for run in ("kinds", "clipped")
         )
         assert found == pytest.approx(want, rel=2e-5)
-
-
-def test_two_by_two_is_one_device(folder: Path, undisturbed: list[float]) -> None:
-    pretrain(folder, "mesh", "--nproc", "4", "--set", "mesh.dp=2", "--set", "mesh.sp=2", "--set", "train.segment=120")
-    assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)
 
 
 def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> None:
@@ -159,13 +160,16 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
     )
 
 
+@pytest.mark.fault("a loss that is no number, or a spike")
 def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
     recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
     assert spawn(2, poisoned, recipe) == [True, True]
 
 
-def test_chosen_steps_are_profiled(folder: Path) -> None:
-    pretrain(folder, "profiled", "--set", "train.steps=2", "--set", "train.profile=[2]", "--set", "eval.every=0")
+def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
+    (folder / "profiled").mkdir()
+    chosen = ["train.steps=2", "train.profile=[2]", "eval.every=0"]
+    train.train(recipes.load(folder / "tiny.yaml", chosen), folder / "profiled")
     (trace,) = (folder / "profiled" / "profile").iterdir()
     assert trace.name == "step-2.json.gz"
     with gzip.open(trace, "rt") as file:
