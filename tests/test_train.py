@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,12 +91,12 @@ def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) 
 
 
 def test_a_run_continues_on_another_mesh(folder: Path, undisturbed: list[float]) -> None:
-    pretrain(folder, "moved", "--set", "train.steps=2")
-    pretrain(folder, "moved", "--set", "train.steps=3", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
-    sharded = ["mesh.dp=2", "mesh.sp=2", "mesh.scan=all_scan", "parallel.data_parallel=hsdp", "parallel.reduce=segment"]
-    options = [word for override in sharded for word in ("--set", override)]
-    pretrain(folder, "moved", "--set", "train.steps=4", "--set", "train.segment=120", "--nproc", "4", *options)
+    shutil.copytree(folder / "undisturbed", folder / "moved")  # as it was after step 4
+    shutil.rmtree(folder / "moved" / "checkpoints" / "step-6")
+    pretrain(folder, "moved", "--set", "train.steps=5", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
     pretrain(folder, "moved", "--nproc", "2", "--set", "mesh.dp=2", "--set", "parallel.data_parallel=ddp")
+    resumed = [line for line in (folder / "moved" / "metrics.jsonl").read_text().splitlines() if "resumed" in line]
+    assert [json.loads(line)["step"] for line in resumed] == [4, 5]
     assert losses(folder / "moved") == pytest.approx(undisturbed, rel=2e-5)
 
 
@@ -103,7 +104,7 @@ MOVES = (
     # Update, kind of data parallelism, dp, sp, tokens of a segment: every kind is written and read by another one.
     (1, "zero1", 2, 2, 120),
     (2, "zero2", 1, 4, 120),
-    (3, "hsdp", 2, 2, 240),
+    (3, "hsdp", 2, 2, 120),
     (4, "zero1", 1, 4, 80),
     (5, "zero3", 2, 2, 80),
     (6, "zero1", 4, 1, 240),
@@ -116,6 +117,7 @@ def move(rank: int, world: int, file: Path, run: Path) -> None:
     for steps, kind, dp, sp, segment in MOVES:
         overrides = [f"parallel.data_parallel={kind}", f"mesh.dp={dp}", f"mesh.sp={sp}", f"train.segment={segment}"]
         overrides += [f"train.steps={steps}", "checkpoint.every=1", "optim.clip=0.05"]
+        overrides += ["mesh.scan=all_scan", "parallel.reduce=segment"] if kind == "hsdp" else []
         train.train(recipes.load(file, overrides), run)
 
 
