@@ -19,7 +19,7 @@ from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import NumericalError, ResourceError, Stopped
+from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.eval.main import while_training
 from lasptrain.eval.validation import Validation, validate
 from lasptrain.guard import Guard
@@ -29,6 +29,7 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from lasptrain.pace import Pace
 from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel import replicas
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
@@ -121,9 +122,13 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
                 watch.beat(watch.SLOW)
                 metrics.log_eval(done, **validation.scalars(), **ask(job))
             if _due(recipe.checkpoint.every, done, steps):
+                replicas.compare(job.model, job.mesh, recipe.parallel.data_parallel, done)
                 saver.save(done, saved_with(job))
             saver.poll()
             metrics.committed(saver.newest)
+    except ReplicasError:
+        finish(saver, metrics)
+        raise
     except (Stopped, NumericalError):
         watch.beat(watch.SLOW)
         reshard(job.model)

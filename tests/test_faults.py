@@ -30,9 +30,10 @@ from lasptrain import recipe as recipes
 from lasptrain.bench import saving
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import NumericalError, ResourceError, Stopped
+from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.guard import ENOUGH, Guard
 from lasptrain.metrics import read_metrics
+from lasptrain.parallel.replicas import outvoted
 from lasptrain.recipe import Guard as Policy
 from tests.gloo import spawn
 
@@ -113,13 +114,31 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
     stop._noted = 0
     train.train(recipe, folder / kind)
     train.train(recipe, folder / f"{kind}-undisturbed")
+    if kind == "ddp":
+        flipped(rank, recipe, folder / "flipped")
     return ended
+
+
+def flipped(rank: int, recipe: recipes.Recipe, run: Path) -> None:
+    """A bit of rank 1's parameters flips in step 5; step 6 is not saved."""
+    one_step = train.one_step
+
+    def flipping(job: train.Job, step: int) -> Any:
+        values = one_step(job, step)
+        if rank == 1 and step == 4:
+            next(job.model.parameters()).detach().view(torch.int32).view(-1)[0] ^= 1
+        return values
+
+    train.one_step = flipping
+    with pytest.raises(ReplicasError, match="step 6: the parameters of rank 0, 1 differ"):
+        train.train(recipe, run)
+    train.one_step = one_step
 
 
 @pytest.mark.fault("a signal, wherever a run is", times=5)
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
 def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Path, tmp_path: Path, kind: str) -> None:
-    for run in (kind, f"{kind}-undisturbed"):
+    for run in (kind, f"{kind}-undisturbed", "flipped"):
         (tmp_path / run).mkdir()
     first, second = spawn(2, stopped_everywhere, recipe, tmp_path, kind)
     assert first == second
@@ -128,6 +147,8 @@ def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Pa
         assert step == saved or (place == "saving" and step == 13), place
     assert losses(tmp_path / kind) == losses(tmp_path / f"{kind}-undisturbed")
     assert len(losses(tmp_path / kind)) == 14
+    assert kind != "ddp" or checkpoint.committed(tmp_path / "flipped") == [3]
+    assert outvoted([(0, 5), (0, 5), (0, 4)]) == [2] and outvoted([(0, 5), (1, 4), (0, 5), (1, 3)]) == [1, 3]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
