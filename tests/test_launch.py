@@ -304,6 +304,16 @@ def test_two_launchers_on_one_machine_make_one_mesh(folder: Path, start: Start) 
     assert [(told["world"], told["dp"], told["sp"]) for told in ranks(folder)] == [(4, 2, 2)] * 4
 
 
+@pytest.mark.fault("no rendezvous, or ranks that do not belong together")
+def test_a_port_that_is_taken_is_told(start: Start) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = f"127.0.0.1:{other.getsockname()[1]}"
+        code, said = end(start("agree", "tiny.yaml", "1", "2", "0", place, "mesh.sp=2"))
+    assert code == 5 and said.startswith(f"error: --rdzv: no rendezvous at {place}: ") and said.count("\n") == 1, said
+
+
 def test_under_torchrun_it_joins(folder: Path, start: Start) -> None:
     arguments = ["--standalone", "--nproc-per-node", "2", "-m", "tests.fake_train", "agree", "tiny.yaml", "8"]
     code, said = end(start(*arguments, module="torch.distributed.run", OMP_NUM_THREADS="1"))
@@ -327,6 +337,7 @@ def test_under_slurm_it_joins(start: Start) -> None:
     assert second == (6, "error: step 3: loss nan; expected a number\n")
 
 
+@pytest.mark.fault("no rendezvous, or ranks that do not belong together")
 def test_ranks_with_different_recipes_are_refused(folder: Path, start: Start) -> None:
     (folder / "other.yaml").write_text(RECIPE.replace("1e-3", "2e-3"))
     message = "error: recipe: rank 1 has another one than rank 0; give all the same file and --set\n"

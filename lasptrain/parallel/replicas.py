@@ -28,8 +28,8 @@ def compare(model: nn.Module, layout: Mesh, kind: str, step: int) -> None:
     if layout.size > 1 and (odd := outvoted(mesh.told_by_all((same, checksum(model))))):
         ranks = ", ".join(map(str, odd))
         raise ReplicasError(
-            f"step {step}: the parameters of rank {ranks} differ from their replicas; expected the same bits: memory or "
-            "network is broken there. Not saved; the same command goes on from the newest checkpoint"
+            f"step {step}: the parameters of rank {ranks} differ from their replicas; expected the same bits: memory "
+            "or network is broken there. Not saved; the same command goes on from the newest checkpoint"
         )
 
 
