@@ -37,7 +37,9 @@ def checksum(model: nn.Module) -> int:
     """The sum of the bits of this rank's parameters, as numbers of 32 bits: no single flip leaves it as it is."""
     total = torch.zeros((), dtype=torch.int64, device=mesh.device())
     for parameter in model.parameters():
-        local = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        local = parameter.detach()
+        if isinstance(local, DTensor):
+            local = local.to_local()
         total += local.reshape(-1).view(torch.int32).sum(dtype=torch.int64)
     return int(total)
 
