@@ -122,8 +122,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
                 watch.beat(watch.SLOW)
                 metrics.log_eval(done, **validation.scalars(), **ask(job))
             if _due(recipe.checkpoint.every, done, steps):
-                replicas.compare(job.model, job.mesh, recipe.parallel.data_parallel, done)
-                saver.save(done, saved_with(job))
+                save(job, saver, done)
             saver.poll()
             metrics.committed(saver.newest)
     except ReplicasError:
@@ -134,11 +133,17 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
         reshard(job.model)
         saver.wait()
         if saver.newest != done:
-            saver.save(done, saved_with(job))
+            save(job, saver, done)
         finish(saver, metrics)
         raise
     finish(saver, metrics)
     return validation
+
+
+def save(job: Job, saver: checkpoint.Saver, step: int) -> None:
+    """Begin to save the state after `step` updates. Raises ReplicasError where ranks do not agree on it."""
+    replicas.compare(job.model, job.mesh, job.recipe.parallel.data_parallel, step)
+    saver.save(step, saved_with(job))
 
 
 def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
@@ -172,7 +177,7 @@ def left_out(
                 f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
                 f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
             )
-        saver.save(step, saved_with(job))  # or the next start would take weights that were given up
+        save(job, saver, step)  # or the next start would take weights that were given up
 
 
 def _due(every: int, step: int, steps: int) -> bool:

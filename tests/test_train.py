@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,12 @@ def pretrain(folder: Path, run: str, *arguments: str) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return output
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def losses(run: Path) -> list[float]:
@@ -142,7 +149,7 @@ def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every
 
 
 def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> None:
-    common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", "127.0.0.1:29571"]
+    common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", f"127.0.0.1:{free_port()}"]
     nodes = [start(folder, *common, "--node-rank", str(rank), GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
