@@ -43,6 +43,7 @@ from lasptrain.errors import (
     STOPPED,
     TERMINATED,
     LaspError,
+    NumericalError,
     RankLostError,
     ResourceError,
     SetupError,
@@ -384,7 +385,7 @@ def rank_process(
         conclude(run, failure)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (0, STOPPED, INTERRUPTED):
+    if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may have more to do
         watch.leave()
     os._exit(code)  # an interpreter that takes down a group which others still hold may abort
 
