@@ -138,15 +138,23 @@ class Saver:
         self._pending: tuple[int, Future[None]] | None = None
         self._stage = StateDictStager(pin_memory=torch.cuda.is_available(), share_memory=False)
         self._failed = 0
+        self._stall = 0.0
 
     def save(self, step: int, meta: Json) -> None:
         """Begin to save `step` and return once its state may change. Raises ResourceError as `wait` does."""
+        began = time.perf_counter()
         self.wait()
         tensors = self._stage.stage(_present(_tensors(self._model, self._optimizer)))
         cfg = self._cfg
         meta = json.loads(json.dumps(meta))  # may change too
         future = self._thread.submit(_save, self._run, step, tensors, meta, cfg.keep, cfg.milestone, self._group)
         self._pending = step, future
+        self._stall += time.perf_counter() - began
+
+    def stall(self) -> float:
+        """Seconds for which `save` has held up training since this was asked last."""
+        stall, self._stall = self._stall, 0.0
+        return stall
 
     def wait(self, *, last: bool = False) -> None:
         """Let the save that is under way end. ResourceError where too many failed, or the `last` one did."""

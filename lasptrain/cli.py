@@ -31,6 +31,7 @@ bench_app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, 
 app.add_typer(data_app, name="data")
 eval_commands.register(app)
 app.add_typer(bench_app, name="bench")
+bench_app.command("saving")(cli_checkpoint.bench_saving)
 app.add_typer(cli_checkpoint.app, name="ckpt")
 app.command()(convert)
 data_app.add_typer(tokenizer_app, name="tokenizer")

@@ -1,11 +1,13 @@
-"""`lasptrain ckpt`: the checkpoints of a run, listed, verified, pruned. None of it needs a GPU or other ranks."""
+"""`lasptrain ckpt`: the checkpoints of a run, listed, verified, pruned, by one process. `lasptrain bench saving`."""
 
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lasptrain import recipe as recipes
 from lasptrain import run as runs
 from lasptrain.errors import CheckpointError
 
@@ -46,6 +48,25 @@ def prune(
             checkpoint.delete(run, doomed)
     verb = "deleted" if really else "would delete"
     typer.echo(f"{verb} {', '.join(f'step-{step}' for step in doomed) or 'nothing'}")
+
+
+def bench_saving(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="What is trained and saved.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    saves: Annotated[int, typer.Option(min=1, help="Checkpoints to write.")] = 3,
+    folder: Annotated[Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: here.")] = None,
+) -> None:
+    """Train while checkpoints are written: for how long it stands still, and how much slower its steps are."""
+    import torch
+    from rich.console import Console
+
+    from lasptrain.bench import saving
+
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
+        loaded = recipes.load(recipe, overrides or [])
+        found = saving.measure(loaded, Path(run), nproc or torch.cuda.device_count() or 1, saves)
+    Console().print(saving.report(found))
 
 
 def _existing(run: Path) -> Path:

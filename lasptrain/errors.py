@@ -48,6 +48,10 @@ class NumericalError(LaspError):
     code: ClassVar[int] = 6
 
 
+class ReplicasError(NumericalError):
+    """Ranks that should hold the same parameters do not: what they hold is not to be saved."""
+
+
 class RankLostError(LaspError):
     """Another rank died or stopped answering; never the cause, only the consequence."""
 

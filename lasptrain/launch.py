@@ -43,6 +43,7 @@ from lasptrain.errors import (
     STOPPED,
     TERMINATED,
     LaspError,
+    NumericalError,
     RankLostError,
     ResourceError,
     SetupError,
@@ -54,7 +55,6 @@ from lasptrain.progress import preparing
 from lasptrain.recipe import Recipe
 
 TRAIN = "lasptrain.train:train"
-HUNG = "hung"
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -212,7 +212,7 @@ def _agent(
     here = sys.path[0] in ("", str(Path.cwd()))
     entry = ["-m", "lasptrain.rank"] if here else ["-P", "-m", "lasptrain.rank"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
-    watching = watch.Watch(folder, partial(_record_hung, records))
+    watching = watch.Watch(folder, partial(_record_ended, records))
     watching.start()
     try:
         elastic_launch(_config(folder, nproc, nodes, grace), sys.executable)("-u", *entry, *arguments)
@@ -238,9 +238,11 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _record_hung(records: Path, rank: int, what: str) -> None:
-    name = f"rank {rank} on {socket.gethostname()}"
-    _record(records, Failure(rank, RankLostError.code, HUNG, f"{name} {what}", time.time()))
+def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:
+    """Leaves the word that a rank which the watch ends cannot leave."""
+    if not (records / f"{rank}.json").exists():
+        name = f"rank {rank} on {socket.gethostname()}"
+        _record(records, Failure(rank, RankLostError.code, kind, f"{name} {what}", time.time()))
 
 
 def _stopped_by(stopped: Stopped, began: bool, records: Path) -> Failure:
@@ -314,7 +316,7 @@ def cause(codes: dict[int, int], records: Path) -> Failure:
     own = [f for f in found if f.code != RankLostError.code and f.kind != Stopped.__name__]
     if own:
         return own[0]
-    if hung := [failure for failure in found if failure.kind == HUNG]:
+    if hung := [failure for failure in found if failure.kind == watch.HUNG]:
         return hung[0]
     recorded = {failure.rank for failure in found}
     silent = {rank: code for rank, code in codes.items() if rank not in recorded}
@@ -383,6 +385,8 @@ def rank_process(
         conclude(run, failure)
     sys.stdout.flush()
     sys.stderr.flush()
+    if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may have more to do
+        watch.leave()
     os._exit(code)  # an interpreter that takes down a group which others still hold may abort
 
 

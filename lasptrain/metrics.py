@@ -81,6 +81,18 @@ class Metrics:
         self._renew()
         self._display.say(f"step {step}: {verdict}: {reason}; its windows start at tokens {windows}")
 
+    def straggler(self, step: int, what: str | None) -> None:
+        """Report which rank holds the others up after update `step`, or that none does any more."""
+        if not self._speaks or (what is None) == ("straggler" not in self._status):
+            return
+        if what is None:
+            del self._status["straggler"]
+        else:
+            self._status["straggler"] = what
+            self._write({"step": step, "event": "straggler", "what": what})
+            self._display.say(f"step {step}: {what}")
+        self._renew()
+
     def committed(self, step: int | None) -> None:
         """Report that `step` is the newest that is on disk, if there is one and it was not reported yet."""
         if not self._speaks or step is None or self._status["committed"] == step:

@@ -19,7 +19,7 @@ from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import NumericalError, ResourceError, Stopped
+from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.eval.main import while_training
 from lasptrain.eval.validation import Validation, validate
 from lasptrain.guard import Guard
@@ -27,7 +27,9 @@ from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, Value, mfu, peak_rate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasptrain.pace import Pace
 from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel import replicas
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
@@ -100,13 +102,18 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
     recipe, done, validation = job.recipe, start, None
     steps = recipe.train.steps
     speaks = job.mesh.flat.get_rank() == 0
+    pace = Pace(job.device)
     try:
         for step in range(start, steps):
             chosen = speaks and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
-                values = one_step(job, step)
+                values = one_step(job, step) | {"checkpoint_stall": saver.stall()}
             done = step + 1
             job = replace(job, tick=partial(tick, recipe.launch.hang))
+            slowest = pace.look(float(values["data_wait"] or 0), float(values["step_time"] or 0))
+            if slowest is not None:
+                values |= {"slowest_rank": slowest.rank, "slowest_ratio": slowest.ratio}
+                metrics.straggler(done, pace.straggler(slowest))
             metrics.log(done, **values)
             if job.guard.verdict != "take":
                 left_out(job, run, done, values, saver, metrics)
@@ -115,19 +122,28 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
                 watch.beat(watch.SLOW)
                 metrics.log_eval(done, **validation.scalars(), **ask(job))
             if _due(recipe.checkpoint.every, done, steps):
-                saver.save(done, saved_with(job))
+                save(job, saver, done)
             saver.poll()
             metrics.committed(saver.newest)
+    except ReplicasError:
+        finish(saver, metrics)
+        raise
     except (Stopped, NumericalError):
         watch.beat(watch.SLOW)
         reshard(job.model)
         saver.wait()
         if saver.newest != done:
-            saver.save(done, saved_with(job))
+            save(job, saver, done)
         finish(saver, metrics)
         raise
     finish(saver, metrics)
     return validation
+
+
+def save(job: Job, saver: checkpoint.Saver, step: int) -> None:
+    """Begin to save the state after `step` updates. Raises ReplicasError where ranks do not agree on it."""
+    replicas.compare(job.model, job.mesh, job.recipe.parallel.data_parallel, step)
+    saver.save(step, saved_with(job))
 
 
 def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
@@ -161,7 +177,7 @@ def left_out(
                 f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
                 f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
             )
-        saver.save(step, saved_with(job))  # or the next start would take weights that were given up
+        save(job, saver, step)  # or the next start would take weights that were given up
 
 
 def _due(every: int, step: int, steps: int) -> bool:

@@ -1,21 +1,26 @@
 """Hangs: every rank says how far it is and when it will have said more; the launcher ends a rank that does not keep it.
 
 A line in a small file per rank, on the launcher's machine: process id, how many segments it has done, and the time
-(monotonic, one clock for all processes of a machine) until which silence means nothing. No torch.
+(monotonic, one clock for all processes of a machine) until which silence means nothing. A rank that ends in order says
+that too. Where one has died the others are ended soon: what waits for it inside NCCL hears no signal. No torch.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 SLOW = 1800.0  # seconds granted to what has no segments: starting, compiling, saving
 PERIOD = 0.25  # seconds between looks
+LOST = 2.0  # seconds in which ranks notice by themselves that another one has died
+HUNG, BEREFT = "hung", "bereft"  # why a rank was ended
 PULSE = "pulse-"
 
 _file: int | None = None
@@ -41,28 +46,45 @@ def begin(folder: Path, rank: int) -> None:
 def beat(silence: float) -> None:
     """Say that this rank goes on, and will say so again within `silence` seconds."""
     global _count
+    _count += 1
+    _say(os.getpid(), time.monotonic() + silence)
+
+
+def leave() -> None:
+    """Say that this rank ends in order: what the others still do is their own affair."""
+    _say(0, math.inf)
+
+
+def _say(pid: int, until: float) -> None:
     if _file is not None:
-        _count += 1
-        os.pwrite(_file, f"{os.getpid()} {_count} {time.monotonic() + silence:.3f}".ljust(64).encode(), 0)
+        os.pwrite(_file, f"{pid} {_count} {until:.3f}".ljust(64).encode(), 0)
 
 
 class Watch(threading.Thread):
     """Looks after the ranks whose pulses are in `folder` until it is told to `end`.
 
     Of ranks that wait for each other none goes on: hung is the one that is stopped, else the one that has done least.
-    `tell(rank, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed.
+    `tell(rank, HUNG, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed.
+    Ranks that are there `LOST` seconds after another one has died are killed after `tell(rank, BEREFT, message)`.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[int, str], None]) -> None:
+    def __init__(self, folder: Path, tell: Callable[[int, str, str], None]) -> None:
         super().__init__(daemon=True, name="watch")
         self._folder, self._tell = folder, tell
         self._over = threading.Event()
 
     def run(self) -> None:
+        died = math.inf
         while not self._over.wait(PERIOD):
             pulses = self._pulses()
-            if any(time.monotonic() > pulse.until for pulse in pulses):
-                self._end_hung(pulses)
+            alive = [pulse for pulse in pulses if _state(pulse.pid) not in ("", "Z", "X")]
+            now = time.monotonic()
+            if len(alive) < len(pulses):
+                died = min(died, now)
+            elif any(now > pulse.until for pulse in alive):
+                self._end_hung(alive)
+            if now > died + LOST:
+                self._end_bereft(alive)
                 return
 
     def end(self) -> None:
@@ -71,10 +93,11 @@ class Watch(threading.Thread):
         self.join()
 
     def _pulses(self) -> list[Pulse]:
+        """Of the ranks that have begun and not left."""
         found = []
         for file in self._folder.glob(f"{PULSE}*"):
             pid, count, until = file.read_text().split() or ("0", "0", "inf")
-            if int(pid) and _state(int(pid)) not in ("", "Z", "X"):
+            if int(pid):
                 found.append(Pulse(int(file.name.removeprefix(PULSE)), int(pid), int(count), float(until)))
         return found
 
@@ -85,14 +108,22 @@ class Watch(threading.Thread):
         for pulse in hung:
             why = "it is stopped" if pulse in paused else "see its stack above"
             alone = "" if len(hung) < len(pulses) else ", as all others here"
-            self._tell(pulse.rank, f"hung after {pulse.signs} signs of life{alone}; {why}")
-        for number in (signal.SIGUSR2, signal.SIGKILL):
-            for pulse in pulses if number == signal.SIGUSR2 else hung:
-                try:
-                    os.kill(pulse.pid, number)
-                except ProcessLookupError:
-                    continue
-            time.sleep(PERIOD)
+            self._tell(pulse.rank, HUNG, f"hung after {pulse.signs} signs of life{alone}; {why}")
+        _send(signal.SIGUSR2, pulses)
+        time.sleep(PERIOD)
+        _send(signal.SIGKILL, hung)
+        time.sleep(PERIOD)
+
+    def _end_bereft(self, pulses: list[Pulse]) -> None:
+        for pulse in pulses:
+            self._tell(pulse.rank, BEREFT, "lost the other ranks and did not notice")
+        _send(signal.SIGKILL, pulses)
+
+
+def _send(number: int, pulses: list[Pulse]) -> None:
+    for pulse in pulses:
+        with suppress(ProcessLookupError):
+            os.kill(pulse.pid, number)
 
 
 def _state(pid: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lasptrain import stop, train
+from lasptrain import stop
 from lasptrain.errors import LaspError, NumericalError, Stopped
 from lasptrain.recipe import Recipe, load
 
@@ -43,8 +43,27 @@ def bug(recipe: Recipe, run: Path) -> None:
 def die(recipe: Recipe, run: Path) -> None:
     """As `refuse`, by SIGKILL."""
     if dist.get_rank() == dist.get_world_size() - 1:
+        (run / "fault").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def deaf(recipe: Recipe, run: Path) -> None:
+    """As `die`, but the others do not notice and hear no signal, as if they waited inside NCCL."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop.CODES)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        die(recipe, run)
+    time.sleep(600)
+
+
+def die_in_nccl(recipe: Recipe, run: Path) -> None:
+    """As `die`, on GPUs: the others wait in a kernel for a rank that is gone."""
+    x = torch.ones(1, device="cuda")
+    dist.all_reduce(x)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        die(recipe, run)
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
 
 
 def die_once(recipe: Recipe, run: Path) -> None:
@@ -58,15 +77,20 @@ def die_once(recipe: Recipe, run: Path) -> None:
 
 def pause(recipe: Recipe, run: Path) -> None:
     """The last rank is stopped as by SIGSTOP, in its third segment of at most `launch.hang` seconds."""
+    from lasptrain import train
+
     for segment in range(10**6):
         train.tick(recipe.launch.hang)
         if segment == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            (run / "fault").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.01)
 
 
 def heed(recipe: Recipe, run: Path) -> None:
     """Stops where training would, after a moment of saving."""
+    from lasptrain import train
+
     with stop.unsaved():
         (run / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
         try:

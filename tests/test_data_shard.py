@@ -96,6 +96,7 @@ def parts(path: Path) -> dict[str, int]:
     return {"magic": 0, "header": 20, "tokens": tokens, "starts": starts, "table": table, "footer": -40}
 
 
+@pytest.mark.fault("a damaged, exchanged or missing token shard")
 @pytest.mark.parametrize("part", ["magic", "header", "tokens", "starts", "table", "footer"])
 def test_a_flipped_bit_is_named(copy: Path, part: str) -> None:
     path = copy / "train-00000.ltok"
@@ -112,10 +113,11 @@ def read_all(folder: Path) -> torch.Tensor:
     return split.read(0, split.tokens)
 
 
-def test_every_byte_counts(tmp_path: Path) -> None:
+@pytest.mark.fault("a damaged, exchanged or missing token shard")
+def test_every_byte_counts(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """A flip of any byte stops the reader, but for the zeros between parts, which nothing reads."""
     shard = write(tmp_path / "a.ltok", 300, documents(300, [40, 40]))
-    content = shard.path.read_bytes()
+    content, flips = shard.path.read_bytes(), 0
     for at in [*range(0, PAGE, 97), *range(PAGE, len(content))]:
         changed = bytearray(content)
         changed[at] ^= 1
@@ -124,8 +126,11 @@ def test_every_byte_counts(tmp_path: Path) -> None:
         if not padding:
             with pytest.raises(DataError, match=r"shard a\.ltok"):
                 Shard(shard.path).verify()
+            flips += 1
+    record_property("times", flips)
 
 
+@pytest.mark.fault("a damaged, exchanged or missing token shard")
 @pytest.mark.parametrize("size", [0, 10, PAGE, PAGE + 100, -1])
 def test_a_truncated_shard_is_named(copy: Path, size: int) -> None:
     path = copy / "train-00000.ltok"
@@ -135,6 +140,7 @@ def test_a_truncated_shard_is_named(copy: Path, size: int) -> None:
         TokenDataset.open(copy)
 
 
+@pytest.mark.fault("a damaged, exchanged or missing token shard", times=2)
 def test_a_shard_that_shrinks_or_vanishes_while_read(copy: Path) -> None:
     split = TokenDataset.open(copy).split("train")
     path = copy / "train-00000.ltok"

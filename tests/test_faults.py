@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,12 +20,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from typer.testing import CliRunner
 
-from lasptrain import checkpoint, stop, stream, train
+from data_tools import windows
+from data_tools.tokenizer import load_tokenizer
+from lasptrain import checkpoint, cli, pace, stop, stream, train
 from lasptrain import recipe as recipes
-from lasptrain.errors import NumericalError, ResourceError, Stopped
+from lasptrain.bench import saving
+from lasptrain.data.loader import SliceLoader
+from lasptrain.data.source import open_dataset
+from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.guard import ENOUGH, Guard
 from lasptrain.metrics import read_metrics
+from lasptrain.parallel.replicas import outvoted
 from lasptrain.recipe import Guard as Policy
 from tests.gloo import spawn
 
@@ -75,8 +86,8 @@ def at_call(owner: Any, name: str, number: int, act: Callable[[], object]) -> It
 
 STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
     # Where the signal comes: before call n of a function; the step that must be saved by it.
-    ("forward without gradients", stream, "_forward_states", 10, 2),
-    ("backward", torch.autograd, "backward", 20, 4),
+    ("forward without gradients", stream, "_forward_states", 5, 2),
+    ("backward", torch.autograd, "backward", 10, 4),
     ("evaluation", train, "validate", 1, 8),
     ("update", train, "set_learning_rate", 2, 10),
     ("saving", checkpoint, "_commit", 1, 12),
@@ -86,7 +97,7 @@ STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
 def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: str) -> list[tuple[str, str, int]]:
     """Train; one rank alone gets a signal at each place in turn. What was raised, and the newest step on disk."""
     stop.listen()
-    recipe = recipes.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320"])
+    recipe = recipes.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320", "train.batch=2"])
     ended = []
     for place, owner, name, number, _ in STOPS:
         stop._noted = 0
@@ -103,12 +114,31 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
     stop._noted = 0
     train.train(recipe, folder / kind)
     train.train(recipe, folder / f"{kind}-undisturbed")
+    if kind == "ddp":
+        flipped(rank, recipe, folder / "flipped")
     return ended
 
 
+def flipped(rank: int, recipe: recipes.Recipe, run: Path) -> None:
+    """A bit of rank 1's parameters flips in step 5; step 6 is not saved."""
+    one_step = train.one_step
+
+    def flipping(job: train.Job, step: int) -> Any:
+        values = one_step(job, step)
+        if rank == 1 and step == 4:
+            next(job.model.parameters()).detach().view(torch.int32).view(-1)[0] ^= 1
+        return values
+
+    train.one_step = flipping
+    with pytest.raises(ReplicasError, match="step 6: the parameters of rank 0, 1 differ"):
+        train.train(recipe, run)
+    train.one_step = one_step
+
+
+@pytest.mark.fault("a signal, wherever a run is", times=5)
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
 def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Path, tmp_path: Path, kind: str) -> None:
-    for run in (kind, f"{kind}-undisturbed"):
+    for run in (kind, f"{kind}-undisturbed", "flipped"):
         (tmp_path / run).mkdir()
     first, second = spawn(2, stopped_everywhere, recipe, tmp_path, kind)
     assert first == second
@@ -117,8 +147,29 @@ def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Pa
         assert step == saved or (place == "saving" and step == 13), place
     assert losses(tmp_path / kind) == losses(tmp_path / f"{kind}-undisturbed")
     assert len(losses(tmp_path / kind)) == 14
+    assert kind != "ddp" or checkpoint.committed(tmp_path / "flipped") == [3]
+    assert outvoted([(0, 5), (0, 5), (0, 4)]) == [2] and outvoted([(0, 5), (1, 4), (0, 5), (1, 3)]) == [1, 3]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
+@pytest.mark.fault("a signal, wherever a run is")
+def test_a_signal_while_the_first_step_is_compiled(
+    group: None, signals: None, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo import convert_frame
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    stop.listen()
+    compiled = recipes.load(recipe, ["model.vocab=320", "model.layers=1", "train.compile=true"])
+    with (
+        at_call(convert_frame, "_compile", 1, partial(os.kill, os.getpid(), signal.SIGTERM)),
+        pytest.raises(Stopped, match="the newest step is saved") as stopped,
+    ):
+        train.train(compiled, tmp_path)
+    assert stopped.value.code == 75 and checkpoint.committed(tmp_path) == [0]
+
+
+@pytest.mark.fault("kill -9 or a signal at a random time of a whole run", times=4)
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path) -> None:
     """The short form of tests/soak.py, in a process of its own: it forks."""
     script = "from pathlib import Path; import sys; from tests.soak import soak; soak(Path(sys.argv[1]), 4)"
@@ -150,14 +201,17 @@ def test_what_the_guard_says() -> None:
 
 
 @contextmanager
-def poisoned(*steps: int) -> Iterator[None]:
-    """Within, the loss of these updates (0 is the first) is no number."""
+def poisoned(steps: tuple[int, ...], loss: float, norm: float) -> Iterator[list[str]]:
+    """Within, loss and gradient norm of these updates (0 is the first) are multiplied; yields what those read."""
     one_step, accumulate = train.one_step, train.accumulate
-    now = [-1]
+    now, read = [-1], list[str]()
 
     def poisoning(job: train.Job, micro_batches: Any) -> Any:
-        loss, norm = accumulate(job, micro_batches)
-        return (loss * float("nan") if now[0] in steps else loss), norm
+        found = accumulate(job, micro_batches)
+        if now[0] not in steps:
+            return found
+        read.extend(bytes_of(row) for m in micro_batches for row in torch.cat([piece.tokens for piece in m], 1))
+        return found[0] * loss, found[1] * norm
 
     def stepping(job: train.Job, step: int) -> Any:
         now[0] = step
@@ -165,42 +219,123 @@ def poisoned(*steps: int) -> Iterator[None]:
 
     train.one_step, train.accumulate = stepping, poisoning
     try:
-        yield
+        yield read
     finally:
         train.one_step, train.accumulate = one_step, accumulate
 
 
-def trained(file: Path, run: Path, *overrides: str, bad: tuple[int, ...] = ()) -> list[float | None]:
+def bytes_of(tokens: torch.Tensor) -> str:
+    return load_tokenizer("bytes").decode(tokens.tolist())
+
+
+def trained(
+    file: Path, run: Path, *overrides: str, bad: tuple[int, ...] = (), loss: float = float("nan"), norm: float = 1.0
+) -> list[float | None]:
     """The losses of a run, with what its folder held before."""
     run.mkdir(exist_ok=True)
-    with poisoned(*bad):
-        train.train(recipes.load(file, ["model.vocab=320", *overrides]), run)
+    whole = ("model.vocab=320", "train.micro_batch=4", "train.segment=64", "eval.every=0")
+    with poisoned(bad, loss, norm) as read:
+        train.train(recipes.load(file, [*whole, *overrides]), run)
+    if read:
+        (run / "read").write_text(json.dumps(read))
     return [record["loss"] for record in read_metrics(run)]
 
 
+def weights(run: Path, step: int) -> str:
+    """The digest of a step's tensors."""
+    manifest = json.loads((run / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
+    return str(manifest["files"]["__0_0.distcp"]["sha256"])
+
+
+@pytest.mark.fault("a loss that is no number, or a spike", times=4)
 def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, recipe: Path, tmp_path: Path) -> None:
     skip = trained(recipe, tmp_path / "skip", "guard.nonfinite=skip", "train.steps=9", bad=(4,))
     assert skip[4] is None and None not in skip[:4] + skip[5:]
     (record,) = read_metrics(tmp_path / "skip", "skip")
-    assert record["step"] == 5 and len(record["windows"]) == 4
+    assert record["step"] == 5
+    dataset = open_dataset(recipes.load(recipe).data).folder
+    shown = [windows.show_window(dataset, "bytes", 64, 0, 0, "train", at=place) for place in record["windows"]]
+    texts = ["".join(text for _, _, text in one.documents) for one in shown]
+    assert texts == json.loads((tmp_path / "skip" / "read").read_text()) and len(texts) == 4
 
     with pytest.raises(NumericalError, match=r"step 5: loss nan.*windows of step 5 start at tokens"):
         trained(recipe, tmp_path / "stop", "train.steps=9", bad=(4,))
     assert checkpoint.committed(tmp_path / "stop")[0] == 4
     assert trained(recipe, tmp_path / "stop", "train.steps=9")[:4] == skip[:4]
 
+    # Back to step 3 after step 7 is what leaves out steps 4 to 7: from then on the same windows, weights and losses.
     rolled = ("guard.nonfinite=rollback", "guard.back=2", "train.steps=9")
     back = trained(recipe, tmp_path / "back", *rolled, bad=(6,))
-    assert back[:4] == skip[:4] and back[6] is None
+    without = ("guard.nonfinite=skip", "guard.limit=4", "train.steps=9")
+    want = trained(recipe, tmp_path / "without", *without, bad=(3, 4, 5, 6))
+    assert back[:3] == want[:3] == skip[:3] and back[3:6] != want[3:6]
+    assert back[6:] == want[6:] and back[6] is None and None not in back[7:]
+    assert weights(tmp_path / "back", 9) == weights(tmp_path / "without", 9) != weights(tmp_path / "skip", 9)
     (record,) = read_metrics(tmp_path / "back", "rollback")
     assert record["step"] == 7
-    # Its weights after step 7 are those after step 3: the first steps alone, then on with the data of step 8.
-    shown = [tmp_path / "back" / "checkpoints" / f"step-{step}" / "__0_0.distcp" for step in (9,)]
-    assert shown[0].exists()
-    assert back[7] is not None and back[7] > min(loss for loss in back[3:6] if loss is not None)
 
     with pytest.raises(NumericalError, match="rollback found no checkpoint of step 1 or before"):
         trained(recipe, tmp_path / "young", *rolled, bad=(2,))
+
+
+@pytest.mark.fault("a loss that is no number, or a spike", times=2)
+def test_a_spike_is_told_or_left_out(group: None, recipe: Path, tmp_path: Path) -> None:
+    """Also where the run was interrupted between the norms that a spike is measured by and the spike."""
+    wanted = trained(recipe, tmp_path / "wanted", "guard.nonfinite=skip", "train.steps=19", bad=(17,))
+    for policy, twice in (("warn", False), ("skip", True)):
+        run, spike = tmp_path / policy, {"bad": (17,), "loss": 1.0, "norm": 100.0}
+        if twice:
+            trained(recipe, run, f"guard.spike={policy}", "train.steps=17")
+        found = trained(recipe, run, f"guard.spike={policy}", "train.steps=19", **spike)  # type: ignore[arg-type]
+        (record,) = read_metrics(run, policy)
+        assert record["step"] == 18 and "times the usual" in record["reason"]
+        assert found[:17] == wanted[:17] and (found[18] == wanted[18]) is (policy == "skip")
+
+
+# Stragglers
+
+
+def test_the_slowest_is_measured_by_the_median() -> None:
+    even = [(1.0, 0.2)] * 4
+    assert pace.slowest([*even, (1.1, 0.2)])[:2] == (4, 1.1)
+    assert pace.slowest([(3.0, 0.0), (1.0, 0.0)])[:2] == (0, 3.0)
+    rank, ratio, why = pace.slowest([*even, (1.0, 0.6), (1.0, 0.2)])
+    assert rank == 4 and ratio == pytest.approx(2.0) and why == "it waits for data in 60% of the time"
+    assert pace.slowest([(1.0, 0.9)] * 3).ratio == 1
+
+
+SLOW = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.01)}  # before which rank 1 sleeps, seconds
+
+
+def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
+    """Train while rank 1 reads slowly, then while it computes slowly."""
+    pace.PERIOD = 0
+    small = ["model.vocab=320", "train.micro_batch=2", "train.segment=64", "train.steps=3", "eval.every=0"]
+    recipe = recipes.load(file, small)
+    for name, (owner, function, seconds) in SLOW.items():
+        fast = getattr(owner, function)
+
+        def slow(*args: Any, fast: Any = fast, seconds: float = seconds, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return fast(*args, **kwargs)
+
+        setattr(owner, function, slow if rank == 1 else fast)
+        train.train(recipe, folder / name)
+        setattr(owner, function, fast)
+
+
+@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed", times=2)
+def test_a_slow_rank_is_named(recipe: Path, tmp_path: Path) -> None:
+    for name in SLOW:
+        (tmp_path / name).mkdir()
+    spawn(2, slowed, recipe, tmp_path)
+    for name, why in (("data", "it waits for data in"), ("work", "matrix products take")):
+        (told,) = read_metrics(tmp_path / name, "straggler")
+        assert re.match(rf"rank 1 on {socket.gethostname()} slows a step down \S+ times: {why}", told["what"])
+        assert json.loads((tmp_path / name / "status.json").read_text())["straggler"] == told["what"]
+        assert all(
+            record["slowest_rank"] == 1 and record["slowest_ratio"] > 1.5 for record in read_metrics(tmp_path / name)
+        )
 
 
 # Saving beside training
@@ -231,6 +366,20 @@ def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, 
         assert bool((again.weight == step - 1).all())
 
 
+def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) -> None:
+    one = recipes.load(recipe, ["model.vocab=320", "train.micro_batch=4", "train.segment=64"])
+    device, size, _, rows = saving._rank(one, tmp_path / "bench", 2)
+    assert checkpoint.committed(tmp_path / "bench")[1] == saving.WARM + saving.QUIET
+    assert all(0 < stall < written for stall, written, _ in rows) and len(rows) == 2
+    console = Console(width=120, record=True)
+    console.print(saving.report(saving.Results(device, 1, size, 2.0, 50, [saving.Save(0.5, 3.0, 1.5)])))
+    assert "0.50%" in (text := console.export_text()) and "2.00%" in text and f"{size:,} bytes" in text
+    trained(recipe, tmp_path / "run", "train.steps=7")
+    stalls = {record["step"]: record["checkpoint_stall"] for record in read_metrics(tmp_path / "run")}
+    assert {step for step, stall in stalls.items() if stall > 0} == {4, 7}
+
+
+@pytest.mark.fault("a disk that refuses to write", times=2)
 def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(patience=1), None)
@@ -253,12 +402,11 @@ def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_p
 
 
 def ckpt(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "lasptrain", "ckpt", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    return done.returncode, done.stdout + done.stderr
+    done = CliRunner().invoke(cli.app, ["ckpt", *arguments])
+    return getattr(done.exception, "code", done.exit_code), done.output
 
 
+@pytest.mark.fault("a damaged file of a checkpoint")
 def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     for step in range(1, 5):

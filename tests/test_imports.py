@@ -15,7 +15,7 @@ LAYERS = (
     {"__init__", "errors", "progress", "stop", "watch"},
     {"recipe"},
     {"ops", "run"},
-    {"models", "data", "data_tools", "guard", "loss", "optim", "parallel"},
+    {"models", "data", "data_tools", "guard", "loss", "optim", "pace", "parallel"},
     {"checkpoint", "metrics", "profile"},
     {"stream", "train", "eval", "convert", "plan", "links", "bench", "summary"},
     {"launch", "rank", "cli", "cli_checkpoint"},

@@ -237,6 +237,7 @@ def test_duplicate_keys_name_both_lines(refused: Refused) -> None:
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "bytes",
 )  # fmt: skip
+@pytest.mark.fault("a hostile or broken recipe")
 def test_hostile_files(refused: Refused, text: str | bytes, message: str) -> None:
     began = time.monotonic()
     lines = refused(text)
@@ -248,6 +249,7 @@ def test_a_byte_order_mark_is_no_mistake(write: Write) -> None:
     assert load(write(GOOD.encode("utf-8-sig"))) == load(write(GOOD))
 
 
+@pytest.mark.fault("a hostile or broken recipe")
 def test_files_that_are_no_recipes(tmp_path: Path, write: Write) -> None:
     write(GOOD, "quickstart.yaml")
     with pytest.raises(RecipeError, match=r"quikstart.yaml: no such file; did you mean .*/quickstart.yaml\?"):
@@ -285,6 +287,7 @@ def test_mesh_auto_is_both_axes(write: Write) -> None:
     assert load(write(GOOD), ["mesh=auto"]) == load(write(GOOD))
 
 
+@pytest.mark.fault("a hostile or broken recipe")
 @pytest.mark.parametrize("name", ["../../x", "a/b", ".hidden", "a\x00b", "x" * 300, "", "-x", "a b", "é"])
 def test_names_that_cannot_name_a_run(refused: Refused, name: str) -> None:
     assert any(": name: found" in line for line in refused(f"name: {json.dumps(name)}\n" + GOOD))

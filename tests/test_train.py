@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +63,12 @@ def pretrain(folder: Path, run: str, *arguments: str) -> str:
     return output
 
 
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run)]
 
@@ -74,6 +82,7 @@ def undisturbed(folder: Path) -> list[float]:
     return found
 
 
+@pytest.mark.fault("kill -9 or a signal at a random time of a whole run")
 def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) -> None:
     process = start(folder, "--run", "killed", "--set", "checkpoint.every=2")
     metrics = folder / "killed" / "metrics.jsonl"
@@ -89,12 +98,12 @@ def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) 
 
 
 def test_a_run_continues_on_another_mesh(folder: Path, undisturbed: list[float]) -> None:
-    pretrain(folder, "moved", "--set", "train.steps=2")
-    pretrain(folder, "moved", "--set", "train.steps=3", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
-    sharded = ["mesh.dp=2", "mesh.sp=2", "mesh.scan=all_scan", "parallel.data_parallel=hsdp", "parallel.reduce=segment"]
-    options = [word for override in sharded for word in ("--set", override)]
-    pretrain(folder, "moved", "--set", "train.steps=4", "--set", "train.segment=120", "--nproc", "4", *options)
+    shutil.copytree(folder / "undisturbed", folder / "moved")  # as it was after step 4
+    shutil.rmtree(folder / "moved" / "checkpoints" / "step-6")
+    pretrain(folder, "moved", "--set", "train.steps=5", "--nproc", "3", "--set", "mesh.sp=3", "--set", "mesh.scan=ring")
     pretrain(folder, "moved", "--nproc", "2", "--set", "mesh.dp=2", "--set", "parallel.data_parallel=ddp")
+    resumed = [line for line in (folder / "moved" / "metrics.jsonl").read_text().splitlines() if "resumed" in line]
+    assert [json.loads(line)["step"] for line in resumed] == [4, 5]
     assert losses(folder / "moved") == pytest.approx(undisturbed, rel=2e-5)
 
 
@@ -102,7 +111,7 @@ MOVES = (
     # Update, kind of data parallelism, dp, sp, tokens of a segment: every kind is written and read by another one.
     (1, "zero1", 2, 2, 120),
     (2, "zero2", 1, 4, 120),
-    (3, "hsdp", 2, 2, 240),
+    (3, "hsdp", 2, 2, 120),
     (4, "zero1", 1, 4, 80),
     (5, "zero3", 2, 2, 80),
     (6, "zero1", 4, 1, 240),
@@ -110,17 +119,23 @@ MOVES = (
 
 
 def move(rank: int, world: int, file: Path, run: Path) -> None:
-    """Train to each update of MOVES in one life of the ranks."""
+    """Train on one mesh, then to each update of MOVES on another one, in one life of the ranks."""
+    train.train(recipes.load(file, ["mesh.dp=2", "mesh.sp=2", "train.segment=120"]), run.with_name("mesh"))
     for steps, kind, dp, sp, segment in MOVES:
         overrides = [f"parallel.data_parallel={kind}", f"mesh.dp={dp}", f"mesh.sp={sp}", f"train.segment={segment}"]
         overrides += [f"train.steps={steps}", "checkpoint.every=1", "optim.clip=0.05"]
+        overrides += ["mesh.scan=all_scan", "parallel.reduce=segment"] if kind == "hsdp" else []
         train.train(recipes.load(file, overrides), run)
 
 
-def test_every_kind_of_data_parallelism_continues_every_other(folder: Path) -> None:
-    pretrain(folder, "clipped", "--set", "optim.clip=0.05")
-    (folder / "kinds").mkdir()
+def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every_other(
+    folder: Path, group: None, undisturbed: list[float]
+) -> None:
+    for run in ("mesh", "kinds", "clipped"):
+        (folder / run).mkdir()
+    train.train(recipes.load(folder / "tiny.yaml", ["optim.clip=0.05"]), folder / "clipped")
     spawn(4, move, folder / "tiny.yaml", folder / "kinds")
+    assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)
     for key in ("loss", "grad_norm"):
         found, want = ([record[key] for record in read_metrics(folder / run)] for run in ("kinds", "clipped"))
         assert found == pytest.approx(want, rel=2e-5), key
@@ -133,13 +148,8 @@ def test_every_kind_of_data_parallelism_continues_every_other(folder: Path) -> N
         assert found == pytest.approx(want, rel=2e-5)
 
 
-def test_two_by_two_is_one_device(folder: Path, undisturbed: list[float]) -> None:
-    pretrain(folder, "mesh", "--nproc", "4", "--set", "mesh.dp=2", "--set", "mesh.sp=2", "--set", "train.segment=120")
-    assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)
-
-
 def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> None:
-    common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", "127.0.0.1:29571"]
+    common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", f"127.0.0.1:{free_port()}"]
     nodes = [start(folder, *common, "--node-rank", str(rank), GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
@@ -159,13 +169,16 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
     )
 
 
+@pytest.mark.fault("a loss that is no number, or a spike")
 def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
     recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
     assert spawn(2, poisoned, recipe) == [True, True]
 
 
-def test_chosen_steps_are_profiled(folder: Path) -> None:
-    pretrain(folder, "profiled", "--set", "train.steps=2", "--set", "train.profile=[2]", "--set", "eval.every=0")
+def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
+    (folder / "profiled").mkdir()
+    chosen = ["train.steps=2", "train.profile=[2]", "eval.every=0"]
+    train.train(recipes.load(folder / "tiny.yaml", chosen), folder / "profiled")
     (trace,) = (folder / "profiled" / "profile").iterdir()
     assert trace.name == "step-2.json.gz"
     with gzip.open(trace, "rt") as file:

@@ -10,12 +10,14 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -85,6 +87,13 @@ def largest(value: int) -> int:
     found = torch.tensor(value)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
+
+
+def told_by_all(what: T) -> list[T]:
+    """What every rank has to say, by rank: small objects."""
+    told: list[T | None] = [None] * world_size()
+    dist.all_gather_object(told, what)
+    return cast("list[T]", told)
 
 
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""Stragglers: every rank times the same small piece of work of its own, and its waits for data; who is behind is named.
+
+In every exchange all wait for the slowest, so that steps take as long everywhere and do not tell who it is.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from statistics import fmean, median_low
+from typing import NamedTuple
+
+import torch
+
+from lasptrain.parallel import mesh
+
+PERIOD = 20.0  # seconds of training between looks
+BETWEEN = 4.0  # seconds between pieces of work
+LATE = 1.5  # times as slow as the median is a straggler
+LOOKS = 2  # in a row at which a rank has to be one before it is told
+
+
+class Slowest(NamedTuple):
+    """The slowest rank, and how many times as long as with a rank of median speed a step takes because of it."""
+
+    rank: int
+    ratio: float
+    why: str
+
+
+class Pace:
+    """Looks at the ranks of a run now and then. Collective over all of them, which find the same."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._hosts = mesh.told_by_all(socket.gethostname())
+        self._worked = -math.inf  # when this rank did so last
+        self._next = 1  # steps until the next look
+        self._rank, self._looks = -1, 0
+        self._start()
+
+    def _start(self) -> None:
+        self._work: list[float] = []
+        self._waited, self._spent, self._steps = 0.0, 0.0, 0
+
+    def look(self, data_wait: float, step_time: float) -> Slowest | None:
+        """After a step that took `step_time` seconds, `data_wait` of it for data: the slowest rank, at some steps."""
+        if len(self._hosts) == 1:
+            return None
+        self._waited, self._spent, self._steps = self._waited + data_wait, self._spent + step_time, self._steps + 1
+        if time.monotonic() - self._worked > BETWEEN or self._steps == self._next:
+            self._work.append(work(self._device))
+            self._worked = time.monotonic()
+        if self._steps < self._next:
+            return None
+        rows = mesh.told_by_all((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
+        found = slowest([(seconds, share) for seconds, share, _ in rows])
+        self._next = max(1, int(PERIOD / max(step for *_, step in rows)))
+        self._start()
+        again = found.ratio > LATE and found.rank == self._rank
+        self._rank, self._looks = found.rank, self._looks + 1 if again else int(found.ratio > LATE)
+        return found
+
+    def straggler(self, found: Slowest) -> str | None:
+        """What is to be said of the rank that a look has found, if it has been far behind for long enough."""
+        if self._looks < LOOKS:
+            return None
+        return f"rank {found.rank} on {self._hosts[found.rank]} slows a step down {found.ratio:.1f} times: {found.why}"
+
+
+def slowest(rows: list[tuple[float, float]]) -> Slowest:
+    """Of ranks that take so many seconds for the same work, and spend such a share of their time waiting for data."""
+    usual, patient = median_low(seconds for seconds, _ in rows), median_low(share for _, share in rows)
+    found = []
+    for rank, (seconds, share) in enumerate(rows):
+        found.append(Slowest(rank, seconds / usual, f"matrix products take {seconds / usual:.1f} times the median"))
+        reading = (1 - min(patient, 0.99)) / (1 - min(share, 0.99))
+        found.append(Slowest(rank, reading, f"it waits for data in {share:.0%} of the time"))
+    return max(found, key=lambda one: one.ratio)
+
+
+def work(device: torch.device) -> float:
+    """Seconds of matrix products: some 2 ms of a GPU, 40 ms of a core, which other processes may interrupt."""
+    cuda = device.type == "cuda"
+    size, times = (4096, 10) if cuda else (256, 64)
+    x = torch.ones(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    out = torch.empty_like(x)
+    if cuda:
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        torch.mm(x, x, out=out)
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
