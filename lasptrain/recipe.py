@@ -172,6 +172,8 @@ class Data(Section):
             yield "data.source", "found []; expected text, or sources each with path and weight"
         if self.long_documents == "cut" and self.packing != "best_fit":
             yield "data.long_documents", f"found 'cut' with packing: {self.packing}; only best_fit cuts documents"
+        if self.packing == "best_fit" and self.window < 2:
+            yield "data.window", f"found {self.window} with packing: best_fit; expected 2 tokens or more"
 
 
 class Mesh(Section):
