@@ -10,19 +10,20 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.encode import encode as _encode
+from data_tools.encode import end_with_parent
 from data_tools.packing import BestFit, Layout, best_fit, concat
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
@@ -443,8 +444,9 @@ def _in_order(
     else:
         return
     pending: deque[tuple[list[Piece], str, Future[list[Ids]]]] = deque()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+    server = multiprocessing.get_context("forkserver")  # imports once, whatever this process has done; then forks
+    server.set_forkserver_preload(["__main__", "data_tools.encode"])
+    with ProcessPoolExecutor(workers, mp_context=server, initializer=end_with_parent) as pool:
         try:
             while True:
                 pending.extend(
@@ -457,36 +459,3 @@ def _in_order(
                 yield unit, spool.add(digest, future.result())
         except BrokenProcessPool as error:
             raise ResourceError("a process that encoded text was killed, probably for its memory") from error
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next unit for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(spec: str | Path) -> Tokenizer:
-    return load_tokenizer(spec)
-
-
-def _encode(tokenizer_path: str | Path, unit: list[Piece]) -> list[Ids]:
-    """The ids of each piece, without BOS: uint32 [tokens]. Raises DataError for an id that cannot be."""
-    tokenizer = _tokenizer(tokenizer_path)
-    encoded: list[Ids] = []
-    for piece in unit:
-        ids = np.asarray(tokenizer.encode(piece.text), np.uint32)
-        wrong = np.flatnonzero((ids == tokenizer.bos) | (ids >= tokenizer.vocab_size))
-        if wrong.size:
-            raise DataError(
-                f"{piece.place}: token {ids[wrong[0]]} at {wrong[0]}: BOS inside of a document, or outside of "
-                f"the vocabulary of {tokenizer.vocab_size}"
-            )
-        encoded.append(ids)
-    return encoded
