@@ -481,6 +481,17 @@ def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
     typer.echo(str(windows.preview(load(recipe, overrides))))
 
 
+@data_app.command("bench")
+def bench_reading(
+    folder: Dataset,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a slice, which may go round the dataset.")] = 524_288,
+) -> None:
+    """Time what a rank does to read its slice."""
+    from data_tools import windows
+
+    typer.echo(str(windows.time_reading(folder, tokens)))
+
+
 @data_app.command()
 def verify(folder: Dataset) -> None:
     """Read every byte of a dataset and check it."""

@@ -249,6 +249,19 @@ def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
         windows.show_window(folder, str(MODEL), 512, 2, 0, "train")
 
 
+def test_reading_is_timed(corpus: Path, tmp_path: Path) -> None:
+    folder = prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    timed = windows.time_reading(folder, 100, reads=5)
+    assert 0 < timed.best <= timed.mean and re.match(
+        r"slices of 100 tokens, read, checked and widened: best \d+\.\d+ ms, mean \d+\.\d+ ms", str(timed)
+    )
+    flipped = bytearray((folder / "train-00000.ltok").read_bytes())
+    flipped[5000] ^= 1
+    (folder / "train-00000.ltok").write_bytes(flipped)
+    with pytest.raises(DataError, match="does not match its CRC-32"):
+        windows.time_reading(folder, 4000, reads=5)
+
+
 def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
     whole, long, short = (
         Manifest.load(prepare([str(corpus)], "bytes", tmp_path / name, validation_ppm=0, workers=1, lengths=lengths))
@@ -357,7 +370,8 @@ def test_the_same_bytes_from_any_number_of_workers(
     two = prepare(
         [str(corpus)], MODEL, tmp_path / "2", workers=2, validation_ppm=100_000, progress=lambda *x: stages.append(x)
     )
-    assert files(one) == files(two) and len(files(one)) > 3
+    three = prepare([str(corpus)], MODEL, tmp_path / "three", workers=3, validation_ppm=100_000)
+    assert files(one) == files(two) == files(three) and len(files(one)) > 3
     assert {stage for stage, _, _ in stages} == {"encode", "write"}
     assert all(0 < done <= total for _, done, total in stages) and stages[-1][1] == stages[-1][2]
     other = prepare([str(corpus)], MODEL, tmp_path / "3", workers=1, validation_ppm=100_000, seed=1)
