@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.encode import encode as _encode
-from data_tools.encode import end_with_parent
+from data_tools import encode as worker
 from data_tools.packing import BestFit, Layout, best_fit, concat
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
@@ -377,7 +376,7 @@ def _encoded(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter[s
         pieces = chain(first, pieces)
         if not cuts_safely(tokenizer, (piece.text for piece in first)):
             pieces = _whole(pieces)
-        encode = partial(_encode, task.tokenizer_path)
+        encode = partial(worker.encode, task.tokenizer_path)
         for unit, counts in _in_order(encode, _units(pieces), spool, _workers(task.workers, total)):
             yield from zip(unit, counts, strict=True)
             task.report("encode", done + unit[-1].done, total)
@@ -446,7 +445,7 @@ def _in_order(
     pending: deque[tuple[list[Piece], str, Future[list[Ids]]]] = deque()
     server = multiprocessing.get_context("forkserver")  # imports once, whatever this process has done; then forks
     server.set_forkserver_preload(["__main__", "data_tools.encode"])
-    with ProcessPoolExecutor(workers, mp_context=server, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=server, initializer=worker.end_with_parent) as pool:
         try:
             while True:
                 pending.extend(

@@ -21,6 +21,7 @@ import zstandard
 from pyarrow import parquet
 
 from data_tools import commands, synthetic, windows
+from data_tools import encode as worker
 from data_tools import prepare as preparing
 from data_tools.packing import BestFit
 from data_tools.prepare import ensure_dataset, prepare
@@ -469,13 +470,13 @@ def test_prepare_goes_on_from_the_units_that_were_finished(
         case "shorter":
             (corpus / "d.jsonl").unlink()
     encoded = []
-    encode = preparing._encode
+    encode = worker.encode
 
     def count(path: str, unit: list[Piece]) -> list[Ids]:
         encoded.append(unit)
         return encode(path, unit)
 
-    monkeypatch.setattr(preparing, "_encode", count)
+    monkeypatch.setattr(worker, "encode", count)
     out = prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)
     again = len(encoded)
     assert files(out) == files(prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1))
