@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_tools import synthetic
 from data_tools import tokenizer as tokenizers
+from data_tools.packing import BestFit
 from data_tools.prepare import ANY_LENGTH, Progress
 from data_tools.prepare import prepare as prepare_folder
 from data_tools.sources import Reading, open_source
@@ -51,6 +52,7 @@ class Inspection:
             f"  source       {' + '.join(source.name for source in manifest.sources)}",
             f"  tokenizer    {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size} pieces",
             f"  fingerprint  {manifest.fingerprint}",
+            f"  packing      {manifest.order.packing}, {_cut(manifest)}",
             f"  entropy      {manifest.unigram_entropy:.4f} nats per token (unigram)",
         ]
         for name, split in manifest.splits.items():
@@ -82,6 +84,16 @@ class Verification:
         return "\n".join(self.lines)
 
 
+def _cut(manifest: Manifest) -> str:
+    """The share of documents that windows of some lengths cut."""
+    shares = {int(window): share for window, share in manifest.lengths.cut.items()}
+    if manifest.order.packing == "best_fit":
+        shares = {window: share for window, share in shares.items() if window % manifest.order.align == 0}
+    found = ", ".join(f"{100 * share:.2g} % at {window >> 10}Ki" for window, share in list(shares.items())[::2])
+    align = manifest.order.align
+    return (f"windows of a multiple of {align:,}; " if align > 1 else "") + f"documents cut: {found or 'not counted'}"
+
+
 def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokenizer:
     """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
     if out.exists():
@@ -108,6 +120,7 @@ def prepare(
     workers: int | None = None,
     progress: Progress | None = None,
     lengths: tuple[int, int] = ANY_LENGTH,
+    packing: BestFit | None = None,
 ) -> Inspection:
     """Write a dataset and show what is in it."""
     folder = prepare_folder(
@@ -120,6 +133,7 @@ def prepare(
         workers=workers,
         progress=progress,
         lengths=lengths,
+        packing=packing,
     )
     return inspect(folder)
 

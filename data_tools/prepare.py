@@ -10,19 +10,20 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
+from data_tools import encode as worker
+from data_tools.packing import BestFit, Layout, best_fit, concat
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
 from data_tools.tokenizer import Tokenizer, cuts_safely, load_tokenizer
@@ -59,30 +60,43 @@ def ensure_dataset(
     seed: int,
     progress: Progress | None = None,
     workers: int | None = None,
+    packing: BestFit | None = None,
 ) -> Path:
     """The folder of the dataset a recipe names: `source` itself if it is one, else prepared once under `cache`.
 
     Any number of processes on any number of machines may call it at once: one prepares, the others wait for it.
-    Raises DataError when the dataset was made with another tokenizer.
+    Raises DataError when the dataset was made with another tokenizer, or is not packed where `packing` is asked.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     folder = Path(source)
     if (folder / FILE).exists():
-        made_with = Manifest.load(folder).tokenizer
+        manifest = Manifest.load(folder)
+        made_with = manifest.tokenizer
         if made_with.sha256 != tokenizer.sha256:
             raise DataError(
                 f"{folder}: made with tokenizer {made_with.name} (SHA-256 {made_with.sha256[:16]}), "
                 f"the recipe has {tokenizer.name} (SHA-256 {tokenizer.sha256[:16]})"
             )
+        if packing and (manifest.order.packing, manifest.order.align) != ("best_fit", packing.window):
+            raise DataError(
+                f"{folder}: packed by {manifest.order.packing} for windows of any multiple of {manifest.order.align}, "
+                f"the recipe has data.packing: best_fit with data.window: {packing.window}"
+            )
         return folder
     opened = open_source(source)
-    arguments = [1, opened.name, opened.sha256, tokenizer.sha256, validation_ppm, seed]
+    arguments: list[int | str] = [1, opened.name, opened.sha256, tokenizer.sha256, validation_ppm, seed]
+    if packing:
+        arguments += [packing.window, packing.long_documents]
     key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
     final = cache / "datasets" / f"{re.sub('[^A-Za-z0-9.]+', '-', opened.name)}-{key}"
     if not (final / FILE).exists():
         with _building(final, wait=True) as hidden:
             if hidden is not None:
-                _build(hidden, _Task([opened], tokenizer_path, Reading(), validation_ppm, seed, workers, progress))
+                reading = Reading()
+                task = _Task(
+                    [opened], tokenizer_path, reading, validation_ppm, seed, workers, progress, packing=packing
+                )
+                _build(hidden, task)
     return final
 
 
@@ -97,12 +111,14 @@ def prepare(
     workers: int | None = None,
     progress: Progress | None = None,
     lengths: tuple[int, int] = ANY_LENGTH,
+    packing: BestFit | None = None,
 ) -> Path:
     """Write the dataset of `sources` to the folder `out`, which appears when it is complete.
 
     `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
-    `lengths`, both included, are left out. Raises SetupError when `out` is not
-    empty or being written, DataError for text that `reading` does not tolerate.
+    `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
+    cut them. Raises SetupError when `out` is not empty or being written, DataError for text that `reading` does not
+    tolerate.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SetupError(f"{out}: it is not empty; a dataset is written to a new folder")
@@ -110,7 +126,9 @@ def prepare(
     with _building(out, wait=False) as hidden:
         if hidden is None:
             raise SetupError(f"{out}: another process has just written it")
-        _build(hidden, _Task(opened, tokenizer_path, reading, validation_ppm, seed, workers, progress, lengths))
+        _build(
+            hidden, _Task(opened, tokenizer_path, reading, validation_ppm, seed, workers, progress, lengths, packing)
+        )
     return out
 
 
@@ -161,6 +179,17 @@ class _Task:
     workers: int | None
     progress: Progress | None
     lengths: tuple[int, int] = ANY_LENGTH
+    packing: BestFit | None = None
+
+    @property
+    def align(self) -> int:
+        return self.packing.window if self.packing else 1
+
+    def layout(self, documents: Documents) -> Layout:
+        order = _order(documents, self.seed)
+        if self.packing:
+            return best_fit(documents.starts, documents.lengths, order, self.packing)
+        return concat(documents.starts, documents.lengths, order)
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self.progress:
@@ -178,18 +207,28 @@ def _build(folder: Path, task: _Task) -> None:
         if splits["train"].tokens == 0:
             held = len(splits["validation"].lengths)
             raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {dict(+dropped)}")
+        layouts = {split: task.layout(documents) for split, documents in splits.items()}
+        if layouts["train"].tokens == 0:
+            raise DataError(f"{name}: {splits['train'].tokens:,} tokens to train on, no window of {task.align:,}")
         shards: list[ShardEntry] = []
-        counts = np.zeros(tokenizer.vocab_size, np.int64)
-        for split, documents in splits.items():
+        counts = dict.fromkeys(SPLITS, np.zeros(tokenizer.vocab_size, np.int64))
+        for split, layout in layouts.items():
             header = ShardHeader(
-                tokenizer.vocab_size, tokenizer.bos, tokenizer.sha256, name, split, f"lasptrain {__version__}"
+                tokenizer.vocab_size,
+                tokenizer.bos,
+                tokenizer.sha256,
+                name,
+                split,
+                f"lasptrain {__version__}",
+                task.align,
             )
-            written = _write_shards(folder, header, spool, documents, task.seed)
-            if split == "train":
-                counts += sum(_counts(folder / shard.name) for shard in written)
+            written = _write_shards(folder, header, spool, layout)
+            counts[split] = counts[split] + sum(_counts(folder / shard.name) for shard in written)
             shards += written
-            task.report("write", sum(shard.tokens for shard in shards), sum(d.tokens for d in splits.values()))
-    _manifest(task, tokenizer, splits, counts, dropped, shards).save(folder)
+            task.report("write", sum(shard.tokens for shard in shards), sum(d.tokens for d in layouts.values()))
+            dropped["tokens beyond their window"] += layout.cut
+            dropped["tokens short of a window"] += layout.left
+    _manifest(task, tokenizer, splits, layouts, counts, dropped, shards).save(folder)
     for path in folder.iterdir():
         if path.name != FILE and path.suffix != ".ltok":
             path.unlink()
@@ -232,10 +271,12 @@ def _manifest(
     task: _Task,
     tokenizer: Tokenizer,
     splits: dict[str, Documents],
-    counts: Int64s,
+    layouts: dict[str, Layout],
+    counts: dict[str, Int64s],
     dropped: Counter[str],
     shards: list[ShardEntry],
 ) -> Manifest:
+    token_bytes = np.asarray(tokenizer.token_bytes)
     return Manifest(
         tokenizer=TokenizerEntry(
             name=tokenizer.name,
@@ -244,11 +285,14 @@ def _manifest(
             bos=tokenizer.bos,
             token_bytes=tuple(tokenizer.token_bytes),
         ),
-        order=OrderEntry(seed=task.seed),
-        splits={split: _totals(documents) for split, documents in splits.items()},
-        unigram_entropy=_entropy(counts),
+        order=OrderEntry(seed=task.seed, align=task.align, packing="best_fit" if task.packing else "concat"),
+        splits={
+            split: _totals(documents, layouts[split], int(counts[split] @ token_bytes))
+            for split, documents in splits.items()
+        },
+        unigram_entropy=_entropy(counts["train"]),
         dropped=dict(+dropped),
-        lengths=_histogram(splits["train"], task.seed),
+        lengths=_histogram(splits["train"], layouts["train"]),
         sources=tuple(
             SourceEntry(name=source.name, files=len(source.files), bytes=source.bytes, sha256=source.sha256)
             for source in task.sources
@@ -257,10 +301,9 @@ def _manifest(
     )
 
 
-def _totals(documents: Documents) -> SplitEntry:
-    count = len(documents.lengths)
-    duplicates = count - len(np.unique(np.asarray(documents.digests)))
-    return SplitEntry(tokens=documents.tokens, documents=count, bytes=documents.bytes, duplicates=duplicates)
+def _totals(documents: Documents, layout: Layout, text_bytes: int) -> SplitEntry:
+    duplicates = len(documents.digests) - len(np.unique(np.asarray(documents.digests)))
+    return SplitEntry(tokens=layout.tokens, documents=len(layout.lengths), bytes=text_bytes, duplicates=duplicates)
 
 
 def _entropy(counts: Int64s) -> float:
@@ -268,10 +311,10 @@ def _entropy(counts: Int64s) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _histogram(documents: Documents, seed: int) -> LengthsEntry:
+def _histogram(documents: Documents, layout: Layout) -> LengthsEntry:
     lengths = np.asarray(documents.lengths)
     bins = np.log2(lengths).astype(np.int64)
-    ends = np.cumsum(lengths[list(_order(documents, seed))])
+    ends = np.cumsum(layout.lengths)
     starts = np.concatenate(([0], ends[:-1]))
     windows = [1 << bits for bits in range(11, 23)]
     return LengthsEntry(
@@ -286,18 +329,19 @@ def _order(documents: Documents, seed: int) -> Iterator[int]:
     return (permute(len(documents.lengths), i, seed, epoch=-1) for i in range(len(documents.lengths)))
 
 
-def _write_shards(folder: Path, header: ShardHeader, spool: Spool, documents: Documents, seed: int) -> list[ShardEntry]:
+def _write_shards(folder: Path, header: ShardHeader, spool: Spool, layout: Layout) -> list[ShardEntry]:
     entries: list[ShardEntry] = []
-    order = _order(documents, seed)
-    for first in order:
+    pieces = zip(layout.starts, layout.lengths, strict=True)
+    for first in pieces:
         path = folder / f"{header.split}-{len(entries):05}.ltok"
         with ShardWriter(path, header) as writer:
-            document: int | None = first
-            while document is not None:
+            piece: tuple[int, int] | None = first
+            while piece is not None:
+                start, length = piece
                 writer.add(np.array([header.bos]))
-                for ids in spool.read(documents.starts[document], documents.lengths[document] - 1):
+                for ids in spool.read(start, length - 1):
                     writer.extend(ids)
-                document = next(order, None) if writer.n_tokens < SHARD_TOKENS else None
+                piece = next(pieces, None) if writer.n_tokens < SHARD_TOKENS else None
         shard = Shard(path)
         entries.append(
             ShardEntry(
@@ -332,7 +376,7 @@ def _encoded(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter[s
         pieces = chain(first, pieces)
         if not cuts_safely(tokenizer, (piece.text for piece in first)):
             pieces = _whole(pieces)
-        encode = partial(_encode, task.tokenizer_path)
+        encode = partial(worker.encode, task.tokenizer_path)
         for unit, counts in _in_order(encode, _units(pieces), spool, _workers(task.workers, total)):
             yield from zip(unit, counts, strict=True)
             task.report("encode", done + unit[-1].done, total)
@@ -399,8 +443,9 @@ def _in_order(
     else:
         return
     pending: deque[tuple[list[Piece], str, Future[list[Ids]]]] = deque()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+    server = multiprocessing.get_context("forkserver")  # imports once, whatever this process has done; then forks
+    server.set_forkserver_preload(["__main__", "data_tools.encode"])
+    with ProcessPoolExecutor(workers, mp_context=server, initializer=worker.end_with_parent) as pool:
         try:
             while True:
                 pending.extend(
@@ -413,36 +458,3 @@ def _in_order(
                 yield unit, spool.add(digest, future.result())
         except BrokenProcessPool as error:
             raise ResourceError("a process that encoded text was killed, probably for its memory") from error
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next unit for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(spec: str | Path) -> Tokenizer:
-    return load_tokenizer(spec)
-
-
-def _encode(tokenizer_path: str | Path, unit: list[Piece]) -> list[Ids]:
-    """The ids of each piece, without BOS: uint32 [tokens]. Raises DataError for an id that cannot be."""
-    tokenizer = _tokenizer(tokenizer_path)
-    encoded: list[Ids] = []
-    for piece in unit:
-        ids = np.asarray(tokenizer.encode(piece.text), np.uint32)
-        wrong = np.flatnonzero((ids == tokenizer.bos) | (ids >= tokenizer.vocab_size))
-        if wrong.size:
-            raise DataError(
-                f"{piece.place}: token {ids[wrong[0]]} at {wrong[0]}: BOS inside of a document, or outside of "
-                f"the vocabulary of {tokenizer.vocab_size}"
-            )
-        encoded.append(ids)
-    return encoded

@@ -393,19 +393,36 @@ def prepare(
     max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
     min_tokens: Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")] = 0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    packing: Annotated[
+        Literal["concat", "best_fit"], typer.Option(help="One after another, or windows of whole documents.")
+    ] = "concat",
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a window, for best_fit.")] = None,
+    long_documents: Annotated[
+        Literal["continue", "cut"], typer.Option(help="What best_fit does with more than a window.")
+    ] = "continue",
 ) -> None:
     """Turn text into token shards."""
     import time
 
     from data_tools import commands
+    from data_tools.packing import BestFit
     from data_tools.sources import Reading
     from lasptrain.progress import preparing
 
+    if (packing == "best_fit") != (window is not None):
+        raise RecipeError(
+            f"--packing: found {packing} with --window {window}; best_fit needs a window, concat has none"
+        )
+    if packing == "concat" and long_documents == "cut":
+        raise RecipeError("--long-documents: found cut with --packing concat; only best_fit cuts documents")
+    best_fit = None if window is None else BestFit(window, long_documents)
     reading = Reading(errors, field, max_bad)
     lengths = (min_tokens, max_tokens or 1 << 62)
     began = time.monotonic()
     with preparing() as progress:
-        prepared = commands.prepare(sources, tokenizer, out, reading, validation, seed, workers, progress, lengths)
+        prepared = commands.prepare(
+            sources, tokenizer, out, reading, validation, seed, workers, progress, lengths, best_fit
+        )
     typer.echo(str(prepared))
     typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
 
@@ -463,6 +480,17 @@ def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from data_tools import windows
 
     typer.echo(str(windows.preview(load(recipe, overrides))))
+
+
+@data_app.command("bench")
+def bench_reading(
+    folder: Dataset,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a slice, which may go round the dataset.")] = 524_288,
+) -> None:
+    """Time what a rank does to read its slice."""
+    from data_tools import windows
+
+    typer.echo(str(windows.time_reading(folder, tokens)))
 
 
 @data_app.command()

@@ -158,14 +158,22 @@ class Data(Section):
     window: Count  # tokens
     seed: Seed = 0  # of the order of windows
     validation: Annotated[int, Field(ge=0, lt=1_000_000)] = 20_000  # documents held out, per million
+    packing: Literal["concat", "best_fit"] = "concat"  # one after another; or windows of whole documents, no padding
+    long_documents: Literal["continue", "cut"] = (
+        "continue"  # best_fit: what exceeds a window heads another, or is left out
+    )
     reset_at_documents: bool = True  # a document never sees another
     repeat: bool = False  # fill a window that is longer than the corpus by reading it again
     cache: Text | None = None  # where prepared shards are kept; ${XDG_CACHE_HOME:-~/.cache}/lasptrain
 
     def problems(self) -> Iterator[Problem]:
-        """No source at all."""
+        """No source at all, or documents cut by a packing that cuts none."""
         if not self.source:
             yield "data.source", "found []; expected text, or sources each with path and weight"
+        if self.long_documents == "cut" and self.packing != "best_fit":
+            yield "data.long_documents", f"found 'cut' with packing: {self.packing}; only best_fit cuts documents"
+        if self.packing == "best_fit" and self.window < 2:
+            yield "data.window", f"found {self.window} with packing: best_fit; expected 2 tokens or more"
 
 
 class Mesh(Section):

@@ -12,10 +12,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from data_tools.packing import BestFit, Layout, LongDocuments, best_fit, concat
 from lasptrain.data.dataset import Split
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.order import permute, window_start
-from lasptrain.data.shard import Shard, ShardHeader, ShardWriter
+from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.loss import IGNORED
 
@@ -127,34 +128,56 @@ def test_slices_tile_the_window(split: Split, tokens: torch.Tensor, dp: int, sp:
         assert sorted(seen) == sorted(ranks[0].window_starts(step))
 
 
-@settings(max_examples=40, deadline=None)
+def lay_out(lengths: list[int], window: int, packing: LongDocuments | None) -> tuple[Layout, list[Int64s]]:
+    """Documents of ids that occur once, and what is written of them, piece by piece."""
+    starts = [0, *accumulate(length - 1 for length in lengths)][:-1]
+    order = range(len(lengths))
+    layout = best_fit(starts, lengths, order, BestFit(window, packing)) if packing else concat(starts, lengths, order)
+    pieces = zip(layout.starts, layout.lengths, strict=True)
+    return layout, [np.array([BOS, *range(2 + start, 1 + start + length)]) for start, length in pieces]
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=3, max_size=50),
+    packing=st.sampled_from([None, "continue", "cut"]),
     shards=st.integers(1, 3),
     mesh=st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3])),
     tokens_per_slice=st.integers(1, 5),
+    packed_windows=st.integers(1, 2),
     seed=st.integers(0, 2**32),
 )
 def test_any_epoch_on_any_mesh_sees_every_token_once(
-    lengths: list[int], shards: int, mesh: tuple[int, int, int], tokens_per_slice: int, seed: int
+    lengths: list[int],
+    packing: LongDocuments | None,
+    shards: int,
+    mesh: tuple[int, int, int],
+    tokens_per_slice: int,
+    packed_windows: int,
+    seed: int,
 ) -> None:
     dp, sp, segments = mesh
-    window, total = sp * segments * tokens_per_slice, sum(lengths)
+    packed = sp * segments * tokens_per_slice
+    window = packed * packed_windows
+    assume(packed > 1)
+    layout, texts = lay_out(lengths, packed, packing)
+    total = layout.tokens
     assume(total >= window)
-    stream = torch.arange(2, total + 2)
-    stream[[0, *accumulate(lengths[:-1])]] = BOS
+    again = sum((length - 2) // (packed - 1) for length in lengths if length > packed) if packing == "continue" else 0
+    assert total + layout.left + layout.cut == sum(lengths) + again  # each further piece has a BOS of its own
+    assert layout.left < packed and (packing == "cut" or layout.cut == 0)
+    stream = torch.from_numpy(np.concatenate(texts))
+    ids = Counter(stream[stream != BOS].tolist())
+    assert set(ids.values()) <= {1} and (layout.left or layout.cut or len(ids) == sum(lengths) - len(lengths))
     with TemporaryDirectory() as folder:
-        parts = np.array_split(np.arange(len(lengths)), shards)
-        texts = np.split(stream.numpy(), list(accumulate(lengths[:-1])))
         made = []
-        for number, part in enumerate(parts):
-            with ShardWriter(
-                Path(folder, f"{number}.ltok"), ShardHeader(total + 2, BOS, "", "", "train", "")
-            ) as writer:
-                for document in part:
-                    writer.add(texts[document])
+        for number, part in enumerate(np.array_split(np.arange(len(texts)), min(shards, len(texts)))):
+            header = ShardHeader(sum(lengths) + 2, BOS, "", "", "train", "")
+            with ShardWriter(Path(folder, f"{number}.ltok"), header) as writer:
+                for piece in part:
+                    writer.add(texts[piece])
             made.append(Shard(writer.path))
-        split = Split("train", made, 1)
+        split = Split("train", made, packed if packing else 1)
         sizes = {"window": window, "segment": window // segments, "batch": dp, "dp": dp, "sp": sp, "seed": seed}
         rank = {(d, r): make(split, **sizes, dp_rank=d, sp_rank=r) for d in range(dp) for r in range(sp)}
         seen: Counter[int] = Counter()
@@ -162,14 +185,32 @@ def test_any_epoch_on_any_mesh_sees_every_token_once(
             micro = [rank[sample % dp, r].read_step(sample // dp)[0] for r in range(sp)]
             line = [micro[r][m] for m in range(segments) for r in range(sp)]
             start = rank[0, 0].window_starts(sample // dp)[sample % dp]
+            assert not packing or start % packed == 0
             place = torch.arange(start, start + window + 1) % total
             seen.update(place[:-1].tolist())
-            assert torch.equal(torch.cat([piece.tokens[0] for piece in line]), stream[place[:-1]])
-            assert torch.equal(torch.cat([piece.labels[0] for piece in line]), stream[place[1:]])
-            for piece in line:
-                assert piece.doc is not None
-                assert torch.equal(piece.doc[0], (piece.tokens[0] == BOS).cumsum(0).int())
+            assert torch.equal(torch.cat([slice_.tokens[0] for slice_ in line]), stream[place[:-1]])
+            assert torch.equal(torch.cat([slice_.labels[0] for slice_ in line]), stream[place[1:]])
+            for slice_ in line:
+                assert slice_.doc is not None
+                assert torch.equal(slice_.doc[0], (slice_.tokens[0] == BOS).cumsum(0).int())
     assert len(seen) == total // window * window and set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("long_documents", ["continue", "cut"])
+def test_best_fit_cuts_only_what_does_not_fit(long_documents: LongDocuments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many lengths: but for the rest, at most what one block leaves over, every window starts with a document."""
+    monkeypatch.setattr("data_tools.packing.BLOCK", 500)
+    lengths = np.random.default_rng(0).lognormal(3, 1, 4000).astype(int) + 2
+    window = 128
+    layout, texts = lay_out(lengths.tolist(), window, long_documents)
+    stream = np.concatenate(texts)
+    whole, cut = (int((stream[::window] == BOS).sum()), int((stream[::window] != BOS).sum()))
+    assert layout.tokens == len(stream) == (whole + cut) * window and whole > 20 * cut
+    concatenated = np.concatenate(lay_out(lengths.tolist(), window, None)[1])
+    assert (concatenated[::window] != BOS).mean() > 0.9
+    beyond = int((lengths - window).clip(0).sum())
+    assert layout.cut == (beyond if long_documents == "cut" else 0) < beyond + 1 and beyond > 0
+    assert lay_out([3] * 1200, 4, "cut")[0].tokens == 3600  # nothing fits anything: all is concatenated
 
 
 def test_doc_counts_the_starts_within_the_slice(split: Split) -> None:

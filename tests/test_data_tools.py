@@ -21,7 +21,9 @@ import zstandard
 from pyarrow import parquet
 
 from data_tools import commands, synthetic, windows
+from data_tools import encode as worker
 from data_tools import prepare as preparing
+from data_tools.packing import BestFit
 from data_tools.prepare import ensure_dataset, prepare
 from data_tools.sources import Piece, Reading, open_source
 from data_tools.spool import Ids
@@ -248,6 +250,19 @@ def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
         windows.show_window(folder, str(MODEL), 512, 2, 0, "train")
 
 
+def test_reading_is_timed(corpus: Path, tmp_path: Path) -> None:
+    folder = prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    timed = windows.time_reading(folder, 100, reads=5)
+    assert 0 < timed.best <= timed.mean and re.match(
+        r"slices of 100 tokens, read, checked and widened: best \d+\.\d+ ms, mean \d+\.\d+ ms", str(timed)
+    )
+    flipped = bytearray((folder / "train-00000.ltok").read_bytes())
+    flipped[5000] ^= 1
+    (folder / "train-00000.ltok").write_bytes(flipped)
+    with pytest.raises(DataError, match="does not match its CRC-32"):
+        windows.time_reading(folder, 4000, reads=5)
+
+
 def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
     whole, long, short = (
         Manifest.load(prepare([str(corpus)], "bytes", tmp_path / name, validation_ppm=0, workers=1, lengths=lengths))
@@ -256,6 +271,48 @@ def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
     assert long.splits["train"].documents == 3 and long.dropped["shorter"] == short.splits["train"].documents
     assert long.splits["train"].tokens + short.splits["train"].tokens == whole.splits["train"].tokens
     assert short.dropped["longer"] == 3
+
+
+def test_a_packed_dataset(corpus: Path, tmp_path: Path) -> None:
+    """Windows of 256: their documents are whole but for the long ones, and the same bytes from two calls."""
+    made = {
+        name: prepare([str(corpus)], "bytes", tmp_path / name, workers=1, validation_ppm=0, packing=packing)
+        for name, packing in {
+            "concat": None,
+            "one": BestFit(256),
+            "two": BestFit(256),
+            "cut": BestFit(256, "cut"),
+        }.items()
+    }
+    assert files(made["one"]) == files(made["two"])
+    manifests = {name: Manifest.load(folder) for name, folder in made.items()}
+    assert len({manifest.fingerprint for manifest in manifests.values()}) == 3
+    for name in ("one", "cut"):
+        manifest, dataset = manifests[name], TokenDataset.open(made[name])
+        assert commands.verify(made[name]).failures == 0
+        assert (manifest.order.packing, manifest.order.align) == ("best_fit", 256)
+        tokens = dataset.whole("train").read(0, dataset.whole("train").tokens)
+        assert len(tokens) == manifest.splits["train"].tokens and len(tokens) % 256 == 0
+        heads = (tokens[::256] == dataset.bos).float().mean()
+        assert heads > 0.4  # one after another: 0.04
+        assert manifest.splits["train"].bytes == int((tokens != dataset.bos).sum())
+        assert "best_fit, windows of a multiple of 256" in str(commands.inspect(made[name]))
+    assert manifests["cut"].dropped["tokens beyond their window"] == 331 + 318 + 551 - 3 * 256
+    cached = [
+        ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 0, 0, packing=packing)
+        for packing in (None, BestFit(256), BestFit(256, "cut"))
+    ]
+    assert [files(folder)["train-00000.ltok"] for folder in cached] == [
+        files(made[name])["train-00000.ltok"] for name in ("concat", "one", "cut")
+    ]
+    assert ensure_dataset(str(made["one"]), "bytes", tmp_path / "cache", 0, 0, packing=BestFit(256)) == made["one"]
+    with pytest.raises(
+        DataError, match=r"concat: packed by concat .* the recipe has data\.packing: best_fit with .* 256"
+    ):
+        ensure_dataset(str(made["concat"]), "bytes", tmp_path / "cache", 0, 0, packing=BestFit(256))
+    with pytest.raises(DataError, match=r"[0-9,]+ tokens to train on, no window of 65,536"):
+        prepare([str(corpus)], "bytes", tmp_path / "none", workers=1, packing=BestFit(1 << 16))
+    assert not (tmp_path / "none").exists()
 
 
 def test_training_a_tokenizer_is_deterministic(corpus: Path, tmp_path: Path) -> None:
@@ -314,7 +371,8 @@ def test_the_same_bytes_from_any_number_of_workers(
     two = prepare(
         [str(corpus)], MODEL, tmp_path / "2", workers=2, validation_ppm=100_000, progress=lambda *x: stages.append(x)
     )
-    assert files(one) == files(two) and len(files(one)) > 3
+    three = prepare([str(corpus)], MODEL, tmp_path / "three", workers=3, validation_ppm=100_000)
+    assert files(one) == files(two) == files(three) and len(files(one)) > 3
     assert {stage for stage, _, _ in stages} == {"encode", "write"}
     assert all(0 < done <= total for _, done, total in stages) and stages[-1][1] == stages[-1][2]
     other = prepare([str(corpus)], MODEL, tmp_path / "3", workers=1, validation_ppm=100_000, seed=1)
@@ -412,13 +470,13 @@ def test_prepare_goes_on_from_the_units_that_were_finished(
         case "shorter":
             (corpus / "d.jsonl").unlink()
     encoded = []
-    encode = preparing._encode
+    encode = worker.encode
 
     def count(path: str, unit: list[Piece]) -> list[Ids]:
         encoded.append(unit)
         return encode(path, unit)
 
-    monkeypatch.setattr(preparing, "_encode", count)
+    monkeypatch.setattr(worker, "encode", count)
     out = prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)
     again = len(encoded)
     assert files(out) == files(prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1))

@@ -44,15 +44,19 @@ class TokenizerEntry(_Entry):
 
 
 class OrderEntry(_Entry):
-    """How documents were laid out: shuffled once with `seed`, one after another, windows starting anywhere."""
+    """How documents were laid out: shuffled once with `seed`, then one after another, windows starting anywhere; or by
+    best fit, windows starting at multiples of `align`, which documents fill to the last token.
+    """
 
     seed: int
     align: Count = 1
-    packing: Literal["concat"] = "concat"
+    packing: Literal["concat", "best_fit"] = "concat"
 
 
 class SplitEntry(_Entry):
-    """Totals of one split; `bytes` is its text in UTF-8, `duplicates` the documents that had been there before."""
+    """Totals of one split; `bytes` is the text that its tokens stand for, `duplicates` the documents that had been
+    there before. A document counts as often as it has pieces.
+    """
 
     tokens: Count
     documents: Count
@@ -63,7 +67,8 @@ class SplitEntry(_Entry):
 class LengthsEntry(_Entry):
     """Lengths of the training documents: element i of a histogram is for 2^i <= tokens < 2^(i+1).
 
-    `cut` is, for each window length, the share of documents that a window's edge would cut.
+    `cut` is, for each window length, the share of documents that a window's edge would cut
+    where windows start at its multiples.
     """
 
     documents: tuple[Count, ...]

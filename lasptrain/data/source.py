@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from data_tools.packing import BestFit
 from data_tools.prepare import Progress, ensure_dataset
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import mix
@@ -22,10 +23,13 @@ def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
 
     Raises DataError where it is missing, damaged, or made with another tokenizer than `data.tokenizer`.
     """
+    packing = BestFit(data.window, data.long_documents) if data.packing == "best_fit" else None
     names = [data.source] if isinstance(data.source, str) else [part.path for part in data.source]
     parts = [
         TokenDataset.open(
-            ensure_dataset(name, data.tokenizer, cache_folder(data), data.validation, data.seed, progress)
+            ensure_dataset(
+                name, data.tokenizer, cache_folder(data), data.validation, data.seed, progress, packing=packing
+            )
         )
         for name in names
     ]
