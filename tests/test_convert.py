@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import weakref
 from functools import cache
 from pathlib import Path
@@ -281,9 +282,9 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         "convolution": (lambda t: t["model.layers.0.mamba.conv1d.weight"].add_(1), "holds other numbers than"),
         "step": (lambda t: t["model.layers.0.mamba.in_proj.weight"].add_(1), "the decay depends on the token"),
     }
+    export(run, tmp_path / "whole", "hf", check=False)
     for name, (change, message) in cases.items():
-        out = tmp_path / name
-        export(run, out, "hf", check=False)
+        out = shutil.copytree(tmp_path / "whole", tmp_path / name)
         rewrite(out, change)
         with pytest.raises(ConvertError, match=re.escape(message)):
             restore(out, tmp_path / "back")
