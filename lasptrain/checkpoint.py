@@ -679,7 +679,7 @@ class _OnceRead(_Reader):
 def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:
     """Commit a step of one process: fp32 tensors of `model`, which is on meta, as `read` gives them, no moments yet.
 
-    Tensors are asked for one at a time, but what is written stays in memory until the file is whole.
+    Tensors are asked for one at a time; DCP holds what is in a file until it is whole, so each has a file of its own.
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -694,7 +694,7 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
     folder = run / FOLDER / _begin(run, step, size)
     try:
         with _alone():
-            writer = _Writer(folder, thread_count=1, sync_files=True)
+            writer = _Writer(folder, single_file_per_rank=False, thread_count=1, sync_files=True)
             save_state(tensors, storage_writer=writer, planner=_Lazily(value), no_dist=True)
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
         _commit(folder, step, meta, files, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
 from lasptrain.convert.restore import restore
 from lasptrain.errors import CheckpointError, ConvertError, DataError
+from lasptrain.eval import main
+from lasptrain.eval.evaluate import Asked
+from lasptrain.eval.load import load_model
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention
 
@@ -105,6 +110,57 @@ def test_what_comes_back_is_what_left(tmp_path: Path, name: str) -> None:
     back = restore(tmp_path / "out", tmp_path / "back")
     assert equal(run, back)
     assert recipes.load(back / "recipe.yaml").model == recipes.load(run / "recipe.yaml").model
+
+
+def test_an_export_is_evaluated_as_its_run(tmp_path: Path) -> None:
+    target, model = MODELS["ssd"]
+    run, out = make_run(tmp_path, model), tmp_path / "out"
+    export(run, out, target, check=False)
+    record = (out / RECORD).read_text()
+    here = str(ROOT / "tokenizers/python-4k.model")
+    assert here in record
+    (out / RECORD).write_text(record.replace(here, "/elsewhere/python-4k.model"))  # as on another machine
+    a, b = load_model(run), load_model(out)
+    assert (a.step, a.recipe.data.window, a.tokenizer.sha256) == (b.step, b.recipe.data.window, b.tokenizer.sha256)
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert main.generate(run, ["import os"], 8, 0, 1, 0) == main.generate(out, ["import os"], 8, 0, 1, 0)
+    asked = Asked(("passkey",), (512,), samples=1)
+
+    def nll(folder: Path, name: str) -> float:
+        (cell,) = main.evaluate(folder, asked, tmp_path / name, 4096, 1)["cells"]
+        found: float = cell["answer_nll"]
+        return found
+
+    expected = nll(run, "of the run")
+    assert nll(out, "of the export") == expected
+    rewrite(out, lambda tensors: tensors["model.embed_tokens.weight"].zero_())
+    assert nll(out, "of zeros") != expected
+    rewrite(out, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(ConvertError, match=r"has no model\.embed_tokens\.weight"):
+        load_model(out)
+    (out / RECORD).unlink()
+    with pytest.raises(CheckpointError, match=f"found no recipe.yaml and no {RECORD}"):
+        load_model(out)
+
+
+def test_a_run_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, MODELS["ssd"][1])
+    export(run, tmp_path / "out", "hf", check=False)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    lookup = checkpoint._Lazily.lookup_object
+
+    def counted(self: Any, index: Any) -> Tensor:
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+        tensor = lookup(self, index)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(checkpoint._Lazily, "lookup_object", counted)
+    restore(tmp_path / "out", tmp_path / "back")
+    assert len(alive) > 50 and most <= 2
 
 
 def loaded(folder: Path) -> Any:
@@ -226,9 +282,9 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         "convolution": (lambda t: t["model.layers.0.mamba.conv1d.weight"].add_(1), "holds other numbers than"),
         "step": (lambda t: t["model.layers.0.mamba.in_proj.weight"].add_(1), "the decay depends on the token"),
     }
+    export(run, tmp_path / "whole", "hf", check=False)
     for name, (change, message) in cases.items():
-        out = tmp_path / name
-        export(run, out, "hf", check=False)
+        out = shutil.copytree(tmp_path / "whole", tmp_path / name)
         rewrite(out, change)
         with pytest.raises(ConvertError, match=re.escape(message)):
             restore(out, tmp_path / "back")

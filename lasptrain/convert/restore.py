@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ class Origin:
     def model(self) -> Model:
         return Model.model_validate(self.meta["model"])
 
+    @property
+    def window(self) -> int:
+        window: int = self.meta["order"]["window"]
+        return window
+
 
 def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool = False) -> Path:
     """Write the run folder `out` with the weights in `source`; its optimizer has no moments yet. Returns `out`.
@@ -43,11 +49,33 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     An export of ours knows its recipe and step. With `recipe` a new training starts at step 0 from the weights.
     Raises ConvertError, or RecipeError for the recipe; then `out` is as it was.
     """
+    weights = open_weights(source, None if recipe is None else recipes.load(recipe))
+    origin = weights.origin
+    with files.whole_folder(out, force) as new:
+        runs.write(new / runs.RECIPE, recipes.dump(origin.recipe))
+        checkpoint.write(new, origin.step, weights.empty, weights.read, origin.meta)
+    return out
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A folder in another library's format, checked and not yet read.
+
+    `empty` is its model on the meta device; `read` gives a tensor of it by name, in fp32.
+    """
+
+    origin: Origin
+    empty: LanguageModel
+    read: Callable[[str], Tensor]
+
+
+def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
+    """The weights in `source`: of an export of ours, or with `recipe` of others. ConvertError where they do not fit."""
     folder = files.Folder(source)
-    origin = _known(folder) if recipe is None else _given(folder, recipes.load(recipe))
+    origin = _known(folder) if recipe is None else _given(folder, recipe)
     model = origin.model
     with torch.device("meta"):
-        empty = LanguageModel(model, origin.meta["order"]["window"], Attention("reference"))
+        empty = LanguageModel(model, origin.window, Attention("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     config = folder.json("config.json")
     if config is None and origin.target != "safetensors":
@@ -58,11 +86,7 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     tables.check_sources(table, shapes, "the recipe's model")
     tables.check_targets(table, shapes, folder.shapes, str(source))
     slopes = {f"layers.{i}.mixer.slope": slope for i, slope in enumerate(empty.decays().tolist())} | origin.slopes
-    reader = _Reader(table, shapes, folder, slopes)
-    with files.whole_folder(out, force) as new:
-        runs.write(new / runs.RECIPE, recipes.dump(origin.recipe))
-        checkpoint.write(new, origin.step, empty, reader.read, origin.meta)
-    return out
+    return Weights(origin, empty, _Reader(table, shapes, folder, slopes).read)
 
 
 def _known(folder: files.Folder) -> Origin:

@@ -12,7 +12,7 @@ from lasptrain.errors import RecipeError
 
 USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or an exported folder.")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks that read each text together; one per GPU, or 1.")]
 
 
@@ -45,14 +45,13 @@ def evaluate(
     from lasptrain.eval import main
     from lasptrain.eval.evaluate import PERPLEXITY, Asked
     from lasptrain.eval.tasks import TASKS
-    from lasptrain.recipe import load
 
     chosen = USUAL if tasks is None else tuple(part.strip() for part in tasks.split(",") if part.strip())
     if tasks == "all":
         chosen = (*TASKS, *PERPLEXITY)
     if files and tasks is None:
         chosen = ()
-    window = load(_recipe(run)).data.window
+    window = _window(run)
     asked = Asked(
         tasks=chosen,
         lengths=(max(window // 4, 512), window) if lengths is None else parse_lengths(lengths),
@@ -106,13 +105,25 @@ def _tokens(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]]
 
 
-def _recipe(run: Path) -> Path:
+def _window(path: Path) -> int:
+    """Tokens of the windows that the model of a run or of an export was trained on."""
+    import json
+
+    from lasptrain.convert.export import RECORD
     from lasptrain.errors import CheckpointError
+    from lasptrain.recipe import load
     from lasptrain.run import RECIPE
 
-    if not (run / RECIPE).is_file():
-        raise CheckpointError(f"{run}: found no {RECIPE}; expected a run folder such as runs/quickstart")
-    return run / RECIPE
+    if (path / RECIPE).is_file():
+        return load(path / RECIPE).data.window
+    try:
+        window: int = json.loads((path / RECORD).read_text(encoding="utf-8"))["meta"]["order"]["window"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{path}: found neither {RECIPE} nor a readable {RECORD}; expected a run folder such as runs/quickstart, "
+            "or a folder that lasptrain convert wrote"
+        ) from None
+    return window
 
 
 def _sentences(file: Path) -> list[str]:

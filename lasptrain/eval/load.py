@@ -1,4 +1,4 @@
-"""A trained model from where it was written: a run's newest checkpoint."""
+"""A trained model from where it was written: a run's newest checkpoint, or an export."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain import checkpoint, ops
 from lasptrain import recipe as recipes
 from lasptrain import run as runs
+from lasptrain.convert.export import RECORD
+from lasptrain.convert.restore import open_weights
 from lasptrain.errors import CheckpointError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
-from lasptrain.recipe import Recipe
+from lasptrain.parallel.shard import fill
+from lasptrain.recipe import Model, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -32,25 +35,50 @@ class Trained:
 
 
 def load_model(path: Path) -> Trained:
-    """The newest intact checkpoint of the run `path`. Collective over the process group, where there is one.
+    """The newest intact checkpoint of the run `path`, or the weights in `path`, a folder that `convert` wrote.
 
-    Raises CheckpointError where there is none.
+    Collective over the process group, where there is one. Raises CheckpointError where `path` is neither or holds no
+    checkpoint, ConvertError where an export is not what its record says.
     """
-    file = path / runs.RECIPE
-    if not file.is_file():
-        raise CheckpointError(f"{path}: found no {runs.RECIPE}; expected a run folder such as runs/quickstart")
-    recipe = recipes.load(file)
-    device = meshes.device()
-    dtype = DTYPES[recipe.train.precision]
-    with torch.device("meta"):
-        attention = Attention(ops.select("auto", device))
-        model = LanguageModel(
-            recipe.model, recipe.data.window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk
-        )
-        model.to(torch.promote_types(dtype, torch.float32))
-    model.to_empty(device=device).requires_grad_(False)
+    if (path / runs.RECIPE).is_file():
+        return _of_run(path)
+    if (path / RECORD).is_file():
+        return _of_export(path)
+    raise CheckpointError(
+        f"{path}: found no {runs.RECIPE} and no {RECORD}; expected a run folder such as runs/quickstart, "
+        "or a folder that lasptrain convert wrote"
+    )
+
+
+def _of_run(path: Path) -> Trained:
+    recipe = recipes.load(path / runs.RECIPE)
+    model = _empty(recipe, recipe.model, recipe.data.window)
     with meshes.alone():
         loaded = checkpoint.load(path, model, None)
     if loaded is None:
         raise CheckpointError(f"{path}: found no checkpoint; expected a run that has saved one")
     return Trained(path, recipe, model, load_tokenizer(recipe.data.tokenizer), loaded.step)
+
+
+def _of_export(path: Path) -> Trained:
+    """Its own copy of the tokenizer counts: the one that the recipe names may be on another machine."""
+    weights = open_weights(path)
+    origin = weights.origin
+    model = _empty(origin.recipe, origin.model, origin.window)
+    with torch.no_grad():
+        fill(model, ((name, weights.read(name)) for name in weights.empty.state_dict()))
+    copy = path / "tokenizer.model"
+    tokenizer = load_tokenizer(copy if copy.is_file() else origin.recipe.data.tokenizer)
+    return Trained(path, origin.recipe, model, tokenizer, origin.step)
+
+
+def _empty(recipe: Recipe, cfg: Model, window: int) -> LanguageModel:
+    """The model on this rank's device, its numbers not yet set."""
+    device = meshes.device()
+    dtype = DTYPES[recipe.train.precision]
+    with torch.device("meta"):
+        attention = Attention(ops.select("auto", device))
+        model = LanguageModel(cfg, window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
+        model.to(torch.promote_types(dtype, torch.float32))
+    model.to_empty(device=device).requires_grad_(False)
+    return model
