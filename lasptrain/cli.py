@@ -153,7 +153,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
             f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
         ),
         ("training", f"{train.steps:,} steps, {train.steps * layout.tokens_per_step:,} tokens"),
-        ("work", f"{plan.flops_per_token(model, vocab) / 1e9:.3g} GFLOP per token"),
+        ("work", f"{plan.flops_per_token(model, vocab, recipe.data.window) / 1e9:.3g} GFLOP per token"),
         ("state", f"{plan.state_bytes(model) / 2**20:.3g} MiB per window over all layers"),
         ("checkpoint", f"{12 * total / 1e9:.3g} GB"),
         *(("convert --to", line) for line in targets.lines(model)),

@@ -28,11 +28,19 @@ from tests.gloo import spawn
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
-Arch = Literal["tnl", "linear_transformer", "ssd", "retnet"]
+Arch = Literal["tnl", "linear_transformer", "ssd", "retnet", "sliding hybrid", "full hybrid", "minimax"]
+HYBRIDS: dict[str, dict[str, object]] = {
+    "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding": 6},
+    "full hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1},
+    "minimax": {"arch": "minimax", "softmax": [2], "sliding": 5, "rotary": None},
+}
 
 
 def config(arch: Arch) -> Model:
     tnl = arch == "tnl"
+    if arch == "sliding hybrid" or arch == "full hybrid" or arch == "minimax":
+        sizes = {"dim": 16, "layers": 3, "heads": 4, "mlp": 20, "vocab": VOCAB, "tie": False}
+        return Model.model_validate(HYBRIDS[arch] | sizes)
     if arch in ("ssd", "retnet"):
         sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
         own = {"data_dependent": True, "conv": 4} if arch == "ssd" else {}
@@ -91,7 +99,7 @@ def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Initial values, with larger matrices: rounding then stays small beside the activations. Not as large for ssd,
     where large ones make gradients of steps that cancel.
     """
-    times = 3 if model.cfg.arch == "ssd" else 5
+    times = {"ssd": 3, "minimax": 2}.get(model.cfg.arch, 5)
     g = torch.Generator().manual_seed(7)
     for name, value in initial_values(model, 7, CPU):
         if ".dt." in name:
@@ -198,6 +206,9 @@ def test_every_layout_is_one_device(world: int) -> None:
     cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
     cases += [("ssd", torch.float64, layout) for layout in layouts(world)[2::5]]
     cases += [("retnet", torch.float64, layout) for layout in layouts(world)[3::7]]
+    cases += [("sliding hybrid", torch.float64, layout) for layout in layouts(world)[1::7]]
+    cases += [("full hybrid", torch.float64, layout) for layout in layouts(world)[2::7]]
+    cases += [("minimax", torch.float64, layout) for layout in layouts(world)[4::11]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
@@ -207,6 +218,8 @@ def test_every_number_of_segments_is_one_device(world: int) -> None:
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
     cases += [("ssd", torch.float64, layout) for layout in streamed(world)[1::4]]
     cases += [("retnet", torch.float64, layout) for layout in streamed(world)[2::5]]
+    cases += [("sliding hybrid", torch.float64, layout) for layout in streamed(world)[::3]]
+    cases += [("minimax", torch.float64, layout) for layout in streamed(world)[1::5]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 

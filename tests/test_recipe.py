@@ -430,8 +430,9 @@ def test_parameters_of_the_published_sizes(name: str, millions: float) -> None:
 def test_flops_count_the_head_and_not_the_embedding() -> None:
     model = Model(arch="tnl", dim=8, layers=2, heads=2, key_dim=3, value_dim=5, mlp=16, lrpe=(), tie=False)
     matrices = 2 * (2 * 6 * 8 + 3 * 10 * 8 + 3 * 8 * 16) + 100 * 8
-    assert plan.flops_per_token(model, 100) == 6 * matrices + 3 * 2 * 4 * 3 * 5 * 2
-    assert plan.flops_per_token(model.model_copy(update={"tie": True}), 100) == plan.flops_per_token(model, 100)
+    assert plan.flops_per_token(model, 100, 64) == 6 * matrices + 3 * 2 * 4 * 3 * 5 * 2
+    tied = model.model_copy(update={"tie": True})
+    assert plan.flops_per_token(tied, 100, 64) == plan.flops_per_token(model, 100, 64)
 
 
 def test_layout(write: Write) -> None:
