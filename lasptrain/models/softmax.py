@@ -91,12 +91,18 @@ class Softmax(nn.Module):
     def _all(
         self, rows: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """All rows up to this slice's last; while they travel, their last column is 1 where a document starts."""
+        """All rows up to this slice's last; while they travel, their last column is 1 where a document starts, as one
+        does with a window.
+        """
         scan, length = self.attention.scan, rows.shape[1]
         if scan.size == 1 and carry is None and not leave:
             return rows, doc, doc, None
-        starts = rows.new_zeros(rows.shape[:2]) if doc is None else torch.diff(doc, dim=1, prepend=doc[:, :1] * 0)
-        marked = gather(torch.cat([rows, starts.to(rows.dtype)[..., None]], dim=-1), scan, memory)
+        starts = torch.zeros_like(rows[..., 0])
+        if doc is not None:
+            starts.copy_(torch.diff(doc, dim=1, prepend=doc[:, :1] * 0))
+        if carry is None and scan.rank == 0:
+            starts[:, 0] = 1
+        marked = gather(torch.cat([rows, starts[..., None]], dim=-1), scan, memory)
         before = 0 if carry is None else carry.shape[1]
         if carry is not None:
             marked = torch.cat([carry, marked], dim=1)
