@@ -80,19 +80,24 @@ HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 def activation_bytes(recipe: Recipe) -> int:
     """Bytes kept for the backward pass per token of a rank's slice, over all layers."""
     model, train = recipe.model, recipe.train
-    D, HK, HV, F = model.dim, model.heads * model.K, model.heads * model.V, model.mlp
+    D, HK, HV, F, G = model.dim, model.heads * model.K, model.heads * model.V, model.mlp, _key_channels(model)
+    attention = len(model.softmax)
+    linear = model.layers - attention
     match recipe.parallel.recompute:
         case "full":
-            kept = D
+            kept = model.layers * D
         case "offload":
             kept = 0
         case "selective":
-            kept = 3 * D + 2 * HK + 3 * HV + 2 * F
+            kept = model.layers * (3 * D + 2 * F) + linear * (2 * HK + 3 * HV) + attention * (D + 2 * G)
         case "none":
             # The residual stream and the normed inputs, q and k before and after their activation, v, gate, o, and the
-            # MLP's two products; a compiler makes the rest again, eager execution keeps it.
-            kept = 3 * D + 4 * HK + 3 * HV + 2 * F + (0 if train.compile else 5 * D + 3 * HV + 2 * F)
-    return _size(recipe) * model.layers * kept
+            # MLP's two products; a compiler makes the rest again, eager execution keeps it. A softmax layer keeps q,
+            # its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
+            kept = model.layers * (3 * D + 2 * F) + linear * (4 * HK + 3 * HV) + attention * (3 * D + 8 * G)
+            if not train.compile:
+                kept += model.layers * (5 * D + 2 * F) + linear * 3 * HV + attention * 2 * (D + G)
+    return _size(recipe) * kept
 
 
 def _size(recipe: Recipe) -> int:
@@ -142,7 +147,7 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
         "activations": tokens * activation_bytes(recipe),
         "one block": tokens * working_bytes(recipe),
         "states": 3 * recipe.train.micro_batch * state_bytes(recipe.model, _size(recipe)),
-        "keys of all ranks": tokens * sp * _gathered(recipe),
+        **({"keys of all ranks": tokens * sp * _gathered(recipe)} if sp > 1 and _gathered(recipe) else {}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import product
 from typing import Literal
 
@@ -158,7 +159,7 @@ def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> 
     return norm(x) * p["norm.weight"] @ p.get("head.weight", p["embed.weight"]).T
 
 
-def softmax_output(m: LanguageModel, h: Tensor, w: dict[str, Tensor], doc: Tensor) -> Tensor:
+def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc: Tensor) -> Tensor:
     """Attention with rotation as complex numbers, at absolute positions that do not even start at zero."""
     place = torch.arange(len(h))
     theta = 0.0 if m.cfg.rotary is None else m.cfg.rotary ** (-torch.arange(2).double() / 2)
