@@ -206,9 +206,9 @@ def test_every_layout_is_one_device(world: int) -> None:
     cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
     cases += [("ssd", torch.float64, layout) for layout in layouts(world)[2::5]]
     cases += [("retnet", torch.float64, layout) for layout in layouts(world)[3::7]]
-    cases += [("sliding hybrid", torch.float64, layout) for layout in layouts(world)[1::7]]
-    cases += [("full hybrid", torch.float64, layout) for layout in layouts(world)[2::7]]
-    cases += [("minimax", torch.float64, layout) for layout in layouts(world)[4::11]]
+    cases += [("sliding hybrid", torch.float64, layout) for layout in layouts(world)[1::9]]
+    cases += [("full hybrid", torch.float64, layout) for layout in layouts(world)[2::9]]
+    cases += [("minimax", torch.float64, layout) for layout in layouts(world)[4::13]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
@@ -218,8 +218,8 @@ def test_every_number_of_segments_is_one_device(world: int) -> None:
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
     cases += [("ssd", torch.float64, layout) for layout in streamed(world)[1::4]]
     cases += [("retnet", torch.float64, layout) for layout in streamed(world)[2::5]]
-    cases += [("sliding hybrid", torch.float64, layout) for layout in streamed(world)[::3]]
-    cases += [("minimax", torch.float64, layout) for layout in streamed(world)[1::5]]
+    cases += [("sliding hybrid", torch.float64, layout) for layout in streamed(world)[::4]]
+    cases += [("minimax", torch.float64, layout) for layout in streamed(world)[1::7]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
