@@ -16,7 +16,7 @@ from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
-from lasptrain.recipe import Recipe, load, resolve_mesh, resolve_vocabulary
+from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",
@@ -145,6 +145,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
         ("heads", f"key dim {model.K}, value dim {model.V}, decay {model.decay}"),
+        *([("softmax", _softmax(model))] if model.softmax else []),
         ("mesh", f"dp {dp} × sp {sp}, {world} processes, {recipe.parallel.data_parallel}, scan {scan}"),
         ("window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"),
         ("slice", f"{layout.slice:,} tokens per rank and segment"),
@@ -154,7 +155,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
             f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
         ),
         ("training", f"{train.steps:,} steps, {train.steps * layout.tokens_per_step:,} tokens"),
-        ("work", f"{plan.flops_per_token(model, vocab) / 1e9:.3g} GFLOP per token"),
+        ("work", f"{plan.flops_per_token(model, vocab, recipe.data.window) / 1e9:.3g} GFLOP per token"),
         ("state", f"{plan.state_bytes(model) / 2**20:.3g} MiB per window over all layers"),
         ("checkpoint", f"{12 * total / 1e9:.3g} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
@@ -216,6 +217,13 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     if gpus > 1:
         yield _sharing(recipe, vocab, cut.slice, gpus, rates)
     yield _memory_horizon(recipe)
+
+
+def _softmax(model: Model) -> str:
+    layers = ", ".join(map(str, model.softmax))
+    reach = "all tokens before" if model.sliding is None else f"the last {model.sliding:,} tokens"
+    turned = "no positions" if model.rotary is None else f"rotary positions of base {model.rotary:g}"
+    return f"layers {layers}: {model.kv_heads or model.heads} key heads, over {reach}, {turned}"
 
 
 def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, rates: plan.Rates) -> Table:

@@ -12,38 +12,62 @@ def parameters(model: Model, vocab: int) -> dict[str, int]:
     """Parameters by part of the model; their sum is the model's. `vocab` is the number of rows of the embedding."""
     D, H, K, V, F, L = model.dim, model.heads, model.K, model.V, model.mlp, model.layers
     gated = model.arch != "linear_transformer"
-    by_head = L * (2 * D + V) + D
-    norms = {"tnl": 0, "linear_transformer": by_head, "retnet": by_head, "ssd": L * (2 * D + H * V) + D}
+    attention = len(model.softmax)
+    linear = L - attention
+    in_mixer = {"tnl": 0, "linear_transformer": V, "retnet": V, "ssd": H * V, "minimax": H * V}[model.arch]
     parts = {
         "embedding": vocab * D,
-        "mixer": L * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),
-        "step": L * (H * D + H) * model.data_dependent,
-        "convolution": L * (2 * H * K + H * V) * (model.conv + 1) * (model.conv > 0),
+        "mixer": linear * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),
+        "softmax": attention * 2 * (D * D + D * _key_channels(model)),
+        "step": linear * (H * D + H) * model.data_dependent,
+        "convolution": linear * (2 * H * K + H * V) * (model.conv + 1) * (model.conv > 0),
         "mlp": L * 3 * D * F,
         "lrpe": len(model.lrpe) * H * K,
-        "norms": norms[model.arch],
+        "norms": 0 if model.arch == "tnl" else L * 2 * D + D + linear * in_mixer,
         "head": 0 if model.tie else vocab * D,
     }
     return {part: count for part, count in parts.items() if count}
 
 
-def flops_per_token(model: Model, vocab: int) -> int:
-    """Model FLOPs per trained token: 6 per matrix parameter (the output head is one, the embedding's lookup is not)
-    and three times the recurrences' forward, whose state update and read cost 2·K·V each. Recomputation is not work.
+def _key_channels(model: Model) -> int:
+    """Channels of a softmax layer's keys, and of its values."""
+    return (model.kv_heads or model.heads) * (model.dim // model.heads)
+
+
+def flops_per_token(model: Model, vocab: int, window: int) -> int:
+    """Model FLOPs per trained token: 6 per matrix parameter (the output head is one, the embedding's lookup is not),
+    three times the recurrences' forward, whose state update and read cost 2·K·V each, and three times the softmax
+    layers', whose scores and sums cost 2·D each per key seen. Recomputation is not work.
     """
-    parts = parameters(model, vocab)
-    matrices = parts["mixer"] + parts["mlp"] + vocab * model.dim
-    return 6 * matrices + 3 * sum(4 * keys * model.V * model.heads for keys in _state_keys(model))
+    matrices = _matrices(parameters(model, vocab)) + vocab * model.dim
+    recurrence = sum(4 * keys * model.V * model.heads for keys in _state_keys(model))
+    return 6 * matrices + 3 * (recurrence + _score_flops(model, window))
 
 
-def state_bytes(model: Model) -> int:
-    """Bytes of one window's states over all layers, in fp32."""
-    return sum(4 * keys * model.V * model.heads for keys in _state_keys(model))
+def _matrices(parts: dict[str, int]) -> int:
+    """Matrix parameters of all blocks."""
+    return sum(parts.get(part, 0) for part in ("mixer", "softmax", "mlp"))
+
+
+def _score_flops(model: Model, window: int) -> int:
+    """FLOPs per token of softmax layers' forward over a window of one document, matrices left out."""
+    reach = min(model.sliding or window, window)
+    seen = reach - reach * (reach - 1) // (2 * window)  # on average: the first tokens see fewer
+    return len(model.softmax) * 4 * model.dim * seen
+
+
+def state_bytes(model: Model, size: int = 4) -> int:
+    """Bytes of what one window carries over all layers: states in fp32, and the rows of `size`-byte numbers that
+    sliding softmax layers reach and convolutions see.
+    """
+    rows = 0 if model.sliding is None else len(model.softmax) * (model.sliding - 1) * (2 * _key_channels(model) + 1)
+    return sum(4 * keys * model.V * model.heads for keys in _state_keys(model)) + size * rows
 
 
 def _state_keys(model: Model) -> list[int]:
-    """Key dim of each layer's state: LRPE doubles it (cosine and sine)."""
-    return [model.K * (2 if layer in model.lrpe else 1) for layer in range(model.layers)]
+    """Key dim of each recurrent layer's state: LRPE doubles it (cosine and sine)."""
+    layers = (layer for layer in range(model.layers) if layer not in model.softmax)
+    return [model.K * (2 if layer in model.lrpe else 1) for layer in layers]
 
 
 LONGEST_SLICE = 262_144  # tokens
@@ -56,19 +80,24 @@ HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 def activation_bytes(recipe: Recipe) -> int:
     """Bytes kept for the backward pass per token of a rank's slice, over all layers."""
     model, train = recipe.model, recipe.train
-    D, HK, HV, F = model.dim, model.heads * model.K, model.heads * model.V, model.mlp
+    D, HK, HV, F, G = model.dim, model.heads * model.K, model.heads * model.V, model.mlp, _key_channels(model)
+    attention = len(model.softmax)
+    linear = model.layers - attention
     match recipe.parallel.recompute:
         case "full":
-            kept = D
+            kept = model.layers * D
         case "offload":
             kept = 0
         case "selective":
-            kept = 3 * D + 2 * HK + 3 * HV + 2 * F
+            kept = model.layers * (3 * D + 2 * F) + linear * (2 * HK + 3 * HV) + attention * (D + 2 * G)
         case "none":
             # The residual stream and the normed inputs, q and k before and after their activation, v, gate, o, and the
-            # MLP's two products; a compiler makes the rest again, eager execution keeps it.
-            kept = 3 * D + 4 * HK + 3 * HV + 2 * F + (0 if train.compile else 5 * D + 3 * HV + 2 * F)
-    return _size(recipe) * model.layers * kept
+            # MLP's two products; a compiler makes the rest again, eager execution keeps it. A softmax layer keeps q,
+            # its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
+            kept = model.layers * (3 * D + 2 * F) + linear * (4 * HK + 3 * HV) + attention * (3 * D + 8 * G)
+            if not train.compile:
+                kept += model.layers * (5 * D + 2 * F) + linear * 3 * HV + attention * 2 * (D + G)
+    return _size(recipe) * kept
 
 
 def _size(recipe: Recipe) -> int:
@@ -117,8 +146,15 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
         **fixed_bytes(recipe, vocab, dp, sp),
         "activations": tokens * activation_bytes(recipe),
         "one block": tokens * working_bytes(recipe),
-        "states": 3 * recipe.train.micro_batch * state_bytes(recipe.model),
+        "states": 3 * recipe.train.micro_batch * state_bytes(recipe.model, _size(recipe)),
+        **({"keys of all ranks": tokens * sp * _gathered(recipe)} if sp > 1 and _gathered(recipe) else {}),
     }
+
+
+def _gathered(recipe: Recipe) -> int:
+    """Bytes per token of the segment, which every rank keeps, of softmax layers that see all of it."""
+    model = recipe.model
+    return 0 if model.sliding else 2 * _key_channels(model) * _size(recipe) * len(model.softmax)
 
 
 def short_of_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
@@ -151,7 +187,7 @@ def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> d
         offloaded = segment // sp * activation_bytes(recipe.model_copy(update={"parallel": Parallel()}))
     count, wide = sum(parameters(recipe.model, vocab).values()), max(4, _size(recipe))
     return {
-        "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model),
+        "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model, _size(recipe)),
         "activations": recipe.train.micro_batch * offloaded,
         "checkpoint": wide * count // _shards(recipe, dp, sp) + fixed_bytes(recipe, vocab, dp, sp)["optimizer"],
     }
@@ -183,7 +219,7 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
     whole = window // sp
     fitting = [
         length
-        for length in _slices(whole)
+        for length in (_slices(whole) if recipe.model.sliding or not recipe.model.softmax else [whole])
         if available is None or sum(memory(recipe, vocab, dp, sp, length * sp).values()) <= HEADROOM * available
     ]
     if fitting:
@@ -234,10 +270,10 @@ def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -
     """
     model = recipe.model
     more = passes(recipe, segments) - 3
-    parts = parameters(model, vocab)
-    body = parts["mixer"] + parts["mlp"]
-    products = 6 * (body + vocab * model.dim) + 2 * body * more
-    recurrence = 2 * model.layers * model.heads * (model.K + model.V) * (18 + 6 * more)
+    body = _matrices(parameters(model, vocab))
+    scores = _score_flops(model, recipe.data.window)
+    products = 6 * (body + vocab * model.dim) + 2 * body * more + scores * (4 + more)  # their backward makes them again
+    recurrence = 2 * (model.layers - len(model.softmax)) * model.heads * (model.K + model.V) * (18 + 6 * more)
     pointwise = 2 * model.layers * (12 * model.dim + 3 * model.mlp) * (3 + more)
     logits = vocab * 14
     return products / rates.products + (recurrence + pointwise + logits) / (0.8 * rates.copies)
@@ -247,16 +283,29 @@ DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
 
 
 def horizon(model: Model, window: int) -> list[list[int]]:
-    """Per layer, at how many heads a token weighs more than 1/1000 after each of DISTANCES."""
+    """Per layer, at how many heads a token weighs more than 1/1000, or in a softmax layer is seen, after each of
+    DISTANCES.
+    """
     table = slopes(model.decay, model.layers, model.heads, window)
-    return [[sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
+    reach = model.sliding or math.inf
+    return [
+        [model.heads * (far < reach) for far in DISTANCES]
+        if index in model.softmax
+        else [sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES]
+        for index, layer in enumerate(table)
+    ]
 
 
 def sees(model: Model, window: int) -> float:
-    """The largest distance in tokens at which at least one head in a quarter of the layers still sees; may be inf."""
+    """The largest distance in tokens at which at least one head in a quarter of the recurrent layers, or a softmax
+    layer, still sees; may be inf.
+    """
+    if model.softmax and model.sliding is None:
+        return math.inf
     table = slopes(model.decay, model.layers, model.heads, window)
+    table = [layer for index, layer in enumerate(table) if index not in model.softmax]
     far = sorted((math.inf if min(layer) == 0 else math.log(1000) / min(layer) for layer in table), reverse=True)
-    return far[math.ceil(model.layers / 4) - 1]
+    return max(float(model.sliding or 0), far[math.ceil(len(far) / 4) - 1] if far else 0.0)
 
 
 class Layout(NamedTuple):

@@ -59,7 +59,7 @@ class Section(BaseModel):
 class Model(Section):
     """What is trained. `heads` heads of key dim K and value dim V on a residual stream of `dim` channels."""
 
-    arch: Literal["tnl", "linear_transformer", "ssd", "retnet"]
+    arch: Literal["tnl", "linear_transformer", "ssd", "retnet", "minimax"]
     dim: Count
     layers: Count
     heads: Count
@@ -73,6 +73,11 @@ class Model(Section):
     normalizer: bool = False  # linear_transformer: divide by q · Σk
     data_dependent: bool = False  # ssd: the input says how much each token writes and forgets
     conv: Annotated[int, Field(ge=0, le=16)] = 0  # ssd: tokens seen by a convolution of q, k and v; 0: none
+    softmax: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = ()  # ssd, minimax: layers of softmax attention
+    kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
+    sliding: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
+    rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
+    alpha: Annotated[float, Field(gt=0, le=1e3)] | None = None  # minimax: what multiplies the residual; (2·layers)^¼
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +90,8 @@ class Model(Section):
                 return {"lrpe": (), "decay": "window", **value}
             case "retnet":
                 return {"lrpe": (), "decay": "retnet", **value}
+            case "minimax":
+                return {"lrpe": (), "decay": "minimax_hf", **value}
         return value
 
     @property
@@ -100,7 +107,12 @@ class Model(Section):
     @property
     def halo(self) -> int:
         """Tokens before a slice whose activations its layers need."""
-        return max(0, self.conv - 1)
+        return max(0, self.conv - 1, self.sliding - 1 if self.sliding and self.softmax else 0)
+
+    @property
+    def residual(self) -> float:
+        """α of a minimax block."""
+        return self.alpha or float((2 * self.layers) ** 0.25)
 
     def problems(self) -> Iterator[Problem]:
         """Heads that do not divide the width, LRPE on layers that do not exist, keys of the other architecture."""
@@ -133,8 +145,40 @@ class Model(Section):
             yield "model.conv", "found 1, which sees no other token; expected 0 or at least 2"
         if self.conv and self.arch != "ssd":
             yield "model.conv", f"found {self.conv}; only arch: ssd has a convolution, leave it out"
+        if self.alpha is not None and self.arch != "minimax":
+            yield "model.alpha", f"found {self.alpha:g}; only arch: minimax multiplies its residual, leave it out"
+        yield from self._softmax_problems()
         if self.data_dependent and self.decay == "none":
             yield "model.decay", "found 'none'; with data_dependent = true expected a schedule, such as window"
+
+    def _softmax_problems(self) -> Iterator[Problem]:
+        for layer in self.softmax:
+            if layer >= self.layers:
+                yield "model.softmax", f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
+        if list(self.softmax) != sorted(set(self.softmax)):
+            yield "model.softmax", f"found {list(self.softmax)}; write {sorted(set(self.softmax))}"
+        if self.softmax and self.arch not in ("ssd", "minimax"):
+            yield "model.softmax", f"found {list(self.softmax)}; only arch: ssd and minimax mix layers, leave it out"
+        for key in ("kv_heads", "sliding"):
+            if getattr(self, key) is not None and not self.softmax:
+                yield (
+                    f"model.{key}",
+                    f"found {getattr(self, key)} without model.softmax; name its layers, or leave it out",
+                )
+        if not self.softmax:
+            return
+        if self.dim % self.heads:
+            nearest = _nearest(self.heads, lambda heads: self.dim % heads == 0)
+            yield "model.heads", f"{self.heads} softmax heads do not divide model.dim = {self.dim}; nearest: {nearest}"
+        elif self.rotary is not None and self.dim // self.heads % 2:
+            yield (
+                "model.rotary",
+                f"{self.dim // self.heads} channels of a head do not make pairs to rotate; expected null, or another "
+                "model.heads",
+            )
+        if self.kv_heads and self.heads % self.kv_heads:
+            nearest = _nearest(self.kv_heads, lambda heads: self.heads % heads == 0)
+            yield "model.kv_heads", f"{self.kv_heads} do not divide model.heads = {self.heads}; nearest: {nearest}"
 
 
 class Part(Section):
@@ -360,6 +404,12 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         yield "train.segment", f"{segment} tokens do not divide data.window = {window}; nearest: {nearest}"
     elif recipe.mesh.sp != "auto":
         yield from _slices(recipe, recipe.mesh.sp)
+    if segment not in ("auto", window) and recipe.model.softmax and recipe.model.sliding is None:
+        yield (
+            "train.segment",
+            f"{segment} tokens with softmax layers that see all of data.window = {window}; expected {window} or auto, "
+            "or a window for them to slide over: model.sliding",
+        )
 
 
 def _slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
@@ -824,7 +874,7 @@ class _Source:
 
 
 _EXPECTED: dict[Path_, str] = {
-    ("model", "arch"): "tnl, ssd, retnet or linear_transformer",
+    ("model", "arch"): "tnl, ssd, retnet, minimax or linear_transformer",
     ("model", "dim"): "the width of the model, such as 256",
     ("model", "layers"): "the number of layers, such as 4",
     ("model", "heads"): "the number of heads, such as 4",

@@ -224,7 +224,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
         called,
         shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
         loader,
-        plan.flops_per_token(recipe.model, vocab),
+        plan.flops_per_token(recipe.model, vocab, recipe.data.window),
         peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
         Guard(recipe.guard),
     )

@@ -20,24 +20,22 @@ from tests.gloo import spawn
 VOCAB = 61
 TIGHT = 1e-10  # relative, in fp64
 CPU = torch.device("cpu")
-Arch = Literal["tnl", "linear_transformer", "ssd"]
+Arch = Literal["tnl", "linear_transformer", "ssd", "sliding hybrid", "full hybrid"]
+HYBRIDS: dict[str, dict[str, object]] = {
+    "sliding hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding": 5},
+    "full hybrid": {"arch": "minimax", "softmax": [0, 2]},
+}
 
 
 def model(arch: Arch = "tnl") -> LanguageModel:
-    tnl = arch == "tnl"
-    cfg = Model(
-        arch=arch,
-        dim=24,
-        layers=3,
-        heads=3,
-        mlp=20,
-        vocab=VOCAB,
-        decay="none" if arch == "linear_transformer" else "window",
-        lrpe=(0,) if tnl else (),
-        normalizer=arch == "linear_transformer",
-        data_dependent=arch == "ssd",
-        conv=4 if arch == "ssd" else 0,
-    )
+    own: dict[str, dict[str, object]] = {
+        "tnl": {"decay": "window"},
+        "linear_transformer": {"decay": "none", "normalizer": True},
+        "ssd": {"data_dependent": True, "conv": 4},
+        **HYBRIDS,
+    }
+    sizes = {"dim": 24, "layers": 3, "heads": 3, "mlp": 20, "vocab": VOCAB}
+    cfg = Model.model_validate({"arch": arch, **sizes, **own[arch]})
     made = LanguageModel(cfg, 300, Attention("chunked"), dtype=torch.float64).double()
     with torch.no_grad():
         fill(made, initial_values(made, 0, CPU))
@@ -62,8 +60,11 @@ def near(a: Tensor, b: Tensor, bound: float = 1e-5) -> None:
     assert float((a.double() - b.double()).norm() / b.double().norm()) < bound
 
 
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd"])
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize(
+    ("arch", "length"),
+    [(arch, n) for arch in ("tnl", "ssd") for n in (1, 2, 63, 64, 65, 200)]
+    + [(arch, n) for arch in ("linear_transformer", *HYBRIDS) for n in (1, 4, 65)],
+)
 def test_reading_in_segments_then_token_by_token_is_one_forward(arch: Arch, length: int) -> None:
     made, tokens = model(arch), text(length + 8)
     expected = all_logits(made, tokens)
@@ -78,8 +79,9 @@ def test_reading_in_segments_then_token_by_token_is_one_forward(arch: Arch, leng
     near(Reader(made, segment=37).losses(tokens[0]), wanted, TIGHT)
 
 
-def test_forks_of_a_snapshot_are_single_texts_and_leave_it_unharmed() -> None:
-    made, context = model(), text(100)
+@pytest.mark.parametrize("arch", ["tnl", *HYBRIDS])
+def test_forks_of_a_snapshot_are_single_texts_and_leave_it_unharmed(arch: Arch) -> None:
+    made, context = model(arch), text(100)
     reader = Reader(made)
     past = reader.read(context)
     endings = torch.cat([text(9, seed) for seed in (1, 2, 3)])
@@ -137,12 +139,18 @@ def test_generation_repeats_with_its_seed_and_ends_at_a_stop() -> None:
 def _on_ranks(rank: int, world: int) -> None:
     grid = meshes.build(1, world)
     tokens = text(131)
-    archs: tuple[Arch, ...] = ("tnl", "linear_transformer", "ssd")
-    for arch in archs:
+    scans: dict[Arch, tuple[str, ...]] = {
+        "tnl": ("ring", "all_gather", "all_scan"),
+        "linear_transformer": ("all_gather",),
+        "ssd": ("ring", "all_scan"),
+        "sliding hybrid": ("ring", "all_gather"),
+        "full hybrid": ("ring",),
+    }
+    for arch, names in scans.items():
         made = model(arch)
         expected = all_logits(made, tokens)
         wanted = torch.nn.functional.cross_entropy(expected[:-1], tokens[0, 1:], reduction="none")
-        for scan in ("ring", "all_gather", "all_scan"):
+        for scan in names:
             reader = Reader(made, grid, segment=40, scan=scan)
             for length in (1, 2, 41, 120):
                 near(reader.read(tokens[:, :length]).logits[0], expected[length - 1])

@@ -28,11 +28,19 @@ from tests.gloo import spawn
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
-Arch = Literal["tnl", "linear_transformer", "ssd", "retnet"]
+Arch = Literal["tnl", "linear_transformer", "ssd", "retnet", "sliding hybrid", "full hybrid", "minimax"]
+HYBRIDS: dict[str, dict[str, object]] = {
+    "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding": 6},
+    "full hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1},
+    "minimax": {"arch": "minimax", "softmax": [2], "sliding": 5, "rotary": None},
+}
 
 
 def config(arch: Arch) -> Model:
     tnl = arch == "tnl"
+    if arch == "sliding hybrid" or arch == "full hybrid" or arch == "minimax":
+        sizes = {"dim": 16, "layers": 3, "heads": 4, "mlp": 20, "vocab": VOCAB, "tie": False}
+        return Model.model_validate(HYBRIDS[arch] | sizes)
     if arch in ("ssd", "retnet"):
         sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
         own = {"data_dependent": True, "conv": 4} if arch == "ssd" else {}
@@ -91,7 +99,7 @@ def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """Initial values, with larger matrices: rounding then stays small beside the activations. Not as large for ssd,
     where large ones make gradients of steps that cancel.
     """
-    times = 3 if model.cfg.arch == "ssd" else 5
+    times = {"ssd": 3, "minimax": 2}.get(model.cfg.arch, 5)
     g = torch.Generator().manual_seed(7)
     for name, value in initial_values(model, 7, CPU):
         if ".dt." in name:
@@ -198,6 +206,9 @@ def test_every_layout_is_one_device(world: int) -> None:
     cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
     cases += [("ssd", torch.float64, layout) for layout in layouts(world)[2::5]]
     cases += [("retnet", torch.float64, layout) for layout in layouts(world)[3::7]]
+    cases += [("sliding hybrid", torch.float64, layout) for layout in layouts(world)[1::9]]
+    cases += [("full hybrid", torch.float64, layout) for layout in layouts(world)[2::9]]
+    cases += [("minimax", torch.float64, layout) for layout in layouts(world)[4::13]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
@@ -207,6 +218,8 @@ def test_every_number_of_segments_is_one_device(world: int) -> None:
     cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
     cases += [("ssd", torch.float64, layout) for layout in streamed(world)[1::4]]
     cases += [("retnet", torch.float64, layout) for layout in streamed(world)[2::5]]
+    cases += [("sliding hybrid", torch.float64, layout) for layout in streamed(world)[::4]]
+    cases += [("minimax", torch.float64, layout) for layout in streamed(world)[1::7]]
     assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
 
 
@@ -288,8 +301,11 @@ def exchanges(rank: int, world: int) -> dict[str, tuple[int, int]]:
     for scan in ("ring", "all_gather"):
         for mode in ("none", "full", "selective"):
             for segments in (1, 2):
-                _, _, used = distributed("tnl", torch.float32, Layout(1, world, scan, "ddp", mode, segments))
+                arch: Arch = "sliding hybrid" if scan == "ring" and segments == 2 else "tnl"
+                _, _, used = distributed(arch, torch.float32, Layout(1, world, scan, "ddp", mode, segments))
                 found[f"{scan}/{mode}/{segments}"] = (used.calls, used.bytes_sent)
+        _, _, used = distributed("full hybrid", torch.float32, Layout(1, world, scan, "ddp", "full"))
+        assert used.calls == 3 * 2 * BATCH
     return found
 
 
@@ -331,10 +347,10 @@ def test_bytes_sent_do_not_depend_on_the_window(scan: str) -> None:
             assert found[1024] == (state + decay, state + decay)
 
 
-def gradients_of(rank: int, world: int, last_of_a: int, segments: int) -> tuple[Tensor, Tensor]:
+def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arch) -> tuple[Tensor, Tensor]:
     """Losses of a window of documents A and B per token, and the gradient of B's loss at each token's embedding."""
     mesh = meshes.build(1, world)
-    model = LanguageModel(config("tnl"), WINDOW, Attention("chunked", AllGather(mesh.sp_group, CPU)), loss_chunk=32)
+    model = LanguageModel(config(arch), WINDOW, Attention("chunked", AllGather(mesh.sp_group, CPU)), loss_chunk=32)
     fill(model, values(model))
     tokens = windows()[:1]
     edge = 61
@@ -362,11 +378,16 @@ def gradients_of(rank: int, world: int, last_of_a: int, segments: int) -> tuple[
     return torch.cat(losses), torch.cat([x.grad[0] for x in reversed(captured)])
 
 
-@pytest.mark.parametrize("segments", [1, 2, 4])
+def two_texts(rank: int, world: int, segments: int, arch: Arch) -> list[tuple[Tensor, Tensor]]:
+    return [gradients_of(rank, world, last, segments, arch) for last in (5, 9)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "segments"), [("tnl", 1), ("tnl", 2), ("tnl", 4), ("sliding hybrid", 4), ("full hybrid", 1)]
+)
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_document_never_sees_another(world: int, segments: int) -> None:
-    first = spawn(world, gradients_of, 5, segments)
-    second = spawn(world, gradients_of, 9, segments)
+def test_a_document_never_sees_another(world: int, segments: int, arch: Arch) -> None:
+    first, second = zip(*spawn(world, two_texts, segments, arch), strict=True)
     length = WINDOW // (world * segments)
     for rank in range(world):
         position = torch.cat([(m * world + rank) * length + torch.arange(length) for m in range(segments)])

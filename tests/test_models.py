@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import product
 from typing import Literal
 
@@ -15,6 +16,7 @@ from lasptrain import plan
 from lasptrain.eval.generate import generate
 from lasptrain.models.decay import slopes
 from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.ops import softmax
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model
@@ -61,7 +63,20 @@ def test_the_slopes_of_a_model_are_those_of_the_released_one() -> None:
     assert table[15][15] == pytest.approx(2**-8 * 1e-5)
 
 
-Arch = Literal["tnl", "linear_transformer", "ssd", "data-dependent ssd", "convolved ssd", "retnet"]
+Arch = Literal[
+    "tnl",
+    "linear_transformer",
+    "ssd",
+    "data-dependent ssd",
+    "convolved ssd",
+    "retnet",
+    "minimax",
+    "sliding ssd",
+    "hybrid minimax",
+]
+
+
+ATTENTION = {"dim": 16, "heads": 4}  # keys of 4 channels
 
 
 def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageModel:
@@ -70,6 +85,9 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
         "linear_transformer": {"decay": "none", "normalizer": normalizer},
         "ssd": {},
         "retnet": {},
+        "minimax": {},
+        "sliding ssd": {**ATTENTION, "softmax": [0, 2], "kv_heads": 2, "sliding": 7},
+        "hybrid minimax": {**ATTENTION, "softmax": [1], "rotary": None, "alpha": 1.5, "decay": "window"},
         "data-dependent ssd": {"data_dependent": True},
         "convolved ssd": {"data_dependent": True, "conv": 3},
     }
@@ -79,7 +97,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
     g = torch.Generator().manual_seed(3)
     for name, value in initial_values(made, 3, CPU):
         value = value * 20 if name.endswith("weight") and value.dim() > 1 else value
-        if ".dt." in name or ".conv." in name or (".norm" in name and arch.endswith(("ssd", "retnet"))):
+        if ".dt." in name or ".conv." in name or (".norm" in name and arch.endswith(("ssd", "retnet", "minimax"))):
             value = value + torch.randn(value.shape, generator=g)
         fill(made, [(name, value)])
     return made
@@ -141,6 +159,47 @@ def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> 
     return norm(x) * p["norm.weight"] @ p.get("head.weight", p["embed.weight"]).T
 
 
+def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc: Tensor) -> Tensor:
+    """Attention with rotation as complex numbers, at absolute positions that do not even start at zero."""
+    place = torch.arange(len(h))
+    theta = 0.0 if m.cfg.rotary is None else m.cfg.rotary ** (-torch.arange(2).double() / 2)
+    angle = (1000 + place).double()[:, None, None] * theta * torch.ones(2)
+    q, k, v = ((h @ w[f"attn.{n}.weight"].T).view(len(h), -1, 4) for n in "qkv")
+    q, k = (torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle) for x in (q, k))
+    lag = place[:, None] - place
+    visible = (lag >= 0) & (lag < (m.cfg.sliding or 1000)) & (doc[:, None] == doc)
+    heads = []
+    for head in range(4):
+        shared = head * k.shape[1] // 4
+        score = (q[:, head] @ k[:, shared].conj().T).real / 2
+        heads.append(score.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, shared])
+    return torch.cat(heads, dim=1) @ w["attn.out.weight"].T
+
+
+def minimax_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+    """The residual carries the normalised value."""
+
+    def scaled(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    p = dict(m.named_parameters())
+    heads = m.cfg.heads
+    alpha = m.cfg.alpha or 6**0.25
+    x = p["embed.weight"][tokens]
+    for i, slope in enumerate(m.decays().double()):
+        w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
+        h = scaled(x, w["norm1.weight"])
+        if i in m.cfg.softmax:
+            y = softmax_output(m, h, w, doc)
+        else:
+            q, k, v = (F.silu(h @ w[f"mixer.{n}.weight"].T).view(len(h), heads, -1) for n in "qkv")
+            o = scaled(attend(q, k, v, weights(slope, doc)).flatten(1), w["mixer.norm.weight"], 1e-6)
+            y = (torch.sigmoid(h @ w["mixer.gate.weight"].T) * o) @ w["mixer.out.weight"].T
+        h = scaled(alpha * h + y, w["norm2.weight"])
+        x = alpha * h + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
+    return scaled(x, p["norm.weight"]) @ p.get("head.weight", p["embed.weight"]).T
+
+
 def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
     """A token at a time: the step scales what is written and says how much is forgotten."""
 
@@ -148,10 +207,16 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     p = dict(m.named_parameters())
+    heads = m.cfg.heads
     x = p["embed.weight"][tokens]
     for i, slope in enumerate(m.decays().double()):
         w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
         h = scaled(x, w["norm1.weight"])
+        if i in m.cfg.softmax:
+            x = x + softmax_output(m, h, w, doc)
+            h = scaled(x, w["norm2.weight"])
+            x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
+            continue
         products = torch.cat([h @ w[f"mixer.{n}.weight"].T for n in "vkq"], dim=1)
         if m.cfg.conv:
             seen = torch.zeros_like(products)
@@ -159,17 +224,18 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
                 if t >= lag and doc[t - lag] == doc[t]:
                     seen[t] += products[t - lag] * w["mixer.conv.weight"][:, 2 - lag]
             products = seen + w["mixer.conv.bias"]
-        v, k, q = (F.silu(x).view(len(h), 3, -1) for x in products.split([15, 12, 12], dim=1))
-        step = torch.ones(len(h), 3, dtype=torch.float64)
+        channels = [5 * heads, 4 * heads, 4 * heads]
+        v, k, q = (F.silu(x).view(len(h), heads, -1) for x in products.split(channels, dim=1))
+        step = torch.ones(len(h), heads, dtype=torch.float64)
         if m.cfg.data_dependent:
             step = F.softplus(h @ w["mixer.dt.weight"].T + w["mixer.dt.bias"])
-        state, outputs = torch.zeros(3, 4, 5, dtype=torch.float64), []
+        state, outputs = torch.zeros(heads, 4, 5, dtype=torch.float64), []
         for t in range(len(h)):
-            kept = torch.exp(-slope * step[t]) if t and doc[t] == doc[t - 1] else torch.zeros(3)
+            kept = torch.exp(-slope * step[t]) if t and doc[t] == doc[t - 1] else torch.zeros(heads)
             state = kept[:, None, None] * state + torch.einsum("hk,hv->hkv", k[t], step[t][:, None] * v[t])
             outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
-        o = torch.stack(outputs) * F.silu(h @ w["mixer.gate.weight"].T).view(-1, 3, 5)
-        x = x + scaled(o, w["mixer.norm.weight"].view(3, 5)).flatten(1) @ w["mixer.out.weight"].T
+        o = torch.stack(outputs) * F.silu(h @ w["mixer.gate.weight"].T).view(-1, heads, 5)
+        x = x + scaled(o, w["mixer.norm.weight"].view(heads, 5)).flatten(1) @ w["mixer.out.weight"].T
         h = scaled(x, w["norm2.weight"])
         x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
     return scaled(x, p["norm.weight"]) @ p.get("head.weight", p["embed.weight"]).T
@@ -207,6 +273,9 @@ def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         ("data-dependent ssd", False),
         ("convolved ssd", False),
         ("retnet", False),
+        ("minimax", False),
+        ("sliding ssd", False),
+        ("hybrid minimax", False),
         ("tnl", False),
         ("linear_transformer", False),
         ("linear_transformer", True),
@@ -224,9 +293,37 @@ def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> N
             "ssd": ssd_logits,
             "linear_transformer": linear_transformer_logits,
             "retnet": retnet_logits,
+            "minimax": minimax_logits,
         }
         expected = definitions[m.cfg.arch](m, tokens[0], doc[0])
     assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
+
+
+@pytest.mark.parametrize("sliding", [None, 1, 9, 100])
+@pytest.mark.parametrize("before", [0, 8])
+def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, sliding: int | None, before: int) -> None:
+    monkeypatch.setattr(softmax, "BLOCK", 7)
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(2, length, heads, 6, generator=g, dtype=torch.float64, requires_grad=True)
+        for length, heads in ((40, 4), (40 + before, 2), (40 + before, 2))
+    )
+    doc = torch.randint(2, (2, 40 + before), generator=g).cumsum(1) // 5
+    lag = torch.arange(40)[:, None] + before - torch.arange(40 + before)
+    for own, of_keys in ((None, None), (doc[:, before:], doc)):
+        visible = (lag >= 0) & (lag < (sliding or 1000))
+        if own is not None and of_keys is not None:
+            visible = visible & (own[:, None, :, None] == of_keys[:, None, None])
+        score = torch.einsum("bihk,bjhk->bhij", q, k.repeat_interleave(2, 2)) / 6**0.5
+        weight = score.masked_fill(~visible, -torch.inf).softmax(-1)
+        want = torch.einsum("bhij,bjhk->bihk", weight, v.repeat_interleave(2, 2))
+        found = softmax.attend(q, k, v, own, of_keys, sliding)
+        assert torch.allclose(found, want, atol=1e-12)
+        do = torch.randn(want.shape, generator=g, dtype=torch.float64)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, (q, k, v), do), torch.autograd.grad(want, (q, k, v), do), strict=True
+        ):
+            assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def test_a_data_dependent_model_begins_as_its_twin_of_constant_decay() -> None:
@@ -252,7 +349,9 @@ def test_generation_is_the_forward_pass(arch: Arch) -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("arch", ["tnl", "linear_transformer", "ssd", "convolved ssd", "retnet"])
+@pytest.mark.parametrize(
+    "arch", ["tnl", "linear_transformer", "ssd", "convolved ssd", "retnet", "sliding ssd", "hybrid minimax"]
+)
 def test_a_plan_counts_the_parameters(arch: Arch, tie: bool) -> None:
     m = model(arch, tie=tie)
     assert sum(plan.parameters(m.cfg, 23).values()) == sum(p.numel() for p in m.parameters())

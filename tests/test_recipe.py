@@ -118,7 +118,7 @@ def test_what_yaml_1_1_would_convert_stays_text(write: Write, word: str) -> None
         (
             "  arch: tnl",
             "  arch: tln",
-            "r.yaml:2: model.arch: found 'tln'; expected tnl, linear_transformer, ssd or retnet",
+            "r.yaml:2: model.arch: found 'tln'; expected tnl, linear_transformer, ssd, retnet or minimax",
         ),
         ("  lr: 1e-4", "  lr: fast", "r.yaml:11: optim.lr: found 'fast'; expected a number"),
         ("  lr: 1e-4", "  lr: .nan", "r.yaml:11: optim.lr: found .nan; expected a finite number"),
@@ -433,8 +433,36 @@ def test_parameters_of_the_published_sizes(name: str, millions: float) -> None:
 def test_flops_count_the_head_and_not_the_embedding() -> None:
     model = Model(arch="tnl", dim=8, layers=2, heads=2, key_dim=3, value_dim=5, mlp=16, lrpe=(), tie=False)
     matrices = 2 * (2 * 6 * 8 + 3 * 10 * 8 + 3 * 8 * 16) + 100 * 8
-    assert plan.flops_per_token(model, 100) == 6 * matrices + 3 * 2 * 4 * 3 * 5 * 2
-    assert plan.flops_per_token(model.model_copy(update={"tie": True}), 100) == plan.flops_per_token(model, 100)
+    assert plan.flops_per_token(model, 100, 64) == 6 * matrices + 3 * 2 * 4 * 3 * 5 * 2
+    tied = model.model_copy(update={"tie": True})
+    assert plan.flops_per_token(tied, 100, 64) == plan.flops_per_token(model, 100, 64)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"softmax": [4]}, "model.softmax: there is no layer 4; the 4 layers are 0 to 3"),
+        ({"softmax": [2, 1]}, "model.softmax: found [2, 1]; write [1, 2]"),
+        ({"softmax": [1], "arch": "retnet"},
+         "model.softmax: found [1]; only arch: ssd and minimax mix layers, leave it out"),
+        ({"sliding": 8}, "model.sliding: found 8 without model.softmax; name its layers, or leave it out"),
+        ({"softmax": [1], "kv_heads": 3}, "model.kv_heads: 3 do not divide model.heads = 4; nearest: 2, 4"),
+        ({"softmax": [1], "heads": 3, "key_dim": 8, "value_dim": 8},
+         "model.heads: 3 softmax heads do not divide model.dim = 256; nearest: 2, 4"),
+        ({"softmax": [1], "heads": 256},
+         "model.rotary: 1 channels of a head do not make pairs to rotate; expected null, or another model.heads"),
+        ({"alpha": 2.0}, "model.alpha: found 2; only arch: minimax multiplies its residual, leave it out"),
+        ({"softmax": [1], "train.segment": 1024}, "train.segment: 1024 tokens with softmax layers that see all of "
+         "data.window = 4096; expected 4096 or auto, or a window for them to slide over: model.sliding"),
+        ({"softmax": [1], "sliding": 600, "train.segment": 1024, "mesh.sp": 2},
+         "train.segment: 1024 tokens are slices of 512 for mesh.sp = 2; "
+         "expected slices of at least 599, which the layers hand to their right"),
+    ],
+)  # fmt: skip
+def test_softmax_layers_that_do_not_fit(refused: Refused, keys: dict[str, object], message: str) -> None:
+    written = [f"{key if '.' in key else f'model.{key}'}={value}" for key, value in keys.items()]
+    (found,) = refused(edit("  arch: tnl", "  arch: ssd"), *written)
+    assert found.partition(": ")[2].endswith(message) or found.endswith(message)
 
 
 def test_layout(write: Write) -> None:

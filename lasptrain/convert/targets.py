@@ -55,6 +55,8 @@ def _reasons(target: str, model: Model) -> Iterator[str]:
     wide = model.heads * model.V
     match target:
         case "granitemoehybrid":
+            if model.softmax:
+                yield f"softmax layers, model.softmax = {list(model.softmax)}, have no mapping yet"
             if wide % model.dim:
                 yield f"model.heads × value dim = {wide} is no multiple of model.dim = {model.dim}"
             if model.dim % model.heads:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.loss import IGNORED
@@ -33,12 +34,20 @@ class Snapshot(NamedTuple):
 
 
 def join(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Several pasts as one batch; the states of a recurrence have one shape whatever was read."""
+    """Several pasts as one batch. The states of a recurrence have one shape whatever was read; keys of a softmax layer
+    do not, and rows of zeros before the first belong to no document.
+    """
     carry = [
-        tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*states, strict=True))
+        tuple(None if parts[0] is None else _batched(parts) for parts in zip(*states, strict=True))
         for states in zip(*(one.carry for one in snapshots), strict=True)
     ]
     return Snapshot(carry, torch.cat([one.logits for one in snapshots]), max(one.length for one in snapshots))
+
+
+def _batched(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(part.shape[1] for part in parts)
+    rest = [0, 0] * (parts[0].dim() - 2)
+    return torch.cat([F.pad(part, [*rest, longest - part.shape[1], 0]) for part in parts])
 
 
 class Reader:

@@ -17,15 +17,17 @@ from lasptrain.models.convolution import Convolution
 from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
+from lasptrain.models.minimax import Lightning
 from lasptrain.models.mixers import COMPILED, State, TransNormer, Undecayed
 from lasptrain.models.retention import Retention
+from lasptrain.models.softmax import Softmax
 from lasptrain.models.ssd import EPS, StateSpace, Step
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.recipe import Model
 
 INIT_STD = 0.02
 
-Mixer: TypeAlias = TransNormer | Undecayed | StateSpace | Retention
+Mixer: TypeAlias = TransNormer | Undecayed | StateSpace | Retention | Lightning | Softmax
 
 
 class Output(NamedTuple):
@@ -38,34 +40,51 @@ class Output(NamedTuple):
 class Block(nn.Module):
     """x += mixer(norm1(x)); x += mlp(norm2(x)).
 
+    With `alpha` the residual carries the normalised value: h = norm1(x); x = α h + mixer(h); the same for the MLP.
     `recompute` calls `mix`: directly, or under activation checkpointing.
     """
 
-    def __init__(self, norm1: nn.Module, mixer: Mixer, norm2: nn.Module, mlp: nn.Module):
+    mixer: Mixer  # of a recurrence
+    attn: Softmax
+
+    def __init__(self, norm1: nn.Module, mixer: Mixer, norm2: nn.Module, mlp: nn.Module, *, alpha: float | None = None):
         super().__init__()
-        self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
+        self.called = "attn" if isinstance(mixer, Softmax) else "mixer"  # in checkpoints
+        self.norm1, self.norm2, self.mlp, self.alpha = norm1, norm2, mlp, alpha
+        self.add_module(self.called, mixer)
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
 
     def forward(
         self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool, only_state: bool = False
     ) -> tuple[Tensor, State]:
         """x [B, T, D] after the block and the mixer's leaving state; `only_state` leaves x as it is."""
-        phases: Any = self.mixer.phases(x.shape[1])  # only the mixer knows what they are
+        phases: Any = self.moves.phases(x.shape[1])  # only the mixer knows what they are
         if only_state:
-            return x, self.mixer.state(self.norm1(x), phases, doc, carry, memory)
+            return x, self.moves.state(self.norm1(x), phases, doc, carry, memory)
         x, leaving = self.recompute(self.mix, x, phases, doc, carry, memory, leave)
         return x, leaving
+
+    @property
+    def moves(self) -> Mixer:
+        """The layer that moves information between tokens."""
+        mixer: Mixer = getattr(self, self.called)
+        return mixer
 
     def mix(
         self, x: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
-        y, leaving = self.mixer(self.norm1(x), phases, doc, carry, memory, leave)
-        return self.feed(x, y), leaving
+        h = self.norm1(x)
+        y, leaving = self.moves(h, phases, doc, carry, memory, leave)
+        return self.feed(x if self.alpha is None else h, y), leaving
 
     def feed(self, x: Tensor, y: Tensor) -> Tensor:
         """The second half: both residual additions and the MLP."""
-        x = x + y
-        z: Tensor = x + self.mlp(self.norm2(x))
+        if self.alpha is None:
+            x = x + y
+            z: Tensor = x + self.mlp(self.norm2(x))
+            return z
+        h = self.norm2(self.alpha * x + y)
+        z = self.alpha * h + self.mlp(h)
         return z
 
     def fuse(self) -> None:
@@ -74,8 +93,8 @@ class Block(nn.Module):
         What pointwise work hands to a matrix product is made again in the backward, not kept: a quarter of all memory.
         """
         functorch.ban_recompute_materialized_backward = False
-        mixers = getattr(self.mixer, "parts", COMPILED)
-        for owner, parts in ((self.mixer, mixers), (self, ("feed",)), (self.norm1, ("forward",))):
+        mixers = getattr(self.moves, "parts", COMPILED)
+        for owner, parts in ((self.moves, mixers), (self, ("feed",)), (self.norm1, ("forward",))):
             for part in parts:
                 setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
 
@@ -187,14 +206,24 @@ def _norm(cfg: Model) -> nn.Module:
             return SimpleRMSNorm()
         case "linear_transformer" | "retnet":
             return RMSNorm(cfg.dim)
-        case "ssd":
+        case "ssd" | "minimax":
             return RMSNorm(cfg.dim, EPS)
 
 
 def _block(cfg: Model, index: int, attention: Attention) -> Block:
     sizes = (cfg.dim, cfg.heads, cfg.K, cfg.V)
+    alpha = cfg.residual if cfg.arch == "minimax" else None
     mixer: Mixer
-    match cfg.arch:
+    match "softmax" if index in cfg.softmax else cfg.arch:
+        case "softmax":
+            mixer = Softmax(
+                cfg.dim,
+                cfg.heads,
+                cfg.kv_heads or cfg.heads,
+                sliding=cfg.sliding,
+                rotary=cfg.rotary,
+                attention=attention,
+            )
         case "tnl":
             mixer = TransNormer(*sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention)
         case "linear_transformer":
@@ -203,7 +232,9 @@ def _block(cfg: Model, index: int, attention: Attention) -> Block:
             mixer = StateSpace(*sizes, data_dependent=cfg.data_dependent, conv=cfg.conv, attention=attention)
         case "retnet":
             mixer = Retention(*sizes, decayed=cfg.decay != "none", attention=attention)
-    return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"))
+        case "minimax":
+            mixer = Lightning(*sizes, decayed=cfg.decay != "none", attention=attention)
+    return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"), alpha=alpha)
 
 
 def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -235,7 +266,7 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
         else:
             yield name, empty.normal_(0.0, INIT_STD, generator=_generator(seed, name, device))
     for layer, slope in zip(model.blocks, model.decays(), strict=True):
-        if (buffer := getattr(layer.mixer, "slope", None)) is not None:
+        if (buffer := getattr(layer.moves, "slope", None)) is not None:
             yield next(n for n, b in model.named_buffers() if b is buffer), slope
 
 

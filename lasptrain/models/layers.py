@@ -63,9 +63,11 @@ class Phases(NamedTuple):
         cos, sin = self._table(x.shape[1])
         return torch.cat([x * cos, x * sin], dim=-1).to(x.dtype)
 
-    def rotated(self, x: Tensor) -> Tensor:
-        """x [B, T, H, 2K] whose first half of channels is turned by θt against the second (RoPE, arXiv:2104.09864)."""
-        cos, sin = self._table(x.shape[1])
+    def rotated(self, x: Tensor, start: int = 0) -> Tensor:
+        """x [B, T, H, 2K] whose first half of channels is turned by θt against the second (RoPE, arXiv:2104.09864);
+        t counts from `start`.
+        """
+        cos, sin = (table[start:] for table in self._table(start + x.shape[1]))
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 

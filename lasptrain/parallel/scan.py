@@ -93,7 +93,9 @@ class Scan(Protocol):
     gradient of the one is what the reversed call takes and returns. Which ranks hold them is the scan's own matter.
     """
 
+    group: dist.ProcessGroup | None
     size: int  # ranks
+    rank: int
     bytes_sent: int
     calls: int
 

@@ -1,0 +1,123 @@
+"""Softmax attention as a layer of a hybrid stack: grouped-query, over all tokens before or over a sliding window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lasptrain.models.convolution import last_rows
+from lasptrain.models.layers import Rotary
+from lasptrain.models.linear import Linear, products
+from lasptrain.models.mixers import State
+from lasptrain.ops import softmax
+from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.gather import gather
+from lasptrain.parallel.halo import halo
+
+
+class Softmax(nn.Module):
+    """y = W attend(q, k, v), q, k, v linear, scores scaled by K^−½, q and k rotated where `rotary` is a base.
+
+    What crosses slices are rows: k (before it is rotated, because positions count from the first key in sight), v, and
+    a column that says what documents need. A sliding window takes the rows that it reaches from the slice before, over
+    segments too; without one, all rows of the segment are gathered, and what it leaves is all rows so far.
+    """
+
+    parts = ("rotated",)
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        sliding: int | None,
+        rotary: float | None,
+        attention: Attention,
+    ):
+        super().__init__()
+        self.heads, self.kv_heads, self.sliding, self.attention = heads, kv_heads, sliding, attention
+        self.key_dim = dim // heads
+        self.q, self.out = Linear(dim, dim), Linear(dim, dim)
+        self.k, self.v = Linear(dim, kv_heads * self.key_dim), Linear(dim, kv_heads * self.key_dim)
+        self.rotary = None if rotary is None else Rotary(self.key_dim, rotary)
+
+    def phases(self, length: int) -> None:
+        return None
+
+    def forward(
+        self, h: Tensor, phases: None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+    ) -> tuple[Tensor, State]:
+        q, k, v = products(h, self.q, self.k, self.v)
+        keys, values, query_doc, key_doc, leaving = self._seen(k, v, doc, carry[0], memory, leave)
+        q, keys = self.rotated(self._heads(q), self._heads(keys))
+        o = softmax.attend(q, keys, self._heads(values), query_doc, key_doc, self.sliding)
+        y: Tensor = self.out(o.flatten(2))
+        return y, (leaving,)
+
+    def state(self, h: Tensor, phases: None, doc: Tensor | None, carry: State, memory: Memory) -> State:
+        """What leaves the segment, without outputs."""
+        k, v = products(h, self.k, self.v)
+        return (self._seen(k, v, doc, carry[0], memory, True)[-1],)
+
+    def _seen(
+        self, k: Tensor, v: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Keys and values [B, J, ·] up to the last query's, documents of queries and of keys, and what leaves."""
+        rows = torch.cat([k, v], dim=-1)
+        see = self._all if self.sliding is None else self._near
+        rows, query_doc, key_doc, leaving = see(rows, doc, carry, memory, leave)
+        keys, values = rows.split(k.shape[-1], dim=-1)
+        return keys, values, query_doc, key_doc, leaving
+
+    def _near(
+        self, rows: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Rows with those before them that the window reaches; their last column is 0 where there are none to see."""
+        assert self.sliding is not None
+        n, scan = self.sliding - 1, self.attention.scan
+        if n == 0 or (scan.size == 1 and carry is None and not leave):
+            return rows, doc, doc, None
+        marked = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
+        if scan.size == 1 and rows.shape[1] < n:  # reading, not training: a slice shorter than the window
+            before = marked.new_zeros(rows.shape[0], n, marked.shape[-1]) if carry is None else carry.squeeze(1)
+            leaving = last_rows(marked, before, doc, n).unsqueeze(1) if leave else None
+        else:
+            before, leaving = halo(last_rows(marked, None, doc, n), carry, scan, memory, leave)
+        own = rows.new_zeros(rows.shape[:2], dtype=torch.int32) if doc is None else doc
+        unseen = (before[..., -1] == 0).to(own.dtype)
+        return torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), leaving
+
+    def _all(
+        self, rows: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """All rows up to this slice's last; while they travel, their last column is 1 where a document starts, as one
+        does with a window.
+        """
+        scan, length = self.attention.scan, rows.shape[1]
+        if scan.size == 1 and carry is None and not leave:
+            return rows, doc, doc, None
+        starts = torch.zeros_like(rows[..., 0])
+        if doc is not None:
+            starts.copy_(torch.diff(doc, dim=1, prepend=doc[:, :1] * 0))
+        if carry is None and scan.rank == 0:
+            starts[:, 0] = 1
+        marked = gather(torch.cat([rows, starts[..., None]], dim=-1), scan, memory)
+        before = 0 if carry is None else carry.shape[1]
+        if carry is not None:
+            marked = torch.cat([carry, marked], dim=1)
+        leaving = marked if leave else None
+        stop = before + (scan.rank + 1) * length
+        numbers = marked[:, :stop, -1].int().cumsum(1)
+        return marked[:, :stop, :-1], numbers[:, stop - length :], numbers, leaving
+
+    def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, K] and k [B, J, G, K] at positions that count from the first key."""
+        if self.rotary is None:
+            return q, k
+        wide = torch.promote_types(q.dtype, torch.float32)
+        tables = self.rotary(k.shape[1], q.device, wide)
+        return tables.rotated(q, k.shape[1] - q.shape[1]), tables.rotated(k)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.key_dim)

@@ -1,0 +1,54 @@
+"""The rows of a whole segment on every rank, as softmax layers need them (LASP-2H, arXiv:2502.07563)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lasptrain.parallel.attention import Memory
+from lasptrain.parallel.scan import Scan, all_gather
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather(rows: Tensor, scan: Scan, memory: Memory) -> Tensor:
+    """Rows [B, sp · T, C] of all slices, of this slice's [B, T, C]; the gradient of rows is summed over ranks.
+
+    Args:
+        scan: says which ranks share the window.
+        memory: where the result is kept, or found if the layer is being recomputed.
+    """
+    if scan.size == 1:
+        return rows
+    gathered: Tensor = _Gather.apply(rows, scan, memory)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scan: Scan, memory: Memory) -> Tensor:
+        ctx.scan = scan
+        if not memory.known or memory.entering is None:
+            parts = rows.new_empty(scan.size, *rows.shape)
+            all_gather(parts.view(-1), rows.contiguous().view(-1), group=scan.group)
+            scan.calls += 1
+            scan.bytes_sent += rows.numel() * rows.element_size()
+            memory.known, memory.entering = True, parts.transpose(0, 1).flatten(1, 2)
+        return memory.entering.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scan = ctx.scan
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        parts = wide.unflatten(1, (scan.size, -1)).transpose(0, 1).contiguous()
+        mine = torch.empty_like(parts[0])
+        reduce_scatter(mine.view(-1), parts.view(-1), group=scan.group)
+        scan.calls += 1
+        scan.bytes_sent += (scan.size - 1) * mine.numel() * mine.element_size()
+        return mine.to(grad.dtype), None, None
