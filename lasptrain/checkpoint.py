@@ -53,6 +53,7 @@ from torch.optim import Optimizer
 from lasptrain import __version__
 from lasptrain.errors import CheckpointError, ResourceError
 from lasptrain.optim import initial_state, initialise_state
+from lasptrain.parallel.mesh import told_by_all
 from lasptrain.recipe import Checkpoint
 
 FORMAT = 1
@@ -309,8 +310,7 @@ def _vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) -
         ballot = {rank: _reason(cause) for rank, (cause, _) in error.failures.items()}, None
     except Exception as error:
         ballot = {dist.get_rank(group): _reason(error)}, None
-    ballots: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ballots, ballot, group=group)
+    ballots: list[Any] = told_by_all(ballot, group)
     ranks: dict[str, set[int]] = {}
     for reasons, _ in ballots:
         for rank, reason in reasons.items():

@@ -403,8 +403,7 @@ def _join_group(recipe: Recipe) -> None:
 
 def _agree(digest: str) -> None:
     """SetupError on every rank, naming those that were given another recipe than rank 0."""
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests = mesh.told_by_all(digest)
     others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         raise SetupError(

@@ -89,10 +89,10 @@ def largest(value: int) -> int:
     return int(found)
 
 
-def told_by_all(what: T) -> list[T]:
-    """What every rank has to say, by rank: small objects."""
-    told: list[T | None] = [None] * world_size()
-    dist.all_gather_object(told, what)
+def told_by_all(what: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank, or every one of a group, has to say, by rank: small objects."""
+    told: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, what, group=group)
     return cast("list[T]", told)
 
 
