@@ -58,7 +58,7 @@ def _score_flops(model: Model, window: int) -> int:
 
 def state_bytes(model: Model, size: int = 4) -> int:
     """Bytes of what one window carries over all layers: states in fp32, and the rows of `size`-byte numbers that
-    sliding softmax layers reach and convolutions see.
+    sliding softmax layers reach. The few rows of convolutions are left out.
     """
     rows = 0 if model.sliding is None else len(model.softmax) * (model.sliding - 1) * (2 * _key_channels(model) + 1)
     return sum(4 * keys * model.V * model.heads for keys in _state_keys(model)) + size * rows

@@ -53,21 +53,6 @@ def _shifted(x: Tensor, before: Tensor | None, j: int) -> Tensor:
     return moved + F.pad(before[:, before.shape[1] - j :], [*rest, 0, length - j])
 
 
-def last_rows(x: Tensor, before: Tensor | None, doc: Tensor | None, n: int) -> Tensor:
-    """The n rows that a following token may see [B, n, C]: zeros where they are of an earlier document than the last.
-
-    `before` is needed where x is shorter than n rows.
-    """
-    if x.shape[1] < n:
-        assert before is not None
-        if doc is not None:
-            before = before * (doc[:, -1] == 0)[:, None, None]
-        x = torch.cat([before, x if doc is None else x * (doc == doc[:, -1:])[..., None]], dim=1)
-        return x[:, x.shape[1] - n :]
-    rows = x[:, x.shape[1] - n :]
-    return rows if doc is None else rows * (doc[:, -n:] == doc[:, -1:])[..., None]
-
-
 class Convolution(nn.Module):
     """The weights, at first uniform in ±1/√(n + 1) with zero bias, as torch makes them but for the bias."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lasptrain.models.convolution import last_rows
 from lasptrain.models.layers import Rotary
 from lasptrain.models.linear import Linear, products
 from lasptrain.models.mixers import State
@@ -78,12 +77,7 @@ class Softmax(nn.Module):
         n, scan = self.sliding - 1, self.attention.scan
         if n == 0 or (scan.size == 1 and carry is None and not leave):
             return rows, doc, doc, None
-        marked = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
-        if scan.size == 1 and rows.shape[1] < n:  # reading, not training: a slice shorter than the window
-            before = marked.new_zeros(rows.shape[0], n, marked.shape[-1]) if carry is None else carry.squeeze(1)
-            leaving = last_rows(marked, before, doc, n).unsqueeze(1) if leave else None
-        else:
-            before, leaving = halo(last_rows(marked, None, doc, n), carry, scan, memory, leave)
+        before, leaving = halo((rows, torch.ones_like(rows[..., :1])), n, doc, carry, scan, memory, leave)
         own = rows.new_zeros(rows.shape[:2], dtype=torch.int32) if doc is None else doc
         unseen = (before[..., -1] == 0).to(own.dtype)
         return torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), leaving

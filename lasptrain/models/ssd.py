@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasptrain.models.convolution import Convolution, Taps, last_rows
+from lasptrain.models.convolution import Convolution, Taps
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, products
 from lasptrain.models.mixers import COMPILED, State
@@ -153,22 +153,8 @@ class StateSpace(nn.Module):
         assert small.taps is not None
         n = small.taps.weight.shape[1] - 1
         v, k, q, gate, *dt = products(h, self.v, self.k, self.q, self.gate, *small.steps)
-        alone = self.attention.scan.size == 1 and carry[1] is None and not leave
-        if alone or (self.attention.scan.size == 1 and h.shape[1] < n):
-            before, leaving = self._own(v, k, q, doc, carry[1], n, leave)
-        else:
-            rows = torch.cat([last_rows(x, None, doc, n) for x in (v, k, q)], dim=-1)
-            before, leaving = halo(rows, carry[1], self.attention.scan, memory.rows, leave)
+        before, leaving = halo((v, k, q), n, doc, carry[1], self.attention.scan, memory.rows, leave)
         return *self.convolved(v, k, q, before, dt, small, doc), gate, leaving
-
-    def _own(
-        self, v: Tensor, k: Tensor, q: Tensor, doc: Tensor | None, carry: Tensor | None, n: int, leave: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The rows before and those after a slice that is the whole segment, of any length; states [B, 1, n, C]."""
-        before = v.new_zeros(v.shape[0], n, sum(self.channels)) if carry is None else carry.squeeze(1)
-        if not leave:
-            return before, None
-        return before, last_rows(torch.cat([v, k, q], dim=-1), before, doc, n).unsqueeze(1)
 
     def convolved(
         self,

@@ -7,6 +7,7 @@ all-scan carry rows as they carry states, from segment to segment too, and gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,16 +21,53 @@ from lasptrain.parallel.scan import Scan, Transition
 FORGETTING = Transition(None)
 
 
-def halo(rows: Tensor, carry: Tensor | None, scan: Scan, memory: Memory, leave: bool) -> tuple[Tensor, Tensor | None]:
-    """The last rows of the slice before this one, and what enters the next segment (None unless asked for).
+def halo(
+    parts: Sequence[Tensor],
+    n: int,
+    doc: Tensor | None,
+    carry: Tensor | None,
+    scan: Scan,
+    memory: Memory,
+    leave: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The n rows before this slice that its first tokens may see [B, n, C], and what enters the next segment.
+
+    Rows are zeros before a window's start and where they are of an earlier document than the last of them. What enters
+    the next segment is None unless asked for.
 
     Args:
-        rows: the last n rows [B, n, C] of this slice, which has n or more.
-        carry: rows that entered the segment, as they were handed out here; None at a window's start, which zeros enter.
+        parts: this slice, [B, T, ·] each; their channels side by side are the C of a row. Only a slice that is a whole
+            segment may have less than n rows.
+        doc: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
+        carry: rows that entered the segment, as they were handed out here; None at a window's start.
         memory: where the entering rows are kept, or found if the layer is being recomputed.
     """
-    entering, leaving = _Halo.apply(rows.unsqueeze(1), carry, scan, memory, leave)  # type: ignore[no-untyped-call]
+    first = parts[0]
+    short = first.shape[1] < n  # reading, not training
+    if scan.size == 1 and (short or (carry is None and not leave)):
+        width = sum(part.shape[-1] for part in parts)
+        before = first.new_zeros(first.shape[0], n, width) if carry is None else carry.squeeze(1)
+        if not leave:
+            return before, None
+        return before, _last(torch.cat(list(parts), dim=-1), before, doc, n).unsqueeze(1)
+    rows = torch.cat([_last(part, None, doc, n) for part in parts], dim=-1).unsqueeze(1)
+    entering, leaving = _Halo.apply(rows, carry, scan, memory, leave)  # type: ignore[no-untyped-call]
     return entering.squeeze(1), leaving
+
+
+def _last(x: Tensor, before: Tensor | None, doc: Tensor | None, n: int) -> Tensor:
+    """The n rows that a following token may see [B, n, C]: zeros where they are of an earlier document than the last.
+
+    `before` is needed where x is shorter than n rows.
+    """
+    if x.shape[1] < n:
+        assert before is not None
+        if doc is not None:
+            before = before * (doc[:, -1] == 0)[:, None, None]
+        x = torch.cat([before, x if doc is None else x * (doc == doc[:, -1:])[..., None]], dim=1)
+        return x[:, x.shape[1] - n :]
+    rows = x[:, x.shape[1] - n :]
+    return rows if doc is None else rows * (doc[:, -n:] == doc[:, -1:])[..., None]
 
 
 class _Halo(Function):
