@@ -18,7 +18,7 @@ from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
 from lasptrain.models.minimax import Lightning
-from lasptrain.models.mixers import COMPILED, State, TransNormer, Undecayed
+from lasptrain.models.mixers import State, TransNormer, Undecayed
 from lasptrain.models.retention import Retention
 from lasptrain.models.softmax import Softmax
 from lasptrain.models.ssd import EPS, StateSpace, Step
@@ -93,8 +93,7 @@ class Block(nn.Module):
         What pointwise work hands to a matrix product is made again in the backward, not kept: a quarter of all memory.
         """
         functorch.ban_recompute_materialized_backward = False
-        mixers = getattr(self.moves, "parts", COMPILED)
-        for owner, parts in ((self.moves, mixers), (self, ("feed",)), (self.norm1, ("forward",))):
+        for owner, parts in ((self.moves, self.moves.parts), (self, ("feed",)), (self.norm1, ("forward",))):
             for part in parts:
                 setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
 

@@ -7,6 +7,9 @@ ranks share the window it makes k and v first, so that the exchange travels whil
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,38 +24,34 @@ State = tuple[Tensor | None, ...]  # what a mixer carries from segment to segmen
 COMPILED = ("keys", "queries", "project", "output")  # the parts of a mixer between exchanges
 
 
-class TransNormer(nn.Module):
-    """Linear attention of TransNormerLLM (arXiv:2307.14995).
+class Recurrence(nn.Module):
+    """A mixer that is one linear recurrence: what all have in common is the order of work around the exchange.
 
-    q, k = silu(W h), with LRPE in flagged layers; v and the gate u are linear; y = W (u ⊙ srms(o)) over all heads.
+    `keys` gives k and v, `queries` q and what else `output` takes, `project` both at once. Slopes of None: no decay.
     """
 
-    def __init__(
-        self, dim: int, heads: int, key_dim: int, value_dim: int, *, lrpe: bool, decayed: bool, attention: Attention
-    ):
-        super().__init__()
-        self.heads, self.attention = heads, attention
-        self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
-        self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
-        self.out = Linear(heads * value_dim, dim)
-        self.lrpe = Lrpe(heads, key_dim) if lrpe else None
-        self.slope: Tensor | None
-        self.register_buffer("slope", torch.empty(heads) if decayed else None)
+    parts: ClassVar[tuple[str, ...]] = COMPILED
+    attention: Attention
+    slope: Tensor | None
+    keys: Callable[..., tuple[Tensor, Tensor]]
+    queries: Callable[..., tuple[Tensor, ...]]
+    project: Callable[..., tuple[Tensor, ...]]
+    output: Callable[..., Tensor]
 
     def phases(self, length: int) -> Phases | None:
-        return None if self.lrpe is None else self.lrpe(length)
+        return None
 
     def forward(
         self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
         if self.attention.scan.size > 1:
             pending = self._begin(*self.keys(h, phases), phases, doc, carry, memory, leave)
-            q, gate = self.queries(h, phases)
+            q, *rest = self.queries(h, phases)
         else:
-            k, v, q, gate = self.project(h, phases)
+            k, v, q, *rest = self.project(h, phases)
             pending = self._begin(k, v, phases, doc, carry, memory, leave)
         o, leaving = self.attention.finish(pending, q)
-        return self.output(o, gate), (leaving,)
+        return self.output(o, *rest), (leaving,)
 
     def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
@@ -72,6 +71,27 @@ class TransNormer(nn.Module):
         decay = None if self.slope is None else -self.slope
         turn = None if phases is None else phases.turn
         return self.attention.begin(k, v, decay, doc, angle=turn, carry=carry[0], memory=memory, leave=leave)
+
+
+class TransNormer(Recurrence):
+    """Linear attention of TransNormerLLM (arXiv:2307.14995).
+
+    q, k = silu(W h), with LRPE in flagged layers; v and the gate u are linear; y = W (u ⊙ srms(o)) over all heads.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, key_dim: int, value_dim: int, *, lrpe: bool, decayed: bool, attention: Attention
+    ):
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
+        self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
+        self.out = Linear(heads * value_dim, dim)
+        self.lrpe = Lrpe(heads, key_dim) if lrpe else None
+        self.register_buffer("slope", torch.empty(heads) if decayed else None)
+
+    def phases(self, length: int) -> Phases | None:
+        return None if self.lrpe is None else self.lrpe(length)
 
     def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]."""
@@ -102,7 +122,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:2], heads, -1)
 
 
-class Undecayed(nn.Module):
+class Undecayed(Recurrence):
     """The linear transformer's attention (arXiv:2006.16236): φ(x) = elu(x) + 1, no decay, no gate.
 
     Without normaliser o = rms(q S / √K) per head; with it o = rms(q S / (q z + 1e-10)), where z, the sum of keys, is
@@ -116,39 +136,18 @@ class Undecayed(nn.Module):
         self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
         self.v, self.out = Linear(dim, heads * value_dim), Linear(heads * value_dim, dim)
         self.norm = RMSNorm(value_dim)
+        self.slope = None
 
-    def phases(self, length: int) -> None:
-        return None
-
-    def forward(
-        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
-    ) -> tuple[Tensor, State]:
-        if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h), doc, carry, memory, leave)
-            q = self.queries(h)
-        else:
-            k, v, q = self.project(h)
-            pending = self._begin(k, v, doc, carry, memory, leave)
-        o, leaving = self.attention.finish(pending, q)
-        return self.output(o), (leaving,)
-
-    def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
-        """What leaves the segment, without outputs."""
-        return (self.attention.leave(self._begin(*self.keys(h), doc, carry, memory, True)),)
-
-    def _begin(self, k: Tensor, v: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool) -> Pending:
-        return self.attention.begin(k, v, None, doc, carry=carry[0], memory=memory, leave=leave)
-
-    def keys(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]; v with its column of ones."""
         k, v = products(h, self.k, self.v)
         return self._feature(k), self._value(v)
 
-    def queries(self, h: Tensor) -> Tensor:
+    def queries(self, h: Tensor, phases: None) -> tuple[Tensor]:
         """q [B, T, H, K], scaled where nothing normalises it."""
-        return self._query(self.q(h))
+        return (self._query(self.q(h)),)
 
-    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
         k, v, q = products(h, self.k, self.v, self.q)
         return self._feature(k), self._value(v), self._query(q)

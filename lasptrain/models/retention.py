@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lasptrain.models.layers import Phases, RMSNorm, Rotary
 from lasptrain.models.linear import Linear, products
-from lasptrain.models.mixers import State
-from lasptrain.parallel.attention import Attention, Memory, Pending
+from lasptrain.models.mixers import Recurrence
+from lasptrain.parallel.attention import Attention
 
 
-class Retention(nn.Module):
+class Retention(Recurrence):
     """q, k, v linear, q and k rotated, q scaled by K^−½; y = W (rms(o) per head ⊙ silu(gate))."""
 
     def __init__(
@@ -26,36 +26,11 @@ class Retention(nn.Module):
         self.out = Linear(heads * value_dim, dim)
         self.norm = RMSNorm(value_dim)
         self.rotary = Rotary(key_dim)
-        self.slope: Tensor | None
         self.register_buffer("slope", torch.empty(heads) if decayed else None)
 
     def phases(self, length: int) -> Phases:
         wide = torch.promote_types(self.q.weight.dtype, torch.float32)
         return self.rotary(length, self.q.weight.device, wide)
-
-    def forward(
-        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
-    ) -> tuple[Tensor, State]:
-        assert phases is not None
-        if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, phases), phases, doc, carry, memory, leave)
-            q, gate = self.queries(h, phases)
-        else:
-            k, v, q, gate = self.project(h, phases)
-            pending = self._begin(k, v, phases, doc, carry, memory, leave)
-        o, leaving = self.attention.finish(pending, q)
-        return self.output(o, gate), (leaving,)
-
-    def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
-        """What leaves the segment, without outputs."""
-        assert phases is not None
-        return (self.attention.leave(self._begin(*self.keys(h, phases), phases, doc, carry, memory, True)),)
-
-    def _begin(
-        self, k: Tensor, v: Tensor, phases: Phases, doc: Tensor | None, carry: State, memory: Memory, leave: bool
-    ) -> Pending:
-        decay = None if self.slope is None else -self.slope
-        return self.attention.begin(k, v, decay, doc, angle=phases.turn, carry=carry[0], memory=memory, leave=leave)
 
     def keys(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]."""
