@@ -66,6 +66,13 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def _show(*tables: Table) -> None:
+    """Tables, as wide as the terminal; where there is none, as wide as they need."""
+    console = Console()
+    for table in tables:
+        (console if console.is_terminal else Console(width=200)).print(table)
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"lasptrain {__version__}")
@@ -182,8 +189,7 @@ def plan_command(
         from lasptrain.bench.kernels import measure_rates
 
         rates = measure_rates("bf16")
-    for table in _plan(loaded, gpus, name, rates, memory):
-        Console().print(table)
+    _show(*_plan(loaded, gpus, name, rates, memory))
 
 
 def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | None) -> Iterator[Table]:
@@ -289,7 +295,7 @@ def bench_kernels(
     from lasptrain.bench import kernels
 
     rows, rates = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
-    Console().print(kernels.report(rows, rates, heads, dim, dtype, decay))
+    _show(kernels.report(rows, rates, heads, dim, dtype, decay))
     if all(row.name == "lasptrain" for row in rows):
         typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
     if file is not None:
@@ -320,8 +326,7 @@ def bench_sp(
 
     ranks = nproc or torch.cuda.device_count() or 2
     found = sp.measure(load(recipe, overrides), ranks, methods or sp.METHODS, tokens or [], steps or [])
-    for table in sp.report(found):
-        Console().print(table)
+    _show(*sp.report(found))
     if file is not None:
         sp.write(file, found)
     if plot is not None:
@@ -342,7 +347,7 @@ def bench_parity(
     from lasptrain.bench import parity
 
     found = parity.measure(load(recipe, overrides), nproc or torch.cuda.device_count() or 2, steps)
-    Console().print(parity.report(found))
+    _show(parity.report(found))
     if file is not None:
         parity.write(file, found)
 
@@ -362,9 +367,44 @@ def bench_ablation(
 
     ranks = nproc or torch.cuda.device_count() or 2
     device, rows = ablation.measure(load(recipe, overrides), ranks, tokens)
-    Console().print(ablation.report(device, ranks, tokens, rows))
+    _show(ablation.report(device, ranks, tokens, rows))
     if file is not None:
         ablation.write(file, device, ranks, tokens, rows)
+
+
+@bench_app.command("scale")
+def bench_scale(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; 1, 2, 4 … of those here if not given.")
+    ] = None,
+    weak: Annotated[list[int] | None, typer.Option(min=1, help="Tokens per GPU; 32K and 128K if not given.")] = None,
+    strong: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a shared window; 256K.")] = None,
+    long: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a window on all GPUs; 4096K.")] = None,
+    large: Annotated[Path | None, typer.Option(metavar="RECIPE", help="A larger model for the long windows.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="What does not fit into them is left out.")] = 9.0,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them as PNG.")] = None,
+) -> None:
+    """Time one recipe on ever more GPUs of this machine: weak and strong scaling, long windows, beside `plan`."""
+    import torch
+
+    from lasptrain.bench import scale
+
+    most = torch.cuda.device_count() or 2
+    counts = sorted(gpus) if gpus else [1 << n for n in range(most.bit_length())]
+    one, windows = load(recipe, overrides), long or [4_194_304]
+    models = [one, *([load(large)] if large else [])]
+    listed = scale.cases(
+        one, counts, weak or [32_768, 131_072], strong or [262_144], [(m, n) for m in models for n in windows]
+    )
+    found = scale.measure(listed, 60 * minutes)
+    _show(*scale.report(found))
+    if file is not None:
+        scale.write(file, found)
+    if plot is not None:
+        scale.plot(found, plot)
 
 
 @bench_app.command("mqar")
@@ -381,7 +421,7 @@ def bench_mqar(
     from lasptrain.bench import mqar
 
     found = mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)
-    Console().print(mqar.report(found))
+    _show(mqar.report(found))
     if file is not None:
         mqar.write(file, found)
 

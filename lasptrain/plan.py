@@ -263,6 +263,11 @@ GPUS = {
 }
 
 
+def rates_of(device: str) -> Rates | None:
+    """The rates of a GPU by the name its driver gives it; None of another."""
+    return next((rates for name, rates in GPUS.items() if name.upper() in device.upper()), None)
+
+
 def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:
     """A prediction of the time one rank takes for one token of its slices, exchanges hidden.
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, parity, sp
+from lasptrain.bench import ablation, parity, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel.attention import Attention
@@ -101,3 +101,29 @@ def test_what_a_rank_refuses_is_said_once() -> None:
     with pytest.raises(SetupError, match=r"^ulysses: 3 heads do not go to 2 ranks; expected a multiple$"):
         changes = ["model.dim=24", "model.heads=3", "model.layers=1", "model.mlp=8"]
         sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], [])
+
+
+def test_ever_more_ranks_share_the_work() -> None:
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
+    recipe = load(RECIPES / "quickstart.yaml", small)
+    listed = scale.cases(recipe, [1, 2], [32], [64, 63], [(recipe, 128)])
+    assert [case.method for case in listed if case.kind == "weak"] == ["none", "none", "ring", "all_gather", "all_scan"]
+    found = scale.measure(listed, 600)
+    weak = [row for row in found.rows if row.kind == "weak"]
+    assert {row.tokens // row.ranks for row in weak} == {32} and all(row.speed for row in weak)
+    assert [scale.compared(row, weak) for row in weak if row.method == "none"] == [1, 1]
+    one, odd, two, uneven = (row for row in found.rows if row.kind == "strong")
+    assert one.speed and two.speed and odd.speed and uneven.failure == "2 ranks cannot share it"
+    assert scale.compared(two, found.rows) == pytest.approx(two.speed / one.speed)
+    console = Console(width=160, record=True)
+    console.print(*scale.report(found))
+    text = console.export_text()
+    assert all(
+        words in text for words in ("weak scaling", "strong scaling", "long windows", "–: 2 ranks cannot share it")
+    )
+
+
+def test_what_time_does_not_allow_is_not_run() -> None:
+    recipe = load(RECIPES / "quickstart.yaml")
+    (row,) = scale.measure(scale.cases(recipe, [1], [32], [], []), -1).rows
+    assert row.seconds is None and row.failure == "no time left"

@@ -14,6 +14,7 @@ from lasptrain.parallel import mesh
 from lasptrain.recipe import Recipe
 
 TURNS = 5
+WARMUP = 3  # the first two compile, allocate and tune
 
 
 def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
@@ -36,16 +37,24 @@ def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: di
     return recipe.model_copy(update=sections)
 
 
-def timed(update: Callable[[int], float], device: torch.device) -> tuple[float, int]:
+def timed(
+    update: Callable[[int], float], device: torch.device, warmup: int = WARMUP, turns: int = TURNS
+) -> tuple[float, int]:
     """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
-    gc.collect()
+    free()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    for step in range(3):  # the first two compile, allocate and tune
+    for step in range(warmup):
         update(step)
-    seconds = median(largest(update(3 + step)) for step in range(TURNS))
+    seconds = median(largest(update(warmup + step)) for step in range(turns))
     return seconds, int(largest(mesh.peak_memory(device)))
+
+
+def free() -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def largest(value: float) -> float:

@@ -1,0 +1,241 @@
+"""`lasptrain bench scale`: one recipe on ever more GPUs of one machine, within a time limit.
+
+Weak scaling (as many tokens for each GPU, by method), strong scaling (one window over all of them), and the longest
+windows. Every number of GPUs is a job of its own on the first of them; `plan`'s prediction stands beside each time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.table import Table
+
+from lasptrain import links, plan, train
+from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.sp import NONE
+from lasptrain.bench.steps import alone, free, largest, shared, timed
+from lasptrain.errors import ResourceError, SetupError
+from lasptrain.parallel import mesh
+from lasptrain.parallel.scan import SCANS
+from lasptrain.recipe import Recipe
+
+Kind = Literal["weak", "strong", "long"]
+SHORT = 65_536  # tokens per rank; of longer steps fewer are timed
+
+
+class Case(NamedTuple):
+    """What is timed."""
+
+    kind: Kind
+    recipe: Recipe
+    method: str  # NONE: a window for each rank; a scan or `auto`: one over all of them
+    ranks: int
+    window: int  # tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case that was timed, or why it was not."""
+
+    kind: Kind
+    model: str
+    method: str
+    ranks: int
+    window: int  # tokens
+    segment: int = 0  # tokens of the window worked on at a time
+    seconds: float | None = None  # of a step
+    predicted: float | None = None  # the same by `plan`, where it knows the GPU
+    memory: int = 0  # peak of a rank, bytes
+    failure: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all ranks."""
+        return self.window * (self.ranks if self.method == NONE else 1)
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens/s of all ranks together."""
+        return None if self.seconds is None else self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of it, and where it was measured."""
+
+    device: str
+    rows: list[Row]
+
+
+def cases(
+    recipe: Recipe,
+    counts: Sequence[int],
+    weak: Sequence[int],
+    strong: Sequence[int],
+    long: Sequence[tuple[Recipe, int]],
+) -> list[Case]:
+    """What is timed for each number of ranks: `weak` tokens per rank by every method, windows of `strong` tokens over
+    all ranks, and on the most ranks the `long` windows. One rank shares nothing.
+    """
+    found = []
+    for n in counts:
+        methods = [NONE] if n == 1 else [NONE, *SCANS]
+        found += [Case("weak", recipe, m, n, t if m == NONE else t * n) for t in weak for m in methods]
+        found += [Case("strong", recipe, "auto", n, window) for window in strong]
+    return found + [Case("long", one, "auto", max(counts), window) for one, window in long]
+
+
+def measure(found: Sequence[Case], seconds: float) -> Results:
+    """A row for each case, in their order; those that `seconds` leave no time for are not run.
+
+    Starts one process per rank on this machine for each number of ranks. Raises SetupError where there are not as many
+    GPUs.
+    """
+    deadline = time.time() + seconds
+    device, rows = "", []
+    for n in dict.fromkeys(case.ranks for case in found):
+        mine = [case for case in found if case.ranks == n]
+        device, made = on_ranks(n, _rank, mine, deadline)
+        rows += [Row(**row) for row in made]
+    return Results(device, rows)
+
+
+def _rank(mine: Sequence[Case], deadline: float) -> tuple[str, list[dict[str, Any]]]:
+    return device_name(), [asdict(_row(case, deadline)) for case in mine]
+
+
+def _row(case: Case, deadline: float) -> Row:
+    """The case on these ranks, all of which must agree whether there is time for it."""
+    kind, recipe, method, ranks, window = case
+    row = partial(Row, kind, recipe.name, method, ranks, window)
+    if method != NONE and window % ranks:
+        return row(failure=f"{ranks} ranks cannot share it")
+    one = alone(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
+    rates = plan.rates_of(device_name())
+    tokens = window if method == NONE else window // ranks
+    turns = (3, 5) if tokens <= SHORT else (2, 2) if kind != "long" else (1, 1)  # to warm up, to be timed
+    if largest(time.time() + sum(turns) * _least(one, tokens, rates)) > deadline:
+        return row(failure="no time left")
+    free()  # what the case before has left, or the planner sees less memory than there is
+    try:
+        job = train.build(one)
+    except ResourceError as error:  # the planner's, the same on all ranks
+        return row(failure=str(error))
+    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), mesh.device(), *turns)
+    job.loader.close()
+    predicted = None if rates is None else _predicted(job, method, tokens, ranks, rates)
+    return row(segment=job.loader.segment, seconds=seconds, predicted=predicted, memory=memory)
+
+
+def _least(recipe: Recipe, tokens: int, rates: plan.Rates | None) -> float:
+    """Seconds that a step will take at least, where something is known of the GPU."""
+    vocab = recipe.model.vocab
+    return 0.0 if rates is None or vocab == "auto" else tokens * plan.seconds_per_token(recipe, vocab, 1, rates)
+
+
+def _predicted(job: train.Job, method: str, tokens: int, ranks: int, rates: plan.Rates) -> float:
+    """Seconds of a step: every rank's tokens, and what every segment's exchanges add."""
+    recipe, window = job.recipe, job.recipe.data.window
+    vocab = recipe.model.vocab
+    assert isinstance(vocab, int)
+    segments = window // job.loader.segment
+    costs = links.step_seconds(recipe, vocab, ranks, tokens // segments, rates)
+    exchanged = (costs[recipe.mesh.scan if method == "auto" else method] or 0.0) - (costs[NONE] or 0.0)
+    return tokens * plan.seconds_per_token(recipe, vocab, segments, rates) + segments * exchanged
+
+
+def report(results: Results) -> list[Table]:
+    """A table for each kind of scaling."""
+    return [_table(results, kind) for kind in ("weak", "strong", "long") if _of(results, kind)]
+
+
+def _of(results: Results, kind: Kind) -> list[Row]:
+    return [row for row in results.rows if row.kind == kind]
+
+
+HEADS = {"weak": "speed ÷ none", "strong": "speed ÷ fewest", "long": ""}
+
+
+def _table(results: Results, kind: Kind) -> Table:
+    rows = _of(results, kind)
+    named = "long windows" if kind == "long" else f"{kind} scaling"
+    missing = dict.fromkeys(row.failure for row in rows if row.failure)
+    table = Table(title=f"{named}, {results.device}", caption="; ".join(f"–: {why}" for why in missing) or None)
+    for column in ("model", "GPUs", "window", "method", "s a step", "tokens/s per GPU"):
+        table.add_column(column, justify="left" if column in ("model", "method") else "right", no_wrap=True)
+    if kind != "long":
+        table.add_column(HEADS[kind], justify="right")
+    for column in ("plan ÷ time", "peak GiB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        head = [row.model, str(row.ranks), f"{row.window:,}", row.method]
+        ratio = [] if kind == "long" else [_number(compared(row, rows), ".3f" if kind == "weak" else ".2f")]
+        if row.speed is None:
+            table.add_row(*head, "–")
+            continue
+        assert row.seconds is not None
+        planned = None if row.predicted is None else row.predicted / row.seconds
+        each = f"{row.speed / row.ranks:,.0f}"
+        table.add_row(*head, f"{row.seconds:.3f}", each, *ratio, _number(planned, ".2f"), f"{row.memory / 2**30:.1f}")
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def compared(row: Row, rows: Sequence[Row]) -> float | None:
+    """Weak: speed beside windows that are not shared, on as many ranks with as many tokens each. Strong: beside the
+    fewest ranks. None where there is nothing to compare with.
+    """
+    if row.kind == "weak":
+        peers = [one for one in rows if (one.method, one.ranks, one.tokens) == (NONE, row.ranks, row.tokens)]
+    else:
+        peers = [one for one in rows if one.window == row.window and one.speed]
+    base = min(peers, key=lambda one: one.ranks).speed if peers else None
+    return None if base is None or row.speed is None else row.speed / base
+
+
+def write(file: Path, results: Results) -> None:
+    """The same as JSON."""
+    file.write_text(json.dumps({"torch": torch.__version__, **asdict(results)}, indent=1))
+
+
+def plot(results: Results, file: Path) -> None:
+    """Weak scaling as tokens/s per GPU and strong scaling as a multiple, by GPUs, as PNG; SetupError without
+    matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError("--plot needs matplotlib: pip install 'lasptrain[plot]'") from None
+    figure = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")
+    weak, strong = figure.subplots(1, 2)
+    lines: dict[tuple[int, str], list[Row]] = {}
+    for row in _of(results, "weak"):
+        lines.setdefault((row.tokens // row.ranks, row.method), []).append(row)
+    for (tokens, method), rows in lines.items():
+        done = [row for row in rows if row.speed]
+        label = f"{method}, {tokens // 1024}K per GPU"
+        weak.plot([r.ranks for r in done], [(r.speed or 0) / r.ranks for r in done], marker="o", label=label)
+    rows = _of(results, "strong")
+    for window in dict.fromkeys(row.window for row in rows):
+        done = [row for row in rows if row.window == window and row.speed]
+        strong.plot([r.ranks for r in done], [compared(r, rows) for r in done], marker="o", label=f"{window // 1024}K")
+    counts = sorted({row.ranks for row in results.rows})
+    strong.plot(counts, [n / counts[0] for n in counts], linestyle=":", color="gray", label="ideal")
+    for axes, label in ((weak, "tokens/s per GPU"), (strong, "speed of one window, × fewest")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.set(xlabel="GPUs", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=7)
+    figure.suptitle(results.device)
+    figure.savefig(file)
