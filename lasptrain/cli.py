@@ -316,16 +316,18 @@ def bench_sp(
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
     import torch
 
+    from lasptrain.bench import plot as drawing
     from lasptrain.bench import sp
 
     ranks = nproc or torch.cuda.device_count() or 2
-    found = sp.measure(load(recipe, overrides), ranks, methods or sp.METHODS, tokens or [], steps or [])
+    names = methods or sp.METHODS
+    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or []):
+        if file is not None:  # as it comes: the last of it may take long
+            sp.write(file, found)
     for table in sp.report(found):
         Console().print(table)
-    if file is not None:
-        sp.write(file, found)
     if plot is not None:
-        sp.plot(found, plot)
+        drawing.draw(found, plot)
 
 
 @bench_app.command("parity")

@@ -43,7 +43,7 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
 def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
-    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
+    *_, found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
     assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.steps)
     assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
     assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in [*methods, "megatron"]]
@@ -94,10 +94,10 @@ def test_every_layout_trains_alike() -> None:
 
 def test_a_method_that_does_not_exist_is_named() -> None:
     with pytest.raises(RecipeError, match="--method: found 'rings'; expected one of none, ring"):
-        sp.measure(load(RECIPES / "quickstart.yaml"), 2, ["rings"], [32], [])
+        next(sp.measure(load(RECIPES / "quickstart.yaml"), 2, ["rings"], [32], []))
 
 
 def test_what_a_rank_refuses_is_said_once() -> None:
     with pytest.raises(SetupError, match=r"^ulysses: 3 heads do not go to 2 ranks; expected a multiple$"):
         changes = ["model.dim=24", "model.heads=3", "model.layers=1", "model.mlp=8"]
-        sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], [])
+        list(sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], []))
