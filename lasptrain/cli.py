@@ -336,6 +336,9 @@ def bench_parity(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Updates on each layout.")] = 100,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="Of data parallelism; all five if not given.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all losses there.")] = None,
 ) -> None:
     """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
@@ -343,10 +346,11 @@ def bench_parity(
 
     from lasptrain.bench import parity
 
-    found = parity.measure(load(recipe, overrides), nproc or torch.cuda.device_count() or 2, steps)
+    ranks = nproc or torch.cuda.device_count() or 2
+    for found in parity.measure(load(recipe, overrides), ranks, steps, kinds or parity.KINDS):
+        if file is not None:
+            parity.write(file, found)
     Console().print(parity.report(found))
-    if file is not None:
-        parity.write(file, found)
 
 
 @bench_app.command("ablation")
