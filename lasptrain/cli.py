@@ -322,15 +322,17 @@ def bench_sp(
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
     import torch
 
+    from lasptrain.bench import plot as drawing
     from lasptrain.bench import sp
 
     ranks = nproc or torch.cuda.device_count() or 2
-    found = sp.measure(load(recipe, overrides), ranks, methods or sp.METHODS, tokens or [], steps or [])
+    names = methods or sp.METHODS
+    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or []):
+        if file is not None:  # as it comes: the last of it may take long
+            sp.write(file, found)
     _show(*sp.report(found))
-    if file is not None:
-        sp.write(file, found)
     if plot is not None:
-        sp.plot(found, plot)
+        drawing.draw(found, plot)
 
 
 @bench_app.command("parity")
@@ -339,6 +341,9 @@ def bench_parity(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Updates on each layout.")] = 100,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="Of data parallelism; all five if not given.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all losses there.")] = None,
 ) -> None:
     """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
@@ -346,10 +351,11 @@ def bench_parity(
 
     from lasptrain.bench import parity
 
-    found = parity.measure(load(recipe, overrides), nproc or torch.cuda.device_count() or 2, steps)
+    ranks = nproc or torch.cuda.device_count() or 2
+    for found in parity.measure(load(recipe, overrides), ranks, steps, kinds or parity.KINDS):
+        if file is not None:
+            parity.write(file, found)
     _show(parity.report(found))
-    if file is not None:
-        parity.write(file, found)
 
 
 @bench_app.command("ablation")
@@ -399,10 +405,10 @@ def bench_scale(
     listed = scale.cases(
         one, counts, weak or [32_768, 131_072], strong or [262_144], [(m, n) for m in models for n in windows]
     )
-    found = scale.measure(listed, 60 * minutes)
+    for found in scale.measure(listed, 60 * minutes):
+        if file is not None:
+            scale.write(file, found)
     _show(*scale.report(found))
-    if file is not None:
-        scale.write(file, found)
     if plot is not None:
         scale.plot(found, plot)
 

@@ -43,8 +43,8 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
 def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
-    found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
-    assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.steps)
+    *_, found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
+    assert all(bool(row.sent) == (row.method != sp.NONE) for row in found.steps)
     assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
     assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in [*methods, "megatron"]]
     assert all(row.sent == row.formula for row in found.layers)
@@ -80,10 +80,10 @@ def forgotten(rank: int, world: int) -> float:
 
 
 def test_every_layout_trains_alike() -> None:
-    small = ["model.dim=32", "model.layers=2", "model.heads=2", "model.mlp=48", "data.window=64", "train.batch=2"]
+    small = ["model.dim=32", "model.layers=2", "model.heads=2", "model.mlp=48", "data.window=64"]
     exact = ["train.precision=fp32", "optim.warmup=2", "data.source=python:source"]
     changes = [*small, *exact, "data.tokenizer=tokenizers/python-4k.model"]
-    found = parity.measure(load(RECIPES / "tnl_0.4b_16k.yaml", changes), 2, 4)
+    *_, found = parity.measure(load(RECIPES / "tnl_0.4b_16k.yaml", changes), 2, 4)
     assert len(found.curves) == 11 and len({curve.layout for curve in found.curves}) == 11
     assert all(len(set(curve.losses)) == 4 for curve in found.curves)
     assert max(parity.differences(found.curves)) < 1e-4
@@ -92,15 +92,26 @@ def test_every_layout_trains_alike() -> None:
     assert "zero2, sp 2" in console.export_text()
 
 
+def test_layouts_are_chosen_by_kind() -> None:
+    assert [str(layout) for layout in parity.layouts(2, ["zero3"])] == [
+        "ddp, sp 1",
+        "ddp, sp 1, 2 segments",
+        "zero3, sp 1",
+        "zero3, sp 2",
+    ]
+    with pytest.raises(RecipeError, match="--kind: found 'zero4'; expected one of ddp, zero1"):
+        next(parity.measure(load(RECIPES / "tnl_0.4b_16k.yaml"), 2, 1, ["zero4"]))
+
+
 def test_a_method_that_does_not_exist_is_named() -> None:
     with pytest.raises(RecipeError, match="--method: found 'rings'; expected one of none, ring"):
-        sp.measure(load(RECIPES / "quickstart.yaml"), 2, ["rings"], [32], [])
+        next(sp.measure(load(RECIPES / "quickstart.yaml"), 2, ["rings"], [32], []))
 
 
 def test_what_a_rank_refuses_is_said_once() -> None:
     with pytest.raises(SetupError, match=r"^ulysses: 3 heads do not go to 2 ranks; expected a multiple$"):
         changes = ["model.dim=24", "model.heads=3", "model.layers=1", "model.mlp=8"]
-        sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], [])
+        list(sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], []))
 
 
 def test_ever_more_ranks_share_the_work() -> None:
@@ -108,7 +119,7 @@ def test_ever_more_ranks_share_the_work() -> None:
     recipe = load(RECIPES / "quickstart.yaml", small)
     listed = scale.cases(recipe, [1, 2], [32], [64, 63], [(recipe, 128)])
     assert [case.method for case in listed if case.kind == "weak"] == ["none", "none", "ring", "all_gather", "all_scan"]
-    found = scale.measure(listed, 600)
+    *_, found = scale.measure(listed, 600)
     weak = [row for row in found.rows if row.kind == "weak"]
     assert {row.tokens // row.ranks for row in weak} == {32} and all(row.speed for row in weak)
     assert [scale.compared(row, weak) for row in weak if row.method == "none"] == [1, 1]
@@ -125,5 +136,6 @@ def test_ever_more_ranks_share_the_work() -> None:
 
 def test_what_time_does_not_allow_is_not_run() -> None:
     recipe = load(RECIPES / "quickstart.yaml")
-    (row,) = scale.measure(scale.cases(recipe, [1], [32], [], []), -1).rows
+    (found,) = scale.measure(scale.cases(recipe, [1], [32], [], []), -1)
+    (row,) = found.rows
     assert row.seconds is None and row.failure == "no time left"

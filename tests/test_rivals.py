@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -120,6 +121,12 @@ def refused(rank: int, world: int) -> str:
     except SetupError as refusal:
         return str(refusal)
     return ""
+
+
+def test_megatron_refuses_what_it_does_not_split() -> None:
+    for arch in ("ssd", "retnet", "minimax"):
+        with pytest.raises(SetupError, match=f"model.arch = {arch} is not split; expected tnl or linear_transformer"):
+            split_model(recipe(arch), Traffic(None), "chunked")
 
 
 def test_rivals_are_the_scan() -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lasptrain import ops, train
 from lasptrain.bench.ranks import device_name, on_ranks
 from lasptrain.bench.rivals import Pending, whole_windows
-from lasptrain.bench.steps import shared, timed
+from lasptrain.bench.steps import shared, timed, turns
 from lasptrain.parallel import mesh
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.parallel.mesh import Mesh
@@ -87,7 +87,7 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
         return made(kernel, SCANS["ring"](mesh.sp_group, device))
 
     job = train.build(one, attention)
-    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), device)
+    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), device, turns(tokens))
     job.loader.close()
     return Row(kernel, kept, tokens / seconds, memory)
 

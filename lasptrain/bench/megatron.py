@@ -149,7 +149,7 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
     for key, size in (("heads", model.heads), ("mlp", model.mlp)):
         if size % n:
             raise SetupError(f"megatron: model.{key} = {size} does not go to {n} ranks; expected a multiple")
-    if model.arch in ("ssd", "retnet"):
+    if model.arch not in ("tnl", "linear_transformer"):
         raise SetupError(f"megatron: model.arch = {model.arch} is not split; expected tnl or linear_transformer")
     attention = Attention(kernel) if local is None else cast(Attention, _Heads(local))
     with torch.device("meta"):

@@ -1,9 +1,13 @@
-"""`lasptrain bench parity`: the same training on every layout, and how far its losses are apart (as in the paper)."""
+"""`lasptrain bench parity`: the same training on every layout, and how far its losses are apart (as in the paper).
+
+Sums in another order differ by rounding. How much that is on its own is measured too: the reference in two segments.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +15,8 @@ import torch
 from rich.table import Table
 
 from lasptrain import train
-from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.ranks import Failure, device_name, trials
+from lasptrain.errors import RecipeError, SetupError
 from lasptrain.recipe import Recipe, resolve_mesh
 
 KINDS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
@@ -47,40 +52,54 @@ class Results:
     curves: list[Curve]
 
 
-def layouts(ranks: int) -> list[Layout]:
+def layouts(ranks: int, kinds: Sequence[str] = KINDS) -> list[Layout]:
     """The reference, data parallelism alone; the same in two segments, whose other order of sums shows how much is
-    rounding; then every kind without and with sequence parallelism.
+    rounding; then each of `kinds` without and with sequence parallelism.
     """
-    spread = [Layout(kind, sp) for kind in KINDS for sp in dict.fromkeys((1, ranks))]
-    return [*spread[:1], Layout("ddp", 1, segments=2), *spread[1:]]
+    spread = [Layout(kind, sp) for kind in kinds for sp in dict.fromkeys((1, ranks))]
+    reference = Layout("ddp", 1)
+    return [reference, Layout("ddp", 1, segments=2), *(layout for layout in spread if layout != reference)]
 
 
-def measure(recipe: Recipe, ranks: int, steps: int) -> Results:
-    """Losses of the first `steps` updates on every layout: same data, same seed, same global batch.
+def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS) -> Iterator[Results]:
+    """Losses of the first `steps` updates on every layout: same data, same seed, same global batch, which is the
+    recipe's or, where that is not enough for data parallelism, a window per rank.
 
-    Starts one process per rank on this machine. Raises what `resolve_mesh` does where the recipe does not fit a layout.
+    Starts one process per rank on this machine; each value holds all curves so far. Raises RecipeError for a kind that
+    does not exist, what `resolve_mesh` does where the recipe does not fit a layout, and what `on_ranks` does.
     """
-    recipes = [_laid_out(recipe, layout) for layout in layouts(ranks)]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise RecipeError(f"--kind: found {kind!r}; expected one of {', '.join(KINDS)}")
+    chosen = layouts(ranks, kinds)
+    recipes = [_laid_out(recipe, layout, ranks) for layout in chosen]
     for one in recipes:
         resolve_mesh(one, ranks)
-    device, losses = on_ranks(ranks, _curves, recipes, steps)
-    curves = [Curve(str(layout), line) for layout, line in zip(layouts(ranks), losses, strict=True)]
-    return Results(device, ranks, curves)
+    found = Results("", ranks, [])
+    given = [(one, steps) for one in recipes]
+    for layout, (_, made) in zip(chosen, trials(ranks, _curve, given, silence=None), strict=True):
+        if isinstance(made, Failure):
+            raise made.error or SetupError(f"{layout}: {made.reason}")
+        found = Results(made[0], ranks, [*found.curves, Curve(str(layout), made[1])])
+        yield found
 
 
-def _laid_out(recipe: Recipe, layout: Layout) -> Recipe:
+def _laid_out(recipe: Recipe, layout: Layout, ranks: int) -> Recipe:
     segment = recipe.data.window // layout.segments
+    batch = -(-recipe.train.batch // ranks) * ranks
     return recipe.model_copy(
         update={
+            "data": recipe.data.model_copy(update={"repeat": True}),
             "mesh": recipe.mesh.model_copy(update={"dp": "auto", "sp": layout.sp}),
             "parallel": recipe.parallel.model_copy(update={"data_parallel": layout.kind}),
-            "train": recipe.train.model_copy(update={"segment": segment}),
+            "train": recipe.train.model_copy(update={"segment": segment, "batch": batch}),
         }
     )
 
 
-def _curves(recipes: list[Recipe], steps: int) -> tuple[str, list[list[float]]]:
-    return device_name(), [_losses(recipe, steps) for recipe in recipes]
+def _curve(recipe: Recipe, steps: int) -> tuple[str, list[float]]:
+    torch._dynamo.reset()  # graphs of other layouts count against its limit
+    return device_name(), _losses(recipe, steps)
 
 
 def _losses(recipe: Recipe, steps: int) -> list[float]:
@@ -101,13 +120,16 @@ def differences(curves: list[Curve]) -> list[float]:
 
 
 def report(results: Results) -> Table:
-    """A line per layout."""
+    """A line per layout, its difference also beside that of two segments, which is rounding."""
     steps = len(results.curves[0].losses)
     table = Table(title=f"{steps} steps on {results.ranks} × {results.device}")
-    for column in ("layout", "first loss", "last loss", "max |Δ loss|"):
+    for column in ("layout", "first loss", "last loss", "max |Δ loss|", "× rounding"):
         table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=True)
-    for curve, difference in zip(results.curves, differences(results.curves), strict=True):
-        table.add_row(curve.layout, f"{curve.losses[0]:.6f}", f"{curve.losses[-1]:.6f}", f"{difference:.1e}")
+    apart = differences(results.curves)
+    rounding = apart[1] if len(apart) > 1 else 0.0
+    for curve, difference in zip(results.curves, apart, strict=True):
+        ratio = f"{difference / rounding:.2f}" if rounding else ""
+        table.add_row(curve.layout, f"{curve.losses[0]:.6f}", f"{curve.losses[-1]:.6f}", f"{difference:.1e}", ratio)
     return table
 
 

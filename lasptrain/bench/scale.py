@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,16 +18,16 @@ import torch
 from rich.table import Table
 
 from lasptrain import links, plan, train
-from lasptrain.bench.ranks import device_name, on_ranks
-from lasptrain.bench.sp import NONE
-from lasptrain.bench.steps import alone, free, largest, shared, timed
-from lasptrain.errors import ResourceError, SetupError
+from lasptrain.bench.methods import NONE
+from lasptrain.bench.ranks import Failure, device_name, trials
+from lasptrain.bench.steps import Turns, alone, free, largest, shared, timed, turns
+from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.scan import SCANS
 from lasptrain.recipe import Recipe
 
 Kind = Literal["weak", "strong", "long"]
-SHORT = 65_536  # tokens per rank; of longer steps fewer are timed
+LONGEST = 300.0  # seconds that one case may take
 
 
 class Case(NamedTuple):
@@ -92,43 +92,48 @@ def cases(
     return found + [Case("long", one, "auto", max(counts), window) for one, window in long]
 
 
-def measure(found: Sequence[Case], seconds: float) -> Results:
+def measure(found: Sequence[Case], seconds: float) -> Iterator[Results]:
     """A row for each case, in their order; those that `seconds` leave no time for are not run.
 
-    Starts one process per rank on this machine for each number of ranks. Raises SetupError where there are not as many
-    GPUs.
+    Starts one process per rank on this machine for each number of ranks; each value holds all that was found so far.
+    Raises SetupError where there are not as many GPUs.
     """
     deadline = time.time() + seconds
-    device, rows = "", []
+    results = Results("", [])
     for n in dict.fromkeys(case.ranks for case in found):
-        mine = [case for case in found if case.ranks == n]
-        device, made = on_ranks(n, _rank, mine, deadline)
-        rows += [Row(**row) for row in made]
-    return Results(device, rows)
+        given = [(case, deadline) for case in found if case.ranks == n]
+        for (case, _), made in trials(n, _timed, given, silence=LONGEST):
+            if isinstance(made, Failure):
+                row = _blank(case)(failure=made.reason)
+            else:
+                results, row = replace(results, device=made[0]), Row(**made[1])
+            results.rows.append(row)
+            yield results
 
 
-def _rank(mine: Sequence[Case], deadline: float) -> tuple[str, list[dict[str, Any]]]:
-    return device_name(), [asdict(_row(case, deadline)) for case in mine]
+def _timed(case: Case, deadline: float) -> tuple[str, dict[str, Any]]:
+    return device_name(), asdict(_row(case, deadline))
+
+
+def _blank(case: Case) -> partial[Row]:
+    return partial(Row, case.kind, case.recipe.name, case.method, case.ranks, case.window)
 
 
 def _row(case: Case, deadline: float) -> Row:
     """The case on these ranks, all of which must agree whether there is time for it."""
     kind, recipe, method, ranks, window = case
-    row = partial(Row, kind, recipe.name, method, ranks, window)
+    row = _blank(case)
     if method != NONE and window % ranks:
         return row(failure=f"{ranks} ranks cannot share it")
     one = alone(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
     rates = plan.rates_of(device_name())
     tokens = window if method == NONE else window // ranks
-    turns = (3, 5) if tokens <= SHORT else (2, 2) if kind != "long" else (1, 1)  # to warm up, to be timed
-    if largest(time.time() + sum(turns) * _least(one, tokens, rates)) > deadline:
+    made = Turns(1, 1) if kind == "long" else turns(tokens)
+    if largest(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
         return row(failure="no time left")
     free()  # what the case before has left, or the planner sees less memory than there is
-    try:
-        job = train.build(one)
-    except ResourceError as error:  # the planner's, the same on all ranks
-        return row(failure=str(error))
-    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), mesh.device(), *turns)
+    job = train.build(one)
+    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), mesh.device(), made)
     job.loader.close()
     predicted = None if rates is None else _predicted(job, method, tokens, ranks, rates)
     return row(segment=job.loader.segment, seconds=seconds, predicted=predicted, memory=memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,19 @@ import torch.distributed as dist
 from lasptrain.parallel import mesh
 from lasptrain.recipe import Recipe
 
-TURNS = 5
-WARMUP = 3  # the first two compile, allocate and tune
+SHORT = 65_536  # tokens per rank; of longer steps fewer are timed
+
+
+class Turns(NamedTuple):
+    """How many steps are made and how many of them, the last, are timed."""
+
+    warmup: int
+    timed: int
+
+
+def turns(tokens: int) -> Turns:
+    """For steps of so many tokens per rank; the first two compile, allocate and tune."""
+    return Turns(3, 5) if tokens <= SHORT else Turns(2, 3)
 
 
 def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
@@ -37,16 +48,14 @@ def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: di
     return recipe.model_copy(update=sections)
 
 
-def timed(
-    update: Callable[[int], float], device: torch.device, warmup: int = WARMUP, turns: int = TURNS
-) -> tuple[float, int]:
+def timed(update: Callable[[int], float], device: torch.device, turns: Turns) -> tuple[float, int]:
     """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
     free()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for step in range(warmup):
+    for step in range(turns.warmup):
         update(step)
-    seconds = median(largest(update(warmup + step)) for step in range(turns))
+    seconds = median(largest(update(turns.warmup + step)) for step in range(turns.timed))
     return seconds, int(largest(mesh.peak_memory(device)))
 
 

@@ -1,0 +1,201 @@
+"""One attention layer over a window that ranks share, forward and backward: times, what the host takes, bytes sent.
+
+Short slices take the host longer to launch than the GPU to work; a CUDA graph of the same calls, exchange included,
+shows the GPU alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lasptrain import ops, train
+from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
+from lasptrain.bench.ranks import Failure, device_name, on_ranks, trials
+from lasptrain.bench.steps import largest
+from lasptrain.errors import SetupError
+from lasptrain.models.decay import slopes
+from lasptrain.parallel import mesh
+from lasptrain.parallel.attention import Attention
+from lasptrain.recipe import Model, Recipe
+
+LEAST = 0.05  # seconds of a turn
+TURNS = 5
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Forward and backward of one attention layer."""
+
+    method: str
+    tokens: int  # per rank
+    ms: float
+    host_ms: float | None  # until the host has launched it, on a GPU
+    sent: int  # bytes, forward and backward, by the rank that sends most
+    formula: int  # what that should be
+    replayed_ms: float | None = None  # from a CUDA graph
+    failure: str | None = None  # why there is none
+
+
+def measure(recipe: Recipe, ranks: int, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[Layer]]:
+    """The device, and a row for each of `tokens` per rank and each of `methods` that leaves the model whole."""
+    device, rows = on_ranks(ranks, _lengths, recipe, [method for method in methods if method not in SPLIT], tokens)
+    return device, [Layer(**row) for row in rows]
+
+
+def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Layer]:
+    """The rows, on GPUs with times from CUDA graphs, in a job of their own: a capture that fails may take the ranks'
+    links with it, and then costs that row its time, and no other's.
+    """
+    if all(row.host_ms is None for row in rows):
+        return list(rows)
+    given = [(recipe, row.method, row.tokens) for row in rows]
+    found = {(args[1], args[2]): result for args, result in trials(ranks, _replayed, given, silence=60)}
+    return [_with_replay(row, found[row.method, row.tokens]) for row in rows]
+
+
+def _with_replay(row: Layer, found: float | Failure) -> Layer:
+    if isinstance(found, Failure):
+        return replace(row, failure=found.reason)
+    return replace(row, replayed_ms=found)
+
+
+def _lengths(recipe: Recipe, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
+    with torch.autograd.set_multithreading_enabled(False):
+        rows = [asdict(row) for length in tokens for row in _layers(recipe, methods, length, mesh.device())]
+    return device_name(), rows
+
+
+def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.device) -> list[Layer]:
+    attentions = {name: _attention(recipe, name, device) for name in methods}
+    calls = _calls(recipe, attentions, tokens, device)
+    sent = {name: _sent(one, calls[name]) for name, one in attentions.items()}
+    times = _times(calls, device)
+    host = {name: _host(call, device) for name, call in calls.items()}
+    formula = bytes_sent(recipe.model, tokens, _dtype(recipe).itemsize, dist.get_world_size())
+    return [Layer(name, tokens, 1e3 * times[name], host[name], sent[name], formula[name]) for name in methods]
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return train.DTYPES[recipe.train.precision]
+
+
+def _attention(recipe: Recipe, method: str, device: torch.device) -> Attention:
+    assert dist.group.WORLD is not None
+    return attention(method, ops.select(recipe.train.kernel, device), dist.group.WORLD, device)
+
+
+def _calls(
+    recipe: Recipe, attentions: Mapping[str, Attention], tokens: int, device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward of each, on the same numbers."""
+    model = recipe.model
+    decays = slopes(model.decay, model.layers, model.heads, tokens)[-1]
+    log_decay = None if model.decay == "none" else -torch.tensor(decays, device=device)
+    generator = torch.Generator(device).manual_seed(dist.get_rank())
+    q, k, v, do = (
+        torch.randn(1, tokens, model.heads, dim, generator=generator, device=device, dtype=_dtype(recipe))
+        for dim in (model.K, model.K, model.V, model.V)
+    )
+    inputs = tuple(x.requires_grad_() for x in (q, k, v))
+
+    def call(attention: Attention) -> None:
+        o, _ = attention.finish(attention.begin(k, v, log_decay, None), q)
+        torch.autograd.grad(o, inputs, do)
+
+    return {name: partial(call, attention) for name, attention in attentions.items()}
+
+
+def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, int]:
+    """What the busiest rank sends for a layer, forward and backward, for `tokens` tokens of `size` bytes a number.
+
+    Along a chain all ranks but the last send one state in fp32, and a gathering rank sends state and decays once:
+    whatever the window. Ulysses sends all of q, k, v and o but the part that stays, and as much backward. Ring
+    Attention hands k and v to every other rank, again in the backward, and their gradients in fp32 all the way round.
+    """
+    state = 4 * model.heads * model.K * model.V
+    chain = state * min(ranks - 1, 2)
+    traded = 2 * size * tokens * model.heads * 2 * (model.K + model.V) * (ranks - 1) // ranks
+    shifted = tokens * model.heads * (model.K + model.V) * (2 * size * (ranks - 1) + max(size, 4) * ranks)
+    rivals = {name: traded if name.startswith("ulysses") else shifted for name in RIVALS}
+    return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * (state + 4 * model.heads)} | rivals
+
+
+def _sent(attention: Attention, call: Callable[[], None]) -> int:
+    before = attention.scan.bytes_sent
+    call()
+    return int(largest(attention.scan.bytes_sent - before))
+
+
+def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Seconds of each call: the median over TURNS, taken in turns, of the slowest rank."""
+    counts = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        counts[name] = min(200, int(LEAST / largest(_elapsed(call, 2, device)[0])) + 1)
+    turns = [
+        {name: largest(_elapsed(call, counts[name], device)[0]) for name, call in calls.items()} for _ in range(TURNS)
+    ]
+    return {name: median(turn[name] for turn in turns) for name in calls}
+
+
+def _host(call: Callable[[], object], device: torch.device) -> float | None:
+    """Milliseconds that the slowest rank takes to launch a call; a few calls, which no queue is too short for."""
+    if device.type != "cuda":
+        return None
+    return 1e3 * median(largest(_elapsed(call, 3, device)[1]) for _ in range(TURNS))
+
+
+def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one of `count` calls in a row, and until it was launched."""
+    dist.barrier()
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    launched = time.perf_counter()
+    _wait(device)
+    return (time.perf_counter() - began) / count, (launched - began) / count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _replayed(recipe: Recipe, method: str, tokens: int) -> float:
+    """Milliseconds from a CUDA graph; SetupError on every rank where one cannot capture it."""
+    device = mesh.device()
+    with torch.autograd.set_multithreading_enabled(False):
+        (call,) = _calls(recipe, {method: _attention(recipe, method, device)}, tokens, device).values()
+        graph, failure = _captured(call, device)
+    if mesh.largest(int(bool(failure))):
+        raise SetupError(f"{method}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
+    found = 1e3 * _times({method: graph.replay}, device)[method]
+    graph.reset()  # before its communicator goes
+    return found
+
+
+def _captured(call: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, str]:
+    """A graph of the call, and why it is none, if so."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:  # other threads, such as the one that watches NCCL, go on asking the driver
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+    except RuntimeError as error:
+        return graph, str(error).splitlines()[0]
+    return graph, ""

@@ -1,0 +1,45 @@
+"""Ways to share a window between ranks that are compared: none, this project's scans, and rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from lasptrain.bench.left_product import LeftProduct
+from lasptrain.bench.megatron import Local
+from lasptrain.bench.ring_attention import RingAttention
+from lasptrain.bench.softmax import softmax
+from lasptrain.bench.ulysses import Ulysses
+from lasptrain.errors import RecipeError
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.scan import SCANS
+
+NONE = "none"  # shares nothing
+# With this project's kernel; from the left, as the LASP paper ran them; and as softmax attention, another model.
+RIVALS: dict[str, Callable[[str, dist.ProcessGroup], Ulysses | RingAttention]] = {
+    "ulysses": Ulysses,
+    "ulysses_left": lambda kernel, group: Ulysses(kernel, group, LeftProduct()),
+    "ulysses_softmax": lambda kernel, group: Ulysses(kernel, group, softmax),
+    "ring_attention": RingAttention,
+    "ring_attention_left": lambda kernel, group: RingAttention(kernel, group, left=True),
+}
+# Those that split the model too; they have whole steps only.
+SPLIT: dict[str, Local | None] = {"megatron": None, "megatron_left": LeftProduct(), "megatron_softmax": softmax}
+METHODS = [NONE, *SCANS, *RIVALS, *SPLIT]
+
+
+def check(methods: Sequence[str]) -> None:
+    """RecipeError for a method that is none of METHODS."""
+    for method in methods:
+        if method not in METHODS:
+            raise RecipeError(f"--method: found {method!r}; expected one of {', '.join(METHODS)}")
+
+
+def attention(method: str, kernel: str, group: dist.ProcessGroup, device: torch.device) -> Attention:
+    """What takes the place of `Attention` in the model; of a method that does not split the model."""
+    if method in RIVALS:
+        return cast(Attention, RIVALS[method](kernel, group))
+    return Attention(kernel, None if method == NONE else SCANS[method](group, device))

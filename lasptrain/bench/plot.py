@@ -1,0 +1,82 @@
+"""Whole steps of `bench sp` drawn: speed and memory by the length of the window (the LASP paper's figures 3, 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lasptrain.bench.methods import METHODS, NONE
+from lasptrain.bench.sp import Results, Step
+from lasptrain.errors import SetupError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAMES = {
+    NONE: "no sharing",
+    "ring": "LASP ring",
+    "all_gather": "all-gather (LASP-2)",
+    "all_scan": "all-scan (ZeCO)",
+    "ulysses": "Ulysses",
+    "ring_attention": "Ring Attention",
+    "megatron": "Megatron-SP",
+}
+RIVAL = ("ulysses", "ring_attention", "megatron")
+FORMS = {"": "--", "_left": ":", "_softmax": "-."}  # of rivals
+NOTES = {"": "", "_left": ", left product", "_softmax": ", softmax"}
+COLOURS = ("#555555", "#d62728", "#ff7f0e", "#b8860b", "#1f77b4", "#2ca02c", "#9467bd")
+
+
+def draw(results: Results, file: Path) -> None:
+    """A PNG of 1,050 pixels' width; SetupError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError("--plot needs matplotlib: pip install 'lasptrain[bench]'") from None
+    figure = Figure(figsize=(7, 3.9), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for method in METHODS:
+        rows = sorted((row for row in results.steps if row.method == method), key=lambda row: row.tokens)
+        if rows:
+            whole = [row.tokens_per_s and 1e-3 * results.ranks * row.tokens_per_s for row in rows]
+            _line(speed, method, rows, whole, results.ranks)
+            _line(memory, method, rows, [row.memory and row.memory / 2**30 for row in rows], results.ranks)
+    windows = sorted({row.tokens * results.ranks for row in results.steps})
+    for axes, label in ((speed, "thousand tokens/s, all GPUs"), (memory, "peak memory per GPU, GiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(windows, [length(window) for window in windows], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel("tokens of the window", fontsize=9)
+        axes.set_title(label, fontsize=9, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = speed.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
+    figure.suptitle(f"Whole training steps on {results.ranks} × {results.device}", fontsize=10)
+    figure.savefig(file, dpi=150)
+
+
+def _line(axes: Axes, method: str, rows: Sequence[Step], values: Sequence[float | None], ranks: int) -> None:
+    """A method's line; where it was out of memory, its end says so."""
+    root = next(name for name in sorted(NAMES, key=len, reverse=True) if method.startswith(name))
+    form = method.removeprefix(root)
+    style: dict[str, Any] = {"color": COLOURS[[*NAMES].index(root)], "linestyle": FORMS[form] if root in RIVAL else "-"}
+    label = NAMES[root] + NOTES[form]
+    if root == NONE:  # under the others, which hope to lie on it
+        style |= {"linewidth": 5, "alpha": 0.4}
+    points = [(row.tokens * ranks, value) for row, value in zip(rows, values, strict=True) if value is not None]
+    axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=label, **style)
+    if any(row.oom for row in rows):
+        last = points[-1] if points else (rows[0].tokens * ranks, 0.0)
+        axes.annotate("OOM", last, (4, -3), textcoords="offset points", fontsize=7, color=style["color"])
+
+
+def length(tokens: int) -> str:
+    """64K, 2M, or the number."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
