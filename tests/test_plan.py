@@ -140,9 +140,7 @@ def test_more_segments_expose_more_exchanges() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml")
     slow, h200 = links.Links(links.Link(1e-3, 1e9), links.Link(1e-3, 1e9)), plan.GPUS["h200"]
     one, four = (links.step_seconds(recipe, 64000, 2, 1 << 16, h200, slow, n) for n in (1, 4))
-    again = (1 << 16) * (
-        plan.seconds_per_token(recipe, 64000, 4, h200) - plan.seconds_per_token(recipe, 64000, 1, h200)
-    )
+    alone = [plan.seconds_per_token(recipe, 64000, n, h200) for n in (1, 4)]
     assert one["none"] and four["none"] and one["ring"] and four["ring"]
     assert four["none"] - one["none"] == pytest.approx((1 << 16) * (alone[1] - alone[0]))
     assert four["ring"] - four["none"] > 2 * (one["ring"] - one["none"])
