@@ -5,17 +5,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lasptrain import __version__, cli_checkpoint, links, plan
+from lasptrain import __version__, cli_checkpoint, links, plan, rates
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError
 from lasptrain.eval import commands as eval_commands
+from lasptrain.links import ASSUMED, Links
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
 
 app = typer.Typer(
@@ -180,33 +181,65 @@ def plan_command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs.")] = 1,
     gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="Which: rates and memory.")] = "h100",
     memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Of each GPU, if it differs.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="With this machine's GPU instead.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="This machine's GPUs and links instead.")] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that measure; one per GPU.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--rates", metavar="FILE", help="Read what was measured; with --measure, write it.")
+    ] = None,
 ) -> None:
     """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
     loaded = load(recipe, overrides)
-    name, rates = "this GPU" if measure else gpu, plan.GPUS[gpu]
-    if measure:
-        from lasptrain.bench.kernels import measure_rates
+    measured = _measured(measure, nproc, file)
+    known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, plan.GPUS[gpu])
+    if measured or gpus > 1:
+        _show(_rates(known, measured))
+    _show(*_plan(loaded, gpus, known, memory))
 
-        rates = measure_rates("bf16")
-    _show(*_plan(loaded, gpus, name, rates, memory))
+
+class Known(NamedTuple):
+    """What a plan predicts from."""
+
+    name: str
+    rates: plan.Rates
+    links: Links = ASSUMED
 
 
-def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | None) -> Iterator[Table]:
+def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Measured | None:
+    """What this machine does, or what a file says that one did."""
+    if not measure:
+        return None if file is None else rates.read(file)
+    import torch
+
+    from lasptrain.bench import rates as measuring
+
+    found = measuring.measure(nproc or torch.cuda.device_count() or 2)
+    if file is not None:
+        rates.write(file, found)
+    return found
+
+
+def _rates(known: Known, measured: rates.Measured | None) -> Table:
+    table = Table(title="predicted from", title_justify="left", show_header=False)
+    for row in rates.told(known.rates, known.links, measured):
+        table.add_row(*row)
+    return table
+
+
+def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterator[Table]:
     from data_tools.tokenizer import load_tokenizer
 
-    available = rates.memory if given is None else _bytes(given)
+    available = known.rates.memory if given is None else _bytes(given)
     dp, sp = resolve_mesh(recipe, gpus)
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
-    scan = links.with_scan(recipe, sp, cut.segment).mesh.scan
+    scan = links.with_scan(recipe, sp, cut.segment, known.links).mesh.scan
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
-    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, rates)
+    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, known.rates)
     tokens = cut.tokens_per_step
     step = seconds * tokens / gpus
     sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
-    table = Table(title=f"{recipe.name}: predicted for {gpus} × {gpu}", title_justify="left", show_header=False)
+    table = Table(title=f"{recipe.name}: predicted for {gpus} × {known.name}", title_justify="left", show_header=False)
     for name, size in parts.items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     table.add_section()
@@ -221,7 +254,7 @@ def _plan(recipe: Recipe, gpus: int, gpu: str, rates: plan.Rates, given: str | N
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {step * recipe.train.steps / 86400:.2f} days")
     yield table
     if gpus > 1:
-        yield _sharing(recipe, vocab, cut.slice, gpus, rates)
+        yield _sharing(recipe, vocab, cut.slice, gpus, known)
     yield _memory_horizon(recipe)
 
 
@@ -232,16 +265,13 @@ def _softmax(model: Model) -> str:
     return f"layers {layers}: {model.kv_heads or model.heads} key heads, over {reach}, {turned}"
 
 
-def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, rates: plan.Rates) -> Table:
+def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Known) -> Table:
     """What sharing windows costs by method, on ever more GPUs."""
-    inside, between, node = links.ASSUMED
     counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
-    found = {n: links.step_seconds(recipe, vocab, n, tokens, rates) for n in counts}
+    found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
     table = Table(
         title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens",
         title_justify="left",
-        caption=f"assumed: machines of {node}, {inside.bandwidth / 1e9:.0f} GB/s and {inside.latency * 1e6:.0f} µs "
-        f"inside, {between.bandwidth / 1e9:.0f} GB/s and {between.latency * 1e6:.0f} µs between them",
     )
     for column in ("GPUs", *found[gpus]):
         table.add_column(column, justify="right")
@@ -294,12 +324,12 @@ def bench_kernels(
     """Time the attention kernels beside flash-linear-attention (extra `bench`) and the floors."""
     from lasptrain.bench import kernels
 
-    rows, rates = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
-    _show(kernels.report(rows, rates, heads, dim, dtype, decay))
+    rows, found = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
+    _show(kernels.report(rows, found, heads, dim, dtype, decay))
     if all(row.name == "lasptrain" for row in rows):
         typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
     if file is not None:
-        kernels.write(file, rows, rates)
+        kernels.write(file, rows, found)
 
 
 @bench_app.command("sp")
@@ -318,6 +348,9 @@ def bench_sp(
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of whole steps of the model.")] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--rates", metavar="FILE", help="Of plan --measure, to predict steps from.")
+    ] = None,
 ) -> None:
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
     import torch
@@ -327,7 +360,8 @@ def bench_sp(
 
     ranks = nproc or torch.cuda.device_count() or 2
     names = methods or sp.METHODS
-    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or []):
+    known = None if measured is None else rates.read(measured)
+    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known):
         if file is not None:  # as it comes: the last of it may take long
             sp.write(file, found)
     _show(*sp.report(found))

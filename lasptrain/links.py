@@ -22,6 +22,7 @@ class Links(NamedTuple):
     inside: Link = Link(10e-6, 300e9)  # NVLink
     between: Link = Link(25e-6, 40e9)  # one 400 Gbit/s adapter per GPU
     node: int = 8
+    gather: Link | None = None  # of all ranks of one machine, where it is known to differ from `inside`
 
     def hops(self, ranks: int) -> list[Link]:
         """The links from each of so many ranks to the next."""
@@ -29,11 +30,16 @@ class Links(NamedTuple):
 
     def slowest(self, ranks: int) -> Link:
         """The link that bounds a collective of so many ranks."""
-        return self.inside if ranks <= self.node else self.between
+        return self.between if ranks > self.node else self.gather or self.inside
 
 
 ASSUMED = Links()
-PARTS = 8  # into which the all-scan cuts a state
+MOST_PARTS = 8
+
+
+def parts(ranks: int) -> int:
+    """Into how many the all-scan cuts a state."""
+    return max(1, min(MOST_PARTS, ranks - 1))
 
 
 def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) -> dict[str, float]:
@@ -51,12 +57,14 @@ def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) 
     if ranks == 1:
         return dict.fromkeys(("ring", "all_gather", "all_scan"), 0.0)
     hops, slowest = links.hops(ranks), links.slowest(ranks)
-    back = (slowest.latency + size / slowest.bandwidth) * carried
-    parts = [hop.latency + size / PARTS / hop.bandwidth for hop in hops]
+    far = links.inside if ranks <= links.node else links.between
+    back = (far.latency + size / far.bandwidth) * carried
+    count = parts(ranks)
+    pieces = [hop.latency + size / count / hop.bandwidth for hop in hops]
     return {
         "ring": sum(hop.latency + size / hop.bandwidth for hop in hops) + back,
         "all_gather": math.ceil(math.log2(ranks)) * slowest.latency + (ranks - 1) * size / slowest.bandwidth,
-        "all_scan": sum(parts) + (PARTS - 1) * max(parts) + back,
+        "all_scan": sum(pieces) + (count - 1) * max(pieces) + back,
     }
 
 
@@ -75,20 +83,21 @@ def _state(recipe: Recipe) -> int:
 
 
 def step_seconds(
-    recipe: Recipe, vocab: int, ranks: int, tokens: int, rates: Rates, links: Links = ASSUMED
+    recipe: Recipe, vocab: int, ranks: int, tokens: int, rates: Rates, links: Links = ASSUMED, segments: int = 1
 ) -> dict[str, float | None]:
     """Seconds of a step in which each rank has `tokens` tokens, by method; None where a method takes no so many ranks.
 
-    `none` shares nothing. A scan hides behind the products for queries and gate, and in the backward behind the
-    gradient of queries. Ulysses and Megatron wait for what they send; Ring Attention sends a block while it works on
-    one, and the last rank works on all of them. Activations have 16 bits, gradients that Ring Attention hands on 32.
+    `none` shares nothing; it and the scans take the window in `segments` segments, the others in one. A scan hides
+    behind the products for queries and gate, and in the backward behind the gradient of queries. Ulysses and Megatron
+    wait for what they send; Ring Attention sends a block while it works on one, and the last rank works on all of them.
+    Activations have 16 bits, gradients that Ring Attention hands on 32.
     """
     model = recipe.model
     width = model.heads * (model.K + model.V)
     link = links.slowest(ranks)
-    alone = tokens * seconds_per_token(recipe, vocab, 1, rates)
-    forward = 2 * tokens * model.dim * width / rates.products
-    backward = 4 * tokens * width / (0.8 * rates.copies)
+    alone = tokens * seconds_per_token(recipe, vocab, segments, rates)
+    forward = 2 * tokens / segments * model.dim * width / rates.products
+    backward = 4 * tokens / segments * width / (0.8 * rates.copies)
     scans = {
         name: sum(max(0.0, seconds - hidden) for hidden in (forward, backward))
         for name, seconds in scan_seconds(ranks, _state(recipe), links).items()
@@ -106,11 +115,12 @@ def step_seconds(
         "megatron": sending(8 * 2 * (ranks - 1) * tokens * model.dim, 8),
     }
     split = model.heads % ranks == 0
+    whole = tokens * seconds_per_token(recipe, vocab, 1, rates)
     return {
         "none": alone,
-        **{name: alone + model.layers * seconds for name, seconds in scans.items()},
+        **{name: alone + segments * model.layers * seconds for name, seconds in scans.items()},
         **{
-            name: alone + model.layers * seconds if split or name == "ring_attention" else None
+            name: whole + model.layers * seconds if split or name == "ring_attention" else None
             for name, seconds in waiting.items()
         },
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, parity, scale, sp
+from lasptrain.bench import ablation, parity, plot, ranks, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel.attention import Attention
@@ -52,6 +54,36 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     console = Console(width=120, record=True)
     console.print(*sp.report(found))
     assert console.export_text().count("all_gather") == 2
+
+
+def trial(kind: str, size: int) -> int:
+    """Rank 1 has too little memory for anything short, while rank 0 waits for it."""
+    if kind == "short" and dist.get_rank() == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    dist.barrier()
+    return size
+
+
+def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
+    given = [("fine", 1), ("short", 1), ("short", 2), ("fine", 2)]
+    found = dict(ranks.trials(2, trial, given, hopeless=lambda failed, other: failed[0] == other[0]))
+    lacking = ranks.Failure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
+    assert found == dict(zip(given, [1, lacking, lacking, 2], strict=True))
+
+
+def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> None:
+    steps = [sp.Step("none", 1 << 15, 2e4, 1 << 34, 0, predicted=1.9e4), sp.Step("none", 1 << 16, 2e4, 1 << 35, 0)]
+    steps += [
+        sp.Step("megatron_left", 1 << 15, 1e4, 1 << 35, 9),
+        sp.Step("megatron_left", 1 << 16, failure="no", oom=True),
+    ]
+    results = sp.Results("GPU", 2, [], steps)
+    plot.draw(results, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes()[16:20] == (1050).to_bytes(4, "big")
+    console = Console(width=120, record=True)
+    console.print(*sp.report(results))
+    text = console.export_text()
+    assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:

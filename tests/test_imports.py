@@ -17,7 +17,7 @@ LAYERS = (
     {"ops", "run"},
     {"models", "data", "data_tools", "guard", "loss", "optim", "pace", "parallel"},
     {"checkpoint", "metrics", "profile"},
-    {"stream", "train", "eval", "convert", "plan", "links", "bench", "summary"},
+    {"stream", "train", "eval", "convert", "plan", "links", "rates", "bench", "summary"},
     {"launch", "rank", "cli", "cli_checkpoint"},
     {"__main__"},
 )

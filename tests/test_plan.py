@@ -11,8 +11,9 @@ from typing import cast
 import pytest
 import torch
 
-from lasptrain import links, plan, train
-from lasptrain.errors import ResourceError
+from lasptrain import links, plan, rates, train
+from lasptrain.bench.rates import measure
+from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe import load
 
@@ -88,16 +89,16 @@ def test_recomputation_keeps_less() -> None:
 def test_the_scan_is_the_cheapest_of_three_formulas() -> None:
     one = links.Link(latency=2.0, bandwidth=16.0)
     even = links.Links(one, one)
-    assert links.PARTS == AllScan.PARTS
-    assert links.scan_seconds(5, 64, even) == {"ring": 4 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5}
+    assert [links.parts(n) for n in range(1, 12)] == [AllScan.parts(n) for n in range(1, 12)]
+    assert links.scan_seconds(5, 64, even) == {"ring": 4 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 7 * 3.0}
     carried = links.scan_seconds(5, 64, even, carried=True)
-    assert carried == {"ring": 5 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 11 * 2.5 + 6.0}
+    assert carried == {"ring": 5 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 7 * 3.0 + 6.0}
     assert set(links.scan_seconds(1, 64, even, carried=True).values()) == {0.0}
     machines = links.Links(one, links.Link(latency=10.0, bandwidth=4.0), node=2)  # links of five: in, out, in, out
     assert links.scan_seconds(5, 64, machines) == {
         "ring": 2 * 6.0 + 2 * 26.0,
         "all_gather": 3 * 10.0 + 4 * 16.0,
-        "all_scan": 2 * 2.5 + 2 * 12.0 + 7 * 12.0,
+        "all_scan": 2 * 3.0 + 2 * 14.0 + 3 * 14.0,
     }
 
 
@@ -133,6 +134,33 @@ def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
     traded = 2 * 2 * 8 * 2048 * 2 * 1  # bytes of q, k, v and o of which half goes to the other rank, both ways
     assert short["ulysses"] == pytest.approx(alone + layers * 2 * traded / 1e9 / 2)
     assert links.step_seconds(recipe, 64000, 32, 8, rates)["megatron"] is None  # 16 heads
+
+
+def test_more_segments_expose_more_exchanges() -> None:
+    recipe = load(RECIPES / "1b_4096k.yaml")
+    slow, h200 = links.Links(links.Link(1e-3, 1e9), links.Link(1e-3, 1e9)), plan.GPUS["h200"]
+    one, four = (links.step_seconds(recipe, 64000, 2, 1 << 16, h200, slow, n) for n in (1, 4))
+    alone = [plan.seconds_per_token(recipe, 64000, n, h200) for n in (1, 4)]
+    assert one["none"] and four["none"] and one["ring"] and four["ring"]
+    assert four["none"] - one["none"] == pytest.approx((1 << 16) * (alone[1] - alone[0]))
+    assert four["ring"] - four["none"] > 2 * (one["ring"] - one["none"])
+    assert one["megatron"] == four["megatron"]
+
+
+def test_measured_rates_are_kept_in_a_file_and_predicted_from(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    measured = measure(2)
+    rates.write(file, measured)
+    assert rates.read(file) == measured
+    assert measured.hop and measured.gather and measured.links.slowest(2) == measured.gather
+    assert min(*measured.hop, *measured.gather, *measured.rates) > 0
+    assert measured.links.between == links.ASSUMED.between
+    known = [row[2] for row in rates.told(measured.rates, measured.links, measured)]
+    assert known == ["measured, CPU"] * 5 + ["assumed"]
+    for text, told in (("{}", "holds no rates"), ("no", "holds no rates")):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=f"--rates: .*{told}; expected a file of plan --measure"):
+            rates.read(file)
 
 
 def test_what_each_kind_of_data_parallelism_keeps_on_a_rank() -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from lasptrain import plan, train
+from lasptrain import links, plan, train
 from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
@@ -27,6 +27,7 @@ from lasptrain.data.source import open_dataset
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.attention import Attention
+from lasptrain.rates import Measured
 from lasptrain.recipe import Recipe, resolve_vocabulary
 
 __all__ = ["METHODS", "NONE", "Layer", "Results", "Step", "measure", "report", "write"]
@@ -41,6 +42,7 @@ class Step:
     tokens_per_s: float | None = None  # per rank
     memory: int | None = None  # peak, bytes
     sent: int | None = None  # bytes per step for the sake of the shared window, by the rank that sends most
+    predicted: float | None = None  # tokens per second per rank, by `links.step_seconds`
     failure: str | None = None
     oom: bool = False  # it failed for want of memory
 
@@ -56,9 +58,16 @@ class Results:
 
 
 def measure(
-    recipe: Recipe, ranks: int, names: Sequence[str], tokens: Sequence[int], steps: Sequence[int]
+    recipe: Recipe,
+    ranks: int,
+    names: Sequence[str],
+    tokens: Sequence[int],
+    steps: Sequence[int],
+    known: Measured | None = None,
 ) -> Iterator[Results]:
     """Layers at each of `tokens` per rank, whole steps of the recipe's model at each of `steps` tokens per rank.
+
+    Beside steps stands what is predicted from `known`, or else from what is known of such GPUs.
 
     Starts processes, one per rank, on this machine; each value holds all that was found so far. Raises RecipeError for
     a method that does not exist.
@@ -73,8 +82,9 @@ def measure(
         if isinstance(row, Failure):
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
-            device, step = row[0], Step(**row[1])
+            device, vocab, values = row
             found = replace(found, device=device)
+            step = replace(Step(**values), predicted=_predicted(recipe, vocab, ranks, name, length, device, known))
         yield (found := replace(found, steps=[*found.steps, step]))
     order = {(name, length): place for place, (_, name, length) in enumerate(given)}
     found.steps.sort(key=lambda row: order[row.method, row.tokens])
@@ -86,15 +96,30 @@ def _hopeless(failed: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return bool(failed[1] == other[1] and failed[2] <= other[2])
 
 
-def _step(recipe: Recipe, method: str, tokens: int) -> tuple[str, dict[str, Any]]:
-    """The device, and a row: one window over all ranks; with NONE a window for each of them."""
+def _predicted(
+    recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: Measured | None
+) -> float | None:
+    """Tokens per second and rank; None for methods and devices of which nothing is known."""
+    rates = known.rates if known else next((plan.GPUS[name] for name in plan.GPUS if name in device.lower()), None)
+    if rates is None:
+        return None
+    whole = shared(recipe, tokens, ranks, "ring")
+    segments = tokens * ranks // plan.choose_segment(whole, vocab, 1, ranks, rates.memory)
+    seconds = links.step_seconds(whole, vocab, ranks, tokens, rates, known.links if known else links.ASSUMED, segments)
+    found = seconds.get(method)
+    return None if found is None else tokens / found
+
+
+def _step(recipe: Recipe, method: str, tokens: int) -> tuple[str, int, dict[str, Any]]:
+    """The device, rows of the vocabulary, and a row: one window over all ranks; with NONE a window for each of them."""
     torch._dynamo.reset()  # graphs of other lengths count against its limit
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic()
     seconds, memory = timed(update, mesh.device(), turns(tokens))
     sent = int(largest(traffic() - before)) // sum(turns(tokens))
     close()
-    return device_name(), asdict(Step(method, tokens, tokens / seconds, memory, sent))
+    vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
+    return device_name(), vocab, asdict(Step(method, tokens, tokens / seconds, memory, sent))
 
 
 def _trainer(
@@ -172,7 +197,7 @@ def _step_table(rows: list[Step], title: str) -> Table:
     failures = {row.method: f"{row.method}, {row.tokens:,}: {row.failure}" for row in reversed(rows) if row.failure}
     table = _table(
         f"whole steps, {title}",
-        ("tokens per rank", "method", "tokens/s per rank", "time × none", "peak GiB", "sent MB"),
+        ("tokens per rank", "method", "tokens/s per rank", "predicted", "time × none", "peak GiB", "sent MB"),
         [*failures.values()],
     )
     alone = {row.tokens: row for row in rows if row.method == NONE}
@@ -183,6 +208,7 @@ def _step_table(rows: list[Step], title: str) -> Table:
             f"{row.tokens:,}",
             row.method,
             lacking if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+            "" if row.predicted is None else f"{row.predicted:,.0f}",
             _ratio(base.tokens_per_s if base else None, row.tokens_per_s),
             "" if row.memory is None else f"{row.memory / 2**30:.1f}",
             "" if row.sent is None else f"{row.sent / 1e6:,.1f}",

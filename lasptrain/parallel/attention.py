@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lasptrain import ops
-from lasptrain.parallel.scan import Exchange, Ring, Scan, Scanned, Transition
+from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned, Transition
 
 
 @dataclass
@@ -63,7 +63,7 @@ class _Backward:
     prefix: Tensor
     row: Tensor
     dblocks: Tensor
-    exchange: Exchange
+    exchange: Exchange | Message
 
 
 @dataclass
@@ -78,7 +78,7 @@ class _Exchanging:
     doc: Tensor | None = field(init=False)
     transition: Transition = field(init=False)
     has_carry: bool = field(init=False)
-    exchange: Exchange | _Given = field(init=False)
+    exchange: Exchange | Message | _Given = field(init=False)
     blocks: Tensor | None = field(init=False)
     link: Tensor = field(init=False)  # empty; ties the two halves together in the autograd graph
     backward: _Backward | None = None
@@ -282,4 +282,4 @@ class _Finish(Function):
         )
         dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
         pending.backward = _Backward(q, do, entering, prefix, row, dblocks, exchange)
-        return dq, q.new_zeros(0), None, None
+        return dq, q.new_empty(0), None, None

@@ -56,20 +56,38 @@ class Scanned(NamedTuple):
     leaving: Tensor | None
 
 
+class Message(NamedTuple):
+    """An exchange of one message with nothing to compute: the stream on which the process group sends is enough.
+
+    `kept` is what is being sent; it stays alive until then.
+    """
+
+    work: dist.Work
+    kept: Tensor
+    scanned: Scanned
+
+    def wait(self) -> Scanned:
+        self.work.wait()
+        return self.scanned
+
+
 class Exchange:
-    """A scan under way. On a GPU it runs on a stream of its own; elsewhere it runs when it is waited for."""
+    """An exchange of messages with work between them. On a GPU it runs on a stream of its own; elsewhere it runs when
+    it is waited for.
+
+    What it reads is kept until then. What it returns was allocated on its stream, and memory that this stream frees is
+    only taken again by a later exchange, which first waits for all that is queued on the current one.
+    """
 
     def __init__(self, body: Callable[[], Scanned], stream: torch.cuda.Stream | None, needs: tuple[Tensor | None, ...]):
         self._body: Callable[[], Scanned] | None = body
         self._stream = stream
         if stream is None:
             return
+        self._needs = needs
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             self._result = body()
-        for tensor in needs:
-            if tensor is not None:
-                tensor.record_stream(stream)
         self._done = stream.record_event()
         self._body = None
 
@@ -78,11 +96,8 @@ class Exchange:
         if self._body is not None:
             self._result, self._body = self._body(), None
         elif self._stream is not None:
-            current = torch.cuda.current_stream(self._stream.device)
-            current.wait_event(self._done)
-            for tensor in self._result:
-                if tensor is not None:
-                    tensor.record_stream(current)
+            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
+            self._needs = ()
         return self._result
 
 
@@ -101,13 +116,13 @@ class Scan(Protocol):
 
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
-    ) -> Exchange:
+    ) -> Exchange | Message:
         """Begin the scan; every rank of the group calls it with the same `reverse`, `leave` and presence of carry."""
         ...
 
 
 class _Scan:
-    """What both scans share: their group, their stream and their counters."""
+    """What all scans share: their group, their stream and their counters."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         self.group = group
@@ -130,8 +145,10 @@ class Ring(_Scan):
 
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
-    ) -> Exchange:
+    ) -> Exchange | Message:
         first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
+        if self._is_message(carry, leave) and self.rank in (first, last):
+            return self._message(state, first, last)
 
         def body() -> Scanned:
             start = None if carry is None else self._move(carry, 0, first)
@@ -139,6 +156,22 @@ class Ring(_Scan):
             return Scanned(entering, self._move(leaving, last, 0) if leaving is not None and leave else None)
 
         return self._exchange(body, (state, transition.decay, carry))
+
+    def _is_message(self, carry: Tensor | None, leave: bool) -> bool:
+        """Whether an end of the chain has one message to send or to receive, and nothing to compute."""
+        return self.size > 1 and carry is None and not leave
+
+    def _message(self, state: Tensor, first: int, last: int) -> Message:
+        """The state to the second rank, or from the last but one."""
+        assert self.group is not None
+        step = 1 if first < last else -1
+        self.calls += 1
+        if self.rank == first:
+            state = state.contiguous()
+            self.bytes_sent += state.numel() * state.element_size()
+            return Message(self.group.send([state], first + step, 0), state, Scanned(None, None))
+        entering = torch.empty_like(state, memory_format=torch.contiguous_format)
+        return Message(self.group.recv([entering], last - step, 0), entering, Scanned(entering, None))
 
     def _chain(
         self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
@@ -164,12 +197,14 @@ class Ring(_Scan):
         return x
 
     def _send(self, x: Tensor, to: int) -> None:
+        assert self.group is not None
         self.bytes_sent += x.numel() * x.element_size()
-        dist.send(x.contiguous(), group=self.group, group_dst=to)
+        self.group.send([x.contiguous()], to, 0).wait()  # `dist.send` checks for longer than a launch takes
 
     def _receive(self, like: Tensor, source: int) -> Tensor:
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        dist.recv(x, group=self.group, group_src=source)
+        assert self.group is not None
+        self.group.recv([x], source, 0).wait()
         return x
 
 
@@ -177,16 +212,24 @@ class AllScan(Ring):
     """ZeCO (arXiv:2507.01004): the ring with the state cut along V.
 
     A rank sends its first columns on while the next are still on their way to it, so that a long chain takes little
-    longer than one transfer of a state.
+    longer than one transfer of a state. Two ranks have nothing to send on, so theirs is whole.
     """
 
-    PARTS = 8
+    MOST = 8
+
+    @classmethod
+    def parts(cls, ranks: int) -> int:
+        """Into how many a state is cut: as many as there are links to keep busy, up to MOST."""
+        return max(1, min(cls.MOST, ranks - 1))
+
+    def _is_message(self, carry: Tensor | None, leave: bool) -> bool:
+        return self.parts(self.size) == 1 and super()._is_message(carry, leave)
 
     def _chain(
         self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
     ) -> Scanned:
-        parts = state.chunk(self.PARTS, dim=-1)
-        starts = [None] * len(parts) if start is None else start.chunk(self.PARTS, dim=-1)
+        parts = state.chunk(self.parts(self.size), dim=-1)
+        starts = [None] * len(parts) if start is None else start.chunk(self.parts(self.size), dim=-1)
         passed = [
             super(AllScan, self)._chain(part, transition, begin, first, last, leave)
             for part, begin in zip(parts, starts, strict=True)
@@ -197,7 +240,7 @@ class AllScan(Ring):
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """Parts along V as one; they are all there or all absent."""
     present = [part for part in parts if part is not None]
-    return torch.cat(present, dim=-1) if present else None
+    return torch.cat(present, dim=-1) if len(present) > 1 else present[0] if present else None
 
 
 class AllGather(_Scan):

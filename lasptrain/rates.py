@@ -1,0 +1,67 @@
+"""What a machine was measured to do, in a file: `plan` on another machine predicts from it. No torch, no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from lasptrain.errors import RecipeError
+from lasptrain.links import ASSUMED, Link, Links
+from lasptrain.plan import Rates
+
+LINKS = ("hop", "gather")
+
+
+class Measured(NamedTuple):
+    """One kind of GPU, and the links between those of one machine, where it has several."""
+
+    device: str
+    rates: Rates
+    hop: Link | None  # from one rank to another
+    gather: Link | None  # of a state to all ranks
+
+    @property
+    def links(self) -> Links:
+        """What was measured inside a machine; what lies between machines is assumed."""
+        inside = ASSUMED.inside if self.hop is None else self.hop
+        return ASSUMED._replace(inside=inside, gather=self.gather)
+
+
+def write(file: Path, measured: Measured) -> None:
+    """As JSON."""
+    links = {name: link and link._asdict() for name, link in zip(LINKS, measured[2:], strict=True)}
+    file.write_text(json.dumps({"device": measured.device, **measured.rates._asdict(), **links}, indent=1))
+
+
+def read(file: Path) -> Measured:
+    """What `write` wrote. RecipeError where it is something else."""
+    expected = "expected a file of plan --measure --rates FILE"
+    try:
+        found = json.loads(file.read_text())
+        hop, gather = (found[name] and Link(*(float(found[name][key]) for key in Link._fields)) for name in LINKS)
+        rates = Rates(float(found["products"]), float(found["copies"]), int(found["memory"]))
+        return Measured(str(found["device"]), rates, hop, gather)
+    except OSError as error:
+        raise RecipeError(f"--rates: {file}: {error.strerror}; {expected}") from None
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"--rates: {file}: holds no rates; {expected}") from None
+
+
+def told(rates: Rates, links: Links, measured: Measured | None) -> list[tuple[str, str, str]]:
+    """Each number that predictions come from: its name, its value, and whether it was measured."""
+    gpu = "assumed" if measured is None else f"measured, {measured.device}"
+    hop = "assumed" if measured is None or measured.hop is None else f"measured, {measured.device}"
+    gather = "as a hop" if links.gather is None else f"measured, {measured.device if measured else ''}"
+    return [
+        ("products", f"{rates.products / 1e12:.3g} TFLOP/s", gpu),
+        ("copies", f"{rates.copies / 1e12:.3g} TB/s", gpu),
+        ("memory", f"{rates.memory / 2**30:.1f} GiB", gpu),
+        ("hop inside a machine", _link(links.inside), hop),
+        ("gathering inside a machine", _link(links.gather or links.inside), gather),
+        (f"hop between machines of {links.node}", _link(links.between), "assumed"),
+    ]
+
+
+def _link(link: Link) -> str:
+    return f"{link.latency * 1e6:.1f} µs, {link.bandwidth / 1e9:.3g} GB/s"
