@@ -66,6 +66,9 @@ def test_a_sample_is_as_long_as_asked_and_always_the_same(task: str, tokenizer: 
     total = len(sample.prompt) + max(sample.budget, len(sample.inputs))
     assert LENGTH - 130 < total <= LENGTH
     text = tokenizer.decode(sample.prompt)
+    assert task in ("copy", "mqar") or sample.prompt[1:] + sample.labels == tokenizer.encode(
+        text + tokenizer.decode(sample.labels)
+    )
     for reference in sample.references if task in ASKED else ():
         assert text.count(reference) == ASKED[task]
         assert sample.control is None or reference not in tokenizer.decode(sample.control)

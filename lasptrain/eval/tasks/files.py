@@ -12,7 +12,7 @@ from typing import Any
 from data_tools.tokenizer import Tokenizer
 from lasptrain.errors import DataError
 from lasptrain.eval.score import METRICS
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, written
+from lasptrain.eval.tasks.sample import Draft, Encoder, Question, Sample, written
 
 BUDGETS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # RULER's, by the start of a task's name
 SQUAD_BUDGET, USUAL_BUDGET = 32, 64
@@ -83,10 +83,10 @@ def _squad(content: Any, file: Path) -> Iterator[Row]:
 
 def samples(file: Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, Sample]]:
     """The first `count` questions, each with its length: the file's word, or the power of two that holds its tokens."""
-    for index, row in enumerate(islice(rows(file), count)):
+    for row in islice(rows(file), count):
         gap = "" if row.prompt[-1:].isspace() else " "
         question = Question(gap + ", ".join(row.references[:1]), row.references, row.budget, row.metric)
         if row.metric == "match_all":
             question = Question(gap + ", ".join(row.references), row.references, row.budget, row.metric)
-        sample = written(Ask(tokenizer, 0, index), Draft(row.prompt, ""), question)
+        sample = written(Encoder(tokenizer), Draft(row.prompt, ""), question)
         yield row.length or 1 << (len(sample.prompt) + row.budget - 1).bit_length(), sample
