@@ -328,6 +328,28 @@ def bench_sp(
         sp.plot(found, plot)
 
 
+@bench_app.command("prefill")
+def bench_prefill(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a text; 128K, 1M and 4M if not given.")] = None,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32_768,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time how `lasptrain eval` reads long texts, beside the forward of training, and take its memory."""
+    import torch
+
+    from lasptrain.bench import prefill
+
+    ranks = nproc or torch.cuda.device_count() or 1
+    lengths = tokens or [1 << n for n in (17, 20, 22)]
+    found = prefill.measure(load(recipe, overrides), ranks, lengths, segment)
+    Console().print(prefill.report(found))
+    if file is not None:
+        prefill.write(file, found)
+
+
 @bench_app.command("parity")
 def bench_parity(
     recipe: RecipeFile,

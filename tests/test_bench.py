@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, parity, sp
+from lasptrain.bench import ablation, parity, prefill, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel.attention import Attention
@@ -52,6 +52,16 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     console = Console(width=120, record=True)
     console.print(*sp.report(found))
     assert console.export_text().count("all_gather") == 2
+
+
+def test_texts_are_read_beside_the_forward_of_training() -> None:
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
+    found = prefill.measure(load(RECIPES / "quickstart.yaml", small), 2, [100, 600], 64)
+    assert [row.tokens for row in found.reads] == [100, 600] and not found.fused
+    assert found.training > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.reads)
+    console = Console(width=120, record=True)
+    console.print(prefill.report(found))
+    assert "segments of 64 tokens" in console.export_text()
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:

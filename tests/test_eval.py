@@ -350,7 +350,7 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
         *("eval", "runs/tiny", "--n", "2", "--tasks", "passkey,copy,ppl_by_position,ppl_vs_context"),
         *("--lengths", "512,1024", "--out", "spread", "--nproc", "2"),
     )
-    assert "passkey" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
+    assert "0/8  passkey at 512, sample 1" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
     second = json.loads((tmp_path / "spread" / "results.json").read_text())
     assert second["sp"] == 2 and first["sp"] == 1
     for alone, spread in zip(first["cells"], second["cells"], strict=True):
