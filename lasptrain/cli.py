@@ -484,11 +484,12 @@ def inspect(
 
 @data_app.command()
 def synth(
-    sources: Sources,
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="The new file.")],
     kind: Annotated[
-        Literal["passkey", "recall", "tracking"], typer.Option(help="What is hidden and asked.")
+        Literal["passkey", "recall", "tracking", "pairs"],
+        typer.Option(help="What is hidden and asked; pairs stand alone, without sources."),
     ] = "recall",
+    sources: Annotated[list[str] | None, typer.Argument(help="Text to hide facts in.")] = None,
     characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
     shortest: Annotated[
         int | None, typer.Option(min=1, help="Lengths from this to --characters, as much text in every octave.")
@@ -497,11 +498,13 @@ def synth(
     prompts: Annotated[bool, typer.Option("--prompts", help="Questions for lasptrain eval --file.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Hide facts in real text and ask for them at its end: documents that need a long memory."""
+    """Hide facts in real text and ask for them at its end, or repeat pairs: documents that need a long memory."""
     from data_tools import commands
 
     lengths = (min(shortest or characters, characters), characters)
-    typer.echo(commands.synthesize(kind, sources, lengths, documents, seed, prompts, out))
+    if (kind == "pairs") != (not sources):
+        raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")
+    typer.echo(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out))
 
 
 @data_app.command()

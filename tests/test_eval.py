@@ -91,6 +91,16 @@ def test_a_single_needle_stands_at_its_depth(index: int) -> None:
         assert sample.distance == pytest.approx(len(sample.prompt) - 1 - end, abs=25)
 
 
+def test_a_pair_is_asked_that_came_once() -> None:
+    for index in (0, 4, 9):
+        sample = TASKS["pairs"](Ask(ByteTokenizer(), 1024, index))
+        *facts, key = ByteTokenizer().decode(sample.prompt).split(" ")
+        (place,) = (i for i, fact in enumerate(facts) if fact[:-1] == key)
+        assert facts[place] == key + sample.references[0] and len({fact[:-1] for fact in facts}) > 55
+        assert place / (len(facts) - 1) == pytest.approx(index / 9, abs=0.01)
+        assert sample.distance == 4 * (len(facts) - 1 - place) + 3
+
+
 def test_the_needle_prompt_is_rulers() -> None:
     text = ByteTokenizer().decode(TASKS["niah_single_1"](Ask(ByteTokenizer(), 1024, 0)).prompt)
     pattern = (

@@ -27,6 +27,12 @@ class Row:
     budget: int
     metric: str
     length: int | None = None  # what the file says
+    own_gap: str | None = None  # between prompt and answer, where the file says it
+
+    @property
+    def gap(self) -> str:
+        """What stands between prompt and answer: a space, unless there is one."""
+        return self.own_gap if self.own_gap is not None else "" if self.prompt[-1:].isspace() else " "
 
 
 def task_name(file: Path) -> str:
@@ -66,7 +72,7 @@ def _row(row: Any, task: str, where: str) -> Row:
     if metric not in METRICS:
         raise DataError(f"{where}: metric {metric!r} is unknown; expected one of {', '.join(METRICS)}")
     budget, length = row.get("budget", BUDGETS.get(family, USUAL_BUDGET)), row.get("length")
-    return Row(prompt + row.get("answer_prefix", ""), tuple(answers), int(budget), metric, length)
+    return Row(prompt + row.get("answer_prefix", ""), tuple(answers), int(budget), metric, length, row.get("gap"))
 
 
 def _squad(content: Any, file: Path) -> Iterator[Row]:
@@ -84,7 +90,7 @@ def _squad(content: Any, file: Path) -> Iterator[Row]:
 def samples(file: Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, Sample]]:
     """The first `count` questions, each with its length: the file's word, or the power of two that holds its tokens."""
     for row in islice(rows(file), count):
-        gap = "" if row.prompt[-1:].isspace() else " "
+        gap = row.gap
         question = Question(gap + ", ".join(row.references[:1]), row.references, row.budget, row.metric)
         if row.metric == "match_all":
             question = Question(gap + ", ".join(row.references), row.references, row.budget, row.metric)

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from data_tools import synthetic
 from lasptrain.eval.tasks.needle import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
 from lasptrain.loss import IGNORED
 
 COPIED = 512
+OTHERS = 64
 ALPHA = 0.01
 
 
@@ -62,6 +64,24 @@ def _uuid(draw: random.Random) -> str:
 
 def _pair(key: str, value: str) -> str:
     return f"{json.dumps(key)}: {json.dumps(value)}"
+
+
+def pairs(ask: Ask) -> Sample:
+    """Nothing but keys with their capitals, as `data synth --kind pairs` makes them; asked is one that came once.
+
+    Beside it there are 64, drawn evenly.
+    """
+    draw = ask.random("pairs")
+    found = synthetic.pairs(draw, OTHERS + 1)
+    (key, value), *others = found.items()
+    stream = growing("".join(draw.choice(others)) for _ in count())
+
+    def draft(units: int) -> Draft:
+        at = round(ask.depth * units)
+        facts = stream(units)
+        return haystack("", [*facts[:at], key + value, *facts[at:]], {at}, " ", f" {key}")
+
+    return fill(ask, draft, Question(value, (value,), 1, depth=ask.depth))
 
 
 def copy(ask: Ask) -> Sample:
