@@ -1,10 +1,15 @@
-"""Documents that cannot be learnt without a long memory: facts hidden in real text, and asked for at its end.
+"""Documents that cannot be learnt without a long memory: facts hidden in real text, and asked for at its end; or
+nothing but facts, that come again and again.
 
 | kind | hidden | asked |
 |---|---|---|
 | passkey | one number under a name | the number (arXiv:2305.16300) |
 | recall | 1 to 256 keys, each with a value | all values, by key (associative recall, arXiv:2312.04927) |
 | tracking | a chain of assignments, beside others | every variable that holds a value (RULER, arXiv:2404.06654) |
+| pairs | keys of one or two letters, each with a capital: `abQ` | the capital, at every return of a key |
+
+In `pairs` there is no other text: every third or fourth letter can only be known by recall, and some keys
+return soon, some late: what the frequent ones teach is used for the rare ones.
 
 A document is a pure function of (seed, its number), and its answers stand in its text, so that training is next-token
 prediction as ever.
@@ -21,9 +26,12 @@ from typing import Any, Literal, NamedTuple
 
 from lasptrain.errors import DataError, SetupError
 
-Kind = Literal["passkey", "recall", "tracking"]
+Kind = Literal["passkey", "recall", "tracking", "pairs"]
 Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in this order; questions, with their answers
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LONG_KEYS = [a + b for a in LETTERS for b in LETTERS]
+FEWEST_KEYS, MOST_KEYS = 8, 512
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
 MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 256, 250
 
@@ -75,6 +83,11 @@ def _tracking(of: random.Random, characters: int, chains: int = 2, length: int =
     return hidden, [(f"Which variables hold {values[0]}? These hold {values[0]}:", groups[0])]
 
 
+def pairs(of: random.Random, count: int, keys: Sequence[str] = LONG_KEYS) -> dict[str, str]:
+    """So many different keys, each with a capital letter."""
+    return {key: of.choice(LETTERS).upper() for key in of.sample(keys, count)}
+
+
 FACTS: dict[Kind, Callable[[random.Random, int], Facts]] = {
     "passkey": _passkey,
     "recall": _recall,
@@ -87,18 +100,41 @@ class Document(NamedTuple):
 
     body: str
     questions: list[tuple[str, list[str]]]  # and their answers
+    gap: str = "\n"  # before the questions
+    step: str = " "  # before an answer
 
     @property
     def row(self) -> dict[str, Any]:
         """As something to be learnt: all questions with their answers."""
-        asked = " ".join(f"{question} {', '.join(answers)}." for question, answers in self.questions)
-        return {"text": f"{self.body}\n{asked}"}
+        end = "." if self.step else ""
+        asked = " ".join(f"{question}{self.step}{', '.join(answers)}{end}" for question, answers in self.questions)
+        return {"text": f"{self.body}{self.gap}{asked}"}
 
     @property
     def prompt(self) -> dict[str, Any]:
         """As something to be asked (`lasptrain eval --file`): the first question."""
         question, answers = self.questions[0]
-        return {"prompt": f"{self.body}\n{question}", "answers": answers, "budget": 8 + 8 * len(answers)}
+        prompt = f"{self.body}{self.gap}{question}"
+        if not self.step:
+            return {"prompt": prompt, "answers": answers, "budget": 1, "gap": ""}
+        return {"prompt": prompt, "answers": answers, "budget": 8 + 8 * len(answers)}
+
+
+def _repeated(of: random.Random, characters: int) -> Document:
+    """About as many characters of pairs, and one more as a question.
+
+    A third of the documents has keys of one letter. The mean time until a key returns is spread evenly, by its
+    logarithm, from moments to about half of the document, so that every distance is asked for.
+    """
+    keys = of.choice((list(LETTERS), LONG_KEYS, LONG_KEYS))
+    slots = max(2, characters // (len(keys[0]) + 2))
+    most = max(2, min(MOST_KEYS, len(keys), slots // 3))
+    found = pairs(of, round(math.exp(of.uniform(math.log(min(FEWEST_KEYS, most)), math.log(most)))), keys)
+    rarest = math.log(max(1, slots / len(found)))
+    weights = [math.exp(-of.uniform(0, rarest)) for _ in found]
+    stream = of.choices(list(found), weights, k=slots - 1)
+    body, asked = " ".join(key + found[key] for key in stream), of.choice(stream)
+    return Document(body, [(asked, [found[asked]])], " ", "")
 
 
 def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number: int) -> Document:
@@ -111,6 +147,8 @@ def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number:
     source = random.Random(f"{seed} {kind} {number}")
     shortest, longest = lengths
     characters = round(1 / source.uniform(1 / longest, 1 / shortest))
+    if kind == "pairs":
+        return _repeated(source, characters)
     hidden, questions = FACTS[kind](source, characters)
     asked = len(Document("", questions).row["text"])
     length = max(0, characters - sum(map(len, hidden)) - asked)
@@ -129,7 +167,7 @@ def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number:
 def documents(kind: Kind, texts: Sequence[str], lengths: tuple[int, int], count: int, seed: int) -> Iterator[Document]:
     """`count` documents over `texts`, one after another. Raises DataError where these hold nothing."""
     text = "\n".join(texts)
-    if not text.strip():
+    if kind != "pairs" and not text.strip():
         raise DataError("0 characters of text to hide facts in")
     return (document(kind, text, lengths, seed, number) for number in range(count))
 

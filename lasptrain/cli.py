@@ -369,6 +369,28 @@ def bench_sp(
         drawing.draw(found, plot)
 
 
+@bench_app.command("prefill")
+def bench_prefill(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a text; 128K, 1M and 4M if not given.")] = None,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32_768,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time how `lasptrain eval` reads long texts, beside the forward of training, and take its memory."""
+    import torch
+
+    from lasptrain.bench import prefill
+
+    ranks = nproc or torch.cuda.device_count() or 1
+    lengths = tokens or [1 << n for n in (17, 20, 22)]
+    found = prefill.measure(load(recipe, overrides), ranks, lengths, segment)
+    Console().print(prefill.report(found))
+    if file is not None:
+        prefill.write(file, found)
+
+
 @bench_app.command("parity")
 def bench_parity(
     recipe: RecipeFile,
@@ -542,11 +564,12 @@ def inspect(
 
 @data_app.command()
 def synth(
-    sources: Sources,
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="The new file.")],
     kind: Annotated[
-        Literal["passkey", "recall", "tracking"], typer.Option(help="What is hidden and asked.")
+        Literal["passkey", "recall", "tracking", "pairs"],
+        typer.Option(help="What is hidden and asked; pairs stand alone, without sources."),
     ] = "recall",
+    sources: Annotated[list[str] | None, typer.Argument(help="Text to hide facts in.")] = None,
     characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
     shortest: Annotated[
         int | None, typer.Option(min=1, help="Lengths from this to --characters, as much text in every octave.")
@@ -555,11 +578,13 @@ def synth(
     prompts: Annotated[bool, typer.Option("--prompts", help="Questions for lasptrain eval --file.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Hide facts in real text and ask for them at its end: documents that need a long memory."""
+    """Hide facts in real text and ask for them at its end, or repeat pairs: documents that need a long memory."""
     from data_tools import commands
 
     lengths = (min(shortest or characters, characters), characters)
-    typer.echo(commands.synthesize(kind, sources, lengths, documents, seed, prompts, out))
+    if (kind == "pairs") != (not sources):
+        raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")
+    typer.echo(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out))
 
 
 @data_app.command()

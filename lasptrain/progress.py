@@ -1,4 +1,4 @@
-"""What a terminal shows while data is prepared."""
+"""What a terminal, or a log, shows while data is prepared and while a model is asked."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PATIENCE = 2.0  # seconds of work that need no word
+PAUSE = 5.0  # seconds between lines of a log
 UNITS = {"encode": "B", "write": " tokens"}  # of the stages of preparing data
 
 
@@ -36,3 +37,29 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
         yield show
     finally:
         bars.stop()
+
+
+@contextmanager
+def asking(total: int, done: int, speaks: bool) -> Iterator[Callable[[str, int], None]]:
+    """Yields a function `(what is done now, questions answered by it)`: a bar on stderr, lines where it is no terminal.
+
+    Args:
+        total, done: questions in all, and those answered before.
+        speaks: whether this rank shows anything.
+    """
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    quiet = not (speaks and console.is_terminal)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
+    task, said = bar.add_task("", total=total, completed=done), -PAUSE
+
+    def show(what: str, answered: int = 0) -> None:
+        nonlocal done, said
+        done += answered
+        bar.update(task, advance=answered, description=what)
+        if quiet and speaks and time.monotonic() - said >= PAUSE:
+            said = time.monotonic()
+            console.print(f"{done}/{total}  {what}", soft_wrap=True)
+
+    with bar:
+        yield show

@@ -330,6 +330,7 @@ Task = Literal[
     "cwe",
     "fwe",
     "kv_retrieval",
+    "pairs",
     "copy",
     "mqar",
 ]

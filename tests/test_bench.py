@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, parity, plot, ranks, scale, sp
+from lasptrain.bench import ablation, parity, plot, prefill, ranks, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel.attention import Attention
@@ -84,6 +84,16 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
     console.print(*sp.report(results))
     text = console.export_text()
     assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
+
+
+def test_texts_are_read_beside_the_forward_of_training() -> None:
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
+    found = prefill.measure(load(RECIPES / "quickstart.yaml", small), 2, [100, 600], 64)
+    assert [row.tokens for row in found.reads] == [100, 600] and not found.fused
+    assert found.training > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.reads)
+    console = Console(width=120, record=True)
+    console.print(prefill.report(found))
+    assert "segments of 64 tokens" in console.export_text()
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:

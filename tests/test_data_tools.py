@@ -215,6 +215,27 @@ def test_what_is_asked_at_the_end_was_hidden_in_the_text(kind: Kind) -> None:
         assert answer != one.row["text"] and answer.startswith(f" {', '.join(one.prompt['answers'])}.")
 
 
+def test_pairs_return_soon_and_late_and_never_change() -> None:
+    made = list(synthetic.documents("pairs", [], (6000, 6000), 30, seed=0))
+    assert made == list(synthetic.documents("pairs", [], (6000, 6000), 40, seed=0))[:30]
+    gaps, counts = [], set()
+    for one in made:
+        assert 5990 < len(one.row["text"]) < 6010
+        facts = [re.fullmatch(r"([a-z]{1,2})([A-Z])", fact) for fact in one.row["text"].split(" ")]
+        known: dict[str, str] = {}
+        last: dict[str, int] = {}
+        for place, fact in enumerate(facts):
+            assert fact is not None and known.setdefault(fact[1], fact[2]) == fact[2]
+            gaps += [place - last[fact[1]]] if fact[1] in last else []
+            last[fact[1]] = place
+        counts.add(len(known))
+        assert one.row["text"] == one.prompt["prompt"] + one.prompt["answers"][0]
+        assert one.prompt["prompt"].rsplit(" ", 1)[1] in {key[0] for key in last} | set(last)
+    assert len(counts) > 15
+    for shortest in (1, 4, 16, 64, 256):
+        assert sum(shortest <= gap < 4 * shortest for gap in gaps) > 300
+
+
 def test_short_synthetic_documents_hold_as_much_text_as_long_ones() -> None:
     made = synthetic.documents("passkey", ["line of text\n" * 9], (500, 32_000), 3000, seed=0)
     lengths = [len(one.row["text"]) for one in made]
@@ -233,6 +254,8 @@ def test_synthetic_documents_go_to_a_new_file(tmp_path: Path) -> None:
     asked = tmp_path / "asked.jsonl"
     commands.synthesize("recall", [str(tmp_path / "a.txt")], (300, 900), 3, 0, True, asked)
     assert [bool(row.references) for row in rows(asked)] == [True] * 3
+    commands.synthesize("pairs", [], (300, 900), 3, 0, True, tmp_path / "pairs.jsonl")
+    assert [(row.gap, row.budget) for row in rows(tmp_path / "pairs.jsonl")] == [("", 1)] * 3
 
 
 def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:

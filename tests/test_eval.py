@@ -66,6 +66,9 @@ def test_a_sample_is_as_long_as_asked_and_always_the_same(task: str, tokenizer: 
     total = len(sample.prompt) + max(sample.budget, len(sample.inputs))
     assert LENGTH - 130 < total <= LENGTH
     text = tokenizer.decode(sample.prompt)
+    assert task in ("copy", "mqar") or sample.prompt[1:] + sample.labels == tokenizer.encode(
+        text + tokenizer.decode(sample.labels)
+    )
     for reference in sample.references if task in ASKED else ():
         assert text.count(reference) == ASKED[task]
         assert sample.control is None or reference not in tokenizer.decode(sample.control)
@@ -86,6 +89,16 @@ def test_a_single_needle_stands_at_its_depth(index: int) -> None:
         assert sample.depth == pytest.approx(place / len(sample.prompt), abs=0.06)
         end = place + len(sample.references[0])
         assert sample.distance == pytest.approx(len(sample.prompt) - 1 - end, abs=25)
+
+
+def test_a_pair_is_asked_that_came_once() -> None:
+    for index in (0, 4, 9):
+        sample = TASKS["pairs"](Ask(ByteTokenizer(), 1024, index))
+        *facts, key = ByteTokenizer().decode(sample.prompt).split(" ")
+        (place,) = (i for i, fact in enumerate(facts) if fact[:-1] == key)
+        assert facts[place] == key + sample.references[0] and len({fact[:-1] for fact in facts}) > 55
+        assert place / (len(facts) - 1) == pytest.approx(index / 9, abs=0.01)
+        assert sample.distance == 4 * (len(facts) - 1 - place) + 3
 
 
 def test_the_needle_prompt_is_rulers() -> None:
@@ -347,7 +360,7 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
         *("eval", "runs/tiny", "--n", "2", "--tasks", "passkey,copy,ppl_by_position,ppl_vs_context"),
         *("--lengths", "512,1024", "--out", "spread", "--nproc", "2"),
     )
-    assert "passkey" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
+    assert "0/8  passkey at 512, sample 1" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
     second = json.loads((tmp_path / "spread" / "results.json").read_text())
     assert second["sp"] == 2 and first["sp"] == 1
     for alone, spread in zip(first["cells"], second["cells"], strict=True):

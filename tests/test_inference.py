@@ -151,7 +151,7 @@ def _on_ranks(rank: int, world: int) -> None:
         expected = all_logits(made, tokens)
         wanted = torch.nn.functional.cross_entropy(expected[:-1], tokens[0, 1:], reduction="none")
         for scan in names:
-            reader = Reader(made, grid, segment=40, scan=scan)
+            reader = Reader(made, grid, segment=14, scan=scan)
             for length in (1, 2, 41, 120):
                 near(reader.read(tokens[:, :length]).logits[0], expected[length - 1])
             past = reader.read(tokens[:, :70])

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lasptrain.errors import RecipeError
 
@@ -37,7 +36,7 @@ def evaluate(
         list[Path] | None, typer.Option("--file", metavar="FILE", help="RULER rows, SQuAD, or JSONL of prompts.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="RUN/eval/step-N if not given.")] = None,
-    segment: Annotated[int, typer.Option(min=1, help="Tokens in work at a time.")] = 32768,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32768,
     plot: Annotated[bool, typer.Option("--plot", help="Draw heatmap.png and curves.png (extra plot).")] = False,
     nproc: Nproc = None,
 ) -> None:
@@ -63,9 +62,7 @@ def evaluate(
         files=tuple(files or ()),
     )
     console = Console(highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        found = main.evaluate(run, asked, out, segment, nproc, progress)
+    found = main.evaluate(run, asked, out, segment, nproc)
     for part in main.shown(found, plot):
         console.print(part)
 

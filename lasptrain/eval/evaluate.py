@@ -65,11 +65,15 @@ Key = tuple[str, int, int]  # task, length, index
 
 @dataclass(frozen=True)
 class Questions:
-    """All that is asked, in order; `dataset` has the documents for perplexity, of its validation split."""
+    """All that is asked, in order; `dataset` has the documents for perplexity, of its validation split.
+
+    `told` is called before each question.
+    """
 
     asked: Asked
     tokenizer: Tokenizer
     dataset: TokenDataset | None = None
+    told: Callable[[Key], None] = lambda key: None
 
     def answers(self, reader: Reader, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
         """Records of what is not `done` yet, on the rank that speaks; empty ones on others. Collective over ranks."""
@@ -82,6 +86,7 @@ class Questions:
             for index, (length, sample) in enumerate(file_samples(file, self.tokenizer, self.asked.samples)):
                 key = (task_name(file), length, index)
                 if key not in done:
+                    self.told(key)
                     yield _record(key) | answer(reader, self.tokenizer, sample, self.asked.control, speaks)
 
     def _cell(self, reader: Reader, task: str, length: int, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
@@ -90,6 +95,7 @@ class Questions:
             key = (task, length, index)
             if key in done:
                 continue
+            self.told(key)
             try:
                 sample = TASKS[task](Ask(self.tokenizer, length, index, asked.seed, asked.depths, asked.text))
             except RecipeError as error:
@@ -112,6 +118,7 @@ class Questions:
             key = (task, len(document), index)
             if key in done:
                 continue
+            self.told(key)
             began = time.perf_counter()
             if task == BY_POSITION:
                 values = {str(end): value for end, (value, _) in perplexity.by_position(reader, document).items()}

@@ -5,7 +5,7 @@ Memory does not grow with the prompt: what is kept of it is the state that leave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,28 +56,43 @@ class Reader:
     Args:
         model: whole on this rank; its weights are used where they are.
         mesh: its dp × sp ranks; every rank is given the same texts. None: this rank alone.
-        segment: tokens in work at a time over all ranks; made a multiple of their number.
+        segment: tokens that each rank has in work at a time.
         scan: how states cross ranks.
+        fuse: compile what reads whole segments, as `train.compile` does; it takes a minute the first time.
+        told: called with tokens read and tokens to read at every segment of a text.
     """
 
-    def __init__(self, model: LanguageModel, mesh: Mesh | None = None, segment: int = 8192, scan: str = "all_gather"):
-        self.model, self.mesh = model, mesh
+    def __init__(
+        self,
+        model: LanguageModel,
+        mesh: Mesh | None = None,
+        segment: int = 8192,
+        scan: str = "all_gather",
+        fuse: bool = False,
+        told: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self.model, self.mesh, self.told = model, mesh, told
         self.sp, self.rank = (1, 0) if mesh is None else (mesh.length("sp"), mesh.rank("sp"))
-        self.segment = max(segment // self.sp, model.cfg.halo, 1) * self.sp
+        self.segment = max(segment, model.cfg.halo, 1) * self.sp
         self.device = model.embed.weight.device
         self.spread = model
         if mesh is not None and self.sp > 1:
             kernel = model.attention.kernel
             self.spread = twin(model, Attention(kernel, SCANS[scan](mesh.sp_group, self.device)))
+        self.whole = twin(model, self.spread.attention) if fuse else self.spread  # reads whole segments
+        if fuse:
+            for block in self.whole.blocks:
+                block.fuse()
 
     @torch.no_grad()
     def read(self, tokens: Tensor, past: Snapshot | None = None) -> Snapshot:
         """Read int64 tokens [B, N], N ≥ 1, after `past`. The last few tokens are run by every rank."""
-        shared = self._shared(tokens.shape[1] - 1)
+        tokens, shared = self._ready(tokens), self._shared(tokens.shape[1] - 1)
         carry = None if past is None else past.carry
         for start, length in self._segments(shared):
+            self.told(start, tokens.shape[1])
             piece = self._slice(tokens, start, length)
-            carry = self.spread(piece, carry=carry, leave=True).leaving
+            carry = self._reads(length)(piece, carry=carry, leave=True).leaving
         if shared:
             carry = self._everywhere(carry)
         x, leaving = self.model.hidden(tokens[:, shared:].to(self.device), carry=carry, leave=True)
@@ -89,12 +104,14 @@ class Reader:
         """Nats [N − 1], fp64 on the CPU, by which tokens [N] after the first were expected, each given all before."""
         count = len(tokens) - 1
         shared = self._shared(count)
+        tokens = self._ready(tokens)
         inputs, labels = tokens[None, :-1], tokens[None, 1:]
         found = torch.zeros(count, dtype=torch.float64, device=self.device)
         carry = None if past is None else past.carry
         for start, length in self._segments(shared):
+            self.told(start, count)
             own = slice(start + self.rank * length, start + (self.rank + 1) * length)
-            out = self.spread(
+            out = self._reads(length)(
                 self._slice(inputs, start, length),
                 self._slice(labels, start, length),
                 carry=carry,
@@ -140,9 +157,17 @@ class Reader:
         starts = range(0, tokens, self.segment)
         return [(start, min(self.segment, tokens - start) // self.sp) for start in starts]
 
+    def _reads(self, length: int) -> LanguageModel:
+        """What reads slices of so many tokens: compiled code is made for one length only."""
+        return self.whole if length * self.sp == self.segment else self.spread
+
+    def _ready(self, tokens: Tensor) -> Tensor:
+        """Tokens from where a GPU fetches slices without making the host wait."""
+        return tokens.pin_memory() if self.device.type == "cuda" and not tokens.is_cuda else tokens
+
     def _slice(self, tokens: Tensor, start: int, length: int) -> Tensor:
         begin = start + self.rank * length
-        return tokens[:, begin : begin + length].to(self.device)
+        return tokens[:, begin : begin + length].to(self.device, non_blocking=True)
 
     def _everywhere(self, carry: list[State] | None) -> list[State] | None:
         """What left the last segment, on every rank: a scan promises it to the first one only."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import __version__
@@ -18,7 +16,7 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError
 from lasptrain.eval import report
-from lasptrain.eval.evaluate import PERPLEXITY, Asked, Ledger, Questions, Record, settings
+from lasptrain.eval.evaluate import PERPLEXITY, Asked, Key, Ledger, Questions, Record, settings
 from lasptrain.eval.generate import Sampling, decode
 from lasptrain.eval.inference import Reader, join
 from lasptrain.eval.load import Trained, load_model
@@ -27,28 +25,28 @@ from lasptrain.metrics import write_scalars
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.mesh import Mesh
+from lasptrain.progress import asking
 from lasptrain.recipe import Data, Recipe
 
 
-def evaluate(
-    run: Path, asked: Asked, out: Path | None, segment: int, nproc: int | None, progress: Progress | None = None
-) -> Record:
+def evaluate(run: Path, asked: Asked, out: Path | None, segment: int, nproc: int | None) -> Record:
     """Ask everything that has no answer yet, write the report, and return what results.json holds, and `folder`."""
     ranks = nproc or torch.cuda.device_count() or 1
     if ranks > 1:
         found: Record = on_ranks(ranks, _evaluate, run, asked, out, segment)
         return found
-    return _evaluate(run, asked, out, segment, progress)
+    return _evaluate(run, asked, out, segment)
 
 
-def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, progress: Progress | None = None) -> Record:
+def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int) -> Record:
     """On every rank."""
     with meshes.alone():
         world = meshes.world_size()
         mesh = meshes.build(1, world)
         speaks = mesh.rank("sp") == 0
         trained = load_model(run)
-        reader = Reader(trained.model, mesh, segment)
+        fuse = trained.recipe.train.compile and meshes.device().type == "cuda"
+        reader = Reader(trained.model, mesh, segment, fuse=fuse)
         folder = out or run / "eval" / f"step-{trained.step}"
         identity = asked.identity() | {"step": trained.step, "tokenizer": trained.tokenizer.sha256}
         ledger = Ledger(folder, identity, speaks)
@@ -57,12 +55,12 @@ def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, progress:
         notes: list[str] = []
         dataset = _dataset(trained.recipe.data, notes) if set(PERPLEXITY) & set(asked.tasks) else None
         began, peak = time.perf_counter(), meshes.peak_memory(reader.device)
-        total = len([task for task in asked.tasks if task in TASKS]) * len(asked.lengths) * asked.samples
-        with _bar(progress, total) as advance:
-            for record in Questions(asked, trained.tokenizer, dataset).answers(reader, done, speaks, notes.append):
+        with asking(*_counts(asked, done), speaks) as show:
+            answers = Questions(asked, trained.tokenizer, dataset, _told(reader, show))
+            for record in answers.answers(reader, done, speaks, notes.append):
                 if speaks:
                     ledger.add(record)
-                    advance(record["task"])
+                    show(_answered(record), 1)
         peak = max(peak, meshes.peak_memory(reader.device))
         header = _header(trained, asked, reader, dataset) | {"notes": notes, "peak_bytes": peak}
         header["seconds"] = time.perf_counter() - began
@@ -73,13 +71,34 @@ def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, progress:
     return {**header, "cells": found, "folder": str(folder)}
 
 
-@contextlib.contextmanager
-def _bar(progress: Progress | None, total: int) -> Iterator[Any]:
-    if progress is None:
-        yield lambda _: None
-        return
-    bar = progress.add_task("eval", total=total)
-    yield lambda task: progress.update(bar, advance=task not in PERPLEXITY, description=task)
+def _counts(asked: Asked, done: set[Key]) -> tuple[int, int]:
+    """Questions asked, as far as their number is known, and how many of them are answered."""
+    tasks = [task for task in asked.tasks if task in TASKS]
+    cells = {(task, length) for task in tasks for length in asked.lengths}
+    answered = sum((task, length) in cells and index < asked.samples for task, length, index in done)
+    return len(cells) * asked.samples, answered
+
+
+def _told(reader: Reader, show: Callable[[str, int], None]) -> Callable[[Key], None]:
+    """What is called before each question; from then on the reader shows how far it has read."""
+
+    def told(key: Key) -> None:
+        what, began = f"{key[0]} at {report.short(key[1])}, sample {key[2] + 1}", time.perf_counter()
+        show(what, 0)
+
+        def reading(done: int, total: int) -> None:
+            rate = done / max(time.perf_counter() - began, 1e-9)
+            show(f"{what}: {done:,} of {total:,} tokens read, {rate:,.0f} tokens/s", 0)
+
+        reader.told = reading
+
+    return told
+
+
+def _answered(record: Record) -> str:
+    found = [f"{name} {record[name]:.2f}" for name in ("score", "exact", "answer_nll") if name in record]
+    key = f"{record['task']} at {report.short(record['length'])}, sample {record['index'] + 1}"
+    return f"{key}: {', '.join(found)}"
 
 
 def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
@@ -110,6 +129,7 @@ def _header(trained: Trained, asked: Asked, reader: Reader, dataset: TokenDatase
         "dataset": None if dataset is None else dataset.fingerprint,
         "sp": reader.sp,
         "segment": reader.segment,
+        "compiled": reader.whole is not reader.spread,
         "dtype": str(trained.model.dtype).removeprefix("torch."),
         "versions": {"lasptrain": __version__, "torch": torch.__version__},
     }

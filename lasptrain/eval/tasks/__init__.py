@@ -29,6 +29,7 @@ TASKS: dict[str, Task] = {
     "cwe": counting.common_words,
     "fwe": counting.frequent_words,
     "kv_retrieval": recall.key_values,
+    "pairs": recall.pairs,
     "copy": recall.copy,
     "mqar": recall.mqar,
 }

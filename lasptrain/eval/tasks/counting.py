@@ -6,8 +6,8 @@ import math
 import random
 import string
 
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill
-from lasptrain.eval.tasks.words import distinct
+from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing
+from lasptrain.eval.tasks.words import distinct, endless
 
 COMMON = 10
 ZETA_2 = math.pi**2 / 6
@@ -34,11 +34,11 @@ def common_words(ask: Ask) -> Sample:
     example = distinct(draw, 40 if ask.length >= 4096 else 20)
     shown = _list(draw.random(), example, *((10, 3) if ask.length >= 4096 else (3, 1)))
     shown += " " + _numbered(example[:COMMON]) + "\n"
-    word_seed, order = draw.random(), draw.random()
-    answers = distinct(random.Random(word_seed), COMMON)
+    words, order = growing(endless(random.Random(draw.random()))), draw.random()
+    answers = words(COMMON)
 
     def draft(units: int) -> Draft:
-        return Draft(shown + _list(order, distinct(random.Random(word_seed), COMMON + units), often, seldom), "")
+        return Draft(shown + _list(order, words(COMMON + units), often, seldom), "")
 
     return fill(ask, draft, Question(" " + _numbered(answers), tuple(answers), 120))
 

@@ -12,7 +12,7 @@ from typing import Any
 from data_tools.tokenizer import Tokenizer
 from lasptrain.errors import DataError
 from lasptrain.eval.score import METRICS
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, written
+from lasptrain.eval.tasks.sample import Draft, Encoder, Question, Sample, written
 
 BUDGETS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # RULER's, by the start of a task's name
 SQUAD_BUDGET, USUAL_BUDGET = 32, 64
@@ -27,6 +27,12 @@ class Row:
     budget: int
     metric: str
     length: int | None = None  # what the file says
+    own_gap: str | None = None  # between prompt and answer, where the file says it
+
+    @property
+    def gap(self) -> str:
+        """What stands between prompt and answer: a space, unless there is one."""
+        return self.own_gap if self.own_gap is not None else "" if self.prompt[-1:].isspace() else " "
 
 
 def task_name(file: Path) -> str:
@@ -66,7 +72,7 @@ def _row(row: Any, task: str, where: str) -> Row:
     if metric not in METRICS:
         raise DataError(f"{where}: metric {metric!r} is unknown; expected one of {', '.join(METRICS)}")
     budget, length = row.get("budget", BUDGETS.get(family, USUAL_BUDGET)), row.get("length")
-    return Row(prompt + row.get("answer_prefix", ""), tuple(answers), int(budget), metric, length)
+    return Row(prompt + row.get("answer_prefix", ""), tuple(answers), int(budget), metric, length, row.get("gap"))
 
 
 def _squad(content: Any, file: Path) -> Iterator[Row]:
@@ -83,10 +89,10 @@ def _squad(content: Any, file: Path) -> Iterator[Row]:
 
 def samples(file: Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, Sample]]:
     """The first `count` questions, each with its length: the file's word, or the power of two that holds its tokens."""
-    for index, row in enumerate(islice(rows(file), count)):
-        gap = "" if row.prompt[-1:].isspace() else " "
+    for row in islice(rows(file), count):
+        gap = row.gap
         question = Question(gap + ", ".join(row.references[:1]), row.references, row.budget, row.metric)
         if row.metric == "match_all":
             question = Question(gap + ", ".join(row.references), row.references, row.budget, row.metric)
-        sample = written(Ask(tokenizer, 0, index), Draft(row.prompt, ""), question)
+        sample = written(Encoder(tokenizer), Draft(row.prompt, ""), question)
         yield row.length or 1 << (len(sample.prompt) + row.budget - 1).bit_length(), sample

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Iterator
+from itertools import cycle
 from typing import Literal
 
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
+from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
 from lasptrain.eval.tasks.words import key
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -43,14 +45,12 @@ def niah(
     head, tail = _prompt(queried, values, several=len(found) > 1)
     text = ask.text if hay == "text" and ask.text else (NOISE,)
     separator = " " if hay == "text" and ask.text else "\n"
-    seed = draw.random()
+    hay_of = growing(
+        _distractors(random.Random(draw.random()), names, values, asked) if hay == "needles" else cycle(text)
+    )
 
     def draft(units: int) -> Draft:
-        if hay == "needles":
-            other = random.Random(seed)
-            items = [_distractor(other, names, values, asked) for _ in range(units)]
-        else:
-            items = [text[i % len(text)] for i in range(units)]
+        items = hay_of(units)
         marks = set()
         for number, (place, (name, value)) in enumerate(zip(places, needles, strict=True)):
             at = round(place * units) + number
@@ -67,11 +67,11 @@ def _needle(name: str, value: str, values: Kind) -> str:
     return f"One of the special magic {values} for {name} is: {value}."
 
 
-def _distractor(draw: random.Random, names: Kind, values: Kind, asked: list[str]) -> str:
-    name = _draw(draw, names)
-    while name in asked:
+def _distractors(draw: random.Random, names: Kind, values: Kind, asked: list[str]) -> Iterator[str]:
+    while True:
         name = _draw(draw, names)
-    return _needle(name, _draw(draw, values), values)
+        if name not in asked:
+            yield _needle(name, _draw(draw, values), values)
 
 
 def _draw(draw: random.Random, kind: Kind) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 import uuid
+from itertools import count, cycle
 from typing import Any
 
 import torch
 
+from data_tools import synthetic
 from lasptrain.eval.tasks.needle import NOISE
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
+from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
 from lasptrain.loss import IGNORED
 
 COPIED = 512
+OTHERS = 64
 ALPHA = 0.01
 
 
@@ -26,9 +29,11 @@ def passkey(ask: Ask) -> Sample:
     )
     sentences = [f"{sentence}." for sentence in NOISE.rstrip(".").split(". ")]
 
+    hay = growing(cycle(sentences))
+
     def draft(units: int) -> Draft:
         at = round(ask.depth * units)
-        noise = [sentences[i % len(sentences)] for i in range(units)]
+        noise = hay(units)
         needle = f"The pass key is {key}. Remember it. {key} is the pass key."
         parts = [" ".join(noise[:at]), needle, " ".join(noise[at:])]
         return haystack(head, parts, {1}, "\n", "\nWhat is the pass key? The pass key is")
@@ -39,13 +44,13 @@ def passkey(ask: Ask) -> Sample:
 def key_values(ask: Ask) -> Sample:
     """One JSON object of uuids and the value of one key (InfiniteBench, arXiv:2402.13718)."""
     draw = ask.random("kv_retrieval")
-    key, value, seed = _uuid(draw), _uuid(draw), draw.random()
+    key, value, source = _uuid(draw), _uuid(draw), random.Random(draw.random())
+    others = growing(_pair(_uuid(source), _uuid(source)) for _ in count())
     head = "Extract the value corresponding to the specified key in the JSON object below.\n\n{"
     tail = f'}}\n\nKey: "{key}"\nThe value associated with the specified key is:'
 
     def draft(units: int) -> Draft:
-        other = random.Random(seed)
-        pairs = [_pair(_uuid(other), _uuid(other)) for _ in range(units)]
+        pairs = others(units)
         at = round(ask.depth * units)
         pairs.insert(at, _pair(key, value))
         return haystack(head, pairs, {at}, ",\n", tail)
@@ -61,13 +66,31 @@ def _pair(key: str, value: str) -> str:
     return f"{json.dumps(key)}: {json.dumps(value)}"
 
 
+def pairs(ask: Ask) -> Sample:
+    """Nothing but keys with their capitals, as `data synth --kind pairs` makes them; asked is one that came once.
+
+    Beside it there are 64, drawn evenly.
+    """
+    draw = ask.random("pairs")
+    found = synthetic.pairs(draw, OTHERS + 1)
+    (key, value), *others = found.items()
+    stream = growing("".join(draw.choice(others)) for _ in count())
+
+    def draft(units: int) -> Draft:
+        at = round(ask.depth * units)
+        facts = stream(units)
+        return haystack("", [*facts[:at], key + value, *facts[at:]], {at}, " ", f" {key}")
+
+    return fill(ask, draft, Question(value, (value,), 1, depth=ask.depth))
+
+
 def copy(ask: Ask) -> Sample:
     """Random tokens R, other random tokens, R again: 512 of them, or an eighth of a short length."""
     draw = ask.random("copy")
     ids = _ordinary(ask)
-    count = min(COPIED, ask.length // 8)
-    copied = draw.choices(ids, k=count)
-    filler = draw.choices(ids, k=ask.length - 2 * count - 1)
+    tokens = min(COPIED, ask.length // 8)
+    copied = draw.choices(ids, k=tokens)
+    filler = draw.choices(ids, k=ask.length - 2 * tokens - 1)
     bos = ask.tokenizer.bos
     return Sample(
         prompt=[bos, *copied, *filler],

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
-from data_tools.tokenizer import Tokenizer, cut
+from data_tools.tokenizer import PIECE, Tokenizer, cut, cuts_safely
 from lasptrain.errors import RecipeError
+
+SENTENCE = re.compile(r"(?:[^\n.,]+|[.,](?! ))*(?:\n|[.,]|\Z)")  # a piece of a text, of which many are alike
+PROBE = 'One, two. The pass key is 12345.\nWhat is it? VAR A = 3, {"a-1": "b"},\n1. w 2. x It is'
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,49 @@ class Question:
     depth: float | None = None
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text of any length, without BOS."""
-    return [i for piece in cut(text) for i in tokenizer.encode(piece)]
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer for long texts that repeat themselves: every sentence is encoded once."""
+
+    tokenizer: Tokenizer
+    known: dict[str, list[int]] = field(default_factory=dict)
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text of any length, without BOS."""
+        return [i for piece in self._pieces(text) for i in piece]
+
+    def count(self, text: str) -> int:
+        """How many ids a text has."""
+        return sum(map(len, self._pieces(text)))
+
+    def _pieces(self, text: str) -> Iterator[list[int]]:
+        known = self.known
+        for sentence in SENTENCE.findall(text) if self._safe else [text]:
+            if sentence not in known:
+                known[sentence] = self._encode(sentence)
+            yield known[sentence]
+
+    def _encode(self, text: str) -> list[int]:
+        encode = self.tokenizer.encode
+        if len(text) <= PIECE or not self._safe:
+            return encode(text)
+        return [i for piece in cut(text) for i in encode(piece)]
+
+    @functools.cached_property
+    def _safe(self) -> bool:
+        """Whether the tokenizer may be given a text in pieces."""
+        return cuts_safely(self.tokenizer, [PROBE])
+
+
+def growing(items: Iterable[str]) -> Callable[[int], list[str]]:
+    """A function that gives the first n of an endless series, each made once."""
+    source, made = iter(items), list[str]()
+
+    def first(count: int) -> list[str]:
+        made.extend(islice(source, max(0, count - len(made))))
+        return made[:count]
+
+    return first
 
 
 def fill(ask: Ask, draft: Callable[[int], Draft], question: Question, least: int = 1) -> Sample:
@@ -84,11 +129,12 @@ def fill(ask: Ask, draft: Callable[[int], Draft], question: Question, least: int
 
     `draft(n)` has n units. Raises RecipeError where not even `least` fit.
     """
-    room = ask.length - max(question.budget, len(encode(ask.tokenizer, question.answer)) + 1) - 1
+    encoder = Encoder(ask.tokenizer)
+    room = ask.length - max(question.budget, encoder.count(question.answer) + 1) - 1
 
     @functools.cache
     def size(units: int) -> int:
-        return len(encode(ask.tokenizer, draft(units).text))
+        return encoder.count(draft(units).text)
 
     if size(least) > room:
         needed = ask.length + size(least) - room
@@ -102,26 +148,25 @@ def fill(ask: Ask, draft: Callable[[int], Draft], question: Question, least: int
         units -= 1
     while size(units + 1) <= room:
         units += 1
-    return written(ask, draft(units), question)
+    return written(encoder, draft(units), question)
 
 
-def written(ask: Ask, draft: Draft, question: Question) -> Sample:
+def written(encoder: Encoder, draft: Draft, question: Question) -> Sample:
     """A draft in tokens. Prompt and answer are encoded as one text and split where the prompt's own ids end."""
-    tokenizer = ask.tokenizer
-    own = encode(tokenizer, draft.text)
-    joint = encode(tokenizer, draft.text + question.answer)
-    same = _common(own, joint)
-    answer = joint[same:]
+    own = encoder(draft.text)
+    joint = encoder(draft.text + question.answer)
+    same = len(own) if joint[: len(own)] == own else _common(own, joint)
+    answer, bos = joint[same:], encoder.tokenizer.bos
     return Sample(
-        prompt=[tokenizer.bos, *own[:same]],
+        prompt=[bos, *own[:same]],
         inputs=answer[:-1],
         labels=answer,
         references=question.references,
         budget=question.budget,
         metric=question.metric,
         depth=question.depth,
-        distance=len(encode(tokenizer, draft.after)),
-        control=None if draft.without is None else [tokenizer.bos, *encode(tokenizer, draft.without)],
+        distance=encoder.count(draft.after),
+        control=None if draft.without is None else [bos, *encoder(draft.without)],
     )
 
 

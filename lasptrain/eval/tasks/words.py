@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from itertools import islice
 
 
 def _words(text: str) -> list[str]:
@@ -34,13 +36,18 @@ def key(draw: random.Random) -> str:
 
 
 def distinct(draw: random.Random, count: int) -> list[str]:
-    """So many different words: the lists above, shuffled, then pronounceable ones of four syllables (2·10⁸)."""
+    """So many different words."""
+    return list(islice(endless(draw), count))
+
+
+def endless(draw: random.Random) -> Iterator[str]:
+    """Words, none twice: the lists above, shuffled, then pronounceable ones of four syllables (2·10⁸)."""
     words = sorted({*ADJECTIVES, *NOUNS})
     draw.shuffle(words)
+    yield from words
     seen = set(words)
-    while len(words) < count:
+    while True:
         word = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(4))
         if word not in seen:
             seen.add(word)
-            words.append(word)
-    return words[:count]
+            yield word

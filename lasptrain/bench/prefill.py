@@ -1,0 +1,157 @@
+"""`lasptrain bench prefill`: how fast a text is read before questions are asked of it, and in how much memory.
+
+On GPUs through NCCL, elsewhere a dry run through gloo. The model has its initial weights. Texts are read as by `eval`,
+beside the forward of training: the same tokens in the same segments, without gradients, as in the first pass over a
+window.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.table import Table
+
+from data_tools.tokenizer import load_tokenizer
+from lasptrain import ops, train
+from lasptrain import recipe as recipes
+from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.steps import largest
+from lasptrain.eval.inference import Reader
+from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.mesh import Mesh
+from lasptrain.parallel.scan import SCANS
+from lasptrain.parallel.shard import parallelize
+from lasptrain.recipe import Recipe
+
+SCAN = "all_gather"
+TURNS = 3
+SEGMENTS = 4  # of the window that the forward of training is timed on
+
+
+@dataclass(frozen=True)
+class Read:
+    """One text."""
+
+    tokens: int
+    tokens_per_s: float
+    memory: int  # peak of a rank, bytes
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of it, and where it was measured."""
+
+    device: str
+    ranks: int
+    segment: int  # tokens, per rank
+    fused: bool
+    parameters: int
+    training: float  # tokens/s
+    reads: list[Read]
+
+
+def measure(recipe: Recipe, ranks: int, tokens: Sequence[int], segment: int) -> Results:
+    """Read a text of each of `tokens` on one process per rank on this machine, `segment` tokens per rank at a time."""
+    device, fused, parameters, training, reads = on_ranks(ranks, _rank, recipe, tokens, segment)
+    return Results(device, ranks, segment, fused, parameters, training, [Read(*row) for row in reads])
+
+
+def _rank(
+    recipe: Recipe, tokens: Sequence[int], segment: int
+) -> tuple[str, bool, int, float, list[tuple[int, float, int]]]:
+    recipe = recipes.with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    mesh = meshes.build(1, meshes.world_size())
+    fused = recipe.train.compile and meshes.device().type == "cuda"
+    training = _training(recipe, mesh, segment, fused)
+    model = _model(recipe, mesh, fused=False, scan=None)
+    reader = Reader(model, mesh, segment, SCAN, fused)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return device_name(), fused, parameters, training, [_read(reader, count) for count in tokens]
+
+
+def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> LanguageModel:
+    """With initial weights, whole on every rank."""
+    device = meshes.device()
+    kernel = ops.select(recipe.train.kernel, device)
+    with torch.device("meta"):
+        attention = Attention(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
+        model = train.language_model(recipe, attention)
+    values = initial_values(model, recipe.train.seed, device)
+    parallelize(
+        model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=model.dtype, fuse=fused, values=values
+    )
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
+    """Tokens/s, over all ranks, of the forward over a window of four segments."""
+    model, device = _model(recipe, mesh, fused=fused, scan=SCAN), meshes.device()
+    piece = torch.randint(64, (1, segment), device=device)
+
+    def forward() -> None:
+        carry = None
+        for _ in range(SEGMENTS):
+            carry = model(piece, carry=carry, leave=True).leaving
+
+    for _ in range(2):  # compiles, allocates and tunes
+        forward()
+    seconds = median(_seconds(forward) for _ in range(TURNS))
+    return SEGMENTS * segment * meshes.world_size() / seconds
+
+
+def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
+    """Tokens, tokens/s, peak memory."""
+    text = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(0))
+    reader.read(text[:, : reader.segment + 2])
+    gc.collect()
+    if reader.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(reader.device)
+    seconds = _seconds(lambda: reader.read(text))
+    return tokens, tokens / seconds, int(largest(meshes.peak_memory(reader.device)))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Of the slowest rank, the work of its GPU included."""
+    meshes.largest(0)
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return largest(time.perf_counter() - began)
+
+
+def report(results: Results) -> Table:
+    """Every text beside the forward of training."""
+    code = "compiled" if results.fused else "not compiled"
+    title = (
+        f"{results.parameters:,} parameters on {results.ranks} × {results.device}, segments of {results.segment:,} "
+        f"tokens per rank, {code}; forward of training: {results.training:,.0f} tokens/s"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", "seconds", "tokens/s", "× training", "peak GiB"):
+        table.add_column(column, justify="right")
+    for row in results.reads:
+        table.add_row(
+            f"{row.tokens:,}",
+            f"{row.tokens / row.tokens_per_s:.1f}",
+            f"{row.tokens_per_s:,.0f}",
+            f"{row.tokens_per_s / results.training:.2f}",
+            f"{row.memory / 2**30:.2f}",
+        )
+    return table
+
+
+def write(file: Path, results: Results) -> None:
+    """The same as JSON."""
+    file.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
