@@ -512,15 +512,6 @@ def test_text_that_is_not_unicode_is_placed_wherever_it_stands(tmp_path: Path, s
     assert repaired == "x" * size + "\ufffd tail" and texts(tmp_path, Reading("skip")) == []
 
 
-def test_a_line_too_long_for_memory_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.sources.LONGEST_LINE", 40)
-    lines = [json.dumps({"text": text}) for text in ("one", "x" * 200, "two")]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"a\.jsonl:2: a line of JSON too long for memory, at most 40 bytes fit"):
-        texts(tmp_path)
-    assert [text for _, text, _ in texts(tmp_path, Reading(max_bad=1))] == ["one", "two"]
-
-
 def test_a_full_disk_is_named_and_what_was_done_is_used(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
