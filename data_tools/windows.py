@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import MixedDataset
 from lasptrain.data.order import permute
 from lasptrain.data.source import open_dataset
@@ -92,6 +93,52 @@ def time_reading(folder: Path, tokens: int, reads: int = 100) -> Timing:
         split.read(start, tokens)
         seconds.append(time.perf_counter() - began)
     return Timing(tokens, min(seconds), sum(seconds) / len(seconds))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What training waits for its data while the next window is read beside it: seconds a step, share of a step."""
+
+    window: int
+    rate: float  # tokens/s
+    steps: int
+    mean: float
+    share: float
+
+    def __str__(self) -> str:
+        return (
+            f"windows of {self.window:,} tokens, read ahead while {self.rate:,.0f} tokens/s are used: "
+            f"{self.steps} steps wait {1000 * self.mean:.3f} ms each, {100 * self.share:.4f} % of a step"
+        )
+
+
+def time_waiting(folder: Path, window: int, rate: float, steps: int) -> Waiting:
+    """How long a rank that uses so many tokens/s of the training split waits for its windows, but for the first."""
+    dataset = TokenDataset.open(folder)
+    loader = SliceLoader(
+        dataset.whole("train"),
+        window=window,
+        batch=1,
+        micro_batch=1,
+        dp=1,
+        dp_rank=0,
+        sp=1,
+        sp_rank=0,
+        segment=window,
+        seed=0,
+        bos=dataset.bos,
+        reset=True,
+        repeat=True,
+    )
+    waits = []
+    for step in range(steps + 1):
+        began = time.perf_counter()
+        loader.step(step)
+        waits.append(time.perf_counter() - began)
+        time.sleep(window / rate)
+    loader.close()
+    mean = sum(waits[1:]) / steps
+    return Waiting(window, rate, steps, mean, mean / (mean + window / rate))
 
 
 def preview(recipe: Recipe) -> Mixing:

@@ -494,11 +494,15 @@ def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def bench_reading(
     folder: Dataset,
     tokens: Annotated[int, typer.Option(min=1, help="Of a slice, which may go round the dataset.")] = 524_288,
+    rate: Annotated[float | None, typer.Option(min=1, help="Tokens/s that training uses; how long it waits.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="With --rate, as many slices.")] = 5,
 ) -> None:
-    """Time what a rank does to read its slice."""
+    """Time what a rank does to read its slice, and with --rate what training waits for slices that are read ahead."""
     from data_tools import windows
 
     typer.echo(str(windows.time_reading(folder, tokens)))
+    if rate is not None:
+        typer.echo(str(windows.time_waiting(folder, tokens, rate, steps)))
 
 
 @data_app.command()

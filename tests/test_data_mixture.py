@@ -48,7 +48,7 @@ def loader(parts: list[TokenDataset], split: str = "train", **changes: int) -> S
     sizes = {"window": WINDOW, "batch": 4, "micro_batch": 1, "dp": 1, "dp_rank": 0, "sp": 1, "sp_rank": 0}
     sizes |= {"segment": WINDOW} | changes
     mixed = mix(parts, WEIGHTS, BLOCK).split(split)
-    return SliceLoader(mixed, **sizes, seed=3, bos=256, reset=True, repeat=True, prefetch=False)
+    return SliceLoader(mixed, **sizes, seed=3, bos=256, reset=True, repeat=True, prefetch=False, pin=False)
 
 
 def test_shares_are_exact_and_each_source_keeps_its_own_order(parts: list[TokenDataset]) -> None:

@@ -263,6 +263,17 @@ def test_reading_is_timed(corpus: Path, tmp_path: Path) -> None:
         windows.time_reading(folder, 4000, reads=5)
 
 
+def test_training_does_not_wait_for_its_data(tmp_path: Path) -> None:
+    """A rank at 2 million tokens/s waits less than 1 % of a step at 100,000."""
+    (tmp_path / "a.txt").write_text("a line of text\n" * 20_000)
+    folder = prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    found = windows.time_waiting(folder, 1 << 18, rate=2e6, steps=4)
+    assert 0 < found.mean < 0.01 * (1 << 18) / 100_000
+    assert re.match(
+        r"windows of 262,144 tokens, read ahead while 2,000,000 tokens/s are used: 4 steps wait \d", str(found)
+    )
+
+
 def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
     whole, long, short = (
         Manifest.load(prepare([str(corpus)], "bytes", tmp_path / name, validation_ppm=0, workers=1, lengths=lengths))
