@@ -244,8 +244,10 @@ def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
     spans = [(first, end) for first, end, _ in shown.documents]
     assert spans[0][0] == 0 and spans[-1][1] == 512 and all(a[1] == b[0] for a, b in pairwise(spans))
     assert [first for first, _ in spans[1:]] == [i for i in (tokens == 256).nonzero().flatten().tolist() if i]
-    assert f"window at token {shown.place:,}: {len(spans):,} documents" in str(shown)
-    assert windows.show_window(folder, "bytes", 512, 0, 0, "train", at=shown.place + split.tokens) == shown
+    assert f"window at token {shown.place:,} of {folder}: {len(spans):,} documents" in str(shown)
+    assert windows.show_window(folder, "bytes", 512, 0, 0, "train", at=shown.place) == shown
+    with pytest.raises(DataError, match=rf"--at: found {split.tokens}, .* where a recipe mixes sources, name the run"):
+        windows.show_window(folder, "bytes", 512, 0, 0, "train", at=split.tokens)
     with pytest.raises(DataError, match=r"--tokenizer: found python-4k\.model; .* was made with another, bytes"):
         windows.show_window(folder, str(MODEL), 512, 2, 0, "train")
 
