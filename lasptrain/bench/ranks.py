@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from lasptrain.errors import LaspError, SetupError
 from lasptrain.parallel import mesh
@@ -28,7 +28,9 @@ def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
         raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
     with tempfile.TemporaryDirectory(prefix="lasptrain-") as folder:
         try:
-            spawn(_rank, (ranks, Path(folder), measure, args), nprocs=ranks)
+            # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
+            start = "spawn" if gpus else "forkserver"
+            start_processes(_rank, (ranks, Path(folder), measure, args), nprocs=ranks, start_method=start)
         except ProcessException:
             refusals = sorted(Path(folder).glob("*.refusal"))
             if not refusals:
