@@ -17,10 +17,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from data_tools.long_json import text_under
 from data_tools.tokenizer import Cutter
 from lasptrain.data.shard import file_sha256
 from lasptrain.errors import DataError, SetupError
@@ -30,7 +31,7 @@ REPOSITORIES = "repositories:"  # before a folder: each folder in it is one docu
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 LARGEST_CODE = 1 << 20  # bytes; a longer file of a repository is data
 READ = 1 << 20  # bytes of a text file that are read at once
-LONGEST_LINE = 1 << 28  # bytes of JSON that are parsed at once
+LONG_LINE = 1 << 24  # bytes of JSON from which on a line is read in parts
 ROWS = 256  # of a parquet file that are in memory at once
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 HIDDEN = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
@@ -229,47 +230,87 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
     if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
         yield from ((str(path), text, raw.tell(), last) for text, last in _plain(path, stream, reading, dropped))
         return
-    for place, line in _lines(path, stream, reading, dropped):
-        text = _json_text(line, place, reading, dropped)
-        if text is not None:
-            yield place, text, raw.tell(), True
+    for place, line in _lines(path, stream):
+        if len(line) < LONG_LINE:
+            text = _json_text(line, place, reading, dropped)
+            if text is not None:
+                yield place, text, raw.tell(), True
+        else:
+            parts = _long_json(line, stream, place, reading, dropped)
+            yield from ((place, text, raw.tell(), last) for text, last in parts)
 
 
 def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str | None, bool]]:
     """(text, whether it is the last) of a file that is one document, READ bytes at a time."""
+    first = True
+    for text in _decoded(f"{path}", iter(lambda: stream.read(READ), b""), reading, dropped):
+        if text is None:
+            yield None, True
+            return
+        yield text.removeprefix("\ufeff") if first else text, False
+        first = first and not text
+    yield "", True
+
+
+def _long_json(
+    line: bytes, stream: BinaryIO, place: str, reading: Reading, dropped: Counter[str]
+) -> Iterator[tuple[str | None, bool]]:
+    """(text, whether it is the last) of the text in a line that begins with `line` and goes on in the stream."""
+    content, invalid, repaired, before = _whole_line(line, stream), dropped["invalid"], False, 0
+    decoded = _decoded(place, content, reading, dropped)
+    try:
+        for text in text_under(reading.field, (part for part in decoded if part is not None)):
+            if not repaired and (problem := _surrogate(text, before)):
+                repaired = _invalid(f"{place}: {problem}", "", reading, dropped) is not None
+                if not repaired:
+                    break
+            before += len(text)
+            yield _without_surrogates(text) if repaired else text, False
+    except ValueError as error:
+        if dropped["invalid"] == invalid:
+            _malformed(f"{place}: {error}", reading, dropped)
+            yield None, True
+            return
+    finally:
+        for _ in content:
+            pass
+    yield (None if dropped["invalid"] > invalid else ""), True
+
+
+def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Counter[str]) -> Iterator[str | None]:
+    """The text of bytes, part by part; None, and nothing more, where the policy drops what is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    before, first = 0, True
-    while True:
-        content = stream.read(READ)
+    before = 0
+    for part in chain(content, (b"",)):
         try:
-            text = decoder.decode(content, final=not content)
+            text = decoder.decode(part, final=not part)
         except UnicodeDecodeError as error:
-            at = before + len(content) - len(error.object) + error.start
-            if _invalid(f"{path}: byte {at} is not UTF-8", "", reading, dropped) is None:
-                yield None, True
+            at = before + len(part) - len(error.object) + error.start
+            if _invalid(f"{place}: byte {at} is not UTF-8", "", reading, dropped) is None:
+                yield None
                 return
             decoder.errors = "replace"  # from here on; the decoder has kept what it held
-            text = decoder.decode(content, final=not content)
-        before += len(content)
-        yield text.removeprefix("\ufeff") if first else text, not content
-        first = first and not text
-        if not content:
-            return
+            text = decoder.decode(part, final=not part)
+        before += len(part)
+        yield text
 
 
-def _lines(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of each line that is not blank; one too long for memory is passed over."""
+def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of each line that is not blank; of a long one the beginning, the stream has the rest."""
     number = 0
-    while line := stream.readline(LONGEST_LINE):
+    while line := stream.readline(LONG_LINE):
         number += 1
-        if len(line) < LONGEST_LINE or line.endswith(b"\n"):
-            if line.strip():
-                yield f"{path}:{number}", line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(LONGEST_LINE)
-        fits = f"at most {LONGEST_LINE:,} bytes fit; a .txt file may have any size"
-        _malformed(f"{path}:{number}: a line of JSON too long for memory, {fits}", reading, dropped)
+        if line.strip() or len(line) == LONG_LINE:
+            yield f"{path}:{number}", line
+
+
+def _whole_line(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
+    """A line of which the beginning has been read, READ bytes at a time."""
+    yield from (begin[at : at + READ] for at in range(0, len(begin), READ))
+    last = begin
+    while last and not last.endswith(b"\n"):
+        last = stream.readline(READ)
+        yield last
 
 
 class _Frames(io.RawIOBase):
@@ -370,12 +411,22 @@ def _json_text(line: bytes, place: str, reading: Reading, dropped: Counter[str])
         reason = error if isinstance(error, ValueError) else f"no text under {reading.field!r}"
         _malformed(f"{place}: {reason}", reading, dropped)
         return None
+    if problem := _surrogate(text):
+        return _invalid(f"{place}: {problem}", _without_surrogates(text), reading, dropped)
+    return text
+
+
+def _surrogate(text: str, before: int = 0) -> str | None:
+    """What is wrong with a text that has half of a character, and so many characters before it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return _invalid(f"{place}: character {error.start} is a lone surrogate", repaired, reading, dropped)
-    return text
+        return f"character {before + error.start} is a lone surrogate"
+    return None
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _invalid(problem: str, repaired: str, reading: Reading, dropped: Counter[str]) -> str | None:

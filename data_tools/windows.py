@@ -9,22 +9,25 @@ from pathlib import Path
 
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.data.dataset import TokenDataset
-from lasptrain.data.mixture import MixedDataset
+from lasptrain.data.loader import SliceLoader
+from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import permute
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import Recipe, load
+from lasptrain.run import RECIPE
 
 
 @dataclass(frozen=True)
 class WindowText:
-    """What a window holds: its documents with the tokens they span, and how each begins and ends."""
+    """What a window of a dataset holds: its documents with the tokens they span, and how each begins and ends."""
 
+    folder: Path
     place: int
     documents: tuple[tuple[int, int, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"window at token {self.place:,}: {len(self.documents):,} documents"]
+        lines = [f"window at token {self.place:,} of {self.folder}: {len(self.documents):,} documents"]
         for first, end, text in self.documents:
             lines.append(f"  {first:>10,} to {end:,}  {_ends(text)}")
         return "\n".join(lines)
@@ -52,19 +55,48 @@ def show_window(
 
     Raises DataError for another tokenizer than the dataset's, or a split without such a window.
     """
-    dataset, tokenizer = TokenDataset.open(folder), load_tokenizer(tokenizer_path)
-    if tokenizer.sha256 != dataset.tokenizer_sha256:
-        made = dataset.manifest.tokenizer.name
-        raise DataError(f"--tokenizer: found {tokenizer.name}; {folder} was made with another, {made}")
-    found = dataset.split(split)
+    dataset = TokenDataset.open(folder)
+    found = dataset.whole(split)
     if found.tokens < window:
         raise DataError(f"{folder}: split {split} has {found.tokens:,} tokens, no window of {window:,}")
-    place = found.window_start(window, seed, sample) if at is None else at % found.tokens
+    place = found.window_start(window, seed, sample) if at is None else at
+    return _text(dataset, split, tokenizer_path, window, place)
+
+
+def show_windows(run: Path, step: int | None = None, at: int | None = None) -> tuple[WindowText, ...]:
+    """The windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded."""
+    recipe = load(run / RECIPE)
+    data, batch = recipe.data, recipe.train.batch
+    dataset = open_dataset(data)
+    parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
+    places = [at or 0]
+    if step is not None:
+        order = dataset.split("train")
+        places = [order.window_start(data.window, data.seed, (step - 1) * batch + i) for i in range(batch)]
+    texts = []
+    for place in places:
+        number, token = divmod(place, SPAN)
+        if number >= len(parts):
+            raise DataError(f"--at: found {place}, of source {number}; {run / RECIPE} has {len(parts)} sources")
+        texts.append(_text(parts[number], "train", data.tokenizer, data.window, token))
+    return tuple(texts)
+
+
+def _text(dataset: TokenDataset, split: str, tokenizer_path: str, window: int, place: int) -> WindowText:
+    tokenizer, found = load_tokenizer(tokenizer_path), dataset.whole(split)
+    if tokenizer.sha256 != dataset.tokenizer_sha256:
+        made = dataset.manifest.tokenizer.name
+        raise DataError(f"--tokenizer: found {tokenizer.name}; {dataset.folder} was made with another, {made}")
+    if place >= found.tokens:
+        raise DataError(
+            f"--at: found {place}, split {split} of {dataset.folder} has {found.tokens:,} tokens; where a recipe mixes "
+            "sources, name the run folder instead"
+        )
     tokens = found.read(place, window)
     starts = (tokens == dataset.bos).nonzero().flatten().tolist()
-    edges = sorted({0, *starts, window})
-    spans = pairwise(edges)
-    return WindowText(place, tuple((a, b, tokenizer.decode(tokens[a:b].tolist())) for a, b in spans))
+    spans = pairwise(sorted({0, *starts, window}))
+    texts = tuple((a, b, tokenizer.decode(tokens[a:b].tolist())) for a, b in spans)
+    return WindowText(dataset.folder, place, texts)
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,52 @@ def time_reading(folder: Path, tokens: int, reads: int = 100) -> Timing:
         split.read(start, tokens)
         seconds.append(time.perf_counter() - began)
     return Timing(tokens, min(seconds), sum(seconds) / len(seconds))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What training waits for its data while the next window is read beside it: seconds a step, share of a step."""
+
+    window: int
+    rate: float  # tokens/s
+    steps: int
+    mean: float
+    share: float
+
+    def __str__(self) -> str:
+        return (
+            f"windows of {self.window:,} tokens, read ahead while {self.rate:,.0f} tokens/s are used: "
+            f"{self.steps} steps wait {1000 * self.mean:.3f} ms each, {100 * self.share:.4f} % of a step"
+        )
+
+
+def time_waiting(folder: Path, window: int, rate: float, steps: int) -> Waiting:
+    """How long a rank that uses so many tokens/s of the training split waits for its windows, but for the first."""
+    dataset = TokenDataset.open(folder)
+    loader = SliceLoader(
+        dataset.whole("train"),
+        window=window,
+        batch=1,
+        micro_batch=1,
+        dp=1,
+        dp_rank=0,
+        sp=1,
+        sp_rank=0,
+        segment=window,
+        seed=0,
+        bos=dataset.bos,
+        reset=True,
+        repeat=True,
+    )
+    waits = []
+    for step in range(steps + 1):
+        began = time.perf_counter()
+        loader.step(step)
+        waits.append(time.perf_counter() - began)
+        time.sleep(window / rate)
+    loader.close()
+    mean = sum(waits[1:]) / steps
+    return Waiting(window, rate, steps, mean, mean / (mean + window / rate))
 
 
 def preview(recipe: Recipe) -> Mixing:

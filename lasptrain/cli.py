@@ -18,6 +18,7 @@ from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspErro
 from lasptrain.eval import commands as eval_commands
 from lasptrain.links import ASSUMED, Links
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
+from lasptrain.run import RECIPE
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",
@@ -539,7 +540,7 @@ def prepare(
 
 @data_app.command()
 def inspect(
-    folder: Dataset,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset, or a run.")],
     window: Annotated[int | None, typer.Option(min=2, help="Tokens; shows how many windows fit.")] = None,
     sample: Annotated[int | None, typer.Option(min=0, help="With --window: the text that this sample reads.")] = None,
     at: Annotated[int | None, typer.Option(min=0, help="With --window: the text from this token on.")] = None,
@@ -548,10 +549,21 @@ def inspect(
     ] = None,
     seed: Annotated[int, typer.Option(help="data.seed of the recipe that reads it.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option()] = "train",
+    step: Annotated[int | None, typer.Option(min=1, help="Of a run: the text that this step reads.")] = None,
 ) -> None:
-    """Show what a dataset holds, or the text of one window with its documents' boundaries."""
+    """Show what a dataset holds, or the text of windows with their documents' boundaries.
+
+    For a run folder only --step, or --at a place that metrics.jsonl names, is needed; its recipe says the rest.
+    """
     from data_tools import commands
 
+    if (folder / RECIPE).is_file():
+        if (step is None) == (at is None):
+            raise RecipeError("--step: expected it for a run, or else --at a place that its metrics.jsonl names")
+        from data_tools import windows
+
+        typer.echo("\n".join(str(text) for text in windows.show_windows(folder, step, at)))
+        return
     if sample is None and at is None:
         typer.echo(str(commands.inspect(folder, window)))
         return
@@ -599,11 +611,15 @@ def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def bench_reading(
     folder: Dataset,
     tokens: Annotated[int, typer.Option(min=1, help="Of a slice, which may go round the dataset.")] = 524_288,
+    rate: Annotated[float | None, typer.Option(min=1, help="Tokens/s that training uses; how long it waits.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="With --rate, as many slices.")] = 5,
 ) -> None:
-    """Time what a rank does to read its slice."""
+    """Time what a rank does to read its slice, and with --rate what training waits for slices that are read ahead."""
     from data_tools import windows
 
     typer.echo(str(windows.time_reading(folder, tokens)))
+    if rate is not None:
+        typer.echo(str(windows.time_waiting(folder, tokens, rate, steps)))
 
 
 @data_app.command()

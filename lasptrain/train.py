@@ -249,6 +249,7 @@ def open_loader(
         reset=recipe.data.reset_at_documents,
         repeat=recipe.data.repeat and split == "train",
         prefetch=split == "train",
+        pin=split == "train" and meshes.device().type == "cuda",
     )
 
 

@@ -5,27 +5,29 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from lasptrain import __version__
+from tests.program import ROOT, start
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 
 
-def lasptrain(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in `cwd` with the repository importable, and nothing that a launcher may have set."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-m", "lasptrain", *arguments],
-        cwd=cwd,
-        env={**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cwd / "cache"), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def lasptrain(*arguments: str, cwd: Path, **environment: str) -> Done:
+    """Runs the command in `cwd`."""
+    logs = cwd.with_name(f"{cwd.name}-logs")
+    started = start("lasptrain", *arguments, folder=cwd, logs=logs, XDG_CACHE_HOME=str(cwd / "cache"), **environment)
+    return Done(*started.end())
 
 
 def refused(code: int, message: str, *arguments: str, cwd: Path, **environment: str) -> None:
@@ -51,7 +53,11 @@ def test_usage_errors_end_with_2(tmp_path: Path, arguments: list[str]) -> None:
 
 def test_check_shows_what_a_recipe_means_without_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    done = lasptrain("check", QUICKSTART, "--nproc", "4", "--set", "mesh.sp=2", "--set", "mesh.dp=2", cwd=tmp_path)
+    command = [sys.executable, "-m", "lasptrain", "check", QUICKSTART, "--nproc", "4", "--set", "mesh.sp=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "--set", "mesh.dp=2"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for expected in ("tnl, 4 layers of 192", "2,703,552", "dp 2 × sp 2, 4 processes", "4,096 tokens per rank"):
         assert expected in " ".join(done.stdout.split())

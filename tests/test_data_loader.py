@@ -261,6 +261,17 @@ def test_the_thread_reads_ahead_and_its_errors_are_raised(ahead: SliceLoader, mo
         ahead.step(3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_copies_slices_while_its_host_goes_on(split: Split) -> None:
+    loader, plain = make(split, prefetch=True, pin=True), make(split)
+    for step in range(3):
+        (piece,) = loader.step(step)[0]
+        assert piece.doc is not None and all(part.is_pinned() for part in (piece.tokens, piece.labels, piece.doc))
+        assert same(loader.step(step), plain.step(step))
+    loader.close()
+
+
 @pytest.mark.parametrize(("dp", "micro_batch", "windows"), [(1, 1, 5), (2, 1, 5), (2, 2, 5), (3, 1, 2), (1, 4, 41)])
 def test_validation_windows_are_fixed_and_counted_once(
     split: Split, tokens: torch.Tensor, dp: int, micro_batch: int, windows: int

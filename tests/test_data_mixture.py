@@ -15,7 +15,7 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, mix, shares
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError
-from lasptrain.recipe import load
+from lasptrain.recipe import dump, load
 from tests.test_recipe import RECIPES
 
 WINDOW, WEIGHTS, BLOCK = 32, (0.6, 0.3, 0.1), 10
@@ -48,7 +48,7 @@ def loader(parts: list[TokenDataset], split: str = "train", **changes: int) -> S
     sizes = {"window": WINDOW, "batch": 4, "micro_batch": 1, "dp": 1, "dp_rank": 0, "sp": 1, "sp_rank": 0}
     sizes |= {"segment": WINDOW} | changes
     mixed = mix(parts, WEIGHTS, BLOCK).split(split)
-    return SliceLoader(mixed, **sizes, seed=3, bos=256, reset=True, repeat=True, prefetch=False)
+    return SliceLoader(mixed, **sizes, seed=3, bos=256, reset=True, repeat=True, prefetch=False, pin=False)
 
 
 def test_shares_are_exact_and_each_source_keeps_its_own_order(parts: list[TokenDataset]) -> None:
@@ -115,13 +115,22 @@ def test_what_cannot_be_mixed_is_refused(parts: list[TokenDataset], tmp_path: Pa
         mix([parts[0], other], [1.0, 1.0], 8)
 
 
-def test_a_recipe_names_several_sources(parts: list[TokenDataset]) -> None:
+def test_a_recipe_names_several_sources(parts: list[TokenDataset], tmp_path: Path) -> None:
     pairs = ", ".join(f"{{path: {part.folder}, weight: {w}}}" for part, w in zip(parts, WEIGHTS, strict=True))
     changes = [f"data.source=[{pairs}]", "data.tokenizer=bytes", "data.mix_block=10", "data.window=32"]
     recipe = load(RECIPES / "quickstart.yaml", changes)
     dataset = open_dataset(recipe.data)
     assert dataset.fingerprint == mix(parts, WEIGHTS, BLOCK).fingerprint
     assert dataset.fingerprint != mix(parts, WEIGHTS, 20).fingerprint
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    firsts = [windows.show_windows(tmp_path, at=number * SPAN)[0] for number in range(3)]
+    assert [(one.folder, one.place) for one in firsts] == [(part.folder, 0) for part in parts]
+    for one in windows.show_windows(tmp_path, step=2):
+        number = [part.folder for part in parts].index(one.folder)
+        (again,) = windows.show_windows(tmp_path, at=number * SPAN + one.place)
+        assert again == one and kind(torch.tensor([ord(c) for *_, text in one.documents for c in text])) == number
+    with pytest.raises(DataError, match=r"--at: found 844424930131968, of source 3; .* has 3 sources"):
+        windows.show_windows(tmp_path, at=3 * SPAN)
     text = str(windows.preview(recipe))
     assert "64 windows of 32 tokens in 32 steps, mixed 10 at a time" in text
     assert f"{parts[2].folder}: 1 of 10 windows (10.00 %)" in text

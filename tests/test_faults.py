@@ -29,7 +29,6 @@ from lasptrain import checkpoint, cli, pace, stop, stream, train
 from lasptrain import recipe as recipes
 from lasptrain.bench import saving
 from lasptrain.data.loader import SliceLoader
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.guard import ENOUGH, Guard
 from lasptrain.metrics import read_metrics
@@ -253,10 +252,13 @@ def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, 
     assert skip[4] is None and None not in skip[:4] + skip[5:]
     (record,) = read_metrics(tmp_path / "skip", "skip")
     assert record["step"] == 5
-    dataset = open_dataset(recipes.load(recipe).data).folder
-    shown = [windows.show_window(dataset, "bytes", 64, 0, 0, "train", at=place) for place in record["windows"]]
+    (tmp_path / "skip" / "recipe.yaml").write_text(recipes.dump(recipes.load(recipe)))
+    shown = [windows.show_windows(tmp_path / "skip", at=place)[0] for place in record["windows"]]
     texts = ["".join(text for _, _, text in one.documents) for one in shown]
     assert texts == json.loads((tmp_path / "skip" / "read").read_text()) and len(texts) == 4
+    for asked in (["--step", "5"], *(["--at", str(place)] for place in record["windows"])):
+        said = CliRunner().invoke(cli.app, ["data", "inspect", str(tmp_path / "skip"), *asked]).output
+        assert said in ("\n".join(map(str, shown)) + "\n", *(f"{one}\n" for one in shown)) and len(said) > 100
 
     with pytest.raises(NumericalError, match=r"step 5: loss nan.*windows of step 5 start at tokens"):
         trained(recipe, tmp_path / "stop", "train.steps=9", bad=(4,))

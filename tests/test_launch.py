@@ -5,16 +5,12 @@ import fcntl
 import json
 import os
 import re
-import runpy
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,9 +22,9 @@ from lasptrain import run as runs
 from lasptrain.errors import CheckpointError, NumericalError, SetupError, Stopped
 from lasptrain.launch import Failure, cause, failure_of, first_host, launch, resolve
 from lasptrain.recipe import Recipe, dump, load
-from tests.gloo import CONTEXT
+from tests import program
+from tests.program import PATIENCE, Started
 
-ROOT = Path(__file__).parent.parent
 RECIPE = """\
 model: {arch: tnl, dim: 8, layers: 1, heads: 1, mlp: 8}
 data: {source: text.txt, tokenizer: bytes, window: 64, cache: cache, validation: 0}
@@ -36,21 +32,6 @@ optim: {lr: 1e-3}
 train: {steps: 2, batch: 2, precision: fp32}
 launch: {timeout: 20}
 """
-
-PATIENCE = 300  # seconds that a busy machine may take for what has no limit of its own
-FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-
-
-class Started(NamedTuple):
-    """A program that runs, and the file of what it says on stderr."""
-
-    process: BaseProcess
-    said: Path
-
-    def send(self, number: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
 
 Start = Callable[..., Started]
 
@@ -68,35 +49,18 @@ def start(folder: Path) -> Iterator[Start]:
     started: list[Started] = []
 
     def start(*arguments: str, module: str = "tests.fake_train", **environment: str) -> Started:
-        said = folder / f"stderr-{len(started)}"
-        process = CONTEXT.Process(target=program, args=(module, arguments, folder, environment, said))
-        process.start()
-        started.append(Started(process, said))
+        started.append(program.start(module, *arguments, folder=folder, logs=folder / "logs", **environment))
         return started[-1]
 
     yield start
     for one in started:
-        one.process.kill()
-        one.process.join()
-
-
-def program(module: str, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], said: Path) -> None:
-    """What `python -m` does, in a process that is already there."""
-    os.chdir(folder)
-    for name in FOREIGN:
-        os.environ.pop(name, None)
-    os.environ.update({"PYTHONPATH": str(ROOT), **environment})
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.argv, sys.path[0] = [module, *arguments], str(folder)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+        one.kill()
 
 
 def end(started: Started) -> tuple[int, str]:
     """Its exit code and what it said on stderr."""
-    started.process.join(PATIENCE)
-    assert started.process.exitcode is not None, started.said.read_text()
-    return started.process.exitcode, started.said.read_text()
+    code, _, said = started.end()
+    return code, said
 
 
 def until(what: Callable[[], bool], seconds: float = PATIENCE) -> None:
@@ -295,13 +259,6 @@ def test_a_stopped_rank_is_named_and_ended(folder: Path, start: Start) -> None:
     assert "fake_train.py" in said  # the stack of the rank that waits
     assert since_the_fault(folder) < 2 + 5
     assert status(folder)["rank"] == 1 and "hung" in str(status(folder)["last_error"])
-
-
-def test_two_launchers_on_one_machine_make_one_mesh(folder: Path, start: Start) -> None:
-    place = f"127.0.0.1:{free_port()}"
-    nodes = [start("agree", "tiny.yaml", "2", "2", str(node), place, "mesh.sp=2") for node in range(2)]
-    assert [end(node) for node in nodes] == [(0, ""), (0, "")]
-    assert [(told["world"], told["dp"], told["sp"]) for told in ranks(folder)] == [(4, 2, 2)] * 4
 
 
 @pytest.mark.fault("no rendezvous, or ranks that do not belong together")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +18,9 @@ from lasptrain import train
 from lasptrain.errors import NumericalError
 from lasptrain.metrics import read_metrics
 from lasptrain.recipe import Recipe
+from tests import program
 from tests.gloo import spawn
+from tests.program import Started
 
 RECIPE = """
 model: {arch: tnl, dim: 16, layers: 2, heads: 2, mlp: 24}
@@ -45,22 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lasptrain", "pretrain", "tiny.yaml", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(folder: Path, *arguments: str) -> Started:
+    command = ["lasptrain", "pretrain", "tiny.yaml", *arguments]
+    return program.start(*command, folder=folder, logs=folder / "logs", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 
 
 def pretrain(folder: Path, run: str, *arguments: str) -> str:
-    process = start(folder, "--run", run, *arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+    code, printed, said = start(folder, "--run", run, *arguments).end()
+    assert code == 0, printed + said
+    return printed
 
 
 def free_port() -> int:
@@ -88,10 +80,10 @@ def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) 
     metrics = folder / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count('"grad_norm"') >= 3):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send(signal.SIGKILL)
+    process.end()
     assert not (folder / "killed" / "checkpoints" / "step-6").exists()
     pretrain(folder, "killed")
     assert losses(folder / "killed") == undisturbed
@@ -150,9 +142,9 @@ def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every
 
 def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> None:
     common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", f"127.0.0.1:{free_port()}"]
-    nodes = [start(folder, *common, "--node-rank", str(rank), GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
-    outputs = [process.communicate(timeout=120)[0] for process in nodes]
-    assert [process.returncode for process in nodes] == [0, 0], outputs
+    nodes = [start(folder, *common, "--node-rank", str(rank)) for rank in (0, 1)]
+    ends = [node.end() for node in nodes]
+    assert [code for code, *_ in ends] == [0, 0], ends
     assert losses(folder / "nodes") == pytest.approx(undisturbed, rel=2e-5)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, spawn
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from lasptrain.errors import LaspError, ResourceError, SetupError
 from lasptrain.parallel import mesh
@@ -78,7 +78,9 @@ def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | Failure]:
     """Results as they come; the last may be why there are no more."""
-    job = spawn(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False)
+    # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
+    start = "spawn" if torch.cuda.is_available() else "forkserver"
+    job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=start)
     number, heard = 0, time.monotonic()
     try:
         while number < len(given):

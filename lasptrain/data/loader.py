@@ -36,6 +36,11 @@ class Slice(NamedTuple):
             self.tokens.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking), doc
         )
 
+    def pinned(self) -> Slice:
+        """The same slice in page-locked memory, from which a GPU copies while its host goes on."""
+        doc = None if self.doc is None else self.doc.pin_memory()
+        return Slice(self.tokens.pin_memory(), self.labels.pin_memory(), doc)
+
 
 MicroBatch = tuple[Slice, ...]  # one slice for each segment, in the order of the window
 
@@ -60,8 +65,12 @@ class SliceLoader:
         reset: bool,
         repeat: bool = False,
         prefetch: bool = True,
+        pin: bool = False,
     ) -> None:
-        """Check that all divides. Raises RecipeError where it does not, DataError for a split that is too short."""
+        """Check that all divides. Raises RecipeError where it does not, DataError for a split that is too short.
+
+        `prefetch`: a thread reads the next step. `pin`: slices are in page-locked memory, which needs a GPU.
+        """
         if not (0 <= dp_rank < dp and 0 <= sp_rank < sp):
             raise ValueError(f"rank ({dp_rank}, {sp_rank}) is not in a mesh of {dp} × {sp}")
         _check_divides("data.window", window, "segment", segment)
@@ -78,7 +87,7 @@ class SliceLoader:
         self.split, self.window, self.batch, self.micro_batch = split, window, batch, micro_batch
         self.dp, self.dp_rank, self.sp_rank, self.segment = dp, dp_rank, sp_rank, segment
         self.slice = segment // sp
-        self.seed, self.bos, self.reset = seed, bos, reset
+        self.seed, self.bos, self.reset, self._pin = seed, bos, reset, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
@@ -144,7 +153,8 @@ class SliceLoader:
         rows = torch.stack([self.split.read(start, self.slice + 1) for start in starts])
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         doc = (tokens == self.bos).cumsum(1, dtype=torch.int32) if self.reset else None
-        return Slice(tokens, labels, doc)
+        found = Slice(tokens, labels, doc)
+        return found.pinned() if self._pin else found
 
 
 def _check_divides(whole_key: str, whole: int, part_key: str, part: int) -> None:
