@@ -8,23 +8,30 @@ from lasptrain.errors import ConvertError
 from lasptrain.recipe import Model
 
 Json = dict[str, Any]
-UNBOUNDED = 1 << 24  # positions of a model that has none; other runtimes refuse longer prompts
+UNBOUNDED = 1 << 24  # positions of a model that counts none; other runtimes refuse longer prompts
 
 # Keys that say nothing about what is computed.
 _FREE = {"architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "max_position_embeddings", "slopes"}
 _FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std", "pad_token_id"}
 
 
-def config(target: str, model: Model, bos: int, dtype: str) -> Json:
-    """The config.json of `model` in a target of `targets.RUNS_IN`, whose tensors are of `dtype`, such as float32."""
+def config(target: str, model: Model, bos: int, dtype: str, window: int = UNBOUNDED) -> Json:
+    """The config.json of `model` in a target of `targets.RUNS_IN`.
+
+    Args:
+        dtype: of the tensors, such as float32.
+        window: tokens of a training window, further than which softmax layers never saw.
+    """
     common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "bos_token_id": bos, "dtype": dtype}
     common |= {"eos_token_id": None, "pad_token_id": None}
-    common |= {"max_position_embeddings": UNBOUNDED}
+    common |= {"max_position_embeddings": window if model.softmax else UNBOUNDED}
     match target:
         case "granitemoehybrid":
             return common | _granite(model)
         case "linear_attn":
             return common | _fla(model, "LinearAttentionForCausalLM") | _linear_attn(model)
+        case "minimax":
+            return common | _minimax(model)
         case "retnet":
             return common | _fla(model, "RetNetForCausalLM") | {"feature_map": None, "use_output_gate": True}
         case "transnormer":
@@ -44,7 +51,8 @@ def check(target: str, found: Json, model: Model, where: str) -> None:
 
 
 def _granite(model: Model) -> Json:
-    kinds = ["mamba"] * model.layers + ["attention"]  # the silent one, see `tables.granite`
+    kinds = ["attention" if i in model.softmax else "mamba" for i in range(model.layers)]
+    kinds += [] if model.softmax else ["attention"]  # the silent one, see `tables.granite`
     return {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -52,7 +60,7 @@ def _granite(model: Model) -> Json:
         "num_hidden_layers": len(kinds),
         "layer_types": kinds,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": (model.kv_heads or model.heads) if model.softmax else 1,
         "intermediate_size": model.mlp,
         "shared_intermediate_size": model.mlp,
         "num_local_experts": 0,
@@ -71,10 +79,52 @@ def _granite(model: Model) -> Json:
         "embedding_multiplier": 1.0,
         "logits_scaling": 1.0,
         "residual_multiplier": 1.0,
-        "position_embedding_type": None,
+        **_positions(model),
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
     }
+
+
+def _minimax(model: Model) -> Json:
+    """As transformers reads it; and as vLLM and MiniMax's own code do, which name the same things otherwise."""
+    kinds = [int(i in model.softmax) for i in range(model.layers)]
+    factors: Json = {}
+    for name, older in (("linear_attn", "linear_attention"), ("full_attn", "full_attention"), ("mlp", "mlp")):
+        for letter, factor in (("alpha", model.residual), ("beta", 1.0)):
+            factors |= {f"{name}_{letter}_factor": factor, f"layernorm_{older}_{letter}": factor}
+    return {
+        "architectures": ["MiniMaxForCausalLM"],
+        "model_type": "minimax",
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.layers,
+        "layer_types": ["full_attention" if kind else "linear_attention" for kind in kinds],
+        "attn_type_list": kinds,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
+        "head_dim": model.K,
+        "rotary_dim": model.K,
+        "intermediate_size": model.mlp // 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "sliding_window": model.sliding,
+        "block_size": 256,
+        "postnorm": True,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        **_rope(model.rotary or 10000.0),
+        **factors,
+    }
+
+
+def _positions(model: Model) -> Json:
+    if not model.softmax or model.rotary is None:
+        return {"position_embedding_type": None}
+    return {"position_embedding_type": "rope"} | _rope(model.rotary)
+
+
+def _rope(base: float) -> Json:
+    """Rotary positions, as transformers 5 and as older readers read them."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}, "rope_theta": base}
 
 
 def _fla(model: Model, architecture: str) -> Json:

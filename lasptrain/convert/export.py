@@ -20,7 +20,7 @@ from lasptrain.recipe import Model, Recipe
 
 RECORD = "lasptrain_export.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LIBRARY = {"granitemoehybrid": "transformers", "transnormer": "transformers"}
+LIBRARY = dict.fromkeys(("granitemoehybrid", "minimax", "transnormer"), "transformers")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
         cutter = load_tokenizer(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
-        config = configs.config(target, model, cutter.bos, name)
+        config = configs.config(target, model, cutter.bos, name, step.meta["order"]["window"])
         slopes = {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")}
         if target == "transnormer":
             shutil.copy(Path(__file__).with_name("modeling_transnormer.py"), folder)

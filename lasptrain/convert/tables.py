@@ -142,19 +142,22 @@ def _fla(cfg: Model, further: dict[str, str], names: Collection[str]) -> list[Ru
 
 
 def granite(cfg: Model, names: Collection[str]) -> list[Rule]:
-    """GraniteMoeHybridForCausalLM without experts, from `ssd`.
+    """GraniteMoeHybridForCausalLM without experts, from `ssd`, with softmax layers or without.
 
     Where there is no convolution, theirs passes its last tap only; a constant decay is a step of
-    softplus(ln(e − 1)) = 1 and a zero matrix. A softmax layer of zeros at the end adds nothing: transformers counts the
-    tokens in its cache there, and refuses to cache without.
+    softplus(ln(e − 1)) = 1 and a zero matrix. Without softmax layers one of zeros stands at the end and adds nothing:
+    transformers counts the tokens in its cache there, and refuses to cache without.
     """
     table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
         own, to = f"layers.{i}.", f"model.layers.{i}."
-        table += _mamba(cfg, own, f"{to}mamba.", dependent=f"{own}mixer.dt.weight" in names)
+        if i in cfg.softmax:
+            table += _mapped(_SOFTMAX, to, own)
+        else:
+            table += _mamba(cfg, own, f"{to}mamba.", dependent=f"{own}mixer.dt.weight" in names)
         table += _mapped(_NORMS | {"shared_mlp.output_linear.weight": "mlp.down.weight"}, to, own)
         table.append(rows(f"{to}shared_mlp.input_linear.weight", f"{own}mlp.gate.weight", f"{own}mlp.up.weight"))
-    return table + _silent(cfg)
+    return table if cfg.softmax else table + _silent(cfg)
 
 
 def _silent(cfg: Model) -> list[Rule]:
@@ -207,6 +210,52 @@ def _mamba(cfg: Model, own: str, to: str, dependent: bool) -> list[Rule]:
     ]
 
 
+def minimax(cfg: Model, names: Collection[str]) -> list[Rule]:
+    """MiniMaxForCausalLM, from `minimax`: the MLP as two experts of half its width that every token asks."""
+    table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
+    for i in range(cfg.layers):
+        own, to = f"layers.{i}.", f"model.layers.{i}."
+        if i in cfg.softmax:
+            table += _mapped(_SOFTMAX, to, own)
+        else:
+            table.append(_by_head(f"{to}self_attn.qkv_proj.weight", [f"{own}mixer.{x}.weight" for x in "qkv"], cfg))
+            table += [*_mapped(_LIGHTNING, to, own), implied(f"{own}mixer.slope")]
+        table += _mapped(_NORMS, to, own) + _experts(cfg, f"{to}block_sparse_moe.", f"{own}mlp.")
+    return table
+
+
+def _by_head(target: str, sources: Sequence[str], cfg: Model) -> Rule:
+    """The sources' rows [H·K, D] of head 0, one source below the other, then those of head 1, and so on."""
+
+    def to(xs: list[Tensor]) -> list[Tensor]:
+        return [torch.stack([x.unflatten(0, (cfg.heads, -1)) for x in xs], 1).flatten(0, 2)]
+
+    def back(ys: list[Tensor], _: list[tuple[int, ...]]) -> list[Tensor]:
+        return [y.flatten(0, 1) for y in ys[0].unflatten(0, (cfg.heads, len(sources), -1)).unbind(1)]
+
+    return Rule((target,), tuple(sources), to, back)
+
+
+def _experts(cfg: Model, to: str, own: str) -> list[Rule]:
+    """Two experts, weighted ½ each by a router of zeros, so their outputs are doubled; powers of two round nothing."""
+    halves = [
+        _halves(*(f"{to}experts.{expert}.{theirs}.weight" for expert in (0, 1)), source=f"{own}{ours}.weight", dim=dim)
+        for theirs, ours, dim in (("w1", "gate", 0), ("w3", "up", 0), ("w2", "down", 1))
+    ]
+    return [fixed(f"{to}gate.weight", lambda: torch.zeros(2, cfg.dim)), *halves]
+
+
+def _halves(*targets: str, source: str, dim: int) -> Rule:
+    """Halves of the rows; or of the columns, twice as large."""
+    factor = 2.0 if dim == 1 else 1.0
+    return Rule(
+        targets,
+        (source,),
+        lambda xs: [x * factor for x in xs[0].chunk(2, dim)],
+        lambda ys, _: [torch.cat(ys, dim) / factor],
+    )
+
+
 def _above_zeros(target: str, sources: Sequence[str], count: int) -> Rule:
     """Rows of the sources, and `count` rows of zeros below."""
 
@@ -241,11 +290,23 @@ _FLA = {
     "mlp.up_proj.weight": "mlp.up.weight",
     "mlp.down_proj.weight": "mlp.down.weight",
 }
+_SOFTMAX = {
+    "self_attn.q_proj.weight": "attn.q.weight",
+    "self_attn.k_proj.weight": "attn.k.weight",
+    "self_attn.v_proj.weight": "attn.v.weight",
+    "self_attn.o_proj.weight": "attn.out.weight",
+}
+_LIGHTNING = {
+    "self_attn.output_gate.weight": "mixer.gate.weight",
+    "self_attn.out_proj.weight": "mixer.out.weight",
+    "self_attn.norm.weight": "mixer.norm.weight",
+}
 _NORMS = {"input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight"}
 TABLES: dict[str, Callable[[Model, Collection[str]], list[Rule]]] = {
     "safetensors": safetensors,
     "granitemoehybrid": granite,
     "linear_attn": linear_attn,
+    "minimax": minimax,
     "retnet": retnet,
     "transnormer": transnormer,
 }

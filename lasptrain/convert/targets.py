@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from lasptrain.errors import ConvertError
 from lasptrain.recipe import Model
 
-WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid"}  # what `hf` means for an architecture
+WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid", "minimax": "minimax"}  # what `hf` means for an architecture
 RUNS_IN = {
     "safetensors": "lasptrain",
     "granitemoehybrid": "transformers, vLLM, SGLang, llama.cpp",
+    "minimax": "transformers, vLLM, SGLang",
     "linear_attn": "flash-linear-attention, not compared with it here",
     "retnet": "flash-linear-attention, not compared with it here",
     "transnormer": "transformers with trust_remote_code",
@@ -46,6 +47,7 @@ def refusals(model: Model) -> dict[str, str | None]:
 def _reasons(target: str, model: Model) -> Iterator[str]:
     arch = {
         "granitemoehybrid": "ssd",
+        "minimax": "minimax",
         "linear_attn": "linear_transformer",
         "retnet": "retnet",
         "transnormer": "tnl",
@@ -55,14 +57,25 @@ def _reasons(target: str, model: Model) -> Iterator[str]:
     wide = model.heads * model.V
     match target:
         case "granitemoehybrid":
-            if model.softmax:
-                yield f"softmax layers, model.softmax = {list(model.softmax)}, have no mapping yet"
+            if model.softmax and model.sliding is not None:
+                yield f"its softmax layers see all tokens, not model.sliding = {model.sliding}"
             if wide % model.dim:
                 yield f"model.heads × value dim = {wide} is no multiple of model.dim = {model.dim}"
             if model.dim % model.heads:
                 yield f"model.heads = {model.heads} do not divide model.dim = {model.dim}"
             if model.K & (model.K - 1):
                 yield f"key dim {model.K} is no power of two"
+        case "minimax":
+            if model.decay != "minimax_hf":
+                yield f"model.decay is {model.decay}; it computes minimax_hf"
+            if model.K != model.V:
+                yield f"key dim {model.K} and value dim {model.V} differ"
+            if model.softmax and model.dim // model.heads != model.K:
+                yield f"key dim {model.K} is not that of its softmax layers, {model.dim // model.heads}"
+            if model.softmax and model.rotary is None:
+                yield "its softmax layers are rotary, model.rotary is null"
+            if model.mlp % 2:
+                yield f"model.mlp = {model.mlp} has no halves"
         case "linear_attn" | "retnet":
             for width in (model.heads * model.K, wide):
                 if int(model.dim * (width / model.dim)) != width:
