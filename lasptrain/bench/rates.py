@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
 from lasptrain.bench.ranks import device_name, on_ranks
-from lasptrain.bench.steps import TURNS, largest
+from lasptrain.bench.steps import largest
 from lasptrain.links import Link
 from lasptrain.parallel import mesh
 from lasptrain.parallel.scan import all_gather
@@ -23,6 +23,7 @@ from lasptrain.rates import Measured
 
 SMALL = 1 << 10  # bytes of a message whose time is latency
 COUNT = 20  # messages in a row
+TURNS = 5
 
 
 def measure(ranks: int) -> Measured:

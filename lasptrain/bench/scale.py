@@ -145,15 +145,13 @@ def _least(recipe: Recipe, tokens: int, rates: plan.Rates | None) -> float:
     return 0.0 if rates is None or vocab == "auto" else tokens * plan.seconds_per_token(recipe, vocab, 1, rates)
 
 
-def _predicted(job: train.Job, method: str, tokens: int, ranks: int, rates: plan.Rates) -> float:
-    """Seconds of a step: every rank's tokens, and what every segment's exchanges add."""
-    recipe, window = job.recipe, job.recipe.data.window
-    vocab = recipe.model.vocab
+def _predicted(job: train.Job, method: str, tokens: int, ranks: int, rates: plan.Rates) -> float | None:
+    """Seconds of a step."""
+    recipe, vocab = job.recipe, job.recipe.model.vocab
     assert isinstance(vocab, int)
-    segments = window // job.loader.segment
-    costs = links.step_seconds(recipe, vocab, ranks, tokens // segments, rates)
-    exchanged = (costs[recipe.mesh.scan if method == "auto" else method] or 0.0) - (costs[NONE] or 0.0)
-    return tokens * plan.seconds_per_token(recipe, vocab, segments, rates) + segments * exchanged
+    segments = recipe.data.window // job.loader.segment
+    seconds = links.step_seconds(recipe, vocab, ranks, tokens, rates, segments=segments)
+    return seconds[recipe.mesh.scan if method == "auto" else method]
 
 
 def report(results: Results) -> list[Table]:

@@ -100,7 +100,7 @@ def _predicted(
     recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: Measured | None
 ) -> float | None:
     """Tokens per second and rank; None for methods and devices of which nothing is known."""
-    rates = known.rates if known else next((plan.GPUS[name] for name in plan.GPUS if name in device.lower()), None)
+    rates = known.rates if known else plan.rates_of(device)
     if rates is None:
         return None
     whole = shared(recipe, tokens, ranks, "ring")
