@@ -407,6 +407,33 @@ def bench_ablation(
         ablation.write(file, device, ranks, tokens, rows)
 
 
+@bench_app.command("longest")
+def bench_longest(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="Of data parallelism; ddp and zero3.")] = None,
+    most: Annotated[int, typer.Option(min=1024, help="Tokens of the longest window that is streamed.")] = 1 << 22,
+    memory: Annotated[str | None, typer.Option(metavar="40GiB", help="Of each rank, if it is to be less.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="After which nothing more is tried.")] = 30,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Find the longest window that trains: ddp or zero3, without and with recomputation, unshared, shared, streamed."""
+    import torch
+
+    from lasptrain.bench import longest
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    capacity = None if memory is None else _bytes(memory)
+    chosen = [form for form in longest.forms() if form.kind in (kinds or longest.KINDS)]
+    if not chosen:
+        raise RecipeError(f"--kind: found {', '.join(kinds or ())}; expected one of {', '.join(longest.KINDS)}")
+    for found in longest.measure(load(recipe, overrides), ranks, most, capacity, 60 * minutes, chosen):
+        if file is not None:
+            longest.write(file, found)
+    Console().print(longest.report(found))
+
+
 @bench_app.command("mqar")
 def bench_mqar(
     recipe: RecipeFile,

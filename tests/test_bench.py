@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, parity, plot, ranks, sp
+from lasptrain.bench import ablation, longest, parity, plot, ranks, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel.attention import Attention
@@ -84,6 +84,24 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
     console.print(*sp.report(results))
     text = console.export_text()
     assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
+
+
+def test_the_longest_window_of_each_form_is_the_longest_that_fits() -> None:
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=16", "train.loss_chunk=128"]
+    recipe, capacity = load(RECIPES / "quickstart.yaml", small), 16 << 20
+    chosen = [longest.Form("ddp", "none", sharing) for sharing in ("on", "streaming")]
+    *_, found = longest.measure(recipe, 2, 4096, capacity, 600, chosen)
+    on, streaming = found.cells
+    assert on.failed and on.window % 2048 == 0 and on.memory > 0
+    vocab = 4096
+    fits = [longest.predicted(recipe, vocab, 2, sp, capacity) for sp in (1, 2)]
+    assert fits[1] / 2 < on.window <= fits[1] and fits[1] == pytest.approx(2 * fits[0], rel=0.01)
+    laid, window = longest.laid_out(recipe, chosen[0], vocab, 2, 1.0, 4096, capacity)
+    assert window <= fits[1] < window + 2048 and laid.train.segment == window == laid.data.window
+    assert (streaming.window, streaming.failed) == (4096, False)
+    console = Console(width=120, record=True)
+    console.print(longest.report(found))
+    assert f" {on.window:,} │ " in (text := console.export_text()) and "≥ 4,096" in text
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +53,12 @@ def trials(
     *,
     hopeless: Callable[[Args, Args], bool] = lambda failed, other: False,
     silence: float | None = SILENCE,
-) -> Iterator[tuple[Args, Any | Failure]]:
+) -> Generator[tuple[Args, Any | Failure], None, None]:
     """Each of `given` with what rank 0 gets from `measure(*args)`, which all ranks call, or with why it got nothing.
 
     They are calls in one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job,
-    since ranks that wait for a lost one never return; what follows is called in a new one. Where memory was short,
-    others that are then `hopeless` fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
+    since ranks that wait for a lost one never return; what follows is called in a new one. Others that are `hopeless`
+    after a failed one fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
@@ -68,7 +69,7 @@ def trials(
             for found in _job(ranks, Path(folder), measure, tuple(waiting), silence):
                 args = waiting.pop(0)
                 yield args, found
-        if isinstance(found, Failure) and found.memory:
+        if isinstance(found, Failure):
             for other in [other for other in waiting if hopeless(args, other)]:
                 waiting.remove(other)
                 yield other, found
@@ -78,6 +79,7 @@ def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | Failure]:
     """Results as they come; the last may be why there are no more."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells of each rank it ends
     job = spawn(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False)
     number, heard = 0, time.monotonic()
     try:
