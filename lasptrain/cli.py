@@ -345,6 +345,7 @@ def bench_sp(
     measured: Annotated[
         Path | None, typer.Option("--rates", metavar="FILE", help="Of plan --measure, to predict steps from.")
     ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds for one method's steps of one length.")] = 240,
 ) -> None:
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
     import torch
@@ -355,7 +356,7 @@ def bench_sp(
     ranks = nproc or torch.cuda.device_count() or 2
     names = methods or sp.METHODS
     known = None if measured is None else rates.read(measured)
-    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known):
+    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known, limit):
         if file is not None:  # as it comes: the last of it may take long
             sp.write(file, found)
     for table in sp.report(found):

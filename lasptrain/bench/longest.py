@@ -7,7 +7,6 @@ with the optimizer's states in place. Windows are tried from half of what is pre
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from lasptrain import plan, train
 from lasptrain.bench.ranks import Failure, device_name, trials
-from lasptrain.bench.steps import alone, largest, shared
+from lasptrain.bench.steps import alone, clear, largest, shared
 from lasptrain.data.source import open_dataset
 from lasptrain.parallel import mesh
 from lasptrain.recipe import Recipe, resolve_vocabulary
@@ -110,9 +109,8 @@ def _trial(
     recipe: Recipe, form: tuple[str, str, str], share: float, most: int, capacity: int | None
 ) -> tuple[str, int, int | None]:
     """The device, the window, and the peak memory with which it ran; None where it is not to be tried."""
-    torch._dynamo.reset()
-    gc.collect()
     device, kind = mesh.device(), Form(*form)
+    clear(device)
     limit = _limit(device, capacity)
     vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
     laid, window = laid_out(recipe, kind, vocab, mesh.world_size(), share, most, limit)
@@ -129,7 +127,6 @@ def _limit(device: torch.device, capacity: int | None) -> int:
     """Bytes of this rank, from now on no more than `capacity`."""
     if device.type == "cpu":
         return capacity or 1 << 30
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory
     if capacity is None or capacity >= total:

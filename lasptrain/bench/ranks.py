@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -146,10 +145,10 @@ def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], give
     dist.destroy_process_group()
 
 
-def _refuse(error: LaspError | RuntimeError, file: Path) -> None:
+def _refuse(error: LaspError | RuntimeError, file: Path) -> NoReturn:
     """End this rank with word of what it lacks. Raises an error that is none of ours and not for want of memory."""
     memory = isinstance(error, ResourceError) or "out of memory" in str(error)
     if not memory and not isinstance(error, LaspError):
         raise error
     file.write_text(json.dumps([str(error).splitlines()[0], memory]))
-    sys.exit(getattr(error, "code", ResourceError.code))
+    os._exit(getattr(error, "code", ResourceError.code))  # a process group that has lost a rank may never let go

@@ -36,11 +36,19 @@ def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: di
     return recipe.model_copy(update=sections)
 
 
-def timed(update: Callable[[int], float], device: torch.device) -> tuple[float, int]:
-    """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
+def clear(device: torch.device) -> None:
+    """Forget what a model before this one has left: memory in circles or caches, and compiled graphs, whose number is
+    limited.
+    """
+    torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def timed(update: Callable[[int], float], device: torch.device) -> tuple[float, int]:
+    """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(3):  # the first two compile, allocate and tune
         update(step)
