@@ -18,6 +18,7 @@ from lasptrain.plan import Rates
 from lasptrain.recipe import load
 from tests.gloo import spawn
 from tests.test_recipe import RECIPES
+from tests.trial import trial
 
 RATES = Rates(products=792e12, copies=4.305e12, memory=0)
 
@@ -56,14 +57,6 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     assert console.export_text().count("all_gather") == 2
 
 
-def trial(kind: str, size: int) -> int:
-    """Rank 1 has too little memory for anything short, while rank 0 waits for it."""
-    if kind == "short" and dist.get_rank() == 1:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    dist.barrier()
-    return size
-
-
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
     given = [("fine", 1), ("short", 1), ("short", 2), ("fine", 2)]
     found = dict(ranks.trials(2, trial, given, hopeless=lambda failed, other: failed[0] == other[0]))
@@ -86,7 +79,8 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
     assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
 
 
-def test_the_longest_window_of_each_form_is_the_longest_that_fits() -> None:
+def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longest, "SHARES", (0.6, 1.0, 1.6))
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=16", "train.loss_chunk=128"]
     recipe, capacity = load(RECIPES / "quickstart.yaml", small), 16 << 20
     chosen = [longest.Form("ddp", "none", sharing) for sharing in ("on", "streaming")]
