@@ -352,6 +352,7 @@ def bench_sp(
     measured: Annotated[
         Path | None, typer.Option("--rates", metavar="FILE", help="Of plan --measure, to predict steps from.")
     ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds for one method's steps of one length.")] = 240,
 ) -> None:
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
     import torch
@@ -362,7 +363,7 @@ def bench_sp(
     ranks = nproc or torch.cuda.device_count() or 2
     names = methods or sp.METHODS
     known = None if measured is None else rates.read(measured)
-    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known):
+    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known, limit):
         if file is not None:  # as it comes: the last of it may take long
             sp.write(file, found)
     _show(*sp.report(found))
@@ -468,6 +469,33 @@ def bench_scale(
     _show(*scale.report(found))
     if plot is not None:
         scale.plot(found, plot)
+
+
+@bench_app.command("longest")
+def bench_longest(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="Of data parallelism; ddp and zero3.")] = None,
+    most: Annotated[int, typer.Option(min=1024, help="Tokens of the longest window that is streamed.")] = 1 << 22,
+    memory: Annotated[str | None, typer.Option(metavar="40GiB", help="Of each rank, if it is to be less.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="After which nothing more is tried.")] = 30,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Find the longest window that trains: ddp or zero3, without and with recomputation, unshared, shared, streamed."""
+    import torch
+
+    from lasptrain.bench import longest
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    capacity = None if memory is None else _bytes(memory)
+    chosen = [form for form in longest.forms() if form.kind in (kinds or longest.KINDS)]
+    if not chosen:
+        raise RecipeError(f"--kind: found {', '.join(kinds or ())}; expected one of {', '.join(longest.KINDS)}")
+    for found in longest.measure(load(recipe, overrides), ranks, most, capacity, 60 * minutes, chosen):
+        if file is not None:
+            longest.write(file, found)
+    _show(longest.report(found))
 
 
 @bench_app.command("mqar")

@@ -31,6 +31,7 @@ from lasptrain.pace import Pace
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel import replicas
 from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.fastest import fastest_scan
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
@@ -198,7 +199,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
     available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
-    recipe = links.with_scan(recipe, sp, segment)
+    recipe = with_scan(recipe, mesh, segment, device)
     kernel = ops.select(recipe.train.kernel, device)
     scanning = attention or (lambda kernel, mesh: Attention(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device)))
     with torch.device("meta"):
@@ -228,6 +229,15 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
         peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
         Guard(recipe.guard),
     )
+
+
+def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) -> Recipe:
+    """The recipe with `mesh.scan: auto` decided: by trial where there are GPUs that share windows, else by rule."""
+    if recipe.mesh.scan != "auto" or mesh.length("sp") == 1 or device.type != "cuda":
+        return links.with_scan(recipe, mesh.length("sp"), segment)
+    shape = (recipe.train.micro_batch, recipe.model.heads, recipe.model.K, recipe.model.V)
+    scan = fastest_scan(mesh.sp_group, device, shape, segment < recipe.data.window)
+    return recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"scan": scan})})
 
 
 def open_loader(

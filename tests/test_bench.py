@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, parity, plot, prefill, ranks, scale, sp
+from lasptrain.bench import ablation, longest, parity, plot, prefill, ranks, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel.attention import Attention
@@ -18,6 +18,7 @@ from lasptrain.plan import Rates
 from lasptrain.recipe import load
 from tests.gloo import spawn
 from tests.test_recipe import RECIPES
+from tests.trial import trial
 
 RATES = Rates(products=792e12, copies=4.305e12, memory=0)
 
@@ -56,14 +57,6 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     assert console.export_text().count("all_gather") == 2
 
 
-def trial(kind: str, size: int) -> int:
-    """Rank 1 has too little memory for anything short, while rank 0 waits for it."""
-    if kind == "short" and dist.get_rank() == 1:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    dist.barrier()
-    return size
-
-
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
     given = [("fine", 1), ("short", 1), ("short", 2), ("fine", 2)]
     found = dict(ranks.trials(2, trial, given, hopeless=lambda failed, other: failed[0] == other[0]))
@@ -94,6 +87,25 @@ def test_texts_are_read_beside_the_forward_of_training() -> None:
     console = Console(width=120, record=True)
     console.print(prefill.report(found))
     assert "segments of 64 tokens" in console.export_text()
+
+
+def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longest, "SHARES", (0.6, 1.0, 1.6))
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=16", "train.loss_chunk=128"]
+    recipe, capacity = load(RECIPES / "quickstart.yaml", small), 16 << 20
+    chosen = [longest.Form("ddp", "none", sharing) for sharing in ("on", "streaming")]
+    *_, found = longest.measure(recipe, 2, 4096, capacity, 600, chosen)
+    on, streaming = found.cells
+    assert on.failed and on.window % 2048 == 0 and on.memory > 0
+    vocab = 4096
+    fits = [longest.predicted(recipe, vocab, 2, sp, capacity) for sp in (1, 2)]
+    assert fits[1] / 2 < on.window <= fits[1] and fits[1] == pytest.approx(2 * fits[0], rel=0.01)
+    laid, window = longest.laid_out(recipe, chosen[0], vocab, 2, 1.0, 4096, capacity)
+    assert window <= fits[1] < window + 2048 and laid.train.segment == window == laid.data.window
+    assert (streaming.window, streaming.failed) == (4096, False)
+    console = Console(width=120, record=True)
+    console.print(longest.report(found))
+    assert f" {on.window:,} │ " in (text := console.export_text()) and "≥ 4,096" in text
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:

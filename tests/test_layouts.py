@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.fastest import fastest_scan
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize, set_gradient_sync
 from lasptrain.recipe import Model
@@ -318,6 +320,32 @@ def test_recomputation_repeats_no_exchange() -> None:
                 assert len(counts) == 1, found
                 layers_and_directions = 3 * 2 * BATCH
                 assert counts.pop()[0] == layers_and_directions * segments
+
+
+def chosen(rank: int, world: int) -> list[str]:
+    """The scan found the fastest when the other two are slow on one rank, for segments alone and in a row."""
+    group, found = meshes.build(1, world).sp_group, []
+    for best, carried in zip(SCANS, (False, True, True), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, scan in SCANS.items():
+                patch.setitem(SCANS, name, scan if name == best else slowed(scan, rank == 1))
+            found.append(fastest_scan(group, CPU, (1, 2, 4, 4), carried))
+    return found
+
+
+def slowed(scan: type[Ring] | type[AllGather], here: bool) -> type[Ring] | type[AllGather]:
+    """The scan, on this rank 10 ms late."""
+
+    class Slow(scan):  # type: ignore[misc, valid-type]
+        def start(self, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.01 * here)
+            return super().start(*args, **kwargs)
+
+    return Slow
+
+
+def test_auto_takes_the_scan_that_is_the_fastest_on_all_ranks() -> None:
+    assert spawn(3, chosen) == [[*SCANS]] * 3
 
 
 def bytes_by_window(rank: int, world: int, scan: str) -> dict[int, tuple[int, int]]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lasptrain import ops, train
 from lasptrain.bench.ranks import device_name, on_ranks
 from lasptrain.bench.rivals import Pending, whole_windows
-from lasptrain.bench.steps import shared, timed, turns
+from lasptrain.bench.steps import clear, shared, timed, turns
 from lasptrain.parallel import mesh
 from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.parallel.mesh import Mesh
@@ -79,6 +79,7 @@ def _rank(recipe: Recipe, ranks: int, tokens: int) -> tuple[str, list[dict[str, 
 
 def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Row:
     device = mesh.device()
+    clear(device)
     one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
     one = one.model_copy(update={"train": one.train.model_copy(update={"kernel": kernel})})
     made = Attention if kept else Forgetful

@@ -5,18 +5,18 @@ Sums in another order differ by rounding. How much that is on its own is measure
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from lasptrain import train
 from lasptrain.bench.ranks import Failure, device_name, trials
+from lasptrain.bench.steps import clear
 from lasptrain.errors import RecipeError, SetupError
+from lasptrain.parallel import mesh
 from lasptrain.recipe import Recipe, resolve_mesh
 
 KINDS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
@@ -98,7 +98,7 @@ def _laid_out(recipe: Recipe, layout: Layout, ranks: int) -> Recipe:
 
 
 def _curve(recipe: Recipe, steps: int) -> tuple[str, list[float]]:
-    torch._dynamo.reset()  # graphs of other layouts count against its limit
+    clear(mesh.device())
     return device_name(), _losses(recipe, steps)
 
 
@@ -106,10 +106,6 @@ def _losses(recipe: Recipe, steps: int) -> list[float]:
     job = train.build(recipe)
     losses = [float(train.one_step(job, step)["loss"] or 0.0) for step in range(steps)]
     job.loader.close()
-    del job
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return losses
 
 

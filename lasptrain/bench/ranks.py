@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -52,12 +52,12 @@ def trials(
     *,
     hopeless: Callable[[Args, Args], bool] = lambda failed, other: False,
     silence: float | None = SILENCE,
-) -> Iterator[tuple[Args, Any | Failure]]:
+) -> Generator[tuple[Args, Any | Failure], None, None]:
     """Each of `given` with what rank 0 gets from `measure(*args)`, which all ranks call, or with why it got nothing.
 
     They are calls in one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job,
-    since ranks that wait for a lost one never return; what follows is called in a new one. Where memory was short,
-    others that are then `hopeless` fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
+    since ranks that wait for a lost one never return; what follows is called in a new one. Others that are `hopeless`
+    after a failed one fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
@@ -68,7 +68,7 @@ def trials(
             for found in _job(ranks, Path(folder), measure, tuple(waiting), silence):
                 args = waiting.pop(0)
                 yield args, found
-        if isinstance(found, Failure) and found.memory:
+        if isinstance(found, Failure):
             for other in [other for other in waiting if hopeless(args, other)]:
                 waiting.remove(other)
                 yield other, found
@@ -78,6 +78,7 @@ def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | Failure]:
     """Results as they come; the last may be why there are no more."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells of each rank it ends
     # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
     start = "spawn" if torch.cuda.is_available() else "forkserver"
     job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=start)
@@ -146,10 +147,10 @@ def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], give
     dist.destroy_process_group()
 
 
-def _refuse(error: LaspError | RuntimeError, file: Path) -> None:
+def _refuse(error: LaspError | RuntimeError, file: Path) -> NoReturn:
     """End this rank with word of what it lacks. Raises an error that is none of ours and not for want of memory."""
     memory = isinstance(error, ResourceError) or "out of memory" in str(error)
     if not memory and not isinstance(error, LaspError):
         raise error
     file.write_text(json.dumps([str(error).splitlines()[0], memory]))
-    sys.exit(getattr(error, "code", ResourceError.code))
+    os._exit(getattr(error, "code", ResourceError.code))  # a process group that has lost a rank may never let go

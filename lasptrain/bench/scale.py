@@ -20,7 +20,7 @@ from rich.table import Table
 from lasptrain import links, plan, train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.ranks import Failure, device_name, trials
-from lasptrain.bench.steps import Turns, alone, free, largest, shared, timed, turns
+from lasptrain.bench.steps import Turns, alone, clear, largest, shared, timed, turns
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.scan import SCANS
@@ -131,7 +131,7 @@ def _row(case: Case, deadline: float) -> Row:
     made = Turns(1, 1) if kind == "long" else turns(tokens)
     if largest(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
         return row(failure="no time left")
-    free()  # what the case before has left, or the planner sees less memory than there is
+    clear(mesh.device())
     job = train.build(one)
     seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), mesh.device(), made)
     job.loader.close()

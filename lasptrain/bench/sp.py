@@ -21,8 +21,8 @@ from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import METHODS, NONE, RIVALS, SPLIT
-from lasptrain.bench.ranks import Failure, device_name, trials
-from lasptrain.bench.steps import alone, largest, shared, timed, turns
+from lasptrain.bench.ranks import SILENCE, Failure, device_name, trials
+from lasptrain.bench.steps import alone, clear, largest, shared, timed, turns
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
@@ -64,10 +64,12 @@ def measure(
     tokens: Sequence[int],
     steps: Sequence[int],
     known: Measured | None = None,
+    limit: float = SILENCE,
 ) -> Iterator[Results]:
     """Layers at each of `tokens` per rank, whole steps of the recipe's model at each of `steps` tokens per rank.
 
-    Beside steps stands what is predicted from `known`, or else from what is known of such GPUs.
+    Beside steps stands what is predicted from `known`, or else from what is known of such GPUs. A method whose steps
+    take more than `limit` seconds at some length is given up there.
 
     Starts processes, one per rank, on this machine; each value holds all that was found so far. Raises RecipeError for
     a method that does not exist.
@@ -78,7 +80,7 @@ def measure(
         device, rows = layers.measure(recipe, ranks, names, tokens)
         yield (found := replace(found, device=device, layers=rows))
     given = [(recipe, name, length) for length in steps for name in names]
-    for (_, name, length), row in trials(ranks, _step, given, hopeless=_hopeless):
+    for (_, name, length), row in trials(ranks, _step, given, hopeless=_hopeless, silence=limit):
         if isinstance(row, Failure):
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
@@ -112,7 +114,7 @@ def _predicted(
 
 def _step(recipe: Recipe, method: str, tokens: int) -> tuple[str, int, dict[str, Any]]:
     """The device, rows of the vocabulary, and a row: one window over all ranks; with NONE a window for each of them."""
-    torch._dynamo.reset()  # graphs of other lengths count against its limit
+    clear(mesh.device())
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic()
     seconds, memory = timed(update, mesh.device(), turns(tokens))

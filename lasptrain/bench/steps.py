@@ -48,22 +48,24 @@ def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: di
     return recipe.model_copy(update=sections)
 
 
+def clear(device: torch.device) -> None:
+    """Forget what a model before this one has left: memory in circles or caches, and compiled graphs, whose number is
+    limited.
+    """
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def timed(update: Callable[[int], float], device: torch.device, turns: Turns) -> tuple[float, int]:
     """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
-    free()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(turns.warmup):
         update(step)
     seconds = median(largest(update(turns.warmup + step)) for step in range(turns.timed))
     return seconds, int(largest(mesh.peak_memory(device)))
-
-
-def free() -> None:
-    """Give back the memory of what is no longer used."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def largest(value: float) -> float:

@@ -1,0 +1,195 @@
+"""`lasptrain bench longest`: the longest window that trains, by data parallelism, recomputation and sharing.
+
+The LASP paper's table, on this machine's ranks: a window per rank (`off`), one window over all ranks in one segment
+(`on`), and the same in as many segments as it takes (`streaming`). A window counts if two updates of it ran, the second
+with the optimizer's states in place. Windows are tried from half of what is predicted to fit up to twice as much.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from lasptrain import plan, train
+from lasptrain.bench.ranks import Failure, device_name, trials
+from lasptrain.bench.steps import alone, clear, largest, shared
+from lasptrain.data.source import open_dataset
+from lasptrain.parallel import mesh
+from lasptrain.recipe import Recipe, resolve_vocabulary
+
+KINDS = ("ddp", "zero3")
+MODES = ("none", "full")
+SHARING = ("off", "on", "streaming")
+SHARES = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the predicted window
+GRAIN = 1024  # tokens of a slice
+UPDATES = 2
+
+
+class Form(NamedTuple):
+    """How a window is trained."""
+
+    kind: str
+    recompute: str
+    sharing: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was found of a form: the longest window that ran, and the shortest that did not; 0 where there is none."""
+
+    form: Form
+    window: int = 0
+    memory: int = 0  # peak, bytes
+    failed: bool = False
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of it, and where it was measured."""
+
+    device: str
+    ranks: int
+    cells: list[Cell]
+
+
+def forms() -> list[Form]:
+    """In the order of the table."""
+    return [Form(kind, mode, sharing) for kind in KINDS for mode in MODES for sharing in SHARING]
+
+
+def measure(
+    recipe: Recipe, ranks: int, most: int, capacity: int | None, seconds: float, chosen: Sequence[Form]
+) -> Iterator[Results]:
+    """Starts processes, one per rank, on this machine; each value holds all that was found so far.
+
+    Args:
+        most: tokens of the longest window that is streamed.
+        capacity: bytes of each rank, where they are to be fewer than it has; a CPU has no other limit.
+        seconds: after which nothing more is tried.
+    """
+    until = time.monotonic() + seconds
+    found = Results("", ranks, [Cell(form) for form in chosen])
+    given = [(recipe, tuple(form), share, most, capacity) for form in chosen for share in _shares(form)]
+    tried = trials(ranks, _trial, given, hopeless=lambda failed, other: bool(failed[1] == other[1]))
+    for (_, form, *_), result in tried:
+        found = _with(found, Form(*form), result)
+        yield found
+        if time.monotonic() > until:
+            tried.close()
+            return
+
+
+def _shares(form: Form) -> Sequence[float]:
+    return (0.25, 1.0) if form.sharing == "streaming" else SHARES
+
+
+def _with(results: Results, form: Form, result: Any | Failure) -> Results:
+    (index,) = (number for number, cell in enumerate(results.cells) if cell.form == form)
+    cell, device = results.cells[index], results.device
+    if isinstance(result, Failure):
+        cell = replace(cell, failed=True, failure=cell.failure or result.reason)
+    else:
+        device, window, memory = result
+        if memory is None:
+            cell = replace(cell, failed=True, failure=cell.failure or f"{window:,} tokens: predicted not to fit")
+        else:
+            cell = replace(cell, window=window, memory=memory)
+    return replace(results, device=device, cells=[*results.cells[:index], cell, *results.cells[index + 1 :]])
+
+
+def _trial(
+    recipe: Recipe, form: tuple[str, str, str], share: float, most: int, capacity: int | None
+) -> tuple[str, int, int | None]:
+    """The device, the window, and the peak memory with which it ran; None where it is not to be tried."""
+    device, kind = mesh.device(), Form(*form)
+    clear(device)
+    limit = _limit(device, capacity)
+    vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
+    laid, window = laid_out(recipe, kind, vocab, mesh.world_size(), share, most, limit)
+    if device.type == "cpu" and not _fits(laid, vocab, window, limit):
+        return device_name(), window, None
+    job = train.build(laid)
+    for step in range(UPDATES):
+        train.one_step(job, step)
+    job.loader.close()
+    return device_name(), window, int(largest(mesh.peak_memory(device)))
+
+
+def _limit(device: torch.device, capacity: int | None) -> int:
+    """Bytes of this rank, from now on no more than `capacity`."""
+    if device.type == "cpu":
+        return capacity or 1 << 30
+    torch.cuda.reset_peak_memory_stats(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    if capacity is None or capacity >= total:
+        return total
+    torch.cuda.set_per_process_memory_fraction(capacity / total, device)
+    return capacity
+
+
+def laid_out(
+    recipe: Recipe, form: Form, vocab: int, ranks: int, share: float, most: int, capacity: int
+) -> tuple[Recipe, int]:
+    """The recipe in this form, with a window of `share` times what is predicted to fit `capacity` bytes, or of `most`
+    tokens; and the window.
+    """
+    parallel = recipe.parallel.model_copy(update={"data_parallel": form.kind, "recompute": form.recompute})
+    recipe = recipe.model_copy(update={"parallel": parallel})
+    sp = 1 if form.sharing == "off" else ranks
+    if form.sharing == "streaming":
+        tokens = max(1, round(share * most / ranks / GRAIN)) * GRAIN
+    else:
+        tokens = max(1, int(share * predicted(recipe, vocab, ranks, sp, capacity) / sp / GRAIN)) * GRAIN
+    whole = alone(recipe, tokens, ranks) if sp == 1 else shared(recipe, tokens, ranks, "ring")
+    segment = "auto" if form.sharing == "streaming" else tokens * sp
+    return whole.model_copy(update={"train": whole.train.model_copy(update={"segment": segment})}), tokens * sp
+
+
+def predicted(recipe: Recipe, vocab: int, ranks: int, sp: int, capacity: int) -> int:
+    """Tokens of the longest window in one segment that is predicted to fit: memory is linear in them."""
+    dp = ranks // sp
+    recipe = plan.with_reduction(recipe, vocab, dp, sp, capacity)
+    fixed, more = (sum(plan.memory(recipe, vocab, dp, sp, segment).values()) for segment in (0, 1 << 20))
+    return max(0, int((capacity - fixed) / (more - fixed) * (1 << 20)))
+
+
+def _fits(recipe: Recipe, vocab: int, window: int, capacity: int) -> bool:
+    """What takes the place of the device's own limit on a CPU, which has none."""
+    sp = int(recipe.mesh.sp)
+    needed = sum(plan.memory(recipe, vocab, mesh.world_size() // sp, sp, window).values())
+    return recipe.train.segment == "auto" or needed <= capacity
+
+
+def report(results: Results) -> Table:
+    """A line per data parallelism and recomputation, as in the paper; ≥ where nothing longer was found to fail."""
+    table = Table(title=f"tokens of the longest window, {results.ranks} × {results.device}")
+    for column in ("data parallelism", "recompute", *(f"sp {sharing}" for sharing in SHARING)):
+        table.add_column(column, justify="right" if column.startswith("sp") else "left")
+    cells = {cell.form: cell for cell in results.cells}
+    for kind, mode in dict.fromkeys((form.kind, form.recompute) for form in cells):
+        row = (cells.get(Form(kind, mode, sharing)) for sharing in SHARING)
+        table.add_row(kind, mode, *(_text(cell) for cell in row))
+    return table
+
+
+def _text(cell: Cell | None) -> str:
+    if cell is None or not (cell.window or cell.failed):
+        return ""
+    if not cell.window:
+        return "none"
+    return f"{'' if cell.failed else '≥ '}{cell.window:,}"
+
+
+def write(file: Path, results: Results) -> None:
+    """The same as JSON."""
+    cells = [{**asdict(cell), "form": cell.form._asdict()} for cell in results.cells]
+    head = {"device": results.device, "torch": torch.__version__, "ranks": results.ranks}
+    file.write_text(json.dumps({**head, "cells": cells}, indent=1))

@@ -1,0 +1,51 @@
+"""Which scan is the fastest on this mesh: measured, in less than a second, with states of the real size."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from lasptrain.parallel.scan import SCANS, Scan, Transition
+
+WARM, COUNT = 3, 20  # exchanges, forward and backward
+Shape = tuple[int, int, int, int]
+
+
+def fastest_scan(
+    group: dist.ProcessGroup, device: torch.device, shape: tuple[int, int, int, int], carried: bool
+) -> str:
+    """Name of the scan that takes states [B, H, K, V] of this shape through the group and back the soonest.
+
+    The time is that of the slowest rank of the job; all ranks call it and get the same name. `carried`: states go on
+    from segment to segment.
+    """
+    seconds = [_seconds(scan(group, device), device, shape, carried) for scan in SCANS.values()]
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return [*SCANS][int(slowest.argmin())]
+
+
+def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool) -> float:
+    state = torch.zeros(shape, device=device)
+    transition = Transition(torch.ones(shape[:2], device=device))
+    carry = state if carried else None
+
+    def there_and_back() -> None:
+        for reverse in (False, True):
+            scan.start(state, transition, carry, reverse=reverse, leave=carried).wait()
+
+    for _ in range(WARM):
+        there_and_back()
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(COUNT):
+        there_and_back()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
