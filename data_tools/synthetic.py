@@ -31,7 +31,7 @@ Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in t
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LONG_KEYS = [a + b for a in LETTERS for b in LETTERS]
-FEWEST_KEYS, MOST_KEYS = 8, 512
+FEWEST_KEYS, MOST_KEYS = 2, 512
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
 MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 256, 250
 
@@ -123,10 +123,11 @@ class Document(NamedTuple):
 def _repeated(of: random.Random, characters: int) -> Document:
     """About as many characters of pairs, and one more as a question.
 
-    A third of the documents has keys of one letter. The mean time until a key returns is spread evenly, by its
-    logarithm, from moments to about half of the document, so that every distance is asked for.
+    Half of the documents have keys of one letter, and some have two keys only: what is learnt first. The mean time
+    until a key returns is spread evenly, by its logarithm, up to about half of the document, so that every distance is
+    asked for.
     """
-    keys = of.choice((list(LETTERS), LONG_KEYS, LONG_KEYS))
+    keys = of.choice((list(LETTERS), LONG_KEYS))
     slots = max(2, characters // (len(keys[0]) + 2))
     most = max(2, min(MOST_KEYS, len(keys), slots // 3))
     found = pairs(of, round(math.exp(of.uniform(math.log(min(FEWEST_KEYS, most)), math.log(most)))), keys)

@@ -69,10 +69,10 @@ def _pair(key: str, value: str) -> str:
 def pairs(ask: Ask) -> Sample:
     """Nothing but keys with their capitals, as `data synth --kind pairs` makes them; asked is one that came once.
 
-    Beside it there are 64, drawn evenly.
+    Beside it there are 64, drawn evenly; one for 32 tokens where these are fewer.
     """
     draw = ask.random("pairs")
-    found = synthetic.pairs(draw, OTHERS + 1)
+    found = synthetic.pairs(draw, max(2, min(OTHERS, ask.length // 32)) + 1)
     (key, value), *others = found.items()
     stream = growing("".join(draw.choice(others)) for _ in count())
 
