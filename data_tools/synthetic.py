@@ -8,8 +8,8 @@ nothing but facts, that come again and again.
 | tracking | a chain of assignments, beside others | every variable that holds a value (RULER, arXiv:2404.06654) |
 | pairs | keys of one or two letters, each with a capital: `abQ` | the capital, at every return of a key |
 
-In `pairs` there is no other text: every third or fourth letter can only be known by recall, and some keys
-return soon, some late: what the frequent ones teach is used for the rare ones.
+In `pairs` every third or fourth letter, but for noise that is soon known by heart, can only be known by recall, and
+some keys return soon, some late: what the frequent ones teach is used for the rare ones.
 
 A document is a pure function of (seed, its number), and its answers stand in its text, so that training is next-token
 prediction as ever.
@@ -21,6 +21,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,9 +30,10 @@ from lasptrain.errors import DataError, SetupError
 Kind = Literal["passkey", "recall", "tracking", "pairs"]
 Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in this order; questions, with their answers
 
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LONG_KEYS = [a + b for a in LETTERS for b in LETTERS]
-FEWEST_KEYS, MOST_KEYS = 8, 512
+FEWEST_KEYS, MOST_KEYS = 2, 512
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
 MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 256, 250
 
@@ -123,18 +125,29 @@ class Document(NamedTuple):
 def _repeated(of: random.Random, characters: int) -> Document:
     """About as many characters of pairs, and one more as a question.
 
-    A third of the documents has keys of one letter. The mean time until a key returns is spread evenly, by its
-    logarithm, from moments to about half of the document, so that every distance is asked for.
+    Half of the documents have keys of one letter, and some have two keys only: what is learnt first. The mean time
+    until a key returns is spread evenly, by its logarithm, up to about half of the document, so that every distance is
+    asked for. In half of the documents noise, a tenth to nine tenths of all, parts them in up to four places: distance
+    without anything to be remembered.
     """
-    keys = of.choice((list(LETTERS), LONG_KEYS, LONG_KEYS))
-    slots = max(2, characters // (len(keys[0]) + 2))
+    keys = of.choice((list(LETTERS), LONG_KEYS))
+    noise = of.choice((0.0, of.uniform(0.1, 0.9)))
+    slots = max(2, round(characters * (1 - noise)) // (len(keys[0]) + 2))
     most = max(2, min(MOST_KEYS, len(keys), slots // 3))
     found = pairs(of, round(math.exp(of.uniform(math.log(min(FEWEST_KEYS, most)), math.log(most)))), keys)
     rarest = math.log(max(1, slots / len(found)))
     weights = [math.exp(-of.uniform(0, rarest)) for _ in found]
     stream = of.choices(list(found), weights, k=slots - 1)
-    body, asked = " ".join(key + found[key] for key in stream), of.choice(stream)
-    return Document(body, [(asked, [found[asked]])], " ", "")
+    facts, asked = [key + found[key] for key in stream], of.choice(stream)
+    for units in _split(of, round(characters * noise) // (len(NOISE) + 1)):
+        facts.insert(of.randint(1, len(facts)), " ".join([NOISE] * units))
+    return Document(" ".join(facts), [(asked, [found[asked]])], " ", "")
+
+
+def _split(of: random.Random, count: int) -> list[int]:
+    """`count` in up to four parts."""
+    edges = sorted({0, count, *(of.randint(0, count) for _ in range(of.randrange(4)))})
+    return [b - a for a, b in pairwise(edges)]
 
 
 def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number: int) -> Document:

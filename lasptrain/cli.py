@@ -388,7 +388,7 @@ def bench_prefill(
     ranks = nproc or torch.cuda.device_count() or 1
     lengths = tokens or [1 << n for n in (17, 20, 22)]
     found = prefill.measure(load(recipe, overrides), ranks, lengths, segment)
-    Console().print(prefill.report(found))
+    _show(prefill.report(found))
     if file is not None:
         prefill.write(file, found)
 

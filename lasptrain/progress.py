@@ -59,7 +59,7 @@ def asking(total: int, done: int, speaks: bool) -> Iterator[Callable[[str, int],
         bar.update(task, advance=answered, description=what)
         if quiet and speaks and time.monotonic() - said >= PAUSE:
             said = time.monotonic()
-            console.print(f"{done}/{total}  {what}", soft_wrap=True)
+            console.print(f"{done}{f'/{total}' if done < total else ''}  {what}", soft_wrap=True)
 
     with bar:
         yield show

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lasptrain import ops
+from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
@@ -59,3 +60,16 @@ def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypa
     want = measured(False)
     for name, found in measured(True).items():
         assert error(found, want[name]) < 2e-2, name
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
+def test_a_reader_compiles_what_reads_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    cfg = Model.model_validate({"arch": "ssd", "dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": 4})
+    model = LanguageModel(cfg, 40, Attention("chunked"))
+    fill(model.requires_grad_(False), initial_values(model, 0, torch.device("cpu")))
+    tokens = torch.randint(64, (1, 100), generator=torch.Generator().manual_seed(0))
+    told: list[tuple[int, int]] = []
+    fused = Reader(model, segment=32, fuse=True, told=lambda done, total: told.append((done, total)))
+    assert error(fused.read(tokens).logits, Reader(model).read(tokens).logits) < 1e-5
+    assert told == [(0, 100), (32, 100), (64, 100), (96, 100)]

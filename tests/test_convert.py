@@ -22,7 +22,7 @@ from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
 from lasptrain.convert.restore import restore
 from lasptrain.errors import CheckpointError, ConvertError, DataError
-from lasptrain.eval import main
+from lasptrain.eval import load, main
 from lasptrain.eval.evaluate import Asked
 from lasptrain.eval.load import load_model
 from lasptrain.models.language_model import LanguageModel, initial_values
@@ -172,8 +172,31 @@ def test_an_export_is_evaluated_as_its_run(tmp_path: Path, exports: Exports) -> 
     rewrite(out, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     with pytest.raises(ConvertError, match=r"has no model\.embed_tokens\.weight"):
         load_model(out)
+    with pytest.raises(CheckpointError, match=rf"found no recipe.yaml, no {RECORD} and no config\.json"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_our_record_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder of others: all is told by config.json and the tokenizer's file."""
+    pytest.importorskip("lasptrain.convert.foreign", reason="folders of others need a recipe")
+    target, model = MODELS["ssd"]
+    run, out = make_run(tmp_path, model), tmp_path / "out"
+    export(run, out, target, check=False)
     (out / RECORD).unlink()
-    with pytest.raises(CheckpointError, match=f"found no recipe.yaml and no {RECORD}"):
+    a, b = load_model(run), load_model(out)
+    assert (b.step, b.tokenizer.sha256, b.recipe.data.tokenizer) == (
+        0,
+        a.tokenizer.sha256,
+        str(out / "tokenizer.model"),
+    )
+    tokens, b.model.dtype = torch.arange(40)[None], a.model.dtype
+    ours, theirs = (one.model.logits(one.model.hidden(tokens)[0]) for one in (a, b))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert main.generate(out, ["import os"], 8, 0, 1, 0)
+    assert load.window(out) > 0
+    monkeypatch.setattr(a.tokenizer, "vocab_size", 5000)
+    monkeypatch.setattr(load, "load_tokenizer", lambda _: a.tokenizer)
+    with pytest.raises(CheckpointError, match="has 5000 pieces, the model 4096 rows; expected at least as many"):
         load_model(out)
 
 

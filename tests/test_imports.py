@@ -29,6 +29,7 @@ HOMES = {
     "yaml": {"recipe"},
     "typer": {"cli", "cli_checkpoint", "convert", "eval"},
     "sentencepiece": {"data_tools"},
+    "lm_eval": {"eval"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
 }

@@ -11,7 +11,7 @@ from lasptrain.errors import RecipeError
 
 USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
-Run = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or an exported folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an export, or a folder of others.")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks that read each text together; one per GPU, or 1.")]
 
 
@@ -41,7 +41,7 @@ def evaluate(
     nproc: Nproc = None,
 ) -> None:
     """Ask a trained model long-context tasks; the same command again continues where it stopped."""
-    from lasptrain.eval import main
+    from lasptrain.eval import load, main
     from lasptrain.eval.evaluate import PERPLEXITY, Asked
     from lasptrain.eval.tasks import TASKS
 
@@ -50,10 +50,9 @@ def evaluate(
         chosen = (*TASKS, *PERPLEXITY)
     if files and tasks is None:
         chosen = ()
-    window = _window(run)
     asked = Asked(
         tasks=chosen,
-        lengths=(max(window // 4, 512), window) if lengths is None else parse_lengths(lengths),
+        lengths=_usual_lengths(load.window(run)) if lengths is None else parse_lengths(lengths),
         samples=samples,
         depths=depths,
         seed=seed,
@@ -82,6 +81,10 @@ def generate(
         typer.echo(prompt + typer.style(continued, bold=True))
 
 
+def _usual_lengths(window: int) -> tuple[int, ...]:
+    return max(window // 4, 512), window
+
+
 def parse_lengths(text: str) -> tuple[int, ...]:
     """`4k,64k` or `4k..4m`, a range by factors of 4 with its end, as numbers of tokens. K is 1,024."""
     found: list[int] = []
@@ -100,27 +103,6 @@ def _tokens(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise RecipeError(f"--lengths: found {text!r}; expected numbers such as 4096, 4k or 1m, or a range 4k..4m")
     return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]]
-
-
-def _window(path: Path) -> int:
-    """Tokens of the windows that the model of a run or of an export was trained on."""
-    import json
-
-    from lasptrain.convert.export import RECORD
-    from lasptrain.errors import CheckpointError
-    from lasptrain.recipe import load
-    from lasptrain.run import RECIPE
-
-    if (path / RECIPE).is_file():
-        return load(path / RECIPE).data.window
-    try:
-        window: int = json.loads((path / RECORD).read_text(encoding="utf-8"))["meta"]["order"]["window"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{path}: found neither {RECIPE} nor a readable {RECORD}; expected a run folder such as runs/quickstart, "
-            "or a folder that lasptrain convert wrote"
-        ) from None
-    return window
 
 
 def _sentences(file: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,17 @@ def generate(
 
 @torch.no_grad()
 def decode(
-    model: LanguageModel, past: Snapshot, count: int, sampling: Sampling = GREEDY, stop: int | None = None
+    model: LanguageModel,
+    past: Snapshot,
+    count: int,
+    sampling: Sampling = GREEDY,
+    stop: int | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Up to `count` token ids for each of the B pasts; a row ends before the id `stop`."""
+    """Up to `count` token ids for each of the B pasts; a row ends before the id `stop`.
+
+    `ended` is asked of the first row after each token whether that is enough.
+    """
     generator = torch.Generator(past.logits.device).manual_seed(sampling.seed)
     carry, logits = past.carry, past.logits
     drawn: list[Tensor] = []
@@ -46,6 +54,8 @@ def decode(
             logits = model.logits(x[:, -1])
         drawn.append(choose(logits, sampling, generator))
         if stop is not None and bool((torch.cat(drawn, 1) == stop).any(1).all()):
+            break
+        if ended is not None and ended(torch.cat(drawn, 1)[0].tolist()):
             break
     rows: list[list[int]] = torch.cat(drawn, 1).tolist() if drawn else [[] for _ in past.logits]
     return [row[: row.index(stop)] if stop in row else row for row in rows]

@@ -1,4 +1,4 @@
-"""A trained model from where it was written: a run's newest checkpoint, or an export."""
+"""A trained model from where it was written: a run's newest checkpoint, an export, or a folder of others."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, Recipe
 
+CONFIG = "config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -35,18 +36,28 @@ class Trained:
 
 
 def load_model(path: Path) -> Trained:
-    """The newest intact checkpoint of the run `path`, or the weights in `path`, a folder that `convert` wrote.
+    """The newest intact checkpoint of the run `path`, or the weights in `path`, a folder that `convert --from` reads.
 
-    Collective over the process group, where there is one. Raises CheckpointError where `path` is neither or holds no
-    checkpoint, ConvertError where an export is not what its record says.
+    Collective over the process group, where there is one. Raises CheckpointError where `path` is neither, holds no
+    checkpoint or a tokenizer of more pieces than the model knows, ConvertError where its weights are not what it says.
     """
+    return _of_run(path) if _is_run(path) else _of_folder(path)
+
+
+def window(path: Path) -> int:
+    """Tokens of the windows that the model of a run, or of a folder, was trained on. Raises as `load_model` does."""
+    return recipes.load(path / runs.RECIPE).data.window if _is_run(path) else open_weights(path).origin.window
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is a run; a folder of weights if not."""
     if (path / runs.RECIPE).is_file():
-        return _of_run(path)
-    if (path / RECORD).is_file():
-        return _of_export(path)
+        return True
+    if (path / RECORD).is_file() or (path / CONFIG).is_file():
+        return False
     raise CheckpointError(
-        f"{path}: found no {runs.RECIPE} and no {RECORD}; expected a run folder such as runs/quickstart, "
-        "or a folder that lasptrain convert wrote"
+        f"{path}: found no {runs.RECIPE}, no {RECORD} and no {CONFIG}; expected a run folder such as runs/quickstart, "
+        "a folder that lasptrain convert wrote, or one of a format that it reads"
     )
 
 
@@ -60,15 +71,21 @@ def _of_run(path: Path) -> Trained:
     return Trained(path, recipe, model, load_tokenizer(recipe.data.tokenizer), loaded.step)
 
 
-def _of_export(path: Path) -> Trained:
+def _of_folder(path: Path) -> Trained:
     """Its own copy of the tokenizer counts: the one that the recipe names may be on another machine."""
     weights = open_weights(path)
     origin = weights.origin
+    copy = path / "tokenizer.model"
+    tokenizer = load_tokenizer(copy if copy.is_file() else origin.recipe.data.tokenizer)
+    rows = origin.model.vocab
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{path}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} pieces, the model {rows} rows; "
+            "expected at least as many rows"
+        )
     model = _empty(origin.recipe, origin.model, origin.window)
     with torch.no_grad():
         fill(model, ((name, weights.read(name)) for name in weights.empty.state_dict()))
-    copy = path / "tokenizer.model"
-    tokenizer = load_tokenizer(copy if copy.is_file() else origin.recipe.data.tokenizer)
     return Trained(path, origin.recipe, model, tokenizer, origin.step)
 
 

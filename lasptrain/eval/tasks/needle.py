@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from itertools import cycle
 from typing import Literal
 
+from data_tools.synthetic import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
 from lasptrain.eval.tasks.words import key
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = [round(i * 100 / 39) / 100 for i in range(40)]
 BUDGET = 128
 

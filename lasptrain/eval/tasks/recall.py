@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from data_tools import synthetic
-from lasptrain.eval.tasks.needle import NOISE
+from data_tools.synthetic import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
 from lasptrain.loss import IGNORED
 
 COPIED = 512
-OTHERS = 64
+KEYS, SHOWN = 16, 4  # of pairs
 ALPHA = 0.01
 
 
@@ -67,21 +67,18 @@ def _pair(key: str, value: str) -> str:
 
 
 def pairs(ask: Ask) -> Sample:
-    """Nothing but keys with their capitals, as `data synth --kind pairs` makes them; asked is one that came once.
-
-    Beside it there are 64, drawn evenly.
-    """
+    """Keys with their capitals, as `data synth --kind pairs` makes them, in noise: one of 16, each shown four times."""
     draw = ask.random("pairs")
-    found = synthetic.pairs(draw, OTHERS + 1)
-    (key, value), *others = found.items()
-    stream = growing("".join(draw.choice(others)) for _ in count())
+    found = synthetic.pairs(draw, KEYS)
+    stream = [key for key in found for _ in range(SHOWN)]
+    draw.shuffle(stream)
+    asked, facts = draw.choice(stream), " ".join(key + found[key] for key in stream)
 
     def draft(units: int) -> Draft:
         at = round(ask.depth * units)
-        facts = stream(units)
-        return haystack("", [*facts[:at], key + value, *facts[at:]], {at}, " ", f" {key}")
+        return haystack("", [*[NOISE] * at, facts, *[NOISE] * (units - at)], {at}, " ", f" {asked}")
 
-    return fill(ask, draft, Question(value, (value,), 1, depth=ask.depth))
+    return fill(ask, draft, Question(found[asked], (found[asked],), 1, depth=ask.depth))
 
 
 def copy(ask: Ask) -> Sample:

@@ -6,7 +6,7 @@ import random
 import string
 from itertools import pairwise
 
-from lasptrain.eval.tasks.needle import NOISE
+from data_tools.synthetic import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
 
 NAMES = 5
