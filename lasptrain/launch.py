@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -55,6 +56,7 @@ from lasptrain.progress import preparing
 from lasptrain.recipe import Recipe
 
 TRAIN = "lasptrain.train:train"
+AGAIN = 0.05  # seconds until a signal that was lost comes again
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -108,10 +110,11 @@ def launch(
         os.environ.update(joined)
         rank_process(recipe, target, place=place)
     _stop_at_once()
-    nproc = _processes(nproc)
-    recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
-    with _adopted(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
-        failure = _attempts(recipe, run, nproc, nodes, target, max_restarts)
+    with _no_signal_lost():
+        nproc = _processes(nproc)
+        recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
+        with _adopted(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
+            failure = _attempts(recipe, run, nproc, nodes, target, max_restarts)
     return report(failure) if failure else 0
 
 
@@ -138,6 +141,29 @@ def _stop_at_once() -> None:
 
     for number in stop.CODES:
         signal.signal(number, leave)
+
+
+@contextmanager
+def _no_signal_lost() -> Iterator[None]:
+    """Within, a signal comes again whose exception was raised in a finalizer, of which Python only prints it."""
+    usual = sys.unraisablehook
+
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        match lost.exc_value:
+            case SignalException():
+                number = int(lost.exc_value.sigval)
+            case Stopped():
+                number = signal.SIGINT if lost.exc_value.code == INTERRUPTED else signal.SIGTERM
+            case _:
+                usual(lost)
+                return
+        Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, target: str) -> Failure | None:
@@ -323,8 +349,9 @@ def cause(codes: dict[int, int], records: Path) -> Failure:
     if forced := [rank for rank, code in silent.items() if code == TERMINATED]:
         return Failure(forced[0], TERMINATED, "Killed", f"rank {forced[0]} was told twice to stop: not saved", 0.0)
     killed = {rank: -code for rank, code in silent.items() if code < 0}
-    # The agent ends the others by SIGTERM, so a rank that died of anything else comes first.
-    for rank, number in sorted(killed.items(), key=lambda item: item[1] == signal.SIGTERM):
+    # The agent ends the others by SIGTERM, NCCL by SIGABRT, so a rank that died of anything else comes first.
+    late = (0, signal.SIGABRT, signal.SIGTERM)
+    for rank, number in sorted(killed.items(), key=lambda item: late.index(item[1] if item[1] in late else 0)):
         if number != signal.SIGTERM or not found:
             name = signal.Signals(number).name
             hint = ": out of host memory?" if number == signal.SIGKILL else ""

@@ -38,7 +38,10 @@ def summarize(
         prompt = dataset.split("validation").read(0, PROMPT).tolist()
         console.print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
     console.print(
-        f"run        {run}\ncurves     tensorboard --logdir {run}\ncontinue   the same command with more train.steps"
+        f"run        {run}\n"
+        f"curves     tensorboard --logdir {run}\n"
+        "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
+        "continue   the same command with more train.steps"
     )
 
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 SLOW = 1800.0  # seconds granted to what has no segments: starting, compiling, saving
 PERIOD = 0.25  # seconds between looks
-LOST = 2.0  # seconds in which ranks notice by themselves that another one has died
+LOST = 1.5  # seconds in which ranks notice by themselves that another one has died
 HUNG, BEREFT = "hung", "bereft"  # why a rank was ended
+DYING = "dying"  # the state of a process between its end and the word of it
 PULSE = "pulse-"
 
 _file: int | None = None
@@ -77,13 +78,14 @@ class Watch(threading.Thread):
         died = math.inf
         while not self._over.wait(PERIOD):
             pulses = self._pulses()
-            alive = [pulse for pulse in pulses if _state(pulse.pid) not in ("", "Z", "X")]
+            states = {pulse: _state(pulse.pid) for pulse in pulses}
+            alive = [pulse for pulse, state in states.items() if state not in ("", "Z", "X", DYING)]
             now = time.monotonic()
             if len(alive) < len(pulses):
                 died = min(died, now)
             elif any(now > pulse.until for pulse in alive):
                 self._end_hung(alive)
-            if now > died + LOST:
+            if now > died + LOST and DYING not in states.values():  # or the agent would take the next one for the first
                 self._end_bereft(alive)
                 return
 
@@ -127,8 +129,13 @@ def _send(number: int, pulses: list[Pulse]) -> None:
 
 
 def _state(pid: int) -> str:
-    """R, S, T (stopped), Z, … as Linux says it; R where it says nothing, empty where there is no such process."""
+    """R, S, T (stopped), Z, … as Linux says it; R where it says nothing, empty where there is no such process.
+
+    DYING while Linux takes down what a process had, which with a GPU may take seconds.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
         return "" if Path("/proc/self/stat").exists() else "R"
+    exiting = int(fields[5]) & 0x4  # PF_EXITING
+    return DYING if exiting and state not in ("Z", "X") else state

@@ -3,14 +3,20 @@
 A test marked `fault(kind, times=1)` has survived so many if it passes, or `record_property("times", n)` if it says so.
 """
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lasptrain import stop
+
+# What is computed here is small: more threads would wait for each other, and for those of the tests that run beside.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,22 @@ def pause(recipe: Recipe, run: Path) -> None:
         time.sleep(0.01)
 
 
+def pause_in_nccl(recipe: Recipe, run: Path) -> None:
+    """As `pause`, on GPUs: the others wait in a kernel for the one that is stopped."""
+    from lasptrain import train
+
+    x = torch.ones(1, device="cuda")
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
+    for segment in range(10**6):
+        train.tick(recipe.launch.hang)
+        if segment == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            (run / "fault").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.all_reduce(x)
+        torch.cuda.synchronize()
+
+
 def heed(recipe: Recipe, run: Path) -> None:
     """Stops where training would, after a moment of saving."""
     from lasptrain import train

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -32,8 +29,8 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, find_file
+from tests import program
 
-ROOT = Path(__file__).parent.parent
 MODEL = find_file(Path("tokenizers/python-4k.model"))
 TOKENIZERS = [ByteTokenizer(), load_tokenizer(str(MODEL))]
 LENGTH = 8192
@@ -335,18 +332,11 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
         "eval: {windows: 2, sample: 0, tasks: [passkey, copy], lengths: [512], samples: 2}\n"
     )
 
-    def lasptrain(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "lasptrain", *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr
+    def lasptrain(*arguments: str) -> str:
+        started = program.start("lasptrain", *arguments, folder=tmp_path, logs=tmp_path / "logs", OMP_NUM_THREADS="1")
+        code, printed, said = started.end()
+        assert code == 0, said
+        return printed + said
 
     lasptrain("pretrain", "tiny.yaml", "--nproc", "2", "--set", "mesh.sp=2")
     (logged,) = read_metrics(tmp_path / "runs" / "tiny", "eval")

@@ -1,6 +1,7 @@
 """Imports only go down, never in a circle, and outside packages are imported where they belong."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -92,3 +93,9 @@ def test_no_module_imports_itself_through_others() -> None:
         for module, tree in MODULES.items()
     }
     list(TopologicalSorter(graph).static_order())
+
+
+def test_nothing_serves_the_network() -> None:
+    """TensorBoard has no password: it is never told to listen on more than this machine."""
+    for file in (*ROOT.glob("lasptrain/**/*.py"), *ROOT.glob("data_tools/**/*.py"), ROOT / "README.md"):
+        assert not re.search(r"bind_all|--host|0\.0\.0\.0", file.read_text(encoding="utf-8")), file

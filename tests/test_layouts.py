@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import combinations, product
 from typing import Any, Literal
 
 import pytest
@@ -167,32 +168,63 @@ def compare(arch: Arch, dtype: torch.dtype, layout: Layout) -> None:
         assert error < BOUNDS[dtype], (layout, name, error)
 
 
-def layouts(world: int) -> list[Layout]:
-    meshes_of = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(1, 3)], 4: [(2, 2), (1, 4)]}[world]
-    return [
-        Layout(dp, sp, scan, kind, mode)
-        for dp, sp in meshes_of
-        for scan in ("ring", "all_gather")
-        for kind in ("ddp", "zero3")
-        for mode in ("none", "full", "selective")
-    ] + [Layout(dp, sp, "all_scan", kind) for dp, sp in meshes_of for kind in ("hsdp", "zero2")]
+MESHES = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (1, 4)]
+KINDS = ("ddp", "zero2", "zero3", "hsdp")
+MODES = ("none", "full", "selective", "offload")
+MODELS: list[tuple[Arch, torch.dtype]] = [
+    ("tnl", torch.float32),
+    ("tnl", torch.float64),
+    ("linear_transformer", torch.float32),
+    ("ssd", torch.float64),
+    ("retnet", torch.float64),
+    ("sliding hybrid", torch.float64),
+    ("full hybrid", torch.float64),
+    ("minimax", torch.float64),
+]
 
 
-def streamed(world: int) -> list[Layout]:
-    sp = {1: 1, 2: 2, 3: 3}[world]
-    return [
-        Layout(1, sp, scan, kind, mode, segments, always)
-        for scan in ("ring", "all_gather")
-        for kind, mode, always in (
-            ("ddp", "none", False),
-            ("zero3", "full", False),
-            ("zero3", "selective", True),
-            ("zero2", "none", False),
-            ("fsdp", "offload", False),
-        )
-        for segments in (2, 3, 5)
-        if WINDOW % (sp * segments) == 0
-    ] + [Layout(1, sp, "all_scan", kind, "none", segments) for kind, segments in (("ddp", 2), ("hsdp", 5))]
+@cache
+def cases() -> list[Case]:
+    """Every mesh with every scan and number of segments; and all pairs of values of any two of the other choices.
+
+    For each the rest is chosen that has the most pairs no case before it has.
+    """
+    chosen: list[Case] = []
+    seen: set[tuple[int, int, object, object]] = set()
+    for (dp, sp), scan, segments in product(MESHES, SCANS, (1, 2, 3, 5)):
+        if WINDOW % (sp * segments):
+            continue
+        rest = [
+            (model, kind, mode, always)
+            for model, kind, mode, always in product(MODELS, KINDS, MODES, (False, True))
+            if not (always and kind == "ddp") and not (segments > 1 and model[0] == "full hybrid")
+        ]
+        pairs = {row: pairs_of((dp, sp), scan, segments, *row) for row in rest}
+        best = max(rest, key=lambda row: len(pairs[row] - seen))
+        seen |= pairs[best]
+        (arch, dtype), kind, mode, always = best
+        chosen.append((arch, dtype, Layout(dp, sp, scan, kind, mode, segments, always)))
+    return chosen
+
+
+def pairs_of(*choices: object) -> set[tuple[int, int, object, object]]:
+    """Two of the choices each, and which they are."""
+    return {(i, j, one, other) for (i, one), (j, other) in combinations(enumerate(choices), 2)}
+
+
+def test_cases_hold_every_pair_of_choices() -> None:
+    found = [(a, d, x.dp, x.sp, x.scan, x.kind, x.recompute, x.segments, x.always) for a, d, x in cases()]
+    have = set[tuple[int, int, object, object]]().union(*(pairs_of(*row) for row in found))
+    axes = {4: tuple(SCANS), 5: KINDS, 6: MODES, 7: (1, 2, 3, 5), 8: (False, True)}
+    for (i, ones), (j, others) in combinations(axes.items(), 2):
+        missing = {(i, j, one, other) for one, other in product(ones, others)} - have
+        assert missing <= {(5, 8, "ddp", True)}
+    for arch, dtype in MODELS:
+        rows = [row for row in found if row[:2] == (arch, dtype)]
+        for axis in (5, 6):
+            assert {row[axis] for row in rows} == set(axes[axis]), arch
+        assert {row[4] for row in rows} == set(SCANS) and len({row[2:4] for row in rows}) == len(MESHES), arch
+        assert {row[7] for row in rows} == ({1} if arch == "full hybrid" else {1, 2, 3, 5}), arch
 
 
 def check_all(rank: int, world: int, cases: list[Case]) -> int:
@@ -203,26 +235,8 @@ def check_all(rank: int, world: int, cases: list[Case]) -> int:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_layout_is_one_device(world: int) -> None:
-    cases: list[Case] = [("tnl", torch.float32, layout) for layout in layouts(world)]
-    cases += [("linear_transformer", torch.float32, layout) for layout in layouts(world)[::5]]
-    cases += [("tnl", torch.float64, layout) for layout in layouts(world)[::5]]
-    cases += [("ssd", torch.float64, layout) for layout in layouts(world)[2::5]]
-    cases += [("retnet", torch.float64, layout) for layout in layouts(world)[3::7]]
-    cases += [("sliding hybrid", torch.float64, layout) for layout in layouts(world)[1::9]]
-    cases += [("full hybrid", torch.float64, layout) for layout in layouts(world)[2::9]]
-    cases += [("minimax", torch.float64, layout) for layout in layouts(world)[4::13]]
-    assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_number_of_segments_is_one_device(world: int) -> None:
-    cases: list[Case] = [("tnl", torch.float64, layout) for layout in streamed(world)[:: 1 + world // 3]]
-    cases += [("linear_transformer", torch.float32, layout) for layout in streamed(world)[::4]]
-    cases += [("ssd", torch.float64, layout) for layout in streamed(world)[1::4]]
-    cases += [("retnet", torch.float64, layout) for layout in streamed(world)[2::5]]
-    cases += [("sliding hybrid", torch.float64, layout) for layout in streamed(world)[::4]]
-    cases += [("minimax", torch.float64, layout) for layout in streamed(world)[1::7]]
-    assert spawn(world, check_all, cases, timeout=300) == [len(cases)] * world
+    mine = [case for case in cases() if case[2].dp * case[2].sp == world]
+    assert spawn(world, check_all, mine, timeout=300) == [len(mine)] * world
 
 
 def check_apart(rank: int, world: int, cases: list[Case]) -> list[int]:
@@ -273,28 +287,31 @@ def test_zero2_gathers_parameters_once_per_update() -> None:
     assert spawn(2, gathers) == [want, want]
 
 
-def broken(rank: int, world: int, mutation: str) -> bool:
+def noticed(rank: int, world: int) -> list[bool]:
     """Whether the comparison notices that a scan loses what comes from the left, or its gradient from the right."""
     start = AllGather.start
+    found = []
+    for lost in (False, True):
 
-    def lossy(self: AllGather, state: Tensor, *args: Any, reverse: bool = False, **kwargs: Any) -> Exchange:
-        exchange = start(self, state, *args, reverse=reverse, **kwargs)
-        if reverse != (mutation == "gradient dropped"):
-            return exchange
-        entering, leaving = exchange.wait()
-        return Exchange(lambda: Scanned(None if entering is None else entering * 0, leaving), None, ())
+        def lossy(self: AllGather, *args: Any, reverse: bool = False, lost: bool = lost, **kwargs: Any) -> Exchange:
+            exchange = start(self, *args, reverse=reverse, **kwargs)
+            if reverse != lost:
+                return exchange
+            entering, leaving = exchange.wait()
+            return Exchange(lambda: Scanned(None if entering is None else entering * 0, leaving), None, ())
 
-    AllGather.start = lossy  # type: ignore[method-assign]
-    try:
-        compare("tnl", torch.float32, Layout(1, world))
-    except AssertionError:
-        return True
-    return False
+        AllGather.start = lossy  # type: ignore[method-assign]
+        try:
+            compare("tnl", torch.float32, Layout(1, world))
+            found.append(False)
+        except AssertionError:
+            found.append(True)
+    return found
 
 
-@pytest.mark.parametrize("mutation", ["exchange skipped", "gradient dropped"])
-def test_a_broken_exchange_is_noticed(mutation: str) -> None:
-    assert any(spawn(2, broken, mutation))
+def test_an_exchange_that_is_skipped_or_whose_gradient_is_dropped_is_noticed() -> None:
+    first, second = spawn(2, noticed)
+    assert [a or b for a, b in zip(first, second, strict=True)] == [True, True]
 
 
 def exchanges(rank: int, world: int) -> dict[str, tuple[int, int]]:
@@ -348,31 +365,30 @@ def test_auto_takes_the_scan_that_is_the_fastest_on_all_ranks() -> None:
     assert spawn(3, chosen) == [[*SCANS]] * 3
 
 
-def bytes_by_window(rank: int, world: int, scan: str) -> dict[int, tuple[int, int]]:
-    """Bytes sent by one layer forward, and forward and backward, at two window lengths."""
+def bytes_by_window(rank: int, world: int) -> dict[tuple[str, int], tuple[int, int]]:
+    """Bytes sent by one layer forward, and forward and backward, by every scan at two window lengths."""
     group = meshes.build(1, world).sp_group
     found = {}
-    for window in (1024, 65536):
+    for scan, window in product(SCANS, (1024, 65536)):
         used = SCANS[scan](group, CPU)
         attention = Attention("chunked", used)
         q, k, v = (torch.randn(1, window // world, 2, 16, requires_grad=True) for _ in range(3))
         o, _ = attention.finish(attention.begin(k, v, torch.tensor([-0.1, -1e-5]), None), q)
         forward = used.bytes_sent
         o.sum().backward()
-        found[window] = (forward, used.bytes_sent - forward)
+        found[scan, window] = (forward, used.bytes_sent - forward)
     return found
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_bytes_sent_do_not_depend_on_the_window(scan: str) -> None:
+def test_bytes_sent_do_not_depend_on_the_window() -> None:
     state, decay = 2 * 16 * 16 * 4, 2 * 4
-    results = spawn(3, bytes_by_window, scan)
-    for rank, found in enumerate(results):
-        assert found[1024] == found[65536]
-        if scan != "all_gather":  # a chain has ends that do not send
-            assert found[1024] == (state * (rank < 2), state * (rank > 0))
-        else:
-            assert found[1024] == (state + decay, state + decay)
+    for rank, found in enumerate(spawn(3, bytes_by_window)):
+        for scan in SCANS:
+            assert found[scan, 1024] == found[scan, 65536]
+            if scan != "all_gather":  # a chain has ends that do not send
+                assert found[scan, 1024] == (state * (rank < 2), state * (rank > 0))
+            else:
+                assert found[scan, 1024] == (state + decay, state + decay)
 
 
 def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arch) -> tuple[Tensor, Tensor]:
@@ -406,20 +422,25 @@ def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arc
     return torch.cat(losses), torch.cat([x.grad[0] for x in reversed(captured)])
 
 
-def two_texts(rank: int, world: int, segments: int, arch: Arch) -> list[tuple[Tensor, Tensor]]:
-    return [gradients_of(rank, world, last, segments, arch) for last in (5, 9)]
+TEXTS: tuple[tuple[Arch, int], ...] = (
+    ("tnl", 1), ("tnl", 2), ("tnl", 4), ("sliding hybrid", 4), ("full hybrid", 1),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arch", "segments"), [("tnl", 1), ("tnl", 2), ("tnl", 4), ("sliding hybrid", 4), ("full hybrid", 1)]
-)
+def two_texts(rank: int, world: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each of TEXTS, with each of two last tokens of A."""
+    return [[gradients_of(rank, world, last, segments, arch) for last in (5, 9)] for arch, segments in TEXTS]
+
+
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_document_never_sees_another(world: int, segments: int, arch: Arch) -> None:
-    first, second = zip(*spawn(world, two_texts, segments, arch), strict=True)
-    length = WINDOW // (world * segments)
-    for rank in range(world):
-        position = torch.cat([(m * world + rank) * length + torch.arange(length) for m in range(segments)])
-        in_b = position >= 61
-        assert torch.equal(first[rank][0][in_b], second[rank][0][in_b])
-        assert torch.equal(first[rank][1][in_b], second[rank][1][in_b])
-        assert not first[rank][1][~in_b].any()
+def test_a_document_never_sees_another(world: int) -> None:
+    ranks = spawn(world, two_texts)
+    for number, (_, segments) in enumerate(TEXTS):
+        length = WINDOW // (world * segments)
+        for rank in range(world):
+            first, second = ranks[rank][number]
+            position = torch.cat([(m * world + rank) * length + torch.arange(length) for m in range(segments)])
+            in_b = position >= 61
+            assert torch.equal(first[0][in_b], second[0][in_b])
+            assert torch.equal(first[1][in_b], second[1][in_b])
+            assert not first[1][~in_b].any()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 import signal
 import socket
 import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lasptrain import recipe as recipes
 from lasptrain import train
 from lasptrain.errors import NumericalError
-from lasptrain.metrics import read_metrics
+from lasptrain.metrics import Metrics, read_metrics
 from lasptrain.recipe import Recipe
 from tests import program
 from tests.gloo import spawn
@@ -165,6 +169,33 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
 def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
     recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
     assert spawn(2, poisoned, recipe) == [True, True]
+
+
+def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: None, tmp_path: Path) -> None:
+    """In segments as of whole windows; the same in JSON lines and in TensorBoard."""
+    job = train.build(recipes.load(folder / "tiny.yaml", ["train.segment=60"]))
+    found = train.evaluate(job)
+    job.loader.close()
+    by_position, sizes = defaultdict[int, list[float]](list), 0
+    for start in (0, 240):
+        row = job.dataset.whole("validation").read(start, 241)
+        doc = (row[:-1] == job.dataset.bos).cumsum(0).int()
+        with torch.no_grad():
+            out = job.model(row[None, :-1], row[None, 1:], doc[None], None, leave=False, per_token=True)
+        for position, loss in enumerate(out.loss.flatten().tolist(), 1):
+            by_position[1 << (position.bit_length() - 1)].append(loss)
+        sizes += int(job.dataset.token_bytes[row[1:]].sum())
+    wanted = {f"loss_at_{start}": fmean(losses) for start, losses in by_position.items()}
+    total = sum(sum(losses) for losses in by_position.values())
+    wanted |= {"loss": total / 480, "bits_per_byte": total / math.log(2) / sizes}
+    with Metrics(tmp_path, steps=3) as metrics:
+        metrics.log_eval(3, **found.scalars())
+    (record,) = read_metrics(tmp_path, "eval")
+    assert {key: record[key] for key in wanted} == pytest.approx(wanted, rel=1e-5) and len(wanted) == 10
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = {key: events.Scalars(f"eval/{key}")[0].value for key in wanted}
+    assert shown == pytest.approx(wanted, rel=1e-5)
 
 
 def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:

@@ -160,7 +160,9 @@ def _greedy(model: Any, ours: Callable[[Tensor], Tensor], prompt: Tensor) -> int
     text = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY, do_sample=False, pad_token_id=0
     )
-    want = ours(text[:, :-1])[:, PREFIX - 1 :].argmax(-1)
+    if text.shape[1] != PREFIX + GREEDY:
+        return 0
+    want = ours(text)[:, PREFIX - 1 : -1].argmax(-1)  # after a text that is ours as far as all before it are equal
     return int((text[:, PREFIX:] == want).int().cumprod(1).sum())
 
 
