@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lasptrain import checkpoint
+from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.attention import Attention
@@ -26,7 +27,6 @@ from lasptrain.recipe import Model
 
 LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
 UNCOUNTED = "the library counts the tokens of a minimax cache in layer 0, which is linear here"
-COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of minimax, made from its configuration
 TOLERANCE = 1e-4  # of logits in fp32, for each unit of their largest that exceeds one
 
 
