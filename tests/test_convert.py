@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -47,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tnl": ("transnormer", {"arch": "tnl"}),
     "tnl-untied": ("transnormer", {"arch": "tnl", "tie": False, "lrpe": [1]}),
     "linear_transformer": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "normalizer": True}),
+    "linear_transformer-sum": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "tie": False}),
     "retnet": ("retnet", {"arch": "retnet"}),
     "plain": ("safetensors", {"arch": "tnl", "decay": "alibi", "tie": False}),
 }
@@ -240,6 +244,23 @@ def test_a_process_of_its_own_verifies_and_refuses(
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.01'))
     with pytest.raises(ConvertError, match=r"verification: full \d"):
         verify.compare(tmp_path / "out", run, exact=True)
+
+
+@pytest.mark.skipif(not verify.installed("fla"), reason="needs flash-linear-attention")
+@pytest.mark.parametrize("name", ["linear_transformer", "retnet"])
+def test_flash_linear_attention_computes_the_same_interpreted(name: str, exports: Exports) -> None:
+    run, out = exports(name)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted_fla", str(out), str(run)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parity = verify.Parity(**json.loads(done.stdout.splitlines()[-1]))
+    assert parity.scale > 1 and parity.greedy == 2
+    assert max(parity.errors().values()) < verify.TOLERANCE
 
 
 def test_the_tokenizer_keeps_its_ids(tmp_path: Path) -> None:

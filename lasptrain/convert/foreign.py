@@ -17,6 +17,7 @@ from lasptrain.errors import ConvertError
 from lasptrain.recipe import Model
 
 COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of minimax, made from its configuration
+EMBEDDINGS = ("model.embed_tokens.weight", "model.embeddings.weight", "embed.weight")
 KINDS = {
     "granitemoehybrid": "granitemoehybrid",
     "minimax": "minimax",
@@ -85,7 +86,7 @@ def model(config: Json, shapes: Shapes, where: str) -> Model:
                 keys = config["model"]
             case _:
                 raise ConvertError(f"{where}: model_type is {kind!r}; expected {', '.join(KINDS)}")
-        made = Model.model_validate(_widths(shapes) | keys)
+        made = Model.model_validate({"vocab": _rows(shapes, where)} | keys)
     except (KeyError, TypeError, ZeroDivisionError, ValidationError) as error:
         reason = str(error).replace("\n", " ")
         raise ConvertError(f"{where}: describes no model ({type(error).__name__}: {reason})") from None
@@ -94,13 +95,12 @@ def model(config: Json, shapes: Shapes, where: str) -> Model:
     return made
 
 
-def _widths(shapes: Shapes) -> Json:
-    """What the tensors say: rows of the embedding, width of the MLP."""
-    rows = next((shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS)), None)
-    return {} if rows is None else {"vocab": rows}
-
-
-_EMBEDDINGS = ("model.embed_tokens.weight", "model.embeddings.weight")
+def _rows(shapes: Shapes, where: str) -> int:
+    """Of the embedding."""
+    for name in EMBEDDINGS:
+        if name in shapes:
+            return shapes[name][0]
+    raise ConvertError(f"{where}: no tensor beside it is named {' or '.join(EMBEDDINGS)}")
 
 
 def _demand(config: Json, demanded: Mapping[str, tuple[Any, Any]], where: str) -> None:
