@@ -40,7 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ssd-constant": ("granitemoehybrid", {"arch": "ssd", "tie": False}),
     "ssd-hybrid": (
         "hf",
-        {"arch": "ssd", "layers": 3, "data_dependent": True, "softmax": [1], "kv_heads": 2, "rotary": 500.0},
+        {"arch": "ssd", "layers": 3, "data_dependent": True, "decay": "learned", "softmax": [1], "kv_heads": 2}
+        | {"rotary": 500.0},
     ),
     "ssd-nope": ("hf", {"arch": "ssd", "layers": 3, "softmax": [0, 2], "rotary": None, "tie": False}),
     "minimax": ("hf", {"arch": "minimax", "heads": 6, "dim": 36}),
@@ -490,6 +491,52 @@ def test_what_others_have_and_we_have_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match=r"holds no tokenizer\.model and no tokenizer\.json"):
         restore(tmp_path / "minimax", tmp_path / "back")
     assert {path.name for path in tmp_path.iterdir()} == set(FOREIGN)
+
+
+def reason(target: str, **model: Any) -> str | None:
+    return targets.refusals(recipes.Model.model_validate({**SIZES, "vocab": 64, **model}))[target]
+
+
+def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
+    cases: list[tuple[str, dict[str, Any], str | None]] = [
+        ("granitemoehybrid", {"arch": "ssd", "softmax": [0]}, None),
+        (
+            "granitemoehybrid",
+            {"arch": "ssd", "softmax": [0], "sliding": 8},
+            "its softmax layers see all tokens, not model.sliding = 8",
+        ),
+        ("granitemoehybrid", {"arch": "minimax"}, "granitemoehybrid is arch ssd, not minimax"),
+        ("minimax", {"arch": "minimax", "softmax": [0], "sliding": 8}, None),
+        ("minimax", {"arch": "minimax", "decay": "window"}, "model.decay is window; it computes minimax_hf"),
+        ("minimax", {"arch": "minimax", "value_dim": 4}, "key dim 8 and value dim 4 differ"),
+        (
+            "minimax",
+            {"arch": "minimax", "softmax": [0], "rotary": None},
+            "its softmax layers are rotary, model.rotary is null",
+        ),
+        ("minimax", {"arch": "minimax", "mlp": 49}, "model.mlp = 49 has no halves"),
+        ("retnet", {"arch": "retnet", "decay": "window"}, "model.decay is window; its kernel computes retnet"),
+        ("transnormer", {"arch": "tnl", "decay": "alibi"}, "model.decay is alibi; its layout means tnl"),
+    ]
+    for target, model, expected in cases:
+        assert reason(target, **model) == expected, (target, model)
+
+
+@transformers_needed
+@pytest.mark.filterwarnings("ignore")  # of another library
+def test_a_folder_of_others_begins_a_run_without_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign_model("granite", tmp_path / "my model", tie_word_embeddings=True)
+    shutil.copy(ROOT / "tokenizers/python-4k.model", tmp_path / "my model/tokenizer.model")
+    monkeypatch.setattr("lasptrain.convert.restore._fingerprint", lambda recipe: "0" * 64)  # preparing data takes long
+    run = restore(tmp_path / "my model", tmp_path / "back")
+    recipe, step = recipes.load(run / "recipe.yaml"), checkpoint.Opened(run)
+    assert recipe.name == "my-model" and recipe.data.tokenizer == str(tmp_path / "my model/tokenizer.model")
+    assert (recipe.model.arch, recipe.model.softmax, recipe.model.decay) == ("ssd", (1,), "learned")
+    assert step.step == 0 and step.meta["model"] == recipe.model.model_dump(mode="json")
+    export(run, tmp_path / "out", "hf", check=False)
+    again = open_weights(tmp_path / "out")
+    for name in step.shapes:
+        assert torch.equal(again.read(name), step.read(name)), name
 
 
 def test_a_fast_tokenizer_alone_is_read(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def _granite(config: Json, where: str) -> Json:
         "mlp": config.get("shared_intermediate_size", 1024),
         "conv": config.get("mamba_d_conv", 4),
         "data_dependent": True,
+        "decay": "learned",
         "tie": config.get("tie_word_embeddings", False),
     }
     return keys | _softmax(config, softmax, heads, where, rotary=config.get("position_embedding_type") == "rope")
