@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -106,9 +107,76 @@ class SentencePieceTokenizer:
         return len(self._model.id_to_piece(token).replace("▁", " ").encode())
 
 
+class FastTokenizer:
+    """A `tokenizer.json` of Hugging Face's tokenizers; the package `tokenizers` reads it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError for a file that is no tokenizer or names no BOS, or where the package is missing."""
+        try:
+            from tokenizers import Tokenizer as Reader
+        except ImportError:
+            raise DataError(f"{path}: needs the package tokenizers; pip install tokenizers") from None
+        try:
+            content = path.read_bytes()
+            parsed = json.loads(content)
+            self._model = Reader.from_str(content.decode())
+        except Exception as error:  # the package raises nothing more exact
+            raise DataError(f"{path}: no tokenizer can be read from it ({error})") from None
+        self._model.encode_special_tokens = True  # "<s>" in a text is text
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.name = path.name
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = self._model.get_vocab_size()
+        bos = _bos_of(path, parsed)
+        number = None if bos is None else self._model.token_to_id(bos)
+        if number is None:
+            raise DataError(
+                f"{path}: names no BOS, and every document starts with one; expected bos_token in tokenizer_config.json"
+            )
+        self.bos: int = number
+        special = {token["id"] for token in parsed.get("added_tokens") or [] if token["special"]}
+        if unknown := parsed["model"].get("unk_token"):
+            special.add(self._model.token_to_id(unknown))
+        byte_level = "ByteLevel" in json.dumps([parsed.get("decoder"), parsed.get("pre_tokenizer")])
+        self.token_bytes = [0 if i in special else self._bytes_of(i, byte_level) for i in range(self.vocab_size)]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [i for i in ids if i < self.vocab_size and i != self.bos]
+        text: str = self._model.decode(known, skip_special_tokens=False)
+        return text
+
+    def _bytes_of(self, token: int, byte_level: bool) -> int:
+        piece: str = self._model.id_to_token(token) or ""
+        if byte_level:
+            return len(piece)  # one character for each byte
+        return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("▁", " ").encode())
+
+
+def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
+    """The BOS that the configuration beside a tokenizer names, or the first token that it puts before a text."""
+    try:
+        named = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("bos_token")
+    except (OSError, ValueError):
+        named = None
+    if named:
+        return str(named["content"] if isinstance(named, dict) else named)
+    parts = [parsed.get("post_processor") or {}]
+    parts += parts[0].get("processors") or []
+    first: dict[str, Any] = next((part["single"][0] for part in parts if part.get("single")), {})
+    found: str | None = first.get("SpecialToken", {}).get("id")
+    return found
+
+
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer of a path, or the built-in one for "bytes"."""
-    return ByteTokenizer() if str(spec) == BYTES else SentencePieceTokenizer(Path(spec))
+    """The tokenizer of a path: a sentencepiece model, or a tokenizer.json; or the built-in one for "bytes"."""
+    if str(spec) == BYTES:
+        return ByteTokenizer()
+    return FastTokenizer(Path(spec)) if Path(spec).suffix == ".json" else SentencePieceTokenizer(Path(spec))
 
 
 def train(texts: Iterable[str], vocab: int) -> bytes:

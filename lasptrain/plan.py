@@ -19,7 +19,7 @@ def parameters(model: Model, vocab: int) -> dict[str, int]:
         "embedding": vocab * D,
         "mixer": linear * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),
         "softmax": attention * 2 * (D * D + D * _key_channels(model)),
-        "step": linear * (H * D + H) * model.data_dependent,
+        "step": linear * (H * D + H + H * (model.decay == "learned")) * model.data_dependent,
         "convolution": linear * (2 * H * K + H * V) * (model.conv + 1) * (model.conv > 0),
         "mlp": L * 3 * D * F,
         "lrpe": len(model.lrpe) * H * K,

@@ -67,7 +67,8 @@ class Model(Section):
     value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
     mlp: Count  # width of the MLP
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
-    decay: Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "none"] = "tnl"
+    # learned: begins as window, and is trained
+    decay: Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "learned", "none"] = "tnl"
     lrpe: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = (0,)  # tnl: indices of the layers with LRPE
     tie: bool = True  # the output head is the embedding
     normalizer: bool = False  # linear_transformer: divide by q · Σk
@@ -148,6 +149,8 @@ class Model(Section):
         if self.alpha is not None and self.arch != "minimax":
             yield "model.alpha", f"found {self.alpha:g}; only arch: minimax multiplies its residual, leave it out"
         yield from self._softmax_problems()
+        if self.decay == "learned" and not self.data_dependent:
+            yield "model.decay", "found 'learned'; only arch: ssd with data_dependent: true learns it, write window"
         if self.data_dependent and self.decay == "none":
             yield "model.decay", "found 'none'; with data_dependent = true expected a schedule, such as window"
 

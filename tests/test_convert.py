@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_tools.tokenizer import load_tokenizer
 from lasptrain import checkpoint
 from lasptrain import recipe as recipes
 from lasptrain.convert import tables, targets, tokenizer, verify
 from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
-from lasptrain.convert.restore import restore
+from lasptrain.convert.restore import open_weights, restore
 from lasptrain.errors import CheckpointError, ConvertError, DataError
 from lasptrain.eval import load, main
 from lasptrain.eval.evaluate import Asked
@@ -36,7 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ssd-constant": ("granitemoehybrid", {"arch": "ssd", "tie": False}),
     "ssd-hybrid": (
         "hf",
-        {"arch": "ssd", "layers": 3, "data_dependent": True, "softmax": [1], "kv_heads": 2, "rotary": 500.0},
+        {"arch": "ssd", "layers": 3, "data_dependent": True, "decay": "learned", "softmax": [1], "kv_heads": 2}
+        | {"rotary": 500.0},
     ),
     "ssd-nope": ("hf", {"arch": "ssd", "layers": 3, "softmax": [0, 2], "rotary": None, "tie": False}),
     "minimax": ("hf", {"arch": "minimax", "heads": 6, "dim": 36}),
@@ -46,6 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tnl": ("transnormer", {"arch": "tnl"}),
     "tnl-untied": ("transnormer", {"arch": "tnl", "tie": False, "lrpe": [1]}),
     "linear_transformer": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "normalizer": True}),
+    "linear_transformer-sum": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "tie": False}),
     "retnet": ("retnet", {"arch": "retnet"}),
     "plain": ("safetensors", {"arch": "tnl", "decay": "alibi", "tie": False}),
 }
@@ -264,6 +270,23 @@ def test_a_process_of_its_own_verifies_and_refuses(
         verify.compare(tmp_path / "out", run, exact=True)
 
 
+@pytest.mark.skipif(not verify.installed("fla"), reason="needs flash-linear-attention")
+@pytest.mark.parametrize("name", ["linear_transformer", "retnet"])
+def test_flash_linear_attention_computes_the_same_interpreted(name: str, exports: Exports) -> None:
+    run, out = exports(name)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted_fla", str(out), str(run)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parity = verify.Parity(**json.loads(done.stdout.splitlines()[-1]))
+    assert parity.scale > 1 and parity.greedy == 2
+    assert max(parity.errors().values()) < verify.TOLERANCE
+
+
 def test_the_tokenizer_keeps_its_ids(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers.models")  # the repository's own folder has the package's name
     model = ROOT / "tokenizers/python-4k.model"
@@ -352,7 +375,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, exports: Exports)
     with pytest.raises(ConvertError, match="tie_word_embeddings is True, the recipe's model has False"):
         restore(out, tmp_path / "back")
     (out / RECORD).unlink()
-    with pytest.raises(ConvertError, match="missing; expected an export of lasptrain, or --recipe"):
+    with pytest.raises(ConvertError, match=r"has unknown lm_head\.weight"):
         restore(out, tmp_path / "back")
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".*"))
 
@@ -376,6 +399,183 @@ def test_weights_of_others_begin_a_run(tmp_path: Path, exports: Exports) -> None
     (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n")
     with pytest.raises(ConvertError, match="no tensors can be read from it"):
         Folder(folder)
+
+
+def foreign_model(name: str, folder: Path, **more: Any) -> Any:
+    """A model of transformers itself, its numbers drawn so that they hide nothing, saved as its authors would."""
+    import transformers
+
+    shared = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kind, keys = FOREIGN[name]
+    config = getattr(transformers, f"{kind}Config")(**shared | keys | more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if key.endswith(".D"):
+                tensor.zero_()
+            elif tensor.dim() == 1:
+                tensor.add_(0.3 * torch.randn_like(tensor))
+            elif tensor.dim() == 2:
+                tensor.mul_(5)
+    rounds = kind == "GraniteMoeHybrid" and more.get("tie_word_embeddings")  # MiniMax would round its decays too
+    dtype = torch.bfloat16 if rounds else torch.float32
+    model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
+    return model.float()
+
+
+GRANITE = {
+    "shared_intermediate_size": 48,
+    "num_local_experts": 0,
+    "rms_norm_eps": 1e-5,
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 4,
+    "mamba_d_state": 16,
+}
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": (
+        "GraniteMoeHybrid",
+        GRANITE
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_key_value_heads": 2,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.25,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "minimax": ("MiniMax", {"num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 1}),
+}
+FOREIGN["minimax"][1].update(num_experts_per_tok=1, mlp_alpha_factor=1.5, full_attn_alpha_factor=1.5)
+FOREIGN["minimax"][1].update(linear_attn_alpha_factor=1.5)
+
+
+@transformers_needed
+@pytest.mark.filterwarnings("ignore")  # of another library
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_folders_of_others_compute_the_same_here(tmp_path: Path, name: str, tie: bool) -> None:
+    """Sharded with an index, in bf16 too; defaults left out of the configuration, as a reader must allow."""
+    folder = tmp_path / "theirs"
+    theirs = foreign_model(name, folder, tie_word_embeddings=tie)
+    config = json.loads((folder / "config.json").read_text())
+    defaults = {
+        "mamba_d_conv",
+        "mamba_expand",
+        "mamba_d_head",
+        "hidden_act",
+        "sliding_window",
+        "block_size",
+        "head_dim",
+    }
+    config = {key: value for key, value in config.items() if key not in defaults}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "tokenizers/python-4k.model", folder / "tokenizer.model")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    weights = open_weights(folder)
+    model = LanguageModel(weights.origin.model, 64, Attention("reference"))
+    model.load_state_dict({key: weights.read(key) for key in weights.empty.state_dict()})
+    tokens = torch.randint(4096, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, want = model.logits(model.hidden(tokens)[0]), theirs(tokens).logits
+    assert want.abs().max() > 0.5
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+@transformers_needed
+@pytest.mark.filterwarnings("ignore")  # of another library
+def test_what_others_have_and_we_have_not_is_named(tmp_path: Path) -> None:
+    cases: dict[str, tuple[str, dict[str, Any], str]] = {
+        "groups": ("granite", {"mamba_n_groups": 1}, "mamba_n_groups is 1; expected 4"),
+        "experts": ("granite", {"num_local_experts": 2}, "num_local_experts is 2; expected 0"),
+        "bias": ("granite", {"attention_bias": True}, "attention_bias is True; expected False"),
+        "eps": ("granite", {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06; expected 1e-05"),
+        "mixture": ("minimax", {"num_local_experts": 8}, "num_local_experts is 8, 1 a token; expected 1 and 1"),
+        "beta": ("minimax", {"mlp_beta_factor": 2}, "mlp_beta_factor is 2; expected 1"),
+        "alphas": ("minimax", {"full_attn_alpha_factor": 3}, "full_attn_alpha_factor is 3, mlp_alpha_factor is 1.5"),
+        "kind": ("minimax", {"model_type": "llama"}, "model_type is 'llama'; expected granitemoehybrid, minimax"),
+        "tied": ("minimax", {"tie_word_embeddings": True}, "has unknown lm_head.weight"),
+        "width": ("minimax", {"intermediate_size": 64}, "experts.0.w1.weight is [48, 32]; expected [64, 32]"),
+        "none": ("minimax", {"hidden_size": "wide"}, "describes no model"),
+    }
+    for name in FOREIGN:
+        foreign_model(name, tmp_path / name, tie_word_embeddings=False)
+        shutil.copy(ROOT / "tokenizers/python-4k.model", tmp_path / name / "tokenizer.model")
+    for name, change, message in cases.values():
+        file = tmp_path / name / "config.json"
+        before = file.read_text()
+        file.write_text(json.dumps(json.loads(before) | change))
+        with pytest.raises(ConvertError, match=re.escape(message)):
+            restore(tmp_path / name, tmp_path / "back")
+        file.write_text(before)
+    (tmp_path / "minimax/tokenizer.model").unlink()
+    with pytest.raises(ConvertError, match=r"holds no tokenizer\.model and no tokenizer\.json"):
+        restore(tmp_path / "minimax", tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == set(FOREIGN)
+
+
+def reason(target: str, **model: Any) -> str | None:
+    return targets.refusals(recipes.Model.model_validate({**SIZES, "vocab": 64, **model}))[target]
+
+
+def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
+    cases: list[tuple[str, dict[str, Any], str | None]] = [
+        ("granitemoehybrid", {"arch": "ssd", "softmax": [0]}, None),
+        (
+            "granitemoehybrid",
+            {"arch": "ssd", "softmax": [0], "sliding": 8},
+            "its softmax layers see all tokens, not model.sliding = 8",
+        ),
+        ("granitemoehybrid", {"arch": "minimax"}, "granitemoehybrid is arch ssd, not minimax"),
+        ("minimax", {"arch": "minimax", "softmax": [0], "sliding": 8}, None),
+        ("minimax", {"arch": "minimax", "decay": "window"}, "model.decay is window; it computes minimax_hf"),
+        ("minimax", {"arch": "minimax", "value_dim": 4}, "key dim 8 and value dim 4 differ"),
+        (
+            "minimax",
+            {"arch": "minimax", "softmax": [0], "rotary": None},
+            "its softmax layers are rotary, model.rotary is null",
+        ),
+        ("minimax", {"arch": "minimax", "mlp": 49}, "model.mlp = 49 has no halves"),
+        ("retnet", {"arch": "retnet", "decay": "window"}, "model.decay is window; its kernel computes retnet"),
+        ("transnormer", {"arch": "tnl", "decay": "alibi"}, "model.decay is alibi; its layout means tnl"),
+    ]
+    for target, model, expected in cases:
+        assert reason(target, **model) == expected, (target, model)
+
+
+@transformers_needed
+@pytest.mark.filterwarnings("ignore")  # of another library
+def test_a_folder_of_others_begins_a_run_without_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign_model("granite", tmp_path / "my model", tie_word_embeddings=True)
+    shutil.copy(ROOT / "tokenizers/python-4k.model", tmp_path / "my model/tokenizer.model")
+    monkeypatch.setattr("lasptrain.convert.restore._fingerprint", lambda recipe: "0" * 64)  # preparing data takes long
+    run = restore(tmp_path / "my model", tmp_path / "back")
+    recipe, step = recipes.load(run / "recipe.yaml"), checkpoint.Opened(run)
+    assert recipe.name == "my-model" and recipe.data.tokenizer == str(tmp_path / "my model/tokenizer.model")
+    assert (recipe.model.arch, recipe.model.softmax, recipe.model.decay) == ("ssd", (1,), "learned")
+    assert step.step == 0 and step.meta["model"] == recipe.model.model_dump(mode="json")
+    export(run, tmp_path / "out", "hf", check=False)
+    again = open_weights(tmp_path / "out")
+    for name in step.shapes:
+        assert torch.equal(again.read(name), step.read(name)), name
+
+
+def test_a_fast_tokenizer_alone_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers.models")
+    model = ROOT / "tokenizers/python-4k.model"
+    tokenizer.export(model, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    fast, slow = load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(model)
+    assert (fast.vocab_size, fast.bos, fast.token_bytes) == (slow.vocab_size, slow.bos, slow.token_bytes)
+    for text in tokenizer.lines(300):
+        assert fast.encode(text) == slow.encode(text)
+        assert fast.decode(slow.encode(text)) == slow.decode(slow.encode(text))
+    parsed = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parsed | {"post_processor": None}))
+    with pytest.raises(DataError, match="names no BOS"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_every_tensor_is_in_one_rule() -> None:

@@ -46,7 +46,7 @@ def config(arch: Arch) -> Model:
         return Model.model_validate(HYBRIDS[arch] | sizes)
     if arch in ("ssd", "retnet"):
         sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
-        own = {"data_dependent": True, "conv": 4} if arch == "ssd" else {}
+        own = {"data_dependent": True, "decay": "learned", "conv": 4} if arch == "ssd" else {}
         return Model.model_validate({"arch": arch, "tie": False, **own, **sizes})
     return Model(
         arch=arch,

@@ -69,6 +69,7 @@ Arch = Literal[
     "ssd",
     "data-dependent ssd",
     "convolved ssd",
+    "learned ssd",
     "retnet",
     "minimax",
     "sliding ssd",
@@ -90,6 +91,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
         "hybrid minimax": {**ATTENTION, "softmax": [1], "rotary": None, "alpha": 1.5, "decay": "window"},
         "data-dependent ssd": {"data_dependent": True},
         "convolved ssd": {"data_dependent": True, "conv": 3},
+        "learned ssd": {"data_dependent": True, "decay": "learned"},
     }
     sizes = {"dim": 12, "layers": 3, "heads": 3, "key_dim": 4, "value_dim": 5, "mlp": 10, "vocab": 23, "tie": tie}
     cfg = Model.model_validate({"arch": arch.split()[-1], **sizes, **own[arch]})
@@ -226,6 +228,7 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
             products = seen + w["mixer.conv.bias"]
         channels = [5 * heads, 4 * heads, 4 * heads]
         v, k, q = (F.silu(x).view(len(h), heads, -1) for x in products.split(channels, dim=1))
+        slope = w["mixer.dt.log_slope"].exp() if m.cfg.decay == "learned" else slope
         step = torch.ones(len(h), heads, dtype=torch.float64)
         if m.cfg.data_dependent:
             step = F.softplus(h @ w["mixer.dt.weight"].T + w["mixer.dt.bias"])
@@ -272,6 +275,7 @@ def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         ("ssd", False),
         ("data-dependent ssd", False),
         ("convolved ssd", False),
+        ("learned ssd", False),
         ("retnet", False),
         ("minimax", False),
         ("sliding ssd", False),
@@ -350,7 +354,8 @@ def test_generation_is_the_forward_pass(arch: Arch) -> None:
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize(
-    "arch", ["tnl", "linear_transformer", "ssd", "convolved ssd", "retnet", "sliding ssd", "hybrid minimax"]
+    "arch",
+    ["tnl", "linear_transformer", "ssd", "convolved ssd", "learned ssd", "retnet", "sliding ssd", "hybrid minimax"],
 )
 def test_a_plan_counts_the_parameters(arch: Arch, tie: bool) -> None:
     m = model(arch, tie=tie)

@@ -14,10 +14,12 @@ from lasptrain.recipe import Recipe
 ADVICE = {
     "granitemoehybrid": "Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "
     "`dt_bias` fp32: in bf16 the decays are off by up to 6 %.",
-    "minimax": "Needs transformers 5 or later. For long contexts load it in fp32: in bf16 the decays are rounded.",
+    "minimax": "Needs transformers 5 or later. For long contexts load it in fp32: in bf16 the decays are rounded. "
+    "Prefill in pieces needs a softmax layer at index 0, or none at all: transformers counts cached tokens there. vLLM "
+    "sees no sliding window, and decays the last layer by other numbers unless it is softmax.",
     "transnormer": "Needs `trust_remote_code=True`: `modeling_transnormer.py` in this folder is the model.",
-    "linear_attn": "Needs flash-linear-attention and a GPU; the logits were not compared there.",
-    "retnet": "Needs flash-linear-attention and a GPU; the logits were not compared there.",
+    "linear_attn": "Needs flash-linear-attention and a GPU.",
+    "retnet": "Needs flash-linear-attention and a GPU.",
 }
 
 

@@ -50,6 +50,11 @@ def check(target: str, found: Json, model: Model, where: str) -> None:
         raise ConvertError(f"{where}: model_type is {kind!r}; expected {expected['model_type']!r}")
 
 
+def agree(target: str, theirs: Model, ours: Model, where: str) -> None:
+    """ConvertError where a folder's model and the recipe's differ in what `target` can say of them."""
+    check(target, config(target, theirs, 0, ""), ours, where)
+
+
 def _granite(model: Model) -> Json:
     kinds = ["attention" if i in model.softmax else "mamba" for i in range(model.layers)]
     kinds += [] if model.softmax else ["attention"]  # the silent one, see `tables.granite`

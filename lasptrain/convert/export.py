@@ -21,6 +21,8 @@ from lasptrain.recipe import Model, Recipe
 RECORD = "lasptrain_export.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIBRARY = dict.fromkeys(("granitemoehybrid", "minimax", "transnormer"), "transformers")
+LIBRARY |= dict.fromkeys(verify.OF_FLA, "fla")
+PACKAGE = {"transformers": "'lasptrain[convert]'", "fla": "flash-linear-attention"}
 
 
 @dataclass(frozen=True)
@@ -114,5 +116,7 @@ def _verify(folder: Path, run: Path, target: str, dtype: str) -> verify.Parity |
     if library is None:
         return "not compared: no other library computes it here"
     if not verify.installed(library):
-        return f"not compared: {library} is not installed (pip install 'lasptrain[convert]')"
+        return f"not compared: {library} is not installed (pip install {PACKAGE[library]})"
+    if library == "fla" and not torch.cuda.is_available():
+        return "not compared: flash-linear-attention runs on GPUs only, and here is none"
     return verify.compare(folder, run, exact=dtype == "fp32")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +14,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_tools.tokenizer import load_tokenizer
 from lasptrain import checkpoint
 from lasptrain import recipe as recipes
 from lasptrain import run as runs
-from lasptrain.convert import configs, files, tables
+from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.attention import Attention
 from lasptrain.recipe import Model, Recipe
+
+WINDOW = 4096  # tokens of the windows of a run that begins without a recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Origin:
     recipe: Recipe
     step: int
     meta: dict[str, Any]
-    slopes: dict[str, list[float]]
+    slopes: dict[str, list[float]] | None  # None: those in the folder
 
     @property
     def model(self) -> Model:
@@ -46,14 +51,19 @@ class Origin:
 def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool = False) -> Path:
     """Write the run folder `out` with the weights in `source`; its optimizer has no moments yet. Returns `out`.
 
-    An export of ours knows its recipe and step. With `recipe` a new training starts at step 0 from the weights.
+    An export of ours knows its recipe and step. With `recipe`, and for a folder of others, a new training starts at
+    step 0 from the weights; without one it is of the folder's model and tokenizer on the data that is the default.
     Raises ConvertError, or RecipeError for the recipe; then `out` is as it was.
     """
-    weights = open_weights(source, None if recipe is None else recipes.load(recipe))
+    given = None if recipe is None else recipes.load(recipe)
+    if given is None and not (source / RECORD).is_file():
+        given = described(files.Folder(source))
+    weights = open_weights(source, given)
     origin = weights.origin
+    meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
     with files.whole_folder(out, force) as new:
         runs.write(new / runs.RECIPE, recipes.dump(origin.recipe))
-        checkpoint.write(new, origin.step, weights.empty, weights.read, origin.meta)
+        checkpoint.write(new, origin.step, weights.empty, weights.read, meta)
     return out
 
 
@@ -70,9 +80,13 @@ class Weights:
 
 
 def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
-    """The weights in `source`: of an export of ours, or with `recipe` of others. ConvertError where they do not fit."""
+    """The weights in `source`: of an export of ours, or of others, as `recipe` says or their own configuration.
+
+    Without `recipe` the data that weights of others were trained on are unknown. ConvertError where they do not fit.
+    """
     folder = files.Folder(source)
-    origin = _known(folder) if recipe is None else _given(folder, recipe)
+    known = recipe is None and (source / RECORD).is_file()
+    origin = _known(folder) if known else _given(folder, recipe)
     model = origin.model
     with torch.device("meta"):
         empty = LanguageModel(model, origin.window, Attention("reference"))
@@ -80,13 +94,16 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     config = folder.json("config.json")
     if config is None and origin.target != "safetensors":
         raise ConvertError(f"{source}: holds no config.json; expected a folder that a converter wrote")
-    if config is not None:
+    if config is not None and known:
         configs.check(origin.target, config, model, f"{source / 'config.json'}")
     table = tables.TABLES[origin.target](model, shapes)
     tables.check_sources(table, shapes, "the recipe's model")
-    tables.check_targets(table, shapes, folder.shapes, str(source))
-    slopes = {f"layers.{i}.mixer.slope": slope for i, slope in enumerate(empty.decays().tolist())} | origin.slopes
-    return Weights(origin, empty, _Reader(table, shapes, folder, slopes).read)
+    if config is not None and not known:
+        table = foreign.table(table, config, model)
+    tables.check_targets(table, shapes, foreign.without_computed(folder.shapes), str(source))
+    scheduled = {f"layers.{i}.mixer.slope": slope for i, slope in enumerate(empty.decays().tolist())}
+    slopes = {**scheduled, **(origin.slopes or {})}
+    return Weights(origin, empty, _Reader(table, shapes, folder, slopes, exact=origin.slopes is not None).read)
 
 
 def _known(folder: files.Folder) -> Origin:
@@ -96,10 +113,7 @@ def _known(folder: files.Folder) -> Origin:
     if record is None:
         raise ConvertError(f"{where}: missing; expected an export of lasptrain, or --recipe for weights of others")
     try:
-        with tempfile.TemporaryDirectory() as name:
-            file = Path(name, "recipe.yaml")
-            file.write_text(record["recipe"], encoding="utf-8")
-            recipe = recipes.load(file)
+        recipe = _loaded(record["recipe"])
         origin = Origin(record["target"], recipe, record["step"], record["meta"], record["slopes"])
         if origin.target in tables.TABLES and origin.model.vocab != "auto":
             return origin
@@ -108,24 +122,67 @@ def _known(folder: files.Folder) -> Origin:
     raise ConvertError(f"{where}: target {record['target']!r}; expected {', '.join(tables.TABLES)}")
 
 
-def _given(folder: files.Folder, recipe: Recipe) -> Origin:
-    """For weights of others: the recipe says what they are and what they will be trained on."""
-    from lasptrain.data.source import open_dataset
+def described(folder: files.Folder) -> Recipe:
+    """A recipe of the model and the tokenizer in a folder of others; its other keys are a beginning."""
+    config = _config(folder)
+    model = foreign.model(config, folder.shapes, str(folder.path / "config.json"))
+    window = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
+    text = {
+        "name": recipe_name(folder.path.name),
+        "model": model.model_dump(mode="json"),
+        "data": {"tokenizer": str(tokenizer(folder)), "window": window},
+        "optim": {"lr": 1e-4},
+        "train": {"steps": 1000},
+    }
+    return _loaded(json.dumps(text))
 
-    config = folder.json("config.json") or {}
-    target = config.get("model_type")
-    if target not in tables.TABLES:
-        raise ConvertError(
-            f"{folder.path / 'config.json'}: model_type is {target!r}; expected {', '.join(tables.TABLES)}"
-        )
-    dataset = open_dataset(recipe.data)
-    recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
+
+def recipe_name(text: str) -> str:
+    """A folder's name as the name of a recipe."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:100] or "run"
+
+
+def tokenizer(folder: files.Folder) -> Path:
+    """The tokenizer's file in a folder. ConvertError where there is none that can be read."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (folder.path / name).is_file():
+            return folder.path.absolute() / name
+    raise ConvertError(f"{folder.path}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")
+
+
+def _loaded(text: str) -> Recipe:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name, "recipe.yaml")
+        file.write_text(text, encoding="utf-8")
+        return recipes.load(file)
+
+
+def _config(folder: files.Folder) -> dict[str, Any]:
+    config = folder.json("config.json")
+    if config is None:
+        raise ConvertError(f"{folder.path}: holds no config.json; expected a folder that a converter wrote")
+    return config
+
+
+def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
+    """For weights of others: their configuration says what they are, the recipe what they will be trained on."""
+    config = _config(folder)
+    where = str(folder.path / "config.json")
+    theirs = foreign.model(config, folder.shapes, where)
+    target = foreign.KINDS[config["model_type"]]
+    if recipe is None:
+        recipe = described(folder)
+    else:
+        recipe = recipes.with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
+        if recipe.model.arch != theirs.arch:
+            raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
+        configs.agree(target, theirs, recipe.model, where)
     with torch.device("meta"):
         model = LanguageModel(recipe.model, recipe.data.window, Attention("reference"))
     meta = {
         "model": recipe.model.model_dump(mode="json"),
         "decays": model.decays().tolist(),
-        "dataset": dataset.fingerprint,
+        "dataset": None,
         "order": {
             "seed": recipe.data.seed,
             "window": recipe.data.window,
@@ -133,7 +190,14 @@ def _given(folder: files.Folder, recipe: Recipe) -> Origin:
             "reset_at_documents": recipe.data.reset_at_documents,
         },
     }
-    return Origin(target, recipe, 0, meta, {})
+    return Origin(target, recipe, 0, meta, None)
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """Of what a new training reads, prepared if it was never."""
+    from lasptrain.data.source import open_dataset
+
+    return open_dataset(recipe.data).fingerprint
 
 
 class _Reader:
@@ -145,9 +209,10 @@ class _Reader:
         shapes: tables.Shapes,
         folder: files.Folder,
         slopes: dict[str, list[float]],
+        exact: bool,
     ):
         self.rules = {source: rule for rule in table for source in rule.sources}
-        self.shapes, self.folder, self.slopes = shapes, folder, slopes
+        self.shapes, self.folder, self.slopes, self.exact = shapes, folder, slopes, exact
         for rule in table:
             if not rule.sources:
                 rule.back([folder.read(name) for name in rule.targets], [])
@@ -164,7 +229,9 @@ class _Reader:
         return self._slope(name, tensor) if name.endswith("mixer.slope") else tensor
 
     def _slope(self, name: str, found: Tensor) -> Tensor:
-        """Slopes are the numbers that were written down; what the target has of them must agree."""
+        """Slopes are the numbers that were written down, what the target has of them must agree; or the target's."""
+        if self.rules[name].targets and not self.exact:
+            return found
         exact = torch.tensor(self.slopes[name], dtype=torch.float32)
         if self.rules[name].targets and not torch.allclose(found, exact, rtol=1e-2, atol=1e-9):
             raise ConvertError(f"{self.folder.path}: the decays of {name} are not those of the recipe")

@@ -100,7 +100,7 @@ def _ends(embed: str, norm: str | None, cfg: Model) -> list[Rule]:
 
 def safetensors(cfg: Model, names: Collection[str]) -> list[Rule]:
     """Our own names."""
-    exact = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "conv.weight", "conv.bias")
+    exact = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias")
     return [rows(name, name, full_precision=name.endswith((*exact, "lrpe.theta"))) for name in names]
 
 
@@ -203,7 +203,9 @@ def _mamba(cfg: Model, own: str, to: str, dependent: bool) -> list[Rule]:
     return [
         *step,
         *convolution,
-        logarithm(f"{to}A_log", f"{own}mixer.slope"),
+        rows(f"{to}A_log", f"{own}mixer.dt.log_slope", full_precision=True)
+        if cfg.decay == "learned"
+        else logarithm(f"{to}A_log", f"{own}mixer.slope"),
         fixed(f"{to}D", lambda: torch.zeros(heads), full_precision=True),
         rows(f"{to}norm.weight", f"{own}mixer.norm.weight"),
         rows(f"{to}out_proj.weight", f"{own}mixer.out.weight"),

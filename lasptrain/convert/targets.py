@@ -12,8 +12,8 @@ RUNS_IN = {
     "safetensors": "lasptrain",
     "granitemoehybrid": "transformers, vLLM, SGLang, llama.cpp",
     "minimax": "transformers, vLLM, SGLang",
-    "linear_attn": "flash-linear-attention, not compared with it here",
-    "retnet": "flash-linear-attention, not compared with it here",
+    "linear_attn": "flash-linear-attention",
+    "retnet": "flash-linear-attention",
     "transnormer": "transformers with trust_remote_code",
 }
 

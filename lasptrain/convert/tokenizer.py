@@ -18,7 +18,15 @@ FAST = ("tokenizer.json", "tokenizer_config.json")
 
 
 def export(path: Path, folder: Path) -> str:
-    """Write the tokenizer of the sentencepiece model at `path` into `folder`; returns what became of it."""
+    """Write the tokenizer at `path`, a sentencepiece model or a tokenizer.json, into `folder`; returns what came of it.
+
+    A tokenizer.json is copied with the configuration beside it.
+    """
+    if path.suffix == ".json":
+        for name in FAST:
+            if (file := path.with_name(name)).is_file():
+                shutil.copyfile(file, folder / name)
+        return "fast, as it came"
     shutil.copyfile(path, folder / "tokenizer.model")
     if not installed("tokenizers"):
         return "tokenizer.model only, for sentencepiece: the package tokenizers is not installed"

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lasptrain import checkpoint
+from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.attention import Attention
@@ -25,8 +27,8 @@ from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model
 
 LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
+OF_FLA = ("linear_attn", "retnet")  # what flash-linear-attention computes
 UNCOUNTED = "the library counts the tokens of a minimax cache in layer 0, which is linear here"
-COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of minimax, made from its configuration
 TOLERANCE = 1e-4  # of logits in fp32, for each unit of their largest that exceeds one
 
 
@@ -110,9 +112,9 @@ def measure(model: Any, ours: Callable[[Tensor], Tensor], vocab: int, library: s
     want = ours(tokens)
 
     def error(got: Tensor, of: Tensor) -> float:
-        return float((got.double() - of).abs().max())
+        return float((got.double().cpu() - of).abs().max())
 
-    full = model(tokens, use_cache=False).logits
+    full = model(tokens.to(model.device), use_cache=False).logits
     one = [PREFIX] + [1] * (LENGTH - PREFIX)
     return Parity(
         scale=float(want.abs().max()),
@@ -138,8 +140,8 @@ def _counts_tokens(config: Any) -> bool:
 def _cached(model: Any, tokens: Tensor, lengths: Any) -> Tensor:
     """Logits of pieces of these lengths, one after another."""
     cache, start, found = None, 0, []
-    for piece in tokens.split(list(lengths), dim=1):
-        position = torch.arange(start, start + piece.shape[1])[None]
+    for piece in tokens.to(model.device).split(list(lengths), dim=1):
+        position = torch.arange(start, start + piece.shape[1], device=piece.device)[None]
         out = model(piece, past_key_values=cache, use_cache=True, position_ids=position)
         cache, start = out.past_key_values, start + piece.shape[1]
         found.append(out.logits)
@@ -148,7 +150,7 @@ def _cached(model: Any, tokens: Tensor, lengths: Any) -> Tensor:
 
 def _padded(model: Any, tokens: Tensor, want: Tensor, error: Callable[[Tensor, Tensor], float]) -> float:
     rest = LENGTH - SHORT
-    batch = torch.cat([tokens, torch.cat([tokens.new_zeros(1, rest), tokens[:, :SHORT]], dim=1)])
+    batch = torch.cat([tokens, torch.cat([tokens.new_zeros(1, rest), tokens[:, :SHORT]], dim=1)]).to(model.device)
     mask = torch.ones_like(batch)
     mask[1, :rest] = 0
     position = (mask.cumsum(1) - 1).clamp(min=0)
@@ -157,13 +159,28 @@ def _padded(model: Any, tokens: Tensor, want: Tensor, error: Callable[[Tensor, T
 
 def _greedy(model: Any, ours: Callable[[Tensor], Tensor], prompt: Tensor) -> int:
     """How many tokens of its greedy text are ours too: each is our choice after those before it."""
-    text = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY, do_sample=False, pad_token_id=0
-    )
+    prompt = prompt.to(model.device)
+    if model.config.model_type in OF_FLA:
+        text = _continued(model, prompt)
+    else:
+        text = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY, do_sample=False, pad_token_id=0
+        )
+    text = text.cpu()
     if text.shape[1] != PREFIX + GREEDY:
         return 0
     want = ours(text)[:, PREFIX - 1 : -1].argmax(-1)  # after a text that is ours as far as all before it are equal
     return int((text[:, PREFIX:] == want).int().cumprod(1).sum())
+
+
+def _continued(model: Any, text: Tensor) -> Tensor:
+    """Greedy text by cached calls: generate() of flash-linear-attention 0.6.0 under transformers 5.23 finds others."""
+    cache, rest = None, text
+    for _ in range(GREEDY):
+        out = model(rest, past_key_values=cache, use_cache=True)
+        cache, rest = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        text = torch.cat([text, rest], dim=1)
+    return text
 
 
 def strangers(info: dict[str, Any]) -> dict[str, list[str]]:
@@ -179,14 +196,19 @@ def main(folder: str, run: str) -> None:
 
     transformers.logging.set_verbosity_error()
     custom = (Path(folder) / "modeling_transnormer.py").exists()
+    kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    library = import_module("fla.models" if kind in OF_FLA else "transformers").__name__.split(".")[0]
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=custom
     )
     if strange := strangers(info):
         raise ConvertError(f"keys: {strange}")
-    found = measure(
-        model.eval(), reference(Path(run)), model.config.vocab_size, f"transformers {transformers.__version__}"
-    )
+    if kind in OF_FLA:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        for layer in model.model.layers:
+            layer.attn.mode = "fused_recurrent"  # its other kernels multiply in TF32
+    versions = f"{library} {import_module(library).__version__}"
+    found = measure(model.eval(), reference(Path(run)), model.config.vocab_size, versions)
     sys.stdout.write(json.dumps(found._asdict()) + "\n")
 
 

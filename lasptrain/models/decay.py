@@ -20,8 +20,9 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[flo
     Args:
         schedule: `tnl` (released TransNormerLLM), `minimax_hf` (MiniMax in transformers: as `tnl`, but for the last
             layer and for head counts that are no power of two), `tnl_paper` (arXiv:2307.14995), `alibi`, `retnet`
-            (arXiv:2307.08621), `window` (the slowest head keeps 1/1000 over the whole window), `none`.
-        window: tokens of a training window; used by `window` only.
+            (arXiv:2307.08621), `window` (the slowest head keeps 1/1000 over the whole window), `learned`
+            (begins as `window`), `none`.
+        window: tokens of a training window; used by these two only.
     """
     match schedule:
         case "none":
@@ -39,7 +40,7 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[flo
             return [[8 * h / heads * (1 - i / layers) for h in range(heads)] for i in range(layers)]
         case "retnet":
             return [[-math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]] * layers
-        case "window":
+        case "window" | "learned":
             fastest, slowest = 0.5, min(0.5, math.log(1000) / window)
             ratio = slowest / fastest
             return [[fastest * ratio ** (h / max(heads - 1, 1)) for h in range(heads)]] * layers

@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def decays(self) -> Tensor:
-        """Slopes [layers, heads] in fp32."""
+        """Slopes [layers, heads] in fp32, those at the beginning where they are learned."""
         return torch.tensor(slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window), dtype=torch.float32)
 
 
@@ -228,7 +228,13 @@ def _block(cfg: Model, index: int, attention: Attention) -> Block:
         case "linear_transformer":
             mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
         case "ssd":
-            mixer = StateSpace(*sizes, data_dependent=cfg.data_dependent, conv=cfg.conv, attention=attention)
+            mixer = StateSpace(
+                *sizes,
+                data_dependent=cfg.data_dependent,
+                learned=cfg.decay == "learned",
+                conv=cfg.conv,
+                attention=attention,
+            )
         case "retnet":
             mixer = Retention(*sizes, decayed=cfg.decay != "none", attention=attention)
         case "minimax":
@@ -250,7 +256,9 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
         path, _, part = name.rpartition(".")
         owner = owners[path]
         empty = torch.empty(parameter.shape, device=device)
-        if isinstance(owner, Step):
+        if isinstance(owner, Step) and part == "log_slope":
+            yield name, model.decays()[int(path.split(".")[1])].log().to(device)
+        elif isinstance(owner, Step):
             first = Step.FIRST_BIAS if part == "bias" else 0.0
             yield name, torch.full(parameter.shape, first, device=device, dtype=torch.float64)
         elif isinstance(owner, Lrpe):

@@ -23,6 +23,7 @@ class StepWeights(NamedTuple):
 
     weight: Tensor  # [H, D]
     bias: Tensor  # [H]
+    log_slope: Tensor | None  # [H], where it is learned
     operand: None = None
 
 
@@ -32,13 +33,15 @@ class Step(nn.Module):
     full_precision = True
     FIRST_BIAS = 0.541324854612918
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, *, learned: bool):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(heads, dim)), nn.Parameter(torch.empty(heads))
+        self.log_slope = nn.Parameter(torch.empty(heads)) if learned else None
 
     def forward(self) -> StepWeights:
         """Copies: where parameters are sharded, these are here only while this runs."""
-        return StepWeights(self.weight.clone(), self.bias.clone())
+        log_slope = None if self.log_slope is None else self.log_slope.clone()
+        return StepWeights(self.weight.clone(), self.bias.clone(), log_slope)
 
 
 class GatedNorm(nn.Module):
@@ -69,8 +72,8 @@ class StateSpace(nn.Module):
     """q, k, v = silu(conv(W h)); S_t = a_t S_{t−1} + Δ_t k_tᵀ v_t; y = W norm(o ⊙ silu(gate)).
 
     a = e^{−sΔ} with a slope s per head. Δ = 1, or with `data_dependent` Δ = softplus(W h + b): a token that opens the
-    state (large Δ) writes more and forgets more. `conv` is the number of tokens that the convolution sees; with 0
-    there is none, and nothing but the state crosses slices.
+    state (large Δ) writes more and forgets more; `learned` slopes are trained with it. `conv` is the number of tokens
+    that the convolution sees; with 0 there is none, and nothing but the state crosses slices.
     """
 
     parts = (*COMPILED, "convolved")
@@ -83,6 +86,7 @@ class StateSpace(nn.Module):
         value_dim: int,
         *,
         data_dependent: bool,
+        learned: bool = False,
         conv: int,
         attention: Attention,
     ):
@@ -92,11 +96,11 @@ class StateSpace(nn.Module):
         self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
         self.out = Linear(heads * value_dim, dim)
         self.norm = GatedNorm(heads * value_dim)
-        self.dt = Step(dim, heads) if data_dependent else None
+        self.dt = Step(dim, heads, learned=learned) if data_dependent else None
         self.channels = (heads * value_dim, heads * key_dim, heads * key_dim)  # of v, k, q
         self.conv = Convolution(sum(self.channels), conv) if conv else None
         self.slope: Tensor
-        self.register_buffer("slope", torch.empty(heads))
+        self.register_buffer("slope", None if learned else torch.empty(heads))
 
     def phases(self, length: int) -> Small:
         return Small(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
@@ -185,7 +189,8 @@ class StateSpace(nn.Module):
         if small.step is None:
             return self._heads(v.to(dtype)), -self.slope
         step = F.softplus(dt[0].to(torch.promote_types(v.dtype, torch.float32)) + small.step.bias)
-        return (self._heads(v) * step[..., None]).to(dtype), -self.slope * step
+        slope = self.slope if small.step.log_slope is None else small.step.log_slope.exp()
+        return (self._heads(v) * step[..., None]).to(dtype), -slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """y [B, T, D] from o [B, T, H, V] and the gate."""
