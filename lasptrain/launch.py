@@ -231,6 +231,7 @@ def _agent(
 ) -> Failure | None:
     """Runs this machine's ranks under the elastic agent."""
     _silence("torch.distributed.elastic")
+    mesh.quiet()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     if nodes is None and Path("/sys/class/net/lo").exists():

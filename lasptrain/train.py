@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lasptrain import checkpoint, links, ops, plan, stop, stream, watch
+from lasptrain import checkpoint, links, ops, plan, settled, stop, stream, watch
 from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
@@ -66,9 +66,13 @@ def train(recipe: Recipe, run: Path) -> None:
     Collective over all ranks. Raises the errors of `lasptrain.errors`; what was committed stays. Where a signal or a
     number ends the training, the newest step has been saved.
     """
-    job = build(recipe)
-    recipe = job.recipe
+    place = f"{recipe.mesh.dp} × {recipe.mesh.sp} × {meshes.device_name()}"
+    job = build(settled.recall(recipe, run, place))
     speaks = job.mesh.flat.get_rank() == 0
+    if speaks:
+        auto = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
+        settled.note(recipe, run, place, auto)
+    recipe = job.recipe
     if speaks:
         checkpoint.sweep(run)
     loaded = checkpoint.load(run, job.model, job.optimizer, identity(job))

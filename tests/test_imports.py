@@ -17,7 +17,7 @@ LAYERS = (
     {"recipe"},
     {"ops", "run"},
     {"models", "data", "data_tools", "guard", "loss", "optim", "pace", "parallel"},
-    {"checkpoint", "metrics", "profile"},
+    {"checkpoint", "metrics", "profile", "settled"},
     {"stream", "train", "eval", "convert", "plan", "links", "rates", "bench", "summary"},
     {"launch", "rank", "cli", "cli_checkpoint"},
     {"__main__"},

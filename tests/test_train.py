@@ -18,13 +18,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lasptrain import recipe as recipes
-from lasptrain import train
+from lasptrain import settled, train
 from lasptrain.errors import NumericalError
 from lasptrain.metrics import Metrics, read_metrics
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import Recipe, load
 from tests import program
 from tests.gloo import spawn
 from tests.program import Started
+from tests.test_recipe import RECIPES
 
 RECIPE = """
 model: {arch: tnl, dim: 16, layers: 2, heads: 2, mlp: 24}
@@ -206,3 +207,16 @@ def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
     assert trace.name == "step-2.json.gz"
     with gzip.open(trace, "rt") as file:
         assert any("lasptrain::attend" in event.get("name", "") for event in json.load(file)["traceEvents"])
+
+
+def test_what_auto_came_to_is_kept_for_the_next_start(tmp_path: Path) -> None:
+    recipe = load(RECIPES / "quickstart.yaml")
+    settled.note(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather"})
+    found = settled.recall(recipe, tmp_path, "1 × 2 × CPU")
+    assert (found.train.segment, found.parallel.reduce, found.mesh.scan) == (4096, "step", "all_gather")
+    given = load(RECIPES / "quickstart.yaml", ["train.segment=2048"])
+    assert settled.recall(given, tmp_path, "1 × 2 × CPU").train.segment == 2048  # what is said outright stands
+    assert settled.recall(recipe, tmp_path, "2 × 2 × CPU") == recipe
+    for damaged in ("{", '{"place": "1 × 2 × CPU", "values": {"scan": "guess"}}', '{"place": "1 × 2 × CPU"}'):
+        (tmp_path / settled.FILE).write_text(damaged)
+        assert settled.recall(recipe, tmp_path, "1 × 2 × CPU") == recipe

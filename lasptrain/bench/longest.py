@@ -18,10 +18,11 @@ import torch
 from rich.table import Table
 
 from lasptrain import plan, train
-from lasptrain.bench.ranks import Failure, device_name, trials
+from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import alone, clear, largest, shared
 from lasptrain.data.source import open_dataset
 from lasptrain.parallel import mesh
+from lasptrain.parallel.mesh import device_name
 from lasptrain.recipe import Recipe, resolve_vocabulary
 
 KINDS = ("ddp", "zero3")

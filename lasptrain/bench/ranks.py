@@ -78,6 +78,7 @@ def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | Failure]:
     """Results as they come; the last may be why there are no more."""
+    mesh.quiet()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells of each rank it ends
     # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
     start = "spawn" if torch.cuda.is_available() else "forkserver"
@@ -111,12 +112,6 @@ def _end(job: ProcessContext, folder: Path) -> Failure | None:
         if refusals:
             return Failure(*json.loads(refusals[0].read_text()))
         return Failure(str(error).strip().splitlines()[-1], error=error)
-
-
-def device_name() -> str:
-    """What this rank computes on."""
-    device = mesh.device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args]) -> None:

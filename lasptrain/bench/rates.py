@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
-from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.steps import largest
 from lasptrain.links import Link
 from lasptrain.parallel import mesh
+from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import all_gather
 from lasptrain.plan import Rates
 from lasptrain.rates import Measured

@@ -10,9 +10,9 @@ from statistics import median
 from rich.table import Table
 
 from lasptrain import train
-from lasptrain.bench.ranks import device_name, on_ranks
+from lasptrain.bench.ranks import on_ranks
 from lasptrain.checkpoint import Saver, committed
-from lasptrain.parallel.mesh import largest
+from lasptrain.parallel.mesh import device_name, largest
 from lasptrain.recipe import Recipe
 
 WARM = 3  # steps that compile, allocate and tune

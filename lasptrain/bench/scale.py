@@ -19,10 +19,11 @@ from rich.table import Table
 
 from lasptrain import links, plan, train
 from lasptrain.bench.methods import NONE
-from lasptrain.bench.ranks import Failure, device_name, trials
+from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import Turns, alone, clear, largest, shared, timed, turns
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
+from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
 from lasptrain.recipe import Recipe
 

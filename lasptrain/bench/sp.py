@@ -21,12 +21,13 @@ from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import METHODS, NONE, RIVALS, SPLIT
-from lasptrain.bench.ranks import SILENCE, Failure, device_name, trials
+from lasptrain.bench.ranks import SILENCE, Failure, trials
 from lasptrain.bench.steps import alone, clear, largest, shared, timed, turns
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.mesh import device_name
 from lasptrain.rates import Measured
 from lasptrain.recipe import Recipe, resolve_vocabulary
 

@@ -20,11 +20,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 T = TypeVar("T")
 
 
+def quiet() -> None:
+    """Have the processes that this one starts keep torch's notes on its own workings to themselves."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+
+
 def device() -> torch.device:
     """The device of this rank: the GPU of its local rank, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def device_name() -> str:
+    """What this rank computes on."""
+    found = device()
+    return torch.cuda.get_device_name(found) if found.type == "cuda" else "CPU"
 
 
 class Mesh(NamedTuple):
