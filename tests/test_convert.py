@@ -246,7 +246,7 @@ def test_what_is_not_the_model_gets_no_name(tmp_path: Path, monkeypatch: pytest.
     wrong = verify.Parity(10.0, 0.5, 1e-5, None, 1e-5, 16, True, "it")
     monkeypatch.setattr(verify, "installed", lambda library: library != "tokenizers")
     monkeypatch.setattr(
-        verify.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, json.dumps(wrong._asdict()), "")
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, json.dumps(wrong._asdict()), "")
     )
     with pytest.raises(ConvertError, match=r"verification: full 5\.0e-01; expected at most 0\.0001 × logit scale"):
         export(run, tmp_path / "out", "hf")
