@@ -255,19 +255,27 @@ def test_transformers_computes_the_same(
 
 
 @transformers_needed
-def test_a_process_of_its_own_verifies_and_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Exports
-) -> None:
+def test_a_process_of_its_own_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Exports) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run, _ = exports("ssd")
     exported = export(run, tmp_path / "out", "hf")
     assert isinstance(exported.parity, verify.Parity)
     card = (tmp_path / "out/README.md").read_text()
     assert "16 of 16 greedy tokens equal" in card and "3.2500 nats per token at step 7" in card and "3,584" in card
-    config = tmp_path / "out/config.json"
-    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.01'))
-    with pytest.raises(ConvertError, match=r"verification: full \d"):
-        verify.compare(tmp_path / "out", run, exact=True)
+
+
+def test_what_is_not_the_model_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Exports) -> None:
+    run, _ = exports("ssd")
+    wrong = verify.Parity(10.0, 0.5, 1e-5, None, 1e-5, 16, True, "it")
+    monkeypatch.setattr(verify, "installed", lambda library: library != "tokenizers")
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, json.dumps(wrong._asdict()), "")
+    )
+    with pytest.raises(ConvertError, match=r"verification: full 5\.0e-01; expected at most 0\.0001 × logit scale"):
+        export(run, tmp_path / "out", "hf")
+    export(run, tmp_path / "out", "hf", "bf16")  # rounded on purpose: told, not refused
+    assert "not gated" in (tmp_path / "out/README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(not verify.installed("fla"), reason="needs flash-linear-attention")

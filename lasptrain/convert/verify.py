@@ -174,7 +174,7 @@ def _greedy(model: Any, ours: Callable[[Tensor], Tensor], prompt: Tensor) -> int
 
 
 def _continued(model: Any, text: Tensor) -> Tensor:
-    """Greedy text by cached calls: generate() of flash-linear-attention 0.6.0 under transformers 5.23 finds others."""
+    """Greedy text by cached calls: generate() of flash-linear-attention 0.6.0 under transformers 5.24 finds others."""
     cache, rest = None, text
     for _ in range(GREEDY):
         out = model(rest, past_key_values=cache, use_cache=True)
