@@ -10,6 +10,7 @@ from rich.console import Console
 from lasptrain.bench import ablation, parity, prefill, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
+from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import Ring
 from lasptrain.plan import Rates
@@ -56,7 +57,9 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
 
 def test_texts_are_read_beside_the_forward_of_training() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
-    found = prefill.measure(load(RECIPES / "quickstart.yaml", small), 2, [100, 600], 64)
+    with meshes.alone():
+        device, fused, parameters, rate, reads = prefill._rank(load(RECIPES / "quickstart.yaml", small), [100, 600], 64)
+    found = prefill.Results(device, 1, 64, fused, parameters, rate, [prefill.Read(*row) for row in reads])
     assert [row.tokens for row in found.reads] == [100, 600] and not found.fused
     assert found.training > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.reads)
     console = Console(width=120, record=True)
