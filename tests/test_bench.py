@@ -12,6 +12,7 @@ from rich.console import Console
 from lasptrain.bench import ablation, longest, parity, plot, prefill, ranks, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
+from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import Ring
 from lasptrain.plan import Rates
@@ -81,7 +82,9 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
 
 def test_texts_are_read_beside_the_forward_of_training() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
-    found = prefill.measure(load(RECIPES / "quickstart.yaml", small), 2, [100, 600], 64)
+    with meshes.alone():
+        device, fused, parameters, rate, reads = prefill._rank(load(RECIPES / "quickstart.yaml", small), [100, 600], 64)
+    found = prefill.Results(device, 1, 64, fused, parameters, rate, [prefill.Read(*row) for row in reads])
     assert [row.tokens for row in found.reads] == [100, 600] and not found.fused
     assert found.training > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.reads)
     console = Console(width=120, record=True)
