@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 
 from lasptrain import stop
+from tests import gloo
 
 # What is computed here is small: more threads would wait for each other, and for those of the tests that run beside.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
+    gloo.serve()
 
 
 @pytest.fixture(scope="module")

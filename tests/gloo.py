@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,11 @@ T = TypeVar("T")
 CONTEXT = mp.get_context("forkserver")  # torch is imported once, not by every rank
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "lasptrain.train", "lasptrain.ops.chunked"])
 GRACE = 5.0  # seconds the other ranks get to end by themselves after one has failed
+
+
+def serve() -> None:
+    """Start the process that ranks are forked from, before `prepare` starts one that has not imported torch."""
+    forkserver.ensure_running()
 
 
 def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) -> list[T]:

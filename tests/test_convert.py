@@ -341,6 +341,11 @@ def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     export(run, out, "safetensors", force=True, check=False)
     assert "modeling_transnormer.py" not in {path.name for path in out.iterdir()}
+    for aim in (tmp_path / "out", tmp_path / "nowhere"):
+        (tmp_path / "link").symlink_to(aim)
+        with pytest.raises(ConvertError, match="link: is a symbolic link; expected a folder, or a name that is free"):
+            export(run, tmp_path / "link", "safetensors", force=True, check=False)
+        (tmp_path / "link").unlink()
 
     file = next((run / "checkpoints/step-7").glob("*.distcp"))
     content = bytearray(file.read_bytes())

@@ -14,7 +14,6 @@ from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.rivals import Traffic
 from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
-from lasptrain.errors import SetupError
 from lasptrain.models.language_model import initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import Ring
@@ -113,16 +112,6 @@ def squares(arch: str, world: int) -> int:
     return 2 * 2 * 2 * 24 * 8 // world if arch == "tnl" else 0
 
 
-def refused(rank: int, world: int) -> str:
-    assert dist.group.WORLD is not None
-    x = torch.zeros(1, 4, 3, 2)
-    try:
-        Ulysses("chunked", dist.group.WORLD).begin(x, x, None, None)
-    except SetupError as refusal:
-        return str(refusal)
-    return ""
-
-
 def test_megatron_refuses_what_it_does_not_split() -> None:
     for arch in ("ssd", "retnet", "minimax"):
         with pytest.raises(SetupError, match=f"model.arch = {arch} is not split; expected tnl or linear_transformer"):
@@ -139,7 +128,3 @@ def test_a_split_model_is_the_whole_one() -> None:
     for world in (2, 3):
         for worst in spawn(world, split):
             assert max(worst.values()) < 1e-11, max(worst.items(), key=lambda item: item[1])
-
-
-def test_heads_that_do_not_divide_are_refused() -> None:
-    assert spawn(2, refused) == ["ulysses: 3 heads do not go to 2 ranks; expected a multiple"] * 2

@@ -42,8 +42,11 @@ class Form:
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
 
-    ConvertError where `out` exists and is no empty folder, unless `force`, which replaces it at the end.
+    ConvertError where `out` exists and is no empty folder, unless `force`, which replaces it at the end; a link is
+    never followed.
     """
+    if out.is_symlink():
+        raise ConvertError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
     if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
         raise ConvertError(f"{out}: exists; expected a new folder, or --force to replace it")
     if out.exists() and not out.is_dir():
