@@ -14,6 +14,7 @@ from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.rivals import Traffic
 from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
+from lasptrain.errors import SetupError
 from lasptrain.models.language_model import initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.scan import Ring
