@@ -14,7 +14,7 @@ from rich.table import Table
 from lasptrain import __version__, cli_checkpoint, links, plan, rates
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
-from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError
+from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError, SetupError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.links import ASSUMED, Links
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
@@ -213,7 +213,9 @@ def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Meas
 
     from lasptrain.bench import rates as measuring
 
-    found = measuring.measure(nproc or torch.cuda.device_count() or 2)
+    if nproc is None and not torch.cuda.is_available():
+        raise SetupError("--measure: found no CUDA device; expected one, or --nproc for a dry run on the CPU")
+    found = measuring.measure(nproc or torch.cuda.device_count())
     if file is not None:
         rates.write(file, found)
     return found

@@ -95,7 +95,6 @@ def activation_bytes(recipe: Recipe) -> int:
             # MLP's two products; a compiler makes the rest again, eager execution keeps it. A softmax layer keeps q,
             # its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
             kept = model.layers * (3 * D + 2 * F) + linear * (4 * HK + 3 * HV) + attention * (3 * D + 8 * G)
-            kept += linear * 3 * (2 * HK + HV) * (model.conv > 0)  # measured: 67 GiB where 49 do without
             if not train.compile:
                 kept += model.layers * (5 * D + 2 * F) + linear * 3 * HV + attention * 2 * (D + G)
     return _size(recipe) * kept

@@ -73,3 +73,30 @@ def test_a_reader_compiles_what_reads_whole_segments(monkeypatch: pytest.MonkeyP
     fused = Reader(model, segment=32, fuse=True, told=lambda done, total: told.append((done, total)))
     assert error(fused.read(tokens).logits, Reader(model).read(tokens).logits) < 1e-5
     assert told == [(0, 100), (32, 100), (64, 100), (96, 100)]
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
+def test_a_compiled_convolution_keeps_no_more_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    length = 128
+
+    def kept(conv: int) -> int:
+        """Bytes that a block keeps of its tokens for the backward."""
+        own = {"dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": conv}
+        cfg = Model.model_validate({"arch": "ssd", "data_dependent": True, **own})
+        model = LanguageModel(cfg, length, Attention("chunked"), dtype=torch.bfloat16, loss_chunk=64)
+        fill(model, initial_values(model, 0, torch.device("cpu")))
+        model.blocks[0].fuse()
+        found: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if length in x.shape[:2]:
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64)).loss
+        assert loss is not None and loss.requires_grad
+        return sum(found.values())
+
+    assert 0 < kept(4) <= kept(0)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from lasptrain import links, plan, train
 from lasptrain.bench.methods import NONE
+from lasptrain.bench.plot import COLOURS, NAMES, length
 from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import Turns, alone, clear, largest, shared, timed, turns
 from lasptrain.errors import SetupError
@@ -220,26 +222,34 @@ def plot(results: Results, file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SetupError("--plot needs matplotlib: pip install 'lasptrain[plot]'") from None
-    figure = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 3.9), layout="constrained")
     weak, strong = figure.subplots(1, 2)
-    lines: dict[tuple[int, str], list[Row]] = {}
-    for row in _of(results, "weak"):
-        lines.setdefault((row.tokens // row.ranks, row.method), []).append(row)
-    for (tokens, method), rows in lines.items():
-        done = [row for row in rows if row.speed]
-        label = f"{method}, {tokens // 1024}K per GPU"
-        weak.plot([r.ranks for r in done], [(r.speed or 0) / r.ranks for r in done], marker="o", label=label)
+    rows, colours = _of(results, "weak"), dict(zip(NAMES, COLOURS, strict=True))
+    sizes = sorted({row.tokens // row.ranks for row in rows})
+    for tokens, method in product(sizes, NAMES):
+        done = [row for row in rows if (row.tokens // row.ranks, row.method) == (tokens, method) and row.speed]
+        if done:
+            label = f"{NAMES[method]}, {length(tokens)} per GPU"
+            values = [1e-3 * (row.speed or 0) / row.ranks for row in done]
+            style = ("-", "--", ":", "-.")[sizes.index(tokens) % 4]
+            weak.plot([row.ranks for row in done], values, style, marker="o", color=colours[method], label=label)
     rows = _of(results, "strong")
     for window in dict.fromkeys(row.window for row in rows):
         done = [row for row in rows if row.window == window and row.speed]
-        strong.plot([r.ranks for r in done], [compared(r, rows) for r in done], marker="o", label=f"{window // 1024}K")
+        strong.plot([r.ranks for r in done], [compared(r, rows) for r in done], marker="o", label=length(window))
     counts = sorted({row.ranks for row in results.rows})
-    strong.plot(counts, [n / counts[0] for n in counts], linestyle=":", color="gray", label="ideal")
-    for axes, label in ((weak, "tokens/s per GPU"), (strong, "speed of one window, × fewest")):
+    strong.plot(counts, [n / counts[0] for n in counts], ":", color="gray", label="in proportion")
+    for axes, label in ((weak, "thousand tokens/s per GPU"), (strong, "speed of one window, × that on the fewest")):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(n) for n in counts])
-        axes.set(xlabel="GPUs", ylabel=label)
+        axes.set_xticks(counts, [str(n) for n in counts], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel("GPUs", fontsize=9)
+        axes.set_title(label, fontsize=9, loc="left")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7)
-    figure.suptitle(results.device)
-    figure.savefig(file)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
+    figure.suptitle(results.device, fontsize=10)
+    figure.savefig(file, dpi=150)

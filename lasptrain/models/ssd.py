@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lasptrain.models.convolution import Convolution, Taps
 from lasptrain.models.layers import srms
@@ -15,6 +17,8 @@ from lasptrain.models.mixers import COMPILED, State
 from lasptrain.parallel.attention import Attention, Memory, Pending
 from lasptrain.parallel.halo import halo
 
+# Its result is made again in the backward: a compiler would keep x moved by every tap.
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 EPS = 1e-5  # of every norm of this architecture
 
 
@@ -174,7 +178,7 @@ class StateSpace(nn.Module):
         assert small.taps is not None
         taps = small.taps.split(*self.channels)
         parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
-        wide_v, wide_k, wide_q = (tap(x, rows, doc) for x, rows, tap in parts)
+        wide_v, wide_k, wide_q = (again(tap, x, rows, doc) for x, rows, tap in parts)
         value, decay = self._stepped(wide_v, dt, small, v.dtype)
         return self._heads(wide_k.to(k.dtype)), value, decay, self._heads(wide_q.to(q.dtype))
 
