@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,20 +43,26 @@ def draw(results: Results, file: Path) -> None:
             _line(speed, method, rows, whole, results.ranks)
             _line(memory, method, rows, [row.memory and row.memory / 2**30 for row in rows], results.ranks)
     windows = sorted({row.tokens * results.ranks for row in results.steps})
+    named = dict(zip(windows, map(length, windows), strict=True))
     for axes, label in ((speed, "thousand tokens/s, all GPUs"), (memory, "peak memory per GPU, GiB")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(windows, [length(window) for window in windows], fontsize=8)
-        axes.minorticks_off()
-        axes.set_xlabel("tokens of the window", fontsize=9)
-        axes.set_title(label, fontsize=9, loc="left")
-        axes.set_ylim(bottom=0)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes, label, "tokens of the window", named)
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
     figure.suptitle(f"Whole training steps on {results.ranks} × {results.device}", fontsize=10)
     figure.savefig(file, dpi=150)
+
+
+def dress(axes: Axes, title: str, across: str, named: Mapping[int, str]) -> None:
+    """Axes from zero up, over powers of two with these names."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([*named], [*named.values()], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel(across, fontsize=9)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _line(axes: Axes, method: str, rows: Sequence[Step], values: Sequence[float | None], ranks: int) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lasptrain import links, plan, train
 from lasptrain.bench.methods import NONE
-from lasptrain.bench.plot import COLOURS, NAMES, length
+from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import Turns, alone, clear, largest, shared, timed, turns
 from lasptrain.errors import SetupError
@@ -240,15 +240,7 @@ def plot(results: Results, file: Path) -> None:
     counts = sorted({row.ranks for row in results.rows})
     strong.plot(counts, [n / counts[0] for n in counts], ":", color="gray", label="in proportion")
     for axes, label in ((weak, "thousand tokens/s per GPU"), (strong, "speed of one window, × that on the fewest")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(n) for n in counts], fontsize=8)
-        axes.minorticks_off()
-        axes.set_xlabel("GPUs", fontsize=9)
-        axes.set_title(label, fontsize=9, loc="left")
-        axes.set_ylim(bottom=0)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes, label, "GPUs", {n: str(n) for n in counts})
         if axes.lines:
             axes.legend(fontsize=7, frameon=False)
     figure.suptitle(results.device, fontsize=10)
