@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lasptrain import __version__, cli_checkpoint, links, plan, rates
+from lasptrain import __version__, cli_checkpoint, links, plan, rates, streams
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, DataError, LaspError, RecipeError, SetupError
@@ -48,6 +48,7 @@ Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset
 
 def main() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
+    streams.forgive()
     try:
         app()
         code = 0

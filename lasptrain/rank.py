@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from lasptrain import stop, watch
+from lasptrain import stop, streams, watch
 from lasptrain.errors import RankLostError
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
     """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.rank_process`."""
+    streams.forgive()
     watch.begin(Path(recipe).parent, int(os.environ["RANK"]))
     faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
     stop.listen(lambda number: record_stop(Path(records), number))

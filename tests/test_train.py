@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +21,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lasptrain import recipe as recipes
-from lasptrain import settled, train
-from lasptrain.errors import NumericalError
+from lasptrain import settled, streams, train
+from lasptrain.errors import NumericalError, RecipeError
 from lasptrain.metrics import Metrics, read_metrics
 from lasptrain.recipe import Recipe, load
 from tests import program
@@ -220,3 +223,21 @@ def test_what_auto_came_to_is_kept_for_the_next_start(tmp_path: Path) -> None:
     for damaged in ("{", '{"place": "1 × 2 × CPU", "values": {"scan": "guess"}}', '{"place": "1 × 2 × CPU"}'):
         (tmp_path / settled.FILE).write_text(damaged)
         assert settled.recall(recipe, tmp_path, "1 × 2 × CPU") == recipe
+
+
+def test_a_run_is_the_same_in_any_environment(folder: Path, undisturbed: list[float]) -> None:
+    """No home, no UTF-8, another clock and other hashes; data prepared there too."""
+    strange = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TZ": "Pacific/Kiritimati"}
+    strange |= {"PATH": os.environ["PATH"], "PYTHONHASHSEED": "7", "PYTHONPATH": str(program.ROOT)}
+    command = [sys.executable, "-m", "lasptrain", "pretrain", "tiny.yaml", "--run", "strange"]
+    command += ["--set", f"data.cache={folder / 'elsewhere'}"]
+    done = subprocess.run(command, cwd=folder, env=strange, capture_output=True, text=True, timeout=program.PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "committed step 6" in done.stdout
+    assert losses(folder / "strange") == undisturbed
+
+
+def test_an_argument_is_text_in_any_locale() -> None:
+    assert streams.argument("--prompt", os.fsdecode("größer".encode())) == "größer"
+    with pytest.raises(RecipeError, match="--prompt: found bytes that are not UTF-8"):
+        streams.argument("--prompt", os.fsdecode(b"\xff"))

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from lasptrain.errors import RecipeError
+from lasptrain.streams import argument
 
 USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
@@ -77,6 +78,7 @@ def generate(
     """Continue a text."""
     from lasptrain.eval import main
 
+    prompts = [argument("--prompt", prompt) for prompt in prompts]
     for prompt, continued in zip(prompts, main.generate(run, prompts, tokens, temperature, top_p, seed), strict=True):
         typer.echo(prompt + typer.style(continued, bold=True))
 
