@@ -62,6 +62,7 @@ MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's own table of tensors
 TIMEOUT = timedelta(minutes=30)  # for which a rank that writes waits for another
 SPARE = 1.1  # free space asked for, as a multiple of what is written
+LAG = 60.0  # seconds for which a network file system may show one machine what another no longer sees
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -295,7 +296,10 @@ def sweep(run: Path) -> None:
     folder = run / FOLDER
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if re.fullmatch(r"\.step-\d+\.(tmp-[0-9a-f]+|del)", path.name):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # such as a file that a network file system keeps for whoever has it open
+                log.warning("cannot delete %s: %s", path, _reason(error))
 
 
 # Voting
@@ -492,12 +496,33 @@ def _verify(folder: Path, step: int, group: dist.ProcessGroup | None) -> tuple[J
     """Return (manifest, what is wrong with the step), the same on every rank; ranks share the hashing."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     what = f"{folder} cannot be read"
-    manifest, problem = _first(_vote(what, lambda: _read_manifest(folder, step) if rank == 0 else None, group))
+    manifest, problem, seen = _first(_vote(what, lambda: _look(folder, step) if rank == 0 else None, group))
     if problem:
         return manifest, [problem]
+    _await(folder, seen)
     own = sorted(manifest["files"].items())[rank::world]
     found = _vote(what, lambda: [p for name, entry in own for p in _problems(folder / name, entry)], group)
     return manifest, [problem for problems in found for problem in problems]
+
+
+def _look(folder: Path, step: int) -> tuple[Json, str | None, Json]:
+    """`_read_manifest`, and those of its files that are here with their size."""
+    manifest, problem = _read_manifest(folder, step)
+    return manifest, problem, {n: e for n, e in manifest.get("files", {}).items() if _here(folder / n, e)}
+
+
+def _await(folder: Path, seen: Json) -> None:
+    """Until this rank sees what rank 0 has seen, which another machine may show later; not for longer than LAG."""
+    deadline = time.monotonic() + LAG
+    while not all(_here(folder / name, entry) for name, entry in seen.items()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _here(path: Path, entry: Json) -> bool:
+    try:
+        return bool(path.stat(follow_symlinks=False).st_size == entry["size"])
+    except OSError:
+        return False
 
 
 def _problems(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[str]:

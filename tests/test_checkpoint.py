@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -655,3 +656,49 @@ def test_kill_9_while_saving(tmp_path: Path) -> None:
     process.kill()
     assert process.exitcode == 0, (tmp_path / "stderr").read_text()
     assert int((tmp_path / "acknowledged").read_text()) > TRIALS
+
+
+def _load_late(rank: int, world: int, run: Path) -> tuple[int, str]:
+    """Rank 1 sees files later than rank 0, as over a network, and not at all; what is loaded, and what is said then."""
+    net, optimizer = _build("ddp")
+    save(run, 3, net, optimizer, META, keep=2)
+    saved = _full(net, optimizer)
+    net, optimizer = _build("ddp", seed=1)
+    began, real, shown = time.monotonic(), Path.stat, 0.7
+
+    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path.suffix == ".distcp" and time.monotonic() - began < shown:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, follow_symlinks=follow_symlinks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(Path, "stat", stat)
+        loaded = load(run, net, optimizer)
+        assert loaded is not None and _same(_full(net, optimizer), saved)
+        shown = 1e9
+        patch.setattr(checkpoint, "LAG", 0.3)
+        try:
+            load(run, net, optimizer)
+        except CheckpointError as error:
+            return loaded.step, str(error)
+    return loaded.step, ""
+
+
+def test_files_may_show_up_late_on_other_machines(tmp_path: Path) -> None:
+    for step, said in spawn(2, _load_late, tmp_path):
+        assert step == 3 and ("none of the steps [3] is intact" in said or "Stale file handle" in said)
+
+
+def test_a_leftover_that_cannot_be_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / "checkpoints" / ".step-3.del"
+    left.mkdir(parents=True)
+
+    def rmtree(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path / ".nfs0001"))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    sweep(tmp_path)
+    assert "cannot delete" in caplog.text and ".nfs0001" in caplog.text
