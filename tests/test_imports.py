@@ -19,7 +19,7 @@ LAYERS = (
     {"models", "data", "data_tools", "guard", "loss", "optim", "pace", "parallel"},
     {"checkpoint", "metrics", "profile", "settled"},
     {"stream", "train", "eval", "convert", "plan", "links", "rates", "bench", "summary"},
-    {"launch", "rank", "cli", "cli_checkpoint"},
+    {"launch", "rank", "cli", "cli_bench", "cli_checkpoint", "cli_data", "cli_options"},
     {"__main__"},
 )
 
@@ -28,7 +28,7 @@ HOMES = {
     "torch.distributed": {"parallel", "checkpoint", "launch", "bench"},
     "triton": {"ops", "bench"},
     "yaml": {"recipe"},
-    "typer": {"cli", "cli_checkpoint", "convert", "eval"},
+    "typer": {"cli", "cli_bench", "cli_checkpoint", "cli_data", "cli_options", "convert", "eval"},
     "sentencepiece": {"data_tools"},
     "lm_eval": {"eval"},
     "tensorboard": {"metrics"},

@@ -1,0 +1,224 @@
+"""`lasptrain bench`: measurements on this machine."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lasptrain import cli_checkpoint, rates
+from lasptrain.cli_options import Overrides, RecipeFile, show, to_bytes
+from lasptrain.errors import RecipeError
+from lasptrain.recipe import load
+
+app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
+app.command("saving")(cli_checkpoint.bench_saving)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@app.command("kernels")
+def bench_kernels(
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; 8K, 32K, 128K, 512K if not given.")] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 16,
+    dim: Annotated[int, typer.Option(min=1, max=256, help="K and V of a head.")] = 128,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option()] = "bf16",
+    decay: Annotated[Literal["none", "head", "token"], typer.Option(help="None, constant, or per token.")] = "head",
+    documents: Annotated[int, typer.Option(min=0, help="Document boundaries in the window.")] = 0,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time the attention kernels beside flash-linear-attention (extra `bench`) and the floors."""
+    from lasptrain.bench import kernels
+
+    rows, found = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
+    show(kernels.report(rows, found, heads, dim, dtype, decay))
+    if all(row.name == "lasptrain" for row in rows):
+        typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
+    if file is not None:
+        kernels.write(file, rows, found)
+
+
+@app.command("sp")
+def bench_sp(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="none (a window per rank), a scan, a rival; all if not given. A wrong one lists them.",
+        ),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of one attention layer.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of whole steps of the model.")] = None,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--rates", metavar="FILE", help="Of plan --measure, to predict steps from.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds for one method's steps of one length.")] = 240,
+) -> None:
+    """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
+    import torch
+
+    from lasptrain.bench import plot as drawing
+    from lasptrain.bench import sp
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    names = methods or sp.METHODS
+    known = None if measured is None else rates.read(measured)
+    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known, limit):
+        if file is not None:  # as it comes: the last of it may take long
+            sp.write(file, found)
+    show(*sp.report(found))
+    if plot is not None:
+        drawing.draw(found, plot)
+
+
+@app.command("prefill")
+def bench_prefill(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a text; 128K, 1M and 4M if not given.")] = None,
+    segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32_768,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time how `lasptrain eval` reads long texts, beside the forward of training, and take its memory."""
+    import torch
+
+    from lasptrain.bench import prefill
+
+    ranks = nproc or torch.cuda.device_count() or 1
+    lengths = tokens or [1 << n for n in (17, 20, 22)]
+    found = prefill.measure(load(recipe, overrides), ranks, lengths, segment)
+    show(prefill.report(found))
+    if file is not None:
+        prefill.write(file, found)
+
+
+@app.command("parity")
+def bench_parity(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates on each layout.")] = 100,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="Of data parallelism; all five if not given.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all losses there.")] = None,
+) -> None:
+    """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
+    import torch
+
+    from lasptrain.bench import parity
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    for found in parity.measure(load(recipe, overrides), ranks, steps, kinds or parity.KINDS):
+        if file is not None:
+            parity.write(file, found)
+    show(parity.report(found))
+
+
+@app.command("ablation")
+def bench_ablation(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Per rank.")] = 32_768,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time whole steps with and without fused kernels, with and without keeping states for the backward."""
+    import torch
+
+    from lasptrain.bench import ablation
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    device, rows = ablation.measure(load(recipe, overrides), ranks, tokens)
+    show(ablation.report(device, ranks, tokens, rows))
+    if file is not None:
+        ablation.write(file, device, ranks, tokens, rows)
+
+
+@app.command("scale")
+def bench_scale(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; 1, 2, 4 … of those here if not given.")
+    ] = None,
+    weak: Annotated[list[int] | None, typer.Option(min=1, help="Tokens per GPU; 32K and 128K if not given.")] = None,
+    strong: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a shared window; 256K.")] = None,
+    long: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a window on all GPUs; 4096K.")] = None,
+    large: Annotated[Path | None, typer.Option(metavar="RECIPE", help="A larger model for the long windows.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="What does not fit into them is left out.")] = 9.0,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them as PNG.")] = None,
+) -> None:
+    """Time one recipe on ever more GPUs of this machine: weak and strong scaling, long windows, beside `plan`."""
+    import torch
+
+    from lasptrain.bench import scale
+
+    most = torch.cuda.device_count() or 2
+    counts = sorted(gpus) if gpus else [1 << n for n in range(most.bit_length())]
+    one, windows = load(recipe, overrides), long or [4_194_304]
+    models = [one, *([load(large)] if large else [])]
+    listed = scale.cases(
+        one, counts, weak or [32_768, 131_072], strong or [262_144], [(m, n) for m in models for n in windows]
+    )
+    for found in scale.measure(listed, 60 * minutes):
+        if file is not None:
+            scale.write(file, found)
+    show(*scale.report(found))
+    if plot is not None:
+        scale.plot(found, plot)
+
+
+@app.command("longest")
+def bench_longest(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="Of data parallelism; ddp and zero3.")] = None,
+    most: Annotated[int, typer.Option(min=1024, help="Tokens of the longest window that is streamed.")] = 1 << 22,
+    memory: Annotated[str | None, typer.Option(metavar="40GiB", help="Of each rank, if it is to be less.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="After which nothing more is tried.")] = 30,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Find the longest window that trains: ddp or zero3, without and with recomputation, unshared, shared, streamed."""
+    import torch
+
+    from lasptrain.bench import longest
+
+    ranks = nproc or torch.cuda.device_count() or 2
+    capacity = None if memory is None else to_bytes(memory)
+    chosen = [form for form in longest.forms() if form.kind in (kinds or longest.KINDS)]
+    if not chosen:
+        raise RecipeError(f"--kind: found {', '.join(kinds or ())}; expected one of {', '.join(longest.KINDS)}")
+    for found in longest.measure(load(recipe, overrides), ranks, most, capacity, 60 * minutes, chosen):
+        if file is not None:
+            longest.write(file, found)
+    show(longest.report(found))
+
+
+@app.command("mqar")
+def bench_mqar(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks that share every sequence.")] = 1,
+    tokens: Annotated[int, typer.Option(min=4, help="Of a sequence.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="To recall.")] = 4,
+    vocab: Annotated[int, typer.Option(min=16, help="Different tokens.")] = 8192,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Train a recipe's model to recall pairs of tokens (MQAR) and test it on unseen ones."""
+    from lasptrain.bench import mqar
+
+    found = mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)
+    show(mqar.report(found))
+    if file is not None:
+        mqar.write(file, found)

@@ -1,0 +1,220 @@
+"""`lasptrain data`: text, tokenizers and token shards."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lasptrain.cli_options import Overrides, RecipeFile
+from lasptrain.errors import DataError, RecipeError
+from lasptrain.recipe import load
+from lasptrain.run import RECIPE
+
+app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mode=None, no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE…", help="python:source, or files and folders of text, JSONL, code.")
+]
+Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
+
+
+@app.command()
+def prepare(
+    sources: Sources,
+    tokenizer: Annotated[str, typer.Option(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
+    seed: Annotated[int, typer.Option(help="Of the shuffle of documents.")] = 0,
+    validation: Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")] = 20_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
+    errors: Annotated[
+        Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")
+    ] = "fail",
+    field: Annotated[str, typer.Option(help="The key of JSON lines that holds the text.")] = "text",
+    max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    packing: Annotated[
+        Literal["concat", "best_fit"], typer.Option(help="One after another, or windows of whole documents.")
+    ] = "concat",
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a window, for best_fit.")] = None,
+    long_documents: Annotated[
+        Literal["continue", "cut"], typer.Option(help="What best_fit does with more than a window.")
+    ] = "continue",
+) -> None:
+    """Turn text into token shards."""
+    import time
+
+    from data_tools import commands
+    from data_tools.packing import BestFit
+    from data_tools.sources import Reading
+    from lasptrain.progress import preparing
+
+    if (packing == "best_fit") != (window is not None):
+        raise RecipeError(
+            f"--packing: found {packing} with --window {window}; best_fit needs a window, concat has none"
+        )
+    if packing == "concat" and long_documents == "cut":
+        raise RecipeError("--long-documents: found cut with --packing concat; only best_fit cuts documents")
+    best_fit = None if window is None else BestFit(window, long_documents)
+    reading = Reading(errors, field, max_bad)
+    lengths = (min_tokens, max_tokens or 1 << 62)
+    began = time.monotonic()
+    with preparing() as progress:
+        prepared = commands.prepare(
+            sources, tokenizer, out, reading, validation, seed, workers, progress, lengths, best_fit
+        )
+    typer.echo(str(prepared))
+    typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset, or a run.")],
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens; shows how many windows fit.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="With --window: the text that this sample reads.")] = None,
+    at: Annotated[int | None, typer.Option(min=0, help="With --window: the text from this token on.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="To show text: the one it was made with.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="data.seed of the recipe that reads it.")] = 0,
+    split: Annotated[Literal["train", "validation"], typer.Option()] = "train",
+    step: Annotated[int | None, typer.Option(min=1, help="Of a run: the text that this step reads.")] = None,
+) -> None:
+    """Show what a dataset holds, or the text of windows with their documents' boundaries.
+
+    For a run folder only --step, or --at a place that metrics.jsonl names, is needed; its recipe says the rest.
+    """
+    from data_tools import commands
+
+    if (folder / RECIPE).is_file():
+        if (step is None) == (at is None):
+            raise RecipeError("--step: expected it for a run, or else --at a place that its metrics.jsonl names")
+        from data_tools import windows
+
+        typer.echo("\n".join(str(text) for text in windows.show_windows(folder, step, at)))
+        return
+    if sample is None and at is None:
+        typer.echo(str(commands.inspect(folder, window)))
+        return
+    if window is None or tokenizer is None:
+        raise RecipeError(f"--{'at' if sample is None else 'sample'}: needs --window and --tokenizer too")
+    from data_tools import windows
+
+    typer.echo(str(windows.show_window(folder, tokenizer, window, sample or 0, seed, split, at)))
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="The new file.")],
+    kind: Annotated[
+        Literal["passkey", "recall", "tracking", "pairs"],
+        typer.Option(help="What is hidden and asked; pairs stand alone, without sources."),
+    ] = "recall",
+    sources: Annotated[list[str] | None, typer.Argument(help="Text to hide facts in.")] = None,
+    characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
+    shortest: Annotated[
+        int | None, typer.Option(min=1, help="Lengths from this to --characters, as much text in every octave.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1)] = 1000,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Questions for lasptrain eval --file.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Hide facts in real text and ask for them at its end, or repeat pairs: documents that need a long memory."""
+    from data_tools import commands
+
+    lengths = (min(shortest or characters, characters), characters)
+    if (kind == "pairs") != (not sources):
+        raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")
+    typer.echo(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out))
+
+
+@app.command()
+def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show in which shares a recipe reads its sources, and how often."""
+    from data_tools import windows
+
+    typer.echo(str(windows.preview(load(recipe, overrides))))
+
+
+@app.command("bench")
+def bench_reading(
+    folder: Dataset,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a slice, which may go round the dataset.")] = 524_288,
+    rate: Annotated[float | None, typer.Option(min=1, help="Tokens/s that training uses; how long it waits.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="With --rate, as many slices.")] = 5,
+) -> None:
+    """Time what a rank does to read its slice, and with --rate what training waits for slices that are read ahead."""
+    from data_tools import windows
+
+    typer.echo(str(windows.time_reading(folder, tokens)))
+    if rate is not None:
+        typer.echo(str(windows.time_waiting(folder, tokens, rate, steps)))
+
+
+@app.command()
+def verify(folder: Dataset) -> None:
+    """Read every byte of a dataset and check it."""
+    from data_tools import commands
+
+    verified = commands.verify(folder)
+    typer.echo(str(verified))
+    if verified.failures:
+        raise typer.Exit(DataError.code)
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The new model.")],
+    vocab: Annotated[int, typer.Option(min=300, max=1 << 20, help="Pieces.")] = 16384,
+) -> None:
+    """Train a sentencepiece tokenizer on text."""
+    from data_tools import commands
+
+    typer.echo(str(commands.train_tokenizer(sources, vocab, out)))
+
+
+@tokenizer_app.command("check")
+def check_tokenizer(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    sources: Sources,
+    other: Annotated[str | None, typer.Option("--against", metavar="FILE", help="Another one: same ids?")] = None,
+) -> None:
+    """Encode text and decode it again: what is lost, unknown, or encoded otherwise by another tokenizer."""
+    from collections import Counter
+
+    from data_tools.sources import Reading, open_source
+    from data_tools.tokenizer import check, load_tokenizer
+
+    dropped: Counter[str] = Counter()
+    documents = (d for source in sources for d in open_source(source).documents(Reading(), dropped))
+    texts = ((document.place, document.text) for document in documents)
+    found = check(load_tokenizer(file), texts, load_tokenizer(other) if other else None)
+    for line in found.changed[:20]:
+        typer.echo(line)
+    rate = found.bytes / max(1, found.tokens)
+    typer.echo(f"{found.texts:,} texts, {found.tokens:,} tokens, {rate:.3f} bytes per token")
+    typer.echo(f"{len(found.changed):,} do not come back, {found.unknown:,} tokens are unknown")
+    typer.echo(f"long texts {'may be cut: no id changes' if found.cuts else 'are encoded whole: a cut changes ids'}")
+    if found.differing is not None:
+        typer.echo(f"{found.differing:,} texts have other ids than {other} gives them")
+    if not found.good:
+        raise typer.Exit(DataError.code)
+
+
+@tokenizer_app.command("inspect")
+def inspect_tokenizer(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    text: Annotated[str | None, typer.Option(help="Text to cut into pieces.")] = None,
+) -> None:
+    """Show a tokenizer, and how it cuts a text."""
+    from data_tools.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(file)
+    typer.echo(f"{tokenizer.name}: {tokenizer.vocab_size} pieces, BOS {tokenizer.bos}, SHA-256 {tokenizer.sha256}")
+    if text is not None:
+        ids = tokenizer.encode(text)
+        typer.echo(" ".join(repr(tokenizer.decode([i])) for i in ids))
+        typer.echo(f"{len(ids)} tokens")

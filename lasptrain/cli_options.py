@@ -1,0 +1,30 @@
+"""What the commands share: arguments, sizes, tables."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lasptrain.errors import RecipeError
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides section.key.")]
+
+
+def show(*tables: Table) -> None:
+    """Tables, as wide as the terminal; where there is none, as wide as they need."""
+    console = Console()
+    for table in tables:
+        (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def to_bytes(text: str) -> int:
+    """Bytes of 80GiB, 40GB or 512MiB; RecipeError of anything else."""
+    units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}
+    number, unit = text.rstrip("GiMB"), text[len(text.rstrip("GiMB")) :]
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise RecipeError(f"--memory: found {text!r}; expected a size such as 80GiB") from None
