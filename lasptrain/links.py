@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lasptrain.plan import Rates, seconds_per_token, state_bytes
-from lasptrain.recipe import Recipe
+from lasptrain.plan import Rates, parameters, seconds_per_token, state_bytes
+from lasptrain.recipe import REPLICATED, Recipe
 
 
 class Link(NamedTuple):
@@ -82,6 +82,17 @@ def _state(recipe: Recipe) -> int:
     return recipe.train.micro_batch * state_bytes(recipe.model) // recipe.model.layers
 
 
+def weights_sent(recipe: Recipe, vocab: int, ranks: int) -> float:
+    """Bytes that a rank sends per step to gather parameters as products read them and to sum gradients: with whole
+    parameters all-reduced; else scattered once, and gathered once (`zero2`) or for forward and backward.
+    """
+    count = sum(parameters(recipe.model, vocab).values())
+    narrow = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.train.precision]
+    wide, kind = max(4, narrow), recipe.parallel.data_parallel
+    each = 2 * wide if kind in REPLICATED else wide + narrow * (1 if kind == "zero2" else 2)
+    return count * each * (ranks - 1) / ranks
+
+
 def step_seconds(
     recipe: Recipe, vocab: int, ranks: int, tokens: int, rates: Rates, links: Links = ASSUMED, segments: int = 1
 ) -> dict[str, float | None]:
@@ -89,13 +100,15 @@ def step_seconds(
 
     `none` shares nothing; it and the scans take the window in `segments` segments, the others in one. A scan hides
     behind the products for queries and gate, and in the backward behind the gradient of queries. Ulysses and Megatron
-    wait for what they send; Ring Attention sends a block while it works on one, and the last rank works on all of them.
-    Activations have 16 bits, gradients that Ring Attention hands on 32.
+    wait for what they send, and all for parameters and gradients, once per step. Ring Attention sends a block while it
+    works on one, and the last rank works on all of them. Activations have 16 bits, gradients that Ring Attention hands
+    on 32.
     """
     model = recipe.model
     width = model.heads * (model.K + model.V)
     link = links.slowest(ranks)
-    alone = tokens * seconds_per_token(recipe, vocab, segments, rates)
+    weights = weights_sent(recipe, vocab, ranks) / link.bandwidth
+    alone = tokens * seconds_per_token(recipe, vocab, segments, rates) + weights
     forward = 2 * tokens / segments * model.dim * width / rates.products
     backward = 4 * tokens / segments * width / (0.8 * rates.copies)
     scans = {
@@ -115,7 +128,7 @@ def step_seconds(
         "megatron": sending(8 * 2 * (ranks - 1) * tokens * model.dim, 8),
     }
     split = model.heads % ranks == 0
-    whole = tokens * seconds_per_token(recipe, vocab, 1, rates)
+    whole = tokens * seconds_per_token(recipe, vocab, 1, rates) + weights
     return {
         "none": alone,
         **{name: alone + segments * model.layers * seconds for name, seconds in scans.items()},

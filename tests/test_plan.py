@@ -133,6 +133,11 @@ def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
     assert long["ring"] == long["none"]  # behind 524,288 tokens nothing is seen of it
     traded = 2 * 2 * 8 * 2048 * 2 * 1  # bytes of q, k, v and o of which half goes to the other rank, both ways
     assert short["ulysses"] == pytest.approx(alone + layers * 2 * traded / 1e9 / 2)
+    count = sum(plan.parameters(recipe.model, 64000).values())
+    sent = alone - 8 * plan.seconds_per_token(recipe, 64000, 1, rates)
+    assert sent == pytest.approx((4 + 2 + 2) * count / 2 / 1e9)  # gradients in fp32, parameters twice in bf16
+    replicated = load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=ddp"])
+    assert links.weights_sent(replicated, 64000, 4) == 2 * 4 * count * 3 / 4
     assert links.step_seconds(recipe, 64000, 32, 8, rates)["megatron"] is None  # 16 heads
 
 
