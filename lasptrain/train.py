@@ -73,6 +73,7 @@ def train(recipe: Recipe, run: Path) -> None:
         auto = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
         settled.note(recipe, run, place, auto)
     recipe = job.recipe
+    held_out(job).validation_rounds(recipe.eval.windows)  # what is too short is refused now, not after the last step
     if speaks:
         checkpoint.sweep(run)
     loaded = checkpoint.load(run, job.model, job.optimizer, identity(job))
@@ -366,25 +367,30 @@ def ask(job: Job) -> dict[str, float]:
     return {} if whole is None else while_training(whole, job.recipe, job.mesh)
 
 
-def evaluate(job: Job) -> Validation:
-    """Loss on the held-out windows of `eval.windows`."""
+def held_out(job: Job) -> SliceLoader:
+    """This rank's slices of held-out text. Raises DataError where it is shorter than a window."""
     recipe = job.recipe
     window = recipe.eval.window or recipe.data.window
     segment = window if window % job.loader.segment else job.loader.segment
     batch = job.mesh.length("dp") * recipe.train.micro_batch
-    held_out = open_loader(recipe, job.dataset, job.mesh, "validation", window, batch, segment)
-    rounds = held_out.validation_rounds(recipe.eval.windows)
+    return open_loader(recipe, job.dataset, job.mesh, "validation", window, batch, segment)
+
+
+def evaluate(job: Job) -> Validation:
+    """Loss on the held-out windows of `eval.windows`."""
+    loader, windows = held_out(job), job.recipe.eval.windows
+    rounds = loader.validation_rounds(windows)
 
     def slices() -> Iterator[MicroBatch]:
         for index in range(rounds):
             job.tick()
-            yield tuple(piece.to(job.device) for piece in held_out.validation_slices(index, recipe.eval.windows))
+            yield tuple(piece.to(job.device) for piece in loader.validation_slices(index, windows))
 
     found = validate(
         job.called,
         slices(),
         job.mesh,
-        window,
+        loader.window,
         job.dataset.token_bytes.to(job.device),
     )
     reshard(job.model)

@@ -44,6 +44,15 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert all(command in help_text for command in ("pretrain", "check", "data"))
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(given: dict[str, str], expected: str) -> None:
+    code = "import os, lasptrain.cli as c; c.app = lambda: print(os.environ['OMP_WAIT_POLICY']); c.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"PYTHONPATH": str(ROOT), **given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
+
+
 @pytest.mark.parametrize("arguments", [["pretrian"], ["check", "--nproc", "0", QUICKSTART], ["check", "--nope"]])
 def test_usage_errors_end_with_2(tmp_path: Path, arguments: list[str]) -> None:
     done = lasptrain(*arguments, cwd=tmp_path)

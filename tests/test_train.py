@@ -69,6 +69,14 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+def test_too_little_held_out_text_is_refused_before_the_first_step(folder: Path) -> None:
+    code, _, said = start(folder, "--run", "short", "--set", "eval.window=24000").end()
+    assert code == 3 and said.startswith("error: eval.window: 24,000 tokens do not fit into the ")
+    code, _, said = start(folder, "--run", "short", "--set", "eval.windows=100").end()
+    assert code == 3 and said.startswith("error: 100 validation windows of 240 tokens asked, ")
+    assert read_metrics(folder / "short") == []
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run)]
 

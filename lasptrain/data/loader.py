@@ -79,6 +79,11 @@ class SliceLoader:
         _check_divides("train.batch", batch, "mesh.dp × train.micro_batch", dp * micro_batch)
         if split.tokens < window and not repeat:
             fits = split.tokens // sp * sp
+            if split.name == "validation":
+                raise DataError(
+                    f"eval.window: {window:,} tokens do not fit into the {split.tokens:,} of split validation; lower "
+                    "it, or hold out more documents per million with data.validation (prepare --validation)"
+                )
             raise DataError(
                 f"{split.tokens // 1024:,} windows of 1,024 would fit, 0 of {window:,}: "
                 f"split {split.name} has {split.tokens:,} tokens; longest window that fits: {fits:,}; "
@@ -123,7 +128,8 @@ class SliceLoader:
         if windows > fit:
             raise DataError(
                 f"{windows} validation windows of {self.window:,} tokens asked, {fit} fit: split {self.split.name} has "
-                f"{self.split.tokens:,} tokens; lower eval.windows or hold out more with data.validation"
+                f"{self.split.tokens:,} tokens; lower eval.windows, or hold "
+                "out more with data.validation (prepare --validation)"
             )
         return -(-windows // (self.dp * self.micro_batch))
 
