@@ -188,6 +188,12 @@ def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None
     assert done.stderr.count("Traceback") == 1
 
 
+def test_benchmarks_are_refused_before_they_measure(tmp_path: Path) -> None:
+    sp = ["bench", "sp", QUICKSTART]
+    refused(2, "--tokens, --steps: found neither; expected tokens per rank", *sp, cwd=tmp_path)
+    refused(2, "none/x.json: found no folder none; ", *sp, "--steps", "64", "--json", "none/x.json", cwd=tmp_path)
+
+
 def test_benchmarks_need_a_gpu(tmp_path: Path) -> None:
     refused(5, "found no CUDA device", "bench", "kernels", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     refused(5, "found no CUDA device", "plan", QUICKSTART, "--measure", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
