@@ -100,6 +100,8 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokeniz
         raise SetupError(f"{out}: it exists; a tokenizer is written to a new file")
     dropped: Counter[str] = Counter()
     texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
+    if not texts:
+        raise DataError(f"0 documents in {' + '.join(sources)} to train a tokenizer on")
     model = tokenizers.train(texts, vocab)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(model)

@@ -206,7 +206,8 @@ def _build(folder: Path, task: _Task) -> None:
         splits = _documents(task, tokenizer, spool, dropped)
         if splits["train"].tokens == 0:
             held = len(splits["validation"].lengths)
-            raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {dict(+dropped)}")
+            told = ", ".join(f"{count:,} {why}" for why, count in (+dropped).items()) or "none"
+            raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {told}")
         layouts = {split: task.layout(documents) for split, documents in splits.items()}
         if layouts["train"].tokens == 0:
             raise DataError(f"{name}: {splits['train'].tokens:,} tokens to train on, no window of {task.align:,}")

@@ -380,7 +380,7 @@ def _malformed(problem: str, reading: Reading, dropped: Counter[str]) -> None:
     """Counts a line that holds no text; DataError when there are too many."""
     dropped["malformed"] += 1
     if dropped["malformed"] > reading.max_bad:
-        raise DataError(f"{problem}; {reading.max_bad} such lines are tolerated")
+        raise DataError(f"{problem}; {reading.max_bad} such lines are tolerated, see prepare --max-bad")
 
 
 def _python(content: bytes) -> str | None:
@@ -433,7 +433,7 @@ def _invalid(problem: str, repaired: str, reading: Reading, dropped: Counter[str
     """What the policy makes of text that is not Unicode."""
     match reading.errors:
         case "fail":
-            raise DataError(f"{problem}; replace and skip are other policies")
+            raise DataError(f"{problem}; prepare --errors replace, or skip, takes it")
         case "replace":
             dropped["repaired"] += 1
             return repaired

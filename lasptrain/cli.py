@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Every error is one line on stderr and an exit code; torch is imported late."""
 
+import errno
 import os
 import sys
 import traceback
@@ -8,14 +9,13 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lasptrain import __version__, cli_bench, cli_checkpoint, cli_data, links, plan, rates, streams
 from lasptrain.cli_options import Overrides, RecipeFile, show, to_bytes
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
-from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, SetupError
+from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.links import ASSUMED, Links
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
@@ -49,6 +49,13 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.filename is None:
+            traceback.print_exc()
+            code = INTERNAL
+        else:  # a file that cannot be written or read where nothing more is known of it
+            typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            code = (ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else SetupError).code
     except Exception:
         traceback.print_exc()
         code = INTERNAL
@@ -116,7 +123,7 @@ def check(
     table.add_column(style="bold")
     for name, value in _meaning(loaded, world):
         table.add_row(name, value)
-    Console().print(table)
+    show(table)
 
 
 def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
@@ -135,7 +142,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
         ("heads", f"key dim {model.K}, value dim {model.V}, decay {model.decay}"),
         *([("softmax", _softmax(model))] if model.softmax else []),
-        ("mesh", f"dp {dp} × sp {sp}, {world} processes, {recipe.parallel.data_parallel}, scan {scan}"),
+        ("mesh", f"dp {dp} × sp {sp}, {_times(world, 'process', 'es')}, {recipe.parallel.data_parallel}, scan {scan}"),
         ("window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"),
         ("slice", f"{layout.slice:,} tokens per rank and segment"),
         (
@@ -172,9 +179,16 @@ def plan_command(
     loaded = load(recipe, overrides)
     measured = _measured(measure, nproc, file)
     known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, plan.GPUS[gpu])
-    if measured or gpus > 1:
-        show(_rates(known, measured))
-    show(*_plan(loaded, gpus, known, memory))
+    predicted = list(_plan(loaded, gpus, known, memory))
+    show(*([_rates(known, measured)] if measured or gpus > 1 else []), *predicted)
+
+
+def _lasting(seconds: float) -> str:
+    """Days, hours or minutes, whichever is the first that is not less than one."""
+    for length, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.1f} minutes"
 
 
 class Known(NamedTuple):
@@ -212,7 +226,7 @@ def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterato
     from data_tools.tokenizer import load_tokenizer
 
     available = known.rates.memory if given is None else to_bytes(given)
-    dp, sp = resolve_mesh(recipe, gpus)
+    dp, sp = resolve_mesh(recipe, gpus, "--gpus")
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
@@ -234,7 +248,7 @@ def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterato
     table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
     table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
-    table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {step * recipe.train.steps / 86400:.2f} days")
+    table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
     yield table
     if gpus > 1:
         yield _sharing(recipe, vocab, cut.slice, gpus, known)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from lasptrain import cli_checkpoint, rates
-from lasptrain.cli_options import Overrides, RecipeFile, show, to_bytes
+from lasptrain.cli_options import Numbers, Overrides, RecipeFile, in_a_folder, show, to_bytes
 from lasptrain.errors import RecipeError
 from lasptrain.recipe import load
 
@@ -27,7 +27,7 @@ def bench_kernels(
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option()] = "bf16",
     decay: Annotated[Literal["none", "head", "token"], typer.Option(help="None, constant, or per token.")] = "head",
     documents: Annotated[int, typer.Option(min=0, help="Document boundaries in the window.")] = 0,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    file: Numbers = None,
 ) -> None:
     """Time the attention kernels beside flash-linear-attention (extra `bench`) and the floors."""
     from lasptrain.bench import kernels
@@ -54,8 +54,10 @@ def bench_sp(
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of one attention layer.")] = None,
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of whole steps of the model.")] = None,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.")] = None,
+    file: Numbers = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.", callback=in_a_folder)
+    ] = None,
     measured: Annotated[
         Path | None, typer.Option("--rates", metavar="FILE", help="Of plan --measure, to predict steps from.")
     ] = None,
@@ -67,6 +69,8 @@ def bench_sp(
     from lasptrain.bench import plot as drawing
     from lasptrain.bench import sp
 
+    if not tokens and not steps:
+        raise RecipeError("--tokens, --steps: found neither; expected tokens per rank, such as --steps 32768")
     ranks = nproc or torch.cuda.device_count() or 2
     names = methods or sp.METHODS
     known = None if measured is None else rates.read(measured)
@@ -85,7 +89,7 @@ def bench_prefill(
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a text; 128K, 1M and 4M if not given.")] = None,
     segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32_768,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    file: Numbers = None,
 ) -> None:
     """Time how `lasptrain eval` reads long texts, beside the forward of training, and take its memory."""
     import torch
@@ -109,7 +113,7 @@ def bench_parity(
     kinds: Annotated[
         list[str] | None, typer.Option("--kind", help="Of data parallelism; all five if not given.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all losses there.")] = None,
+    file: Numbers = None,
 ) -> None:
     """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
     import torch
@@ -129,7 +133,7 @@ def bench_ablation(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Per rank.")] = 32_768,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    file: Numbers = None,
 ) -> None:
     """Time whole steps with and without fused kernels, with and without keeping states for the backward."""
     import torch
@@ -155,8 +159,8 @@ def bench_scale(
     long: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a window on all GPUs; 4096K.")] = None,
     large: Annotated[Path | None, typer.Option(metavar="RECIPE", help="A larger model for the long windows.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="What does not fit into them is left out.")] = 9.0,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them as PNG.")] = None,
+    file: Numbers = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them as PNG.", callback=in_a_folder)] = None,
 ) -> None:
     """Time one recipe on ever more GPUs of this machine: weak and strong scaling, long windows, beside `plan`."""
     import torch
@@ -187,7 +191,7 @@ def bench_longest(
     most: Annotated[int, typer.Option(min=1024, help="Tokens of the longest window that is streamed.")] = 1 << 22,
     memory: Annotated[str | None, typer.Option(metavar="40GiB", help="Of each rank, if it is to be less.")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="After which nothing more is tried.")] = 30,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    file: Numbers = None,
 ) -> None:
     """Find the longest window that trains: ddp or zero3, without and with recomputation, unshared, shared, streamed."""
     import torch
@@ -213,7 +217,7 @@ def bench_mqar(
     tokens: Annotated[int, typer.Option(min=4, help="Of a sequence.")] = 64,
     pairs: Annotated[int, typer.Option(min=1, help="To recall.")] = 4,
     vocab: Annotated[int, typer.Option(min=16, help="Different tokens.")] = 8192,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+    file: Numbers = None,
 ) -> None:
     """Train a recipe's model to recall pairs of tokens (MQAR) and test it on unseen ones."""
     from lasptrain.bench import mqar

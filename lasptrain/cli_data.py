@@ -15,7 +15,11 @@ tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_mark
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Sources = Annotated[
-    list[str], typer.Argument(metavar="SOURCE…", help="python:source, or files and folders of text, JSONL, code.")
+    list[str],
+    typer.Argument(
+        metavar="SOURCE…",
+        help="python:source, repositories:FOLDER for code, or files and folders of .txt, .jsonl, .parquet.",
+    ),
 ]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
 
@@ -52,9 +56,8 @@ def prepare(
     from lasptrain.progress import preparing
 
     if (packing == "best_fit") != (window is not None):
-        raise RecipeError(
-            f"--packing: found {packing} with --window {window}; best_fit needs a window, concat has none"
-        )
+        found = "without --window" if window is None else f"with --window {window}"
+        raise RecipeError(f"--packing: found {packing} {found}; best_fit needs a window, concat has none")
     if packing == "concat" and long_documents == "cut":
         raise RecipeError("--long-documents: found cut with --packing concat; only best_fit cuts documents")
     best_fit = None if window is None else BestFit(window, long_documents)
@@ -124,6 +127,8 @@ def synth(
     """Hide facts in real text and ask for them at its end, or repeat pairs: documents that need a long memory."""
     from data_tools import commands
 
+    if out.suffix != ".jsonl":  # by which text is told from other files when it is prepared
+        raise RecipeError(f"--out: found {out}; expected a name that ends in .jsonl")
     lengths = (min(shortest or characters, characters), characters)
     if (kind == "pairs") != (not sources):
         raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")

@@ -13,6 +13,19 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, su
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides section.key.")]
 
 
+def in_a_folder(file: Path | None) -> Path | None:
+    """A file to write in the end; RecipeError now, not then, if its folder does not exist."""
+    if file is not None and not file.parent.is_dir():
+        raise RecipeError(f"{file}: found no folder {file.parent}; expected one to write into")
+    return file
+
+
+Numbers = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the numbers there too.", callback=in_a_folder),
+]
+
+
 def show(*tables: Table) -> None:
     """Tables, as wide as the terminal; where there is none, as wide as they need."""
     console = Console()

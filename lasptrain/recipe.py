@@ -487,7 +487,7 @@ def _nearest(value: int, fits: Callable[[int], bool], largest: int | None = None
     return ", ".join(str(n) for n in (below, above) if n is not None)
 
 
-def resolve_mesh(recipe: Recipe, world: int) -> tuple[int, int]:
+def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[int, int]:
     """(dp, sp) for `world` ranks; auto × auto takes as many as train.batch keeps busy for dp, and the rest for sp.
 
     Raises SetupError, naming what fits, where the recipe's mesh is for another number of ranks, and RecipeError, as
@@ -519,12 +519,12 @@ def resolve_mesh(recipe: Recipe, world: int) -> tuple[int, int]:
     fits = _nearest(world, lambda n: pair(n, lengths) is not None, largest).replace(", ", " or ")
     ragged = pair(world, ())
     if ragged is not None:
-        other = f"; or --nproc {fits}" if fits else ""
+        other = f"; or {option} {fits}" if fits else ""
         raise RecipeError("\n".join(f"{key}: {text}{other}" for key, text in _slices(recipe, ragged[1])))
     raise SetupError(
         f"mesh: {world} process{'es do' if world > 1 else ' does'} not make dp = {dp} × sp = {sp} "
         f"with {micro_batches} micro-batches and slices of {tokens} tokens; "
-        + (f"nearest: --nproc {fits}" if fits else "no nearby number of processes does")
+        + (f"nearest: {option} {fits}" if fits else "no nearby number of processes does")
     )
 
 
@@ -833,7 +833,9 @@ class _Source:
         known = [*SECTIONS, "name"]
         for key in self.raw:
             if key not in known and key != "<<":
-                self.problems.append((self._origin((key,)), (key,), f"no such section; {_suggest(key, known)}"))
+                inner = [path for path in self.origins if path[:1] == (key,)]  # of --set key.name=…, which has no other
+                origin = self._origin((key,) if (key,) in self.origins or not inner else inner[0])
+                self.problems.append((origin, (key,), f"no such section; {_suggest(key, known)}"))
 
     def _name(self, name: object) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):

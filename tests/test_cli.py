@@ -128,6 +128,23 @@ def test_data_errors_come_before_any_run(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_outputs_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 200)
+    train = ["data", "tokenizer", "train", "text.txt", "--vocab", "300", "--out"]
+    refused(5, "/proc/t.model: No such file or directory", *train, "/proc/t.model", cwd=tmp_path)
+    refused(2, r"--out: found synth; expected a name that ends in \.jsonl", "data", "synth", "text.txt",
+            "--out", "synth", cwd=tmp_path)  # fmt: skip
+    (tmp_path / "empty.txt").touch()
+    refused(3, "0 documents in empty.txt to train a tokenizer on", "data", "tokenizer", "train", "empty.txt",
+            "--out", "t.model", cwd=tmp_path)  # fmt: skip
+    prepare = ["data", "prepare", "empty.txt", "--tokenizer", "bytes", "--out", "shards"]
+    refused(3, "0 documents in empty.txt to train on: 0 held out, dropped: 1 empty", *prepare, cwd=tmp_path)
+
+
+def test_a_plan_that_does_not_fit_names_its_own_option(tmp_path: Path) -> None:
+    refused(2, "or --gpus 2 or 4", "plan", QUICKSTART, "--gpus", "3", cwd=tmp_path)
+
+
 def test_a_tokenizer_that_does_not_match_the_shards(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
     prepared = lasptrain("data", "prepare", "text.txt", "--tokenizer", "bytes", "--out", "shards", cwd=tmp_path)
@@ -169,6 +186,12 @@ def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None
     )
     assert done.returncode == 70
     assert done.stderr.count("Traceback") == 1
+
+
+def test_benchmarks_are_refused_before_they_measure(tmp_path: Path) -> None:
+    sp = ["bench", "sp", QUICKSTART]
+    refused(2, "--tokens, --steps: found neither; expected tokens per rank", *sp, cwd=tmp_path)
+    refused(2, "none/x.json: found no folder none; ", *sp, "--steps", "64", "--json", "none/x.json", cwd=tmp_path)
 
 
 def test_benchmarks_need_a_gpu(tmp_path: Path) -> None:

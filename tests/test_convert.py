@@ -25,7 +25,7 @@ from lasptrain.convert import tables, targets, tokenizer, verify
 from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
 from lasptrain.convert.restore import open_weights, restore
-from lasptrain.errors import CheckpointError, ConvertError, DataError
+from lasptrain.errors import CheckpointError, ConvertError, DataError, RecipeError
 from lasptrain.eval import load, main
 from lasptrain.eval.evaluate import Asked
 from lasptrain.eval.load import load_model
@@ -325,11 +325,12 @@ def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     for to, reason in (
         ("hf", "arch tnl has no class there without custom code; expected safetensors, transnormer"),
         ("granitemoehybrid", "granitemoehybrid is arch ssd, not tnl; expected"),
-        ("gguf", "unknown; expected safetensors, transnormer"),
     ):
         with pytest.raises(ConvertError, match=re.escape(reason)):
             export(run, tmp_path / "out", to)
-    with pytest.raises(ConvertError, match=r"holds no recipe\.yaml"):
+    with pytest.raises(RecipeError, match="--to gguf: unknown; expected safetensors, transnormer"):
+        export(run, tmp_path / "out", "gguf")
+    with pytest.raises(CheckpointError, match=r"holds no recipe\.yaml"):
         export(tmp_path, tmp_path / "out", "safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 

@@ -313,6 +313,8 @@ def test_a_recipe_can_name_every_task() -> None:
 
 def test_lengths() -> None:
     assert parse_lengths("4k,100") == (4096, 100)
+    with pytest.raises(RecipeError, match=r"--lengths: found '1m\.\.4k'; expected the shorter one first"):
+        parse_lengths("1m..4k")
     assert parse_lengths("4k..256k") == (4096, 16384, 65536, 262144)
     assert parse_lengths("4k..128K")[-2:] == (65536, 131072)
     for wrong in ("x", "0", "4g", ""):

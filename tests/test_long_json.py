@@ -113,8 +113,8 @@ def test_long_lines_stand_beside_short_ones(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'"' + b"x" * 60 + b"\xff", r"a\.jsonl:2: byte 70 is not UTF-8; replace and skip"),
-        (b'"' + b"x" * 60 + rb"\udc00", r"a\.jsonl:2: character 60 is a lone surrogate; replace and skip"),
+        (b'"' + b"x" * 60 + b"\xff", r"a\.jsonl:2: byte 70 is not UTF-8; prepare --errors replace, or skip"),
+        (b'"' + b"x" * 60 + rb"\udc00", r"a\.jsonl:2: character 60 is a lone surrogate; prepare --errors"),
         (b'"' + b"x" * 60, r"a\.jsonl:2: expected the end of a string.*: character 70; 0 such lines are tolerated"),
     ],
 )

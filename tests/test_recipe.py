@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -274,7 +274,7 @@ def test_overrides_follow_the_same_rules(write: Write, refused: Refused) -> None
     assert refused(GOOD, "model.dmi=1") == ["--set model.dmi=1: model.dmi: no such key; did you mean dim?"]
     assert "not YAML" in refused(GOOD, "model.dim=[")[0]
     assert "found the tag" in refused(GOOD, "model.dim=!x 32")[0]
-    assert "no such section" in refused(GOOD, "modle.dim=3")[0]
+    assert refused(GOOD, "modle.dim=3") == ["--set modle.dim=3: modle: no such section; did you mean model?"]
 
 
 def test_an_override_mends_what_the_file_has_wrong(write: Write) -> None:
@@ -304,6 +304,7 @@ def test_a_name_stays_inside_its_folder(name: str) -> None:
     assert Path(name).name == name
 
 
+@settings(deadline=None)  # the first example also loads what later ones use
 @given(
     st.floats(min_value=1e-300, max_value=10),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40),

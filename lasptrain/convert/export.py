@@ -15,7 +15,7 @@ from data_tools.tokenizer import BYTES, load_tokenizer
 from lasptrain import __version__, checkpoint
 from lasptrain import recipe as recipes
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
-from lasptrain.errors import ConvertError
+from lasptrain.errors import CheckpointError
 from lasptrain.recipe import Model, Recipe
 
 RECORD = "lasptrain_export.json"
@@ -51,7 +51,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
         force: replace `out` if it exists.
         check: compare logits in the target's library, where it is installed.
 
-    Raises ConvertError, or CheckpointError for a damaged step; then `out` is as it was.
+    Raises ConvertError, or CheckpointError for a damaged step or a folder that is no run; then `out` is as it was.
     """
     recipe = recipes.load(_recipe(run))
     step = checkpoint.Opened(run)
@@ -80,7 +80,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 def _recipe(run: Path) -> Path:
     file = run / "recipe.yaml"
     if not file.is_file():
-        raise ConvertError(f"{run}: holds no recipe.yaml; expected the folder of a run")
+        raise CheckpointError(f"{run}: holds no recipe.yaml; expected the folder of a run")
     return file
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lasptrain.errors import ConvertError
+from lasptrain.errors import ConvertError, RecipeError
 from lasptrain.recipe import Model
 
 WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid", "minimax": "minimax"}  # what `hf` means for an architecture
 RUNS_IN = {
     "safetensors": "lasptrain",
-    "granitemoehybrid": "transformers, vLLM, SGLang, llama.cpp",
-    "minimax": "transformers, vLLM, SGLang",
+    "granitemoehybrid": "transformers; not tried: vLLM, SGLang, llama.cpp",
+    "minimax": "transformers; not tried: vLLM, SGLang",
     "linear_attn": "flash-linear-attention",
     "retnet": "flash-linear-attention",
     "transnormer": "transformers with trust_remote_code",
@@ -19,13 +19,15 @@ RUNS_IN = {
 
 
 def resolve(name: str, model: Model) -> str:
-    """The target of `--to name` for this model. ConvertError with the reason where it cannot be expressed there."""
+    """The target of `--to name` for this model. RecipeError for a name that is none, ConvertError with
+    the reason where the model cannot be expressed there.
+    """
     target = WITHOUT_CUSTOM_CODE.get(model.arch) if name == "hf" else name
     possible = ", ".join(target for target, reason in refusals(model).items() if reason is None)
     if target is None:
         raise ConvertError(f"--to hf: arch {model.arch} has no class there without custom code; expected {possible}")
     if target not in RUNS_IN:
-        raise ConvertError(f"--to {name}: unknown; expected {possible}")
+        raise RecipeError(f"--to {name}: unknown; expected {possible}")
     reason = refusals(model)[target]
     if reason is not None:
         raise ConvertError(f"--to {name}: {reason}; expected {possible}")

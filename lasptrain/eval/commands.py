@@ -93,6 +93,8 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dots, last = part.partition("..")
         length, end = _tokens(first), _tokens(last if dots else first)
+        if end < length:
+            raise RecipeError(f"--lengths: found {part!r}; expected the shorter one first, such as 4k..4m")
         while length < end:
             found.append(length)
             length *= 4

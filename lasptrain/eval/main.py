@@ -98,7 +98,7 @@ def _told(reader: Reader, show: Callable[[str, int], None]) -> Callable[[Key], N
 def _answered(record: Record) -> str:
     found = [f"{name} {record[name]:.2f}" for name in ("score", "exact", "answer_nll") if name in record]
     key = f"{record['task']} at {report.short(record['length'])}, sample {record['index'] + 1}"
-    return f"{key}: {', '.join(found)}"
+    return f"{key}: {', '.join(found)}" if found else key
 
 
 def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
