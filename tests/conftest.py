@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 from lasptrain import stop
 from tests import gloo
@@ -18,6 +19,8 @@ from tests import gloo
 # What is computed here is small: more threads would wait for each other, and for those of the tests that run beside.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+settings.register_profile("shared", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("shared")
 if "PYTEST_XDIST_WORKER" in os.environ:
     gloo.serve()
 

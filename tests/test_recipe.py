@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -304,7 +304,6 @@ def test_a_name_stays_inside_its_folder(name: str) -> None:
     assert Path(name).name == name
 
 
-@settings(deadline=None)  # the first example also loads what later ones use
 @given(
     st.floats(min_value=1e-300, max_value=10),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40),
