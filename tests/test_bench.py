@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -196,3 +199,21 @@ def test_what_time_does_not_allow_is_not_run() -> None:
     (found,) = scale.measure(scale.cases(recipe, [1], [32], [], []), -1)
     (row,) = found.rows
     assert row.seconds is None and row.failure == "no time left"
+
+
+def test_ranks_do_not_outlive_what_measures(tmp_path: Path) -> None:
+    pids: list[int] = []
+    command = [sys.executable, "-c", f"import tests.trial as t; t.run_forever({str(tmp_path)!r})"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+    try:
+        deadline = time.monotonic() + 120
+        while len(pids := [int(file.name) for file in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(pids) == 2
+    finally:
+        process.terminate()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

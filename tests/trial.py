@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
+
+from lasptrain.bench.ranks import on_ranks
 
 
 def trial(kind: str, size: int) -> int:
@@ -12,3 +18,15 @@ def trial(kind: str, size: int) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     dist.barrier()
     return size
+
+
+def forever(folder: str) -> None:
+    """Leaves word of its process and never ends."""
+    (Path(folder) / str(os.getpid())).touch()
+    while True:
+        time.sleep(1)
+
+
+def run_forever(folder: str) -> None:
+    """Two ranks of it."""
+    on_ranks(2, forever, folder)

@@ -9,13 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
-from lasptrain.errors import LaspError, ResourceError, SetupError
+from lasptrain.errors import LaspError, RankLostError, ResourceError, SetupError
 from lasptrain.parallel import mesh
 
 SILENCE = 240.0  # seconds that a trial may take
@@ -82,7 +83,9 @@ def _job(
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells of each rank it ends
     # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
     start = "spawn" if torch.cuda.is_available() else "forkserver"
-    job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=start)
+    job = start_processes(
+        _rank, (ranks, folder, os.getpid(), measure, given), nprocs=ranks, join=False, start_method=start
+    )
     number, heard = 0, time.monotonic()
     try:
         while number < len(given):
@@ -114,7 +117,17 @@ def _end(job: ProcessContext, folder: Path) -> Failure | None:
         return Failure(str(error).strip().splitlines()[-1], error=error)
 
 
-def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args]) -> None:
+def _leave_after(process: int) -> None:
+    """End this rank soon after the process that measures: the server that forks ranks outlives it with them."""
+    while Path(f"/proc/{process}").exists() or not Path("/proc/self").exists():
+        time.sleep(1)
+    os._exit(RankLostError.code)
+
+
+def _rank(
+    rank: int, ranks: int, folder: Path, measurer: int, measure: Callable[..., Any], given: Sequence[Args]
+) -> None:
+    Thread(target=_leave_after, args=(measurer,), daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     device = mesh.device()
     cuda = device.type == "cuda"
