@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain import ops
+from lasptrain import ops, train
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model
+from lasptrain.recipe import Model, load
+from tests.gloo import spawn
 from tests.kernel_cases import Case, Inputs, backward, error, inputs
+from tests.test_recipe import RECIPES
 
 
 def everything(x: Inputs) -> tuple[Tensor, ...]:
@@ -100,3 +102,25 @@ def test_a_compiled_convolution_keeps_no_more_than_none(monkeypatch: pytest.Monk
         return sum(found.values())
 
     assert 0 < kept(4) <= kept(0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
+def test_ddp_compiles_the_same_graphs_as_fsdp() -> None:
+    assert spawn(2, graphs, "ddp") == spawn(2, graphs, "zero3")
+
+
+def graphs(rank: int, world: int, kind: str) -> int:
+    """How many are compiled of a block whose weights are more than one of DDP's buckets."""
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    model = ["model.dim=512", "model.layers=1", "model.heads=2", "model.mlp=8192", "train.compile=true"]
+    place = ["mesh.dp=2", "mesh.sp=1", "train.batch=2", "train.micro_batch=1", "data.window=64", "train.loss_chunk=64"]
+    recipe = load(RECIPES / "quickstart.yaml", [*model, *place, f"parallel.data_parallel={kind}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        train.one_step(train.build(recipe), 0)
+    return len(made)

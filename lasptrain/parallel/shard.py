@@ -153,6 +153,7 @@ def parallelize(
     flat = mesh.flat
     recompute(blocks, mode)
     if fuse:
+        torch._dynamo.config.optimize_ddp = False  # else blocks are cut at DDP's buckets, and what lies there is kept
         for block in blocks:
             block.fuse()
     lone, replicated = flat.size() == 1, kind in REPLICATED
