@@ -2,7 +2,8 @@
 
 The LASP paper's table, on this machine's ranks: a window per rank (`off`), one window over all ranks in one segment
 (`on`), and the same in as many segments as it takes (`streaming`). A window counts if two updates of it ran, the second
-with the optimizer's states in place. Windows are tried from half of what is predicted to fit up to twice as much.
+with the optimizer's states in place. Windows are tried from what is almost certain to fit upwards, and only where that
+does not, below it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lasptrain.recipe import Recipe, resolve_vocabulary
 KINDS = ("ddp", "zero3")
 MODES = ("none", "full")
 SHARING = ("off", "on", "streaming")
-SHARES = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the predicted window
+SHARES = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 0.6, 0.4)  # of the predicted window, in this order
 GRAIN = 1024  # tokens of a slice
 UPDATES = 2
 
@@ -59,6 +60,7 @@ class Results:
     device: str
     ranks: int
     cells: list[Cell]
+    cut: bool = False  # time ran out
 
 
 def forms() -> list[Form]:
@@ -79,11 +81,18 @@ def measure(
     until = time.monotonic() + seconds
     found = Results("", ranks, [Cell(form) for form in chosen])
     given = [(recipe, tuple(form), share, most, capacity) for form in chosen for share in _shares(form)]
-    tried = trials(ranks, _trial, given, hopeless=lambda failed, other: bool(failed[1] == other[1]))
-    for (_, form, *_), result in tried:
-        found = _with(found, Form(*form), result)
+
+    def hopeless(failed: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        """What is longer than a window that failed, and all else of a form of which one ran."""
+        ran = any(cell.window for cell in found.cells if cell.form == Form(*failed[1]))
+        return failed[1] == other[1] and (ran or other[2] > failed[2])
+
+    tried = trials(ranks, _trial, given, hopeless=hopeless)
+    for number, ((_, form, *_), result) in enumerate(tried, 1):
+        cut = number < len(given) and time.monotonic() > until
+        found = replace(_with(found, Form(*form), result), cut=cut)
         yield found
-        if time.monotonic() > until:
+        if cut:
             tried.close()
             return
 
@@ -101,7 +110,7 @@ def _with(results: Results, form: Form, result: Any | Failure) -> Results:
         device, window, memory = result
         if memory is None:
             cell = replace(cell, failed=True, failure=cell.failure or f"{window:,} tokens: predicted not to fit")
-        else:
+        elif window > cell.window:
             cell = replace(cell, window=window, memory=memory)
     return replace(results, device=device, cells=[*results.cells[:index], cell, *results.cells[index + 1 :]])
 
@@ -171,7 +180,10 @@ def _fits(recipe: Recipe, vocab: int, window: int, capacity: int) -> bool:
 
 def report(results: Results) -> Table:
     """A line per data parallelism and recomputation, as in the paper; ≥ where nothing longer was found to fail."""
-    table = Table(title=f"tokens of the longest window, {results.ranks} × {results.device}")
+    table = Table(
+        title=f"tokens of the longest window, {results.ranks} × {results.device}",
+        caption="empty, ≥: there was no time left for more" if results.cut else None,
+    )
     for column in ("data parallelism", "recompute", *(f"sp {sharing}" for sharing in SHARING)):
         table.add_column(column, justify="right" if column.startswith("sp") else "left")
     cells = {cell.form: cell for cell in results.cells}
