@@ -34,6 +34,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, first: int)
     token = torch.arange(first, first + q.shape[1], device=q.device)
     lag = token[:, None] - torch.arange(k.shape[1], device=q.device)
     rate = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay
-    weight = torch.where(lag >= 0, (rate.to(torch.float64)[:, None, None] * lag).exp(), 0.0).to(q.dtype)
+    rate = rate.to(torch.promote_types(q.dtype, torch.float32))
+    weight = torch.where(lag >= 0, (rate[:, None, None] * lag).exp(), 0.0).to(q.dtype)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * weight
     return torch.einsum("bhts,bshv->bthv", scores, v)
