@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import typer
 
 from lasptrain import cli_checkpoint, rates
-from lasptrain.cli_options import Numbers, Overrides, RecipeFile, in_a_folder, show, to_bytes
+from lasptrain.cli_options import Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
 from lasptrain.errors import RecipeError
 from lasptrain.recipe import load
+from lasptrain.tables import show
 
 app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.command("saving")(cli_checkpoint.bench_saving)
@@ -214,8 +215,8 @@ def bench_mqar(
     recipe: RecipeFile,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks that share every sequence.")] = 1,
-    tokens: Annotated[int, typer.Option(min=4, help="Of a sequence.")] = 64,
-    pairs: Annotated[int, typer.Option(min=1, help="To recall.")] = 4,
+    tokens: Annotated[int, typer.Option(min=4, help="Of the longest sequences.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="To recall from them.")] = 4,
     vocab: Annotated[int, typer.Option(min=16, help="Different tokens.")] = 8192,
     file: Numbers = None,
 ) -> None:
@@ -223,6 +224,6 @@ def bench_mqar(
     from lasptrain.bench import mqar
 
     found = mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)
-    show(mqar.report(found))
+    show(*mqar.report(found))
     if file is not None:
         mqar.write(file, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, longest, parity, plot, prefill, ranks, scale, sp
+from lasptrain.bench import ablation, longest, mqar, parity, plot, prefill, ranks, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
@@ -96,7 +97,7 @@ def test_texts_are_read_beside_the_forward_of_training() -> None:
 
 
 def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(longest, "SHARES", (0.6, 1.0, 1.6))
+    monkeypatch.setattr(longest, "SHARES", (1.0, 1.6, 0.6))
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=16", "train.loss_chunk=128"]
     recipe, capacity = load(RECIPES / "quickstart.yaml", small), 16 << 20
     chosen = [longest.Form("ddp", "none", sharing) for sharing in ("on", "streaming")]
@@ -112,6 +113,9 @@ def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: p
     console = Console(width=120, record=True)
     console.print(longest.report(found))
     assert f" {on.window:,} │ " in (text := console.export_text()) and "≥ 4,096" in text
+    *_, found = longest.measure(recipe, 2, 4096, capacity, 0, chosen[1:])
+    console.print(longest.report(found))
+    assert found.cells[0].window == 2048 and "no time left" in console.export_text()
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:
@@ -199,6 +203,19 @@ def test_what_time_does_not_allow_is_not_run() -> None:
     (found,) = scale.measure(scale.cases(recipe, [1], [32], [], []), -1)
     (row,) = found.rows
     assert row.seconds is None and row.failure == "no time left"
+
+
+def test_recall_is_learnt_alike_by_ranks_that_share_sequences() -> None:
+    assert mqar.sizes(256, 16) == [(64, 4), (128, 8), (256, 16)] and mqar.sizes(96, 3) == [(96, 3)]
+    small = ["model.dim=16", "model.heads=2", "model.key_dim=8", "model.value_dim=8", "model.mlp=16", "optim.warmup=2"]
+    recipe = load(RECIPES / "mqar.yaml", [*small, "train.steps=12", "train.batch=4"])
+    alone, shared = (mqar.measure(recipe, n, 128, 8, 40) for n in (1, 2))
+    assert alone["sizes"] == [[64, 4], [128, 8]] and [len(row) for _, row in alone["curve"]] == [2]
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert alone["losses"][0] == pytest.approx(math.log(64), rel=0.1)  # rows of the vocabulary
+    assert [size[:2] for size in alone["harder"]] == [[64, 8], [64, 16]]
+    shown = "\n".join(str(cell) for table in mqar.report(alone) for column in table.columns for cell in column.cells)
+    assert shown.split()[0] == "12"
 
 
 def test_ranks_do_not_outlive_what_measures(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Can a small model of a recipe's kind learn to recall? Multi-query associative recall (arXiv:2312.04927), trained."""
+"""Can a small model of a recipe's kind learn to recall? Multi-query associative recall (arXiv:2312.04927), trained.
+
+As in the paper's own code, problems of several sizes are learnt together: what the small ones teach, large ones use.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,30 @@ from lasptrain.recipe import Recipe
 TESTED = 1000  # sequences
 EVERY = 100  # steps between tests
 ENOUGH = 0.99
+AT_ONCE = 100  # sequences that are tested together
+SMALLEST = 64  # tokens
+HARDER = ((64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))  # the paper's other tests
+
+Size = tuple[int, int]  # tokens of a sequence, pairs in it
+
+
+def sizes(length: int, pairs: int) -> list[Size]:
+    """What is learnt: half the tokens and pairs, and half again, down to 64 tokens; the smallest first."""
+    found = [(length, pairs)]
+    while found[0][0] >= 2 * SMALLEST and not found[0][0] % 2 and not found[0][1] % 2:
+        found.insert(0, (found[0][0] // 2, found[0][1] // 2))
+    return found
 
 
 def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> dict[str, Any]:
     """Train the recipe's model for `train.steps` on `train.batch` fresh sequences each, spread over sp = `ranks`.
 
-    Ends early at an accuracy of 99 % over the values asked for in 1,000 sequences never trained on.
+    Steps take the `sizes` in turn. Ends early at an accuracy of 99 % of the values asked for in 1,000 sequences of
+    each size that are never trained on.
     """
     if 4 * pairs > length:
         raise RecipeError(f"--pairs: found {pairs} for --tokens {length}; expected at most {length // 4}")
-    if length % ranks:
+    if sizes(length, pairs)[0][0] % ranks:
         raise RecipeError(f"--tokens: found {length} for {ranks} ranks; expected a multiple")
     result: dict[str, Any] = on_ranks(ranks, _train, recipe, length, pairs, vocab)
     return result
@@ -56,32 +73,44 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
     called = parallelize(model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=torch.float32, values=values)
     optimizer = build_optimizer(model, recipe.optim)
     generator = torch.Generator(device).manual_seed(recipe.train.seed)
-    unseen = associations(TESTED, length, pairs, vocab, torch.Generator(device).manual_seed(recipe.train.seed + 1))
-    steps, began, curve = recipe.train.steps, time.perf_counter(), []
+    learnt, batch = sizes(length, pairs), recipe.train.batch
+    tests = {size: _unseen(recipe, size, vocab, mesh, device) for size in learnt}
+    steps, began, curve, losses = recipe.train.steps, time.perf_counter(), [], []
     for step in range(steps):
-        piece = _slice(associations(recipe.train.batch, length, pairs, vocab, generator), mesh, device)
-        stream.backward(called, cfg.layers, (piece,), world / (recipe.train.batch * pairs))
+        size = learnt[step % len(learnt)]
+        piece = _slice(associations(batch, *size, vocab, generator), mesh, device)
+        loss = stream.backward(called, cfg.layers, (piece,), world / (batch * size[1]))
+        losses.append(sum_over_ranks(loss / (batch * size[1])))
         clip_gradients(model, recipe.optim.clip)
         set_learning_rate(optimizer, learning_rate(recipe.optim, steps, step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % EVERY == 0 or step + 1 == steps:
-            curve.append((step + 1, accuracy(model, _slice(unseen, mesh, device))))
+            curve.append((step + 1, [accuracy(model, test) for test in tests.values()]))
             if mesh.rank("sp") == 0:
-                sys.stderr.write(f"step {step + 1}/{steps}  accuracy {curve[-1][1]:.4f}\n")
-            if curve[-1][1] >= ENOUGH:
+                shown = "  ".join(f"{value:.4f}" for value in curve[-1][1])
+                sys.stderr.write(f"step {step + 1}/{steps}  accuracy {shown}\n")
+            if min(curve[-1][1]) >= ENOUGH:
                 break
+    harder = [size for size in HARDER if size[0] % world == 0 and 2 * size[1] < vocab]
     return {
         "model": f"{cfg.arch}, {cfg.layers} layers of {cfg.dim}, {cfg.heads} heads, state {cfg.K} × {cfg.V}",
         "ranks": world,
-        "tokens": length,
-        "pairs": pairs,
+        "sizes": learnt,
         "vocab": vocab,
         "accuracy": curve[-1][1],
         "steps": curve[-1][0],
         "seconds": time.perf_counter() - began,
         "curve": curve,
+        "losses": torch.stack(losses).tolist(),
+        "harder": [(*size, accuracy(model, _unseen(recipe, size, vocab, mesh, device))) for size in harder],
     }
+
+
+def _unseen(recipe: Recipe, size: Size, vocab: int, mesh: Mesh, device: torch.device) -> Slice:
+    """This rank's part of the sequences to test with."""
+    generator = torch.Generator(device).manual_seed(recipe.train.seed + 1)
+    return _slice(associations(TESTED, *size, vocab, generator), mesh, device)
 
 
 def _slice(drawn: tuple[torch.Tensor, torch.Tensor], mesh: Mesh, device: torch.device) -> Slice:
@@ -92,22 +121,32 @@ def _slice(drawn: tuple[torch.Tensor, torch.Tensor], mesh: Mesh, device: torch.d
 
 @torch.no_grad()
 def accuracy(model: LanguageModel, piece: Slice) -> float:
-    """The part of all labels, over all ranks, that are the likeliest token."""
-    x, _ = model.hidden(piece.tokens)
-    asked = piece.labels != IGNORED
-    hits = (model.logits(x[asked]).argmax(-1) == piece.labels[asked]).sum()
-    counts = sum_over_ranks(torch.stack([hits, asked.sum()]))
-    return float(counts[0] / counts[1])
+    """The part of all labels, over all ranks, that are the likeliest token; read a few sequences at a time."""
+    counts = torch.zeros(2, dtype=torch.int64, device=piece.tokens.device)
+    for tokens, labels in zip(piece.tokens.split(AT_ONCE), piece.labels.split(AT_ONCE), strict=True):
+        x, _ = model.hidden(tokens)
+        asked = labels != IGNORED
+        hits = (model.logits(x[asked]).argmax(-1) == labels[asked]).sum()
+        counts += torch.stack([hits, asked.sum()])
+    right, all_asked = sum_over_ranks(counts).tolist()
+    return float(right / all_asked)
 
 
-def report(found: dict[str, Any]) -> Table:
-    """Accuracy as training went on."""
-    where = f"{found['tokens']} tokens, {found['pairs']} pairs, vocabulary {found['vocab']}, sp = {found['ranks']}"
-    table = Table(title=f"{found['model']}: {where}, {found['seconds']:.0f} s", title_justify="left")
-    table.add_column("step", justify="right")
-    table.add_column("accuracy", justify="right")
-    for step, value in found["curve"]:
-        table.add_row(str(step), f"{value:.4f}")
+def report(found: dict[str, Any]) -> list[Table]:
+    """Accuracy as training went on, and where it was not trained."""
+    title = f"{found['model']}, vocabulary {found['vocab']}, sp {found['ranks']}, {found['seconds']:.0f} s"
+    return [
+        _table(title, "step", found["sizes"], found["curve"]),
+        _table("never trained", "", [size[:2] for size in found["harder"]], [("", [a for *_, a in found["harder"]])]),
+    ]
+
+
+def _table(title: str, head: str, sizes: list[Size], rows: list[tuple[Any, list[float]]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in (head, *(f"{tokens} tokens\n{pairs} pairs" for tokens, pairs in sizes)):
+        table.add_column(column, justify="right")
+    for first, values in rows:
+        table.add_row(str(first), *(f"{value:.4f}" for value in values))
     return table
 
 
