@@ -12,13 +12,14 @@ import typer
 from rich.table import Table
 
 from lasptrain import __version__, cli_bench, cli_checkpoint, cli_data, links, plan, rates, streams
-from lasptrain.cli_options import Overrides, RecipeFile, show, to_bytes
+from lasptrain.cli_options import Overrides, RecipeFile, to_bytes
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
 from lasptrain.eval import commands as eval_commands
 from lasptrain.links import ASSUMED, Links
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
+from lasptrain.tables import show
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",

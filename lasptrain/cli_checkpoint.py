@@ -10,6 +10,7 @@ import typer
 from lasptrain import recipe as recipes
 from lasptrain import run as runs
 from lasptrain.errors import CheckpointError
+from lasptrain.tables import show
 
 app = typer.Typer(help="Checkpoints of a run.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -59,14 +60,13 @@ def bench_saving(
 ) -> None:
     """Train while checkpoints are written: for how long it stands still, and how much slower its steps are."""
     import torch
-    from rich.console import Console
 
     from lasptrain.bench import saving
 
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
         loaded = recipes.load(recipe, overrides or [])
         found = saving.measure(loaded, Path(run), nproc or torch.cuda.device_count() or 1, saves)
-    Console().print(saving.report(found))
+    show(saving.report(found))
 
 
 def _existing(run: Path) -> Path:

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lasptrain.errors import RecipeError
 
@@ -24,13 +22,6 @@ Numbers = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the numbers there too.", callback=in_a_folder),
 ]
-
-
-def show(*tables: Table) -> None:
-    """Tables, as wide as the terminal; where there is none, as wide as they need."""
-    console = Console()
-    for table in tables:
-        (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def to_bytes(text: str) -> int:

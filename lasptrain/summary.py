@@ -20,6 +20,7 @@ from lasptrain.ops import select
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Recipe
+from lasptrain.tables import show
 
 PROMPT = 48  # tokens of held-out text that the sample continues
 
@@ -32,7 +33,7 @@ def summarize(
     if whole is None:
         return
     console = Console(soft_wrap=True, highlight=False)
-    console.print(_losses(validation, dataset, recipe))
+    show(_losses(validation, dataset, recipe))
     if recipe.eval.sample:
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         prompt = dataset.split("validation").read(0, PROMPT).tolist()

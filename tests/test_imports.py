@@ -13,7 +13,7 @@ FILES = sorted(file for top in ("lasptrain", "data_tools") for file in (ROOT / t
 
 # Lowest first. What stands in lasptrain/ may import its own layer and those below.
 LAYERS = (
-    {"__init__", "errors", "progress", "stop", "streams", "watch"},
+    {"__init__", "errors", "progress", "stop", "streams", "tables", "watch"},
     {"recipe"},
     {"ops", "run"},
     {"models", "data", "data_tools", "guard", "loss", "optim", "pace", "parallel"},

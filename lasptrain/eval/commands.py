@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lasptrain.errors import RecipeError
 from lasptrain.streams import argument
+from lasptrain.tables import show
 
 USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
@@ -61,10 +61,8 @@ def evaluate(
         text=() if text is None else tuple(_sentences(text)),
         files=tuple(files or ()),
     )
-    console = Console(highlight=False)
     found = main.evaluate(run, asked, out, segment, nproc)
-    for part in main.shown(found, plot):
-        console.print(part)
+    show(*main.shown(found, plot))
 
 
 def generate(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.table import Table
 
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import __version__
@@ -135,7 +135,7 @@ def _header(trained: Trained, asked: Asked, reader: Reader, dataset: TokenDatase
     }
 
 
-def shown(found: Record, plot: bool) -> Iterator[Any]:
+def shown(found: Record, plot: bool) -> Iterator[Table | str]:
     """What the terminal gets; draws the pictures where they are asked for."""
     folder, cells = Path(found["folder"]), found["cells"]
     title = f"{found['name']} after {found['step']} steps: % right, nats per answer token (samples)"

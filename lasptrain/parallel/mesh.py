@@ -128,6 +128,8 @@ def alone() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    if device().type == "cuda":
+        torch.cuda.set_device(device())  # else torch warns that it has to guess
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield

@@ -1,0 +1,24 @@
+"""Tables and lines for whoever reads a terminal, or a file."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 200  # columns, where there is no terminal
+
+
+def show(*parts: Table | str) -> None:
+    """Print them, as wide as the terminal. What stands above or below a table may be wider than the table."""
+    for part in parts:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=WIDE)
+        if isinstance(part, Table):
+            title, caption, part.title, part.caption = part.title, part.caption, None, None
+            lines = [title, part, caption]
+        else:
+            lines = [part]
+        for line in lines:
+            if line:
+                console.print(line, soft_wrap=isinstance(line, str))
