@@ -13,7 +13,7 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import permute
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import DataError
+from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import Recipe, load
 from lasptrain.run import RECIPE
 
@@ -64,13 +64,18 @@ def show_window(
 
 
 def show_windows(run: Path, step: int | None = None, at: int | None = None) -> tuple[WindowText, ...]:
-    """The windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded."""
+    """The windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded.
+
+    Raises RecipeError for a step beyond the recipe's last, DataError for a place that is in no source.
+    """
     recipe = load(run / RECIPE)
     data, batch = recipe.data, recipe.train.batch
     dataset = open_dataset(data)
     parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
     places = [at or 0]
     if step is not None:
+        if step > recipe.train.steps:
+            raise RecipeError(f"--step: found {step}; {run / RECIPE} has train.steps = {recipe.train.steps}")
         order = dataset.split("train")
         places = [order.window_start(data.window, data.seed, (step - 1) * batch + i) for i in range(batch)]
     texts = []

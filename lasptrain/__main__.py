@@ -1,5 +1,19 @@
-"""`python -m lasptrain` is `lasptrain`."""
+"""The program: `lasptrain`, or `python -m lasptrain`."""
 
-from lasptrain.cli import main
+import sys
+from typing import NoReturn
 
-main()
+from lasptrain.errors import INTERRUPTED
+
+
+def main() -> NoReturn:
+    """Runs the command line, which takes a moment to load; Ctrl-C in that moment ends it as at any other."""
+    try:
+        from lasptrain.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,19 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert all(command in help_text for command in ("pretrain", "check", "data"))
 
 
+def test_ctrl_c_while_it_is_loaded_ends_it_quietly() -> None:
+    """A module that interrupts stands in the place of one that takes long."""
+    code = (
+        "import os, signal, sys\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *rest): return name == 'typer' and os.kill(os.getpid(), signal.SIGINT) or None\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from lasptrain.__main__ import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_that_wait_leave_the_cores_to_others(given: dict[str, str], expected: str) -> None:
     code = "import os, lasptrain.cli as c; c.app = lambda: print(os.environ['OMP_WAIT_POLICY']); c.main()"

@@ -25,7 +25,7 @@ from lasptrain.convert import tables, targets, tokenizer, verify
 from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
 from lasptrain.convert.restore import open_weights, restore
-from lasptrain.errors import CheckpointError, ConvertError, DataError, RecipeError
+from lasptrain.errors import CheckpointError, ConvertError, DataError, RecipeError, SetupError
 from lasptrain.eval import load, main
 from lasptrain.eval.evaluate import Asked
 from lasptrain.eval.load import load_model
@@ -337,14 +337,14 @@ def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(run, out, "transnormer", check=False)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(ConvertError, match="exists; expected a new folder, or --force"):
+    with pytest.raises(SetupError, match="exists; expected a new folder, or --force"):
         export(run, out, "transnormer", check=False)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     export(run, out, "safetensors", force=True, check=False)
     assert "modeling_transnormer.py" not in {path.name for path in out.iterdir()}
     for aim in (tmp_path / "out", tmp_path / "nowhere"):
         (tmp_path / "link").symlink_to(aim)
-        with pytest.raises(ConvertError, match="link: is a symbolic link; expected a folder, or a name that is free"):
+        with pytest.raises(SetupError, match="link: is a symbolic link; expected a folder, or a name that is free"):
             export(run, tmp_path / "link", "safetensors", force=True, check=False)
         (tmp_path / "link").unlink()
 

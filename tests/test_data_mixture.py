@@ -14,7 +14,7 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, mix, shares
 from lasptrain.data.source import open_dataset
-from lasptrain.errors import DataError
+from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import dump, load
 from tests.test_recipe import RECIPES
 
@@ -131,6 +131,8 @@ def test_a_recipe_names_several_sources(parts: list[TokenDataset], tmp_path: Pat
         assert again == one and kind(torch.tensor([ord(c) for *_, text in one.documents for c in text])) == number
     with pytest.raises(DataError, match=r"--at: found 844424930131968, of source 3; .* has 3 sources"):
         windows.show_windows(tmp_path, at=3 * SPAN)
+    with pytest.raises(RecipeError, match=r"--step: found 999999; .* has train\.steps = "):
+        windows.show_windows(tmp_path, step=999_999)
     text = str(windows.preview(recipe))
     assert "64 windows of 32 tokens in 32 steps, mixed 10 at a time" in text
     assert f"{parts[2].folder}: 1 of 10 windows (10.00 %)" in text

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lasptrain.errors import ConvertError
+from lasptrain.errors import ConvertError, SetupError
 
 SHARD = 4 * 10**9  # bytes of a file, unless one tensor alone is larger
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,15 +42,15 @@ class Form:
 def whole_folder(out: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
 
-    ConvertError where `out` exists and is no empty folder, unless `force`, which replaces it at the end; a link is
+    SetupError where `out` exists and is no empty folder, unless `force`, which replaces it at the end; a link is
     never followed.
     """
     if out.is_symlink():
-        raise ConvertError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
+        raise SetupError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
     if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
-        raise ConvertError(f"{out}: exists; expected a new folder, or --force to replace it")
+        raise SetupError(f"{out}: exists; expected a new folder, or --force to replace it")
     if out.exists() and not out.is_dir():
-        raise ConvertError(f"{out}: is a file; expected a folder")
+        raise SetupError(f"{out}: is a file; expected a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
     new.mkdir()
