@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, longest, mqar, parity, plot, prefill, ranks, scale, sp
+from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, ranks, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
@@ -56,10 +56,16 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
     assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in [*methods, "megatron"]]
     assert all(row.sent == row.formula for row in found.layers)
+    assert found.layers[0].ratio == 1.0 and all(row.ratio is not None and row.ratio > 0.2 for row in found.layers)
     assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.layers)
     console = Console(width=120, record=True)
     console.print(*sp.report(found))
     assert console.export_text().count("all_gather") == 2
+
+
+def test_methods_are_compared_turn_by_turn() -> None:
+    times = {sp.NONE: [1.0, 2.0, 4.0, 3.0], "ring": [1.1, 2.2, 4.4, 9.0]}
+    assert layers.compared(times, "ring") == pytest.approx(1.1) and layers.compared({"ring": [1.0]}, "ring") is None
 
 
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:

@@ -1,7 +1,8 @@
 """One attention layer over a window that ranks share, forward and backward: times, what the host takes, bytes sent.
 
 Short slices take the host longer to launch than the GPU to work; a CUDA graph of the same calls, exchange included,
-shows the GPU alone.
+shows the GPU alone. A method is compared with the layer that shares nothing turn by turn, because the clocks of a GPU
+that is at its power limit drift by more than sharing costs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from lasptrain.parallel.mesh import device_name
 from lasptrain.recipe import Model, Recipe
 
 LEAST = 0.05  # seconds of a turn
-TURNS = 5
+TURNS = 11
+
+Times = dict[str, list[float]]  # seconds of each turn, by method
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Layer:
     host_ms: float | None  # until the host has launched it, on a GPU
     sent: int  # bytes, forward and backward, by the rank that sends most
     formula: int  # what that should be
+    ratio: float | None = None  # of its time to that of NONE in the same turn, the median
     replayed_ms: float | None = None  # from a CUDA graph
+    replayed_ratio: float | None = None
     failure: str | None = None  # why there is none
 
 
@@ -62,10 +67,10 @@ def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Laye
     return [_with_replay(row, found[row.method, row.tokens]) for row in rows]
 
 
-def _with_replay(row: Layer, found: float | Failure) -> Layer:
+def _with_replay(row: Layer, found: tuple[float, float | None] | Failure) -> Layer:
     if isinstance(found, Failure):
         return replace(row, failure=found.reason)
-    return replace(row, replayed_ms=found)
+    return replace(row, replayed_ms=found[0], replayed_ratio=found[1])
 
 
 def _lengths(recipe: Recipe, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
@@ -81,7 +86,10 @@ def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.d
     times = _times(calls, device)
     host = {name: _host(call, device) for name, call in calls.items()}
     formula = bytes_sent(recipe.model, tokens, _dtype(recipe).itemsize, dist.get_world_size())
-    return [Layer(name, tokens, 1e3 * times[name], host[name], sent[name], formula[name]) for name in methods]
+    return [
+        Layer(name, tokens, 1e3 * median(times[name]), host[name], sent[name], formula[name], compared(times, name))
+        for name in methods
+    ]
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -135,17 +143,23 @@ def _sent(attention: Attention, call: Callable[[], None]) -> int:
     return int(largest(attention.scan.bytes_sent - before))
 
 
-def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Seconds of each call: the median over TURNS, taken in turns, of the slowest rank."""
+def compared(times: Times, name: str) -> float | None:
+    """The median over turns of what a method takes ÷ what NONE takes in that turn; None where that was not timed."""
+    return median(a / b for a, b in zip(times[name], times[NONE], strict=True)) if NONE in times else None
+
+
+def _times(calls: Mapping[str, Callable[[], object]], device: torch.device) -> Times:
+    """Seconds of each call in each of TURNS turns, by the slowest rank."""
     counts = {}
     for name, call in calls.items():
         for _ in range(3):
             call()
         counts[name] = min(200, int(LEAST / largest(_elapsed(call, 2, device)[0])) + 1)
-    turns = [
-        {name: largest(_elapsed(call, counts[name], device)[0]) for name, call in calls.items()} for _ in range(TURNS)
-    ]
-    return {name: median(turn[name] for turn in turns) for name in calls}
+    times: Times = {name: [] for name in calls}
+    for _ in range(TURNS):
+        for name, call in calls.items():
+            times[name].append(largest(_elapsed(call, counts[name], device)[0]))
+    return times
 
 
 def _host(call: Callable[[], object], device: torch.device) -> float | None:
@@ -172,17 +186,22 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _replayed(recipe: Recipe, method: str, tokens: int) -> float:
-    """Milliseconds from a CUDA graph; SetupError on every rank where one cannot capture it."""
+def _replayed(recipe: Recipe, method: str, tokens: int) -> tuple[float, float | None]:
+    """Milliseconds from a CUDA graph, and how many times those of NONE; SetupError on every rank where one cannot
+    capture it.
+    """
     device = mesh.device()
+    attentions = {name: _attention(recipe, name, device) for name in dict.fromkeys((NONE, method))}
+    graphs = {}
     with torch.autograd.set_multithreading_enabled(False):
-        (call,) = _calls(recipe, {method: _attention(recipe, method, device)}, tokens, device).values()
-        graph, failure = _captured(call, device)
-    if mesh.largest(int(bool(failure))):
-        raise SetupError(f"{method}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
-    found = 1e3 * _times({method: graph.replay}, device)[method]
-    graph.reset()  # before its communicator goes
-    return found
+        for name, call in _calls(recipe, attentions, tokens, device).items():
+            graphs[name], failure = _captured(call, device)
+            if mesh.largest(int(bool(failure))):
+                raise SetupError(f"{name}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
+    times = _times({name: graph.replay for name, graph in graphs.items()}, device)
+    for graph in graphs.values():
+        graph.reset()  # before its communicator goes
+    return 1e3 * median(times[method]), compared(times, method)
 
 
 def _captured(call: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, str]:

@@ -179,17 +179,15 @@ def _layer_table(rows: list[Layer], title: str) -> Table:
         ("tokens per rank", "method", "ms", "× none", "host ms", "replayed ms", "× none", "bytes sent", "formula"),
         list(failures),
     )
-    alone = {row.tokens: row for row in rows if row.method == NONE}
     for row in rows:
-        base = alone.get(row.tokens)
         table.add_row(
             f"{row.tokens:,}",
             row.method,
             f"{row.ms:.3f}",
-            _ratio(row.ms, base.ms if base else None),
-            "" if row.host_ms is None else f"{row.host_ms:.3f}",
-            "" if row.replayed_ms is None else f"{row.replayed_ms:.3f}",
-            _ratio(row.replayed_ms, base.replayed_ms if base else None),
+            _number(row.ratio),
+            _number(row.host_ms),
+            _number(row.replayed_ms),
+            _number(row.replayed_ratio),
             f"{row.sent:,}",
             f"{row.formula:,}",
         )
@@ -212,7 +210,7 @@ def _step_table(rows: list[Step], title: str) -> Table:
             row.method,
             lacking if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
             "" if row.predicted is None else f"{row.predicted:,.0f}",
-            _ratio(base.tokens_per_s if base else None, row.tokens_per_s),
+            _number(base.tokens_per_s / row.tokens_per_s if base and base.tokens_per_s and row.tokens_per_s else None),
             "" if row.memory is None else f"{row.memory / 2**30:.1f}",
             "" if row.sent is None else f"{row.sent / 1e6:,.1f}",
         )
@@ -229,8 +227,8 @@ def _table(title: str, columns: Sequence[str], notes: Sequence[str]) -> Table:
     return table
 
 
-def _ratio(value: float | None, base: float | None) -> str:
-    return "" if value is None or base is None else f"{value / base:.3f}"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def write(file: Path, results: Results) -> None:
