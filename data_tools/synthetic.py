@@ -128,19 +128,20 @@ def _repeated(of: random.Random, characters: int) -> Document:
 
     Half of the documents have keys of one letter, and some have two keys only: what is learnt first. The mean time
     until a key returns is spread evenly, by its logarithm, up to about half of the document, so that every distance is
-    asked for. In three of four documents noise parts them in up to four places, and leaves them a half to a fiftieth of
-    all: distance without anything to be remembered.
+    asked for. In three of four documents, if they are long enough, noise parts them in up to four places, and leaves
+    them a half to a fiftieth of all: distance without anything to be remembered.
     """
     keys = of.choice((list(LETTERS), LONG_KEYS))
     facts_share = math.exp(-of.uniform(math.log(2), math.log(50))) if of.random() < NOISY else 1.0
-    slots = max(2, round(characters * facts_share) // (len(keys[0]) + 2))
+    noise = round(characters * (1 - facts_share)) // (len(NOISE) + 1)
+    slots = max(2, (characters - noise * (len(NOISE) + 1)) // (len(keys[0]) + 2))
     most = max(2, min(MOST_KEYS, len(keys), slots // 3))
     found = pairs(of, round(math.exp(of.uniform(math.log(min(FEWEST_KEYS, most)), math.log(most)))), keys)
     rarest = math.log(max(1, slots / len(found)))
     weights = [math.exp(-of.uniform(0, rarest)) for _ in found]
     stream = of.choices(list(found), weights, k=slots - 1)
     facts, asked = [key + found[key] for key in stream], of.choice(stream)
-    for units in _split(of, round(characters * (1 - facts_share)) // (len(NOISE) + 1)):
+    for units in _split(of, noise):
         facts.insert(of.randint(1, len(facts)), " ".join([NOISE] * units))
     return Document(" ".join(facts), [(asked, [found[asked]])], " ", "")
 

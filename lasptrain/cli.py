@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple, NoReturn
 import typer
 from rich.table import Table
 
-from lasptrain import __version__, cli_bench, cli_checkpoint, cli_data, links, plan, rates, streams
+from lasptrain import __version__, cli_bench, cli_checkpoint, cli_data, links, plan, rates, stop, streams
 from lasptrain.cli_options import Overrides, RecipeFile, to_bytes
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
@@ -93,6 +93,7 @@ def pretrain(
     _check_nodes(nnodes, node_rank, rdzv)
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
+    stop.listen()  # while torch is loaded, which can lose a KeyboardInterrupt
     from lasptrain.launch import Nodes, Place, launch
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None

@@ -267,6 +267,9 @@ def rates_of(device: str) -> Rates | None:
     return next((rates for name, rates in GPUS.items() if name.upper() in device.upper()), None)
 
 
+SOFTMAX = 0.15  # of the rate of products, in blocks with masks: from hybrid_1b_4096k.yaml on H200
+
+
 def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:
     """A prediction of the time one rank takes for one token of its slices, exchanges hidden.
 
@@ -278,14 +281,13 @@ def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -
     body = _matrices(parameters(model, vocab))
     scores = _score_flops(model, recipe.data.window)
     products = 6 * (body + vocab * model.dim) + 2 * body * more
-    products += int(scores * (4 + more) / SCORES)  # their backward makes them again
+    softmax = scores * (4 + more) / SOFTMAX  # its backward makes scores again
     recurrence = 2 * (model.layers - len(model.softmax)) * model.heads * (model.K + model.V) * (18 + 6 * more)
     pointwise = 2 * model.layers * (12 * model.dim + 3 * model.mlp) * (3 + more)
     logits = vocab * 14
-    return products / rates.products + (recurrence + pointwise + logits) / (0.8 * rates.copies)
+    return (products + softmax) / rates.products + (recurrence + pointwise + logits) / (0.8 * rates.copies)
 
 
-SCORES = 0.15  # of the rate of products: softmax attention in blocks with masks, from hybrid_1b_4096k on H200
 DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
 
 

@@ -42,7 +42,8 @@ def summarize(
         f"run        {run}\n"
         f"curves     tensorboard --logdir {run}\n"
         "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
-        "continue   the same command with more train.steps"
+        "continue   the same command with more train.steps",
+        markup=False,
     )
 
 

@@ -11,9 +11,9 @@ WIDE = 200  # columns, where there is no terminal
 def show(*parts: Table | str) -> None:
     """Print them, as wide as the terminal. What stands above or below a table may be wider than the table."""
     for part in parts:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         if not console.is_terminal:
-            console = Console(highlight=False, width=WIDE)
+            console.width = WIDE
         if isinstance(part, Table):
             title, caption, part.title, part.caption = part.title, part.caption, None, None
             lines = [title, part, caption]

@@ -103,7 +103,8 @@ def test_texts_are_read_beside_the_forward_of_training() -> None:
 
 
 def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(longest, "SHARES", (1.0, 1.6, 0.6))
+    monkeypatch.setattr(longest, "SHARES", (1.3, 1.6))
+    monkeypatch.setattr(longest, "LOWER", (0.6, 1.0))
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=16", "train.loss_chunk=128"]
     recipe, capacity = load(RECIPES / "quickstart.yaml", small), 16 << 20
     chosen = [longest.Form("ddp", "none", sharing) for sharing in ("on", "streaming")]
@@ -121,7 +122,7 @@ def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: p
     assert f" {on.window:,} │ " in (text := console.export_text()) and "≥ 4,096" in text
     *_, found = longest.measure(recipe, 2, 4096, capacity, 0, chosen[1:])
     console.print(longest.report(found))
-    assert found.cells[0].window == 2048 and "no time left" in console.export_text()
+    assert found.cells[0].window == 2048 and "no time was left" in console.export_text()
 
 
 def test_states_that_are_not_kept_are_made_again() -> None:
@@ -222,6 +223,17 @@ def test_recall_is_learnt_alike_by_ranks_that_share_sequences() -> None:
     assert [size[:2] for size in alone["harder"]] == [[64, 8], [64, 16]]
     shown = "\n".join(str(cell) for table in mqar.report(alone) for column in table.columns for cell in column.cells)
     assert shown.split()[0] == "12"
+
+
+def test_what_cannot_be_recalled_is_refused_before_training() -> None:
+    recipe = load(RECIPES / "mqar.yaml")
+    for arguments, message in (
+        ((1, 64, 17, 8192), "--pairs: found 17 for --tokens 64; expected at most 16"),
+        ((1, 64, 8, 17), "--pairs: found 8 for --vocab 17; expected at most 7"),
+        ((8, 136, 8, 8192), "--tokens: found 136, learnt from sequences of 68 on, for 8 ranks"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            mqar.measure(recipe, *arguments)
 
 
 def test_ranks_do_not_outlive_what_measures(tmp_path: Path) -> None:

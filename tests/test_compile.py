@@ -106,7 +106,7 @@ def test_a_compiled_convolution_keeps_no_more_than_none(monkeypatch: pytest.Monk
 
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
 def test_ddp_compiles_the_same_graphs_as_fsdp() -> None:
-    assert spawn(2, graphs, "ddp") == spawn(2, graphs, "zero3")
+    assert spawn(2, graphs, "ddp") == spawn(2, graphs, "zero3") != [0, 0]
 
 
 def graphs(rank: int, world: int, kind: str) -> int:

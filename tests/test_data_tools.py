@@ -239,6 +239,13 @@ def test_pairs_return_soon_and_late_and_never_change() -> None:
         assert sum(shortest <= gap < 4 * shortest for gap in gaps) > 300
 
 
+def test_short_documents_of_pairs_are_as_long_as_asked_for() -> None:
+    for characters in (32, 150, 500):
+        made = synthetic.documents("pairs", [], (characters, characters), 40, seed=0)
+        lengths = [len(one.row["text"]) for one in made]
+        assert characters - 8 < min(lengths) and max(lengths) < characters + 8
+
+
 def test_short_synthetic_documents_hold_as_much_text_as_long_ones() -> None:
     made = synthetic.documents("passkey", ["line of text\n" * 9], (500, 32_000), 3000, seed=0)
     lengths = [len(one.row["text"]) for one in made]

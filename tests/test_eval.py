@@ -334,10 +334,10 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
         "eval: {windows: 2, sample: 0, tasks: [passkey, copy], lengths: [512], samples: 2}\n"
     )
 
-    def lasptrain(*arguments: str) -> str:
+    def lasptrain(*arguments: str, expected: int = 0) -> str:
         started = program.start("lasptrain", *arguments, folder=tmp_path, logs=tmp_path / "logs", OMP_NUM_THREADS="1")
         code, printed, said = started.end()
-        assert code == 0, said
+        assert code == expected, said
         return printed + said
 
     lasptrain("pretrain", "tiny.yaml", "--nproc", "2", "--set", "mesh.sp=2")
@@ -353,6 +353,10 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
         *("--lengths", "512,1024", "--out", "spread", "--nproc", "2"),
     )
     assert "0/8  passkey at 512, sample 1" in output and "ppl_vs_context: 2 documents of 1,024 tokens" in output
+    output = lasptrain("eval", "runs/tiny", "--tasks", "pairs", "--lengths", "256", "--out", "few", expected=2)
+    assert output.endswith(
+        "error: pairs not run: --lengths: 256 tokens are too few for this task; expected at least 351\n"
+    )
     second = json.loads((tmp_path / "spread" / "results.json").read_text())
     assert second["sp"] == 2 and first["sp"] == 1
     for alone, spread in zip(first["cells"], second["cells"], strict=True):

@@ -166,7 +166,7 @@ def _host(call: Callable[[], object], device: torch.device) -> float | None:
     """Milliseconds that the slowest rank takes to launch a call; a few calls, which no queue is too short for."""
     if device.type != "cuda":
         return None
-    return 1e3 * median(largest(_elapsed(call, 3, device)[1]) for _ in range(TURNS))
+    return 1e3 * median(largest(_elapsed(call, 3, device)[1]) for _ in range(5))
 
 
 def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:

@@ -35,6 +35,6 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, first: int)
     lag = token[:, None] - torch.arange(k.shape[1], device=q.device)
     rate = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay
     rate = rate.to(torch.promote_types(q.dtype, torch.float32))
-    weight = torch.where(lag >= 0, (rate[:, None, None] * lag).exp(), 0.0).to(q.dtype)
+    weight = torch.where(lag >= 0, (rate[:, None, None] * lag.clamp(min=0)).exp(), 0.0).to(q.dtype)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * weight
     return torch.einsum("bhts,bshv->bthv", scores, v)

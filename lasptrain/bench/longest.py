@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from lasptrain import plan, train
 from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import alone, clear, largest, shared
 from lasptrain.data.source import open_dataset
+from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
 from lasptrain.recipe import Recipe, resolve_vocabulary
@@ -29,7 +30,8 @@ from lasptrain.recipe import Recipe, resolve_vocabulary
 KINDS = ("ddp", "zero3")
 MODES = ("none", "full")
 SHARING = ("off", "on", "streaming")
-SHARES = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 0.6, 0.4)  # of the predicted window, in this order
+SHARES = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the predicted window
+LOWER = (0.4, 0.6)  # where the first of them fails
 GRAIN = 1024  # tokens of a slice
 UPDATES = 2
 
@@ -79,17 +81,24 @@ def measure(
         seconds: after which nothing more is tried.
     """
     until = time.monotonic() + seconds
-    found = Results("", ranks, [Cell(form) for form in chosen])
-    given = [(recipe, tuple(form), share, most, capacity) for form in chosen for share in _shares(form)]
+    blank = found = Results("", ranks, [Cell(form) for form in chosen])
 
-    def hopeless(failed: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-        """What is longer than a window that failed, and all else of a form of which one ran."""
-        ran = any(cell.window for cell in found.cells if cell.form == Form(*failed[1]))
-        return failed[1] == other[1] and (ran or other[2] > failed[2])
+    def given(forms: Sequence[Form], shares: Callable[[Form], Sequence[float]]) -> list[tuple[Any, ...]]:
+        return [(recipe, tuple(form), share, most, capacity) for form in forms for share in shares(form)]
 
-    tried = trials(ranks, _trial, given, hopeless=hopeless)
+    for found in _tried(blank, given(chosen, _shares), until):
+        yield found
+    none = [cell.form for cell in found.cells if cell.failed and not cell.window]
+    if none and not found.cut:
+        yield from _tried(found, given(none, lambda form: LOWER), until)
+
+
+def _tried(found: Results, given: Sequence[tuple[Any, ...]], until: float) -> Iterator[Results]:
+    """What is found with more windows, of each form from short to long until one fails."""
+    tried = trials(found.ranks, _trial, given, hopeless=lambda failed, other: bool(failed[1] == other[1]))
     for number, ((_, form, *_), result) in enumerate(tried, 1):
-        cut = number < len(given) and time.monotonic() > until
+        over = isinstance(result, Failure)
+        cut = time.monotonic() > until and any(not (over and other[1] == form) for other in given[number:])
         found = replace(_with(found, Form(*form), result), cut=cut)
         yield found
         if cut:
@@ -108,24 +117,21 @@ def _with(results: Results, form: Form, result: Any | Failure) -> Results:
         cell = replace(cell, failed=True, failure=cell.failure or result.reason)
     else:
         device, window, memory = result
-        if memory is None:
-            cell = replace(cell, failed=True, failure=cell.failure or f"{window:,} tokens: predicted not to fit")
-        elif window > cell.window:
-            cell = replace(cell, window=window, memory=memory)
+        cell = replace(cell, window=window, memory=memory)
     return replace(results, device=device, cells=[*results.cells[:index], cell, *results.cells[index + 1 :]])
 
 
 def _trial(
     recipe: Recipe, form: tuple[str, str, str], share: float, most: int, capacity: int | None
-) -> tuple[str, int, int | None]:
-    """The device, the window, and the peak memory with which it ran; None where it is not to be tried."""
+) -> tuple[str, int, int]:
+    """The device, the window, and the peak memory with which it ran."""
     device, kind = mesh.device(), Form(*form)
     clear(device)
     limit = _limit(device, capacity)
     vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
     laid, window = laid_out(recipe, kind, vocab, mesh.world_size(), share, most, limit)
     if device.type == "cpu" and not _fits(laid, vocab, window, limit):
-        return device_name(), window, None
+        raise ResourceError(f"{window:,} tokens: predicted not to fit")
     job = train.build(laid)
     for step in range(UPDATES):
         train.one_step(job, step)
@@ -182,7 +188,7 @@ def report(results: Results) -> Table:
     """A line per data parallelism and recomputation, as in the paper; ≥ where nothing longer was found to fail."""
     table = Table(
         title=f"tokens of the longest window, {results.ranks} × {results.device}",
-        caption="empty, ≥: there was no time left for more" if results.cut else None,
+        caption="empty: no time was left; ≥: nothing longer was tried" if results.cut else None,
     )
     for column in ("data parallelism", "recompute", *(f"sp {sharing}" for sharing in SHARING)):
         table.add_column(column, justify="right" if column.startswith("sp") else "left")

@@ -47,6 +47,11 @@ def sizes(length: int, pairs: int) -> list[Size]:
     return found
 
 
+def _most(vocab: int) -> int:
+    """Pairs whose keys are all different."""
+    return vocab // 2 - 1
+
+
 def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> dict[str, Any]:
     """Train the recipe's model for `train.steps` on `train.batch` fresh sequences each, spread over sp = `ranks`.
 
@@ -55,8 +60,13 @@ def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> 
     """
     if 4 * pairs > length:
         raise RecipeError(f"--pairs: found {pairs} for --tokens {length}; expected at most {length // 4}")
-    if sizes(length, pairs)[0][0] % ranks:
-        raise RecipeError(f"--tokens: found {length} for {ranks} ranks; expected a multiple")
+    if pairs > _most(vocab):
+        raise RecipeError(f"--pairs: found {pairs} for --vocab {vocab}; expected at most {_most(vocab)}")
+    smallest, _ = sizes(length, pairs)[0]
+    if smallest % ranks:
+        raise RecipeError(
+            f"--tokens: found {length}, learnt from sequences of {smallest} on, for {ranks} ranks; expected a multiple"
+        )
     result: dict[str, Any] = on_ranks(ranks, _train, recipe, length, pairs, vocab)
     return result
 
@@ -92,7 +102,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
                 sys.stderr.write(f"step {step + 1}/{steps}  accuracy {shown}\n")
             if min(curve[-1][1]) >= ENOUGH:
                 break
-    harder = [size for size in HARDER if size[0] % world == 0 and 2 * size[1] < vocab]
+    harder = [size for size in HARDER if size not in learnt and size[0] % world == 0 and size[1] <= _most(vocab)]
     return {
         "model": f"{cfg.arch}, {cfg.layers} layers of {cfg.dim}, {cfg.heads} heads, state {cfg.K} × {cfg.V}",
         "ranks": world,
@@ -135,14 +145,13 @@ def accuracy(model: LanguageModel, piece: Slice) -> float:
 def report(found: dict[str, Any]) -> list[Table]:
     """Accuracy as training went on, and where it was not trained."""
     title = f"{found['model']}, vocabulary {found['vocab']}, sp {found['ranks']}, {found['seconds']:.0f} s"
-    return [
-        _table(title, "step", found["sizes"], found["curve"]),
-        _table("never trained", "", [size[:2] for size in found["harder"]], [("", [a for *_, a in found["harder"]])]),
-    ]
+    harder = found["harder"]
+    untrained = [_table("never trained", "", [size[:2] for size in harder], [("", [a for *_, a in harder])])]
+    return [_table(title, "step", found["sizes"], found["curve"]), *(untrained if harder else [])]
 
 
 def _table(title: str, head: str, sizes: list[Size], rows: list[tuple[Any, list[float]]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     for column in (head, *(f"{tokens} tokens\n{pairs} pairs" for tokens, pairs in sizes)):
         table.add_column(column, justify="right")
     for first, values in rows:

@@ -62,6 +62,8 @@ def evaluate(
         files=tuple(files or ()),
     )
     found = main.evaluate(run, asked, out, segment, nproc)
+    if not found["cells"]:
+        raise RecipeError("; ".join(found["notes"]) or "--tasks: found none; expected at least one")
     show(*main.shown(found, plot))
 
 
