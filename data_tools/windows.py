@@ -69,13 +69,13 @@ def show_windows(run: Path, step: int | None = None, at: int | None = None) -> t
     Raises RecipeError for a step beyond the recipe's last, DataError for a place that is in no source.
     """
     recipe = load(run / RECIPE)
+    if step is not None and step > recipe.train.steps:
+        raise RecipeError(f"--step: found {step}; {run / RECIPE} has train.steps = {recipe.train.steps}")
     data, batch = recipe.data, recipe.train.batch
     dataset = open_dataset(data)
     parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
     places = [at or 0]
     if step is not None:
-        if step > recipe.train.steps:
-            raise RecipeError(f"--step: found {step}; {run / RECIPE} has train.steps = {recipe.train.steps}")
         order = dataset.split("train")
         places = [order.window_start(data.window, data.seed, (step - 1) * batch + i) for i in range(batch)]
     texts = []

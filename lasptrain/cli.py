@@ -218,7 +218,7 @@ def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Meas
 
 
 def _rates(known: Known, measured: rates.Measured | None) -> Table:
-    table = Table(title="predicted from", title_justify="left", show_header=False)
+    table = Table(title="predicted from", show_header=False)
     for row in rates.told(known.rates, known.links, measured):
         table.add_row(*row)
     return table
@@ -238,7 +238,7 @@ def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterato
     tokens = cut.tokens_per_step
     step = seconds * tokens / gpus
     sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
-    table = Table(title=f"{recipe.name}: predicted for {gpus} × {known.name}", title_justify="left", show_header=False)
+    table = Table(title=f"{recipe.name}: predicted for {gpus} × {known.name}", show_header=False)
     for name, size in parts.items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     table.add_section()
@@ -268,10 +268,7 @@ def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Known) -
     """What sharing windows costs by method, on ever more GPUs."""
     counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
     found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
-    table = Table(
-        title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens",
-        title_justify="left",
-    )
+    table = Table(title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens")
     for column in ("GPUs", *found[gpus]):
         table.add_column(column, justify="right")
     for n, methods in found.items():
@@ -287,7 +284,7 @@ def _memory_horizon(recipe: Recipe) -> Table:
         if window > 4 * far
         else None
     )
-    table = Table(title="heads to which a token still matters", title_justify="left", caption=warning)
+    table = Table(title="heads to which a token still matters", caption=warning)
     table.add_column("layer")
     for distance in plan.DISTANCES:
         table.add_column(f"after {distance:,}", justify="right")

@@ -32,18 +32,16 @@ def summarize(
     whole = gather(model, speaks)
     if whole is None:
         return
-    console = Console(soft_wrap=True, highlight=False)
     show(_losses(validation, dataset, recipe))
     if recipe.eval.sample:
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         prompt = dataset.split("validation").read(0, PROMPT).tolist()
-        console.print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
-    console.print(
+        Console(soft_wrap=True, highlight=False).print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
+    show(
         f"run        {run}\n"
         f"curves     tensorboard --logdir {run}\n"
         "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
-        "continue   the same command with more train.steps",
-        markup=False,
+        "continue   the same command with more train.steps"
     )
 
 
@@ -64,7 +62,7 @@ def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
 
 
 def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Table:
-    table = Table(title=f"{recipe.name}: {validation.tokens:,} held-out tokens", title_justify="left")
+    table = Table(title=f"{recipe.name}: {validation.tokens:,} held-out tokens")
     table.add_column("")
     table.add_column("nats per token", justify="right")
     table.add_column("", justify="left")

@@ -8,6 +8,11 @@ from rich.table import Table
 WIDE = 200  # columns, where there is no terminal
 
 
+def number(value: float | None, form: str) -> str:
+    """The value in a format such as `.3f`; nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
 def show(*parts: Table | str) -> None:
     """Print them, as wide as the terminal. What stands above or below a table may be wider than the table."""
     for part in parts:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lasptrain.errors import SetupError
 from lasptrain.parallel.attention import Attention
 from lasptrain.plan import Rates
+from lasptrain.tables import number
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -186,12 +187,12 @@ def report(rows: Sequence[Row], rates: Rates, heads: int, dim: int, dtype: str, 
                 row.name,
                 f"{row.forward:.3f}",
                 f"{row.forward / least[0].forward:.2f}",
-                _cell(row.both, 3),
-                _cell(row.both and least[0].both and row.both / least[0].both, 2),
+                number(row.both, ".3f"),
+                number(row.both and least[0].both and row.both / least[0].both, ".2f"),
                 _gain(row.both, [other.both for other in others]),
-                _cell(row.replayed, 3),
+                number(row.replayed, ".3f"),
                 _gain(row.replayed, [other.replayed for other in others]),
-                _cell(row.extra, 2),
+                number(row.extra, ".2f"),
             )
     return table
 
@@ -199,10 +200,6 @@ def report(rows: Sequence[Row], rates: Rates, heads: int, dim: int, dtype: str, 
 def _gain(ours: float | None, others: Sequence[float | None]) -> str:
     found = [other for other in others if other is not None]
     return f"{min(found) / ours:.2f}" if found and ours is not None else ""
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def write(file: Path, rows: Sequence[Row], rates: Rates) -> None:

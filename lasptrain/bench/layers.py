@@ -29,7 +29,7 @@ from lasptrain.parallel.mesh import device_name
 from lasptrain.recipe import Model, Recipe
 
 LEAST = 0.05  # seconds of a turn
-TURNS = 11
+TURNS, HOST_TURNS = 11, 5
 
 Times = dict[str, list[float]]  # seconds of each turn, by method
 
@@ -166,7 +166,7 @@ def _host(call: Callable[[], object], device: torch.device) -> float | None:
     """Milliseconds that the slowest rank takes to launch a call; a few calls, which no queue is too short for."""
     if device.type != "cuda":
         return None
-    return 1e3 * median(largest(_elapsed(call, 3, device)[1]) for _ in range(5))
+    return 1e3 * median(largest(_elapsed(call, 3, device)[1]) for _ in range(HOST_TURNS))
 
 
 def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:

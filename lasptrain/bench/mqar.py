@@ -90,7 +90,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
         size = learnt[step % len(learnt)]
         piece = _slice(associations(batch, *size, vocab, generator), mesh, device)
         loss = stream.backward(called, cfg.layers, (piece,), world / (batch * size[1]))
-        losses.append(sum_over_ranks(loss / (batch * size[1])))
+        losses.append(loss / (batch * size[1]))
         clip_gradients(model, recipe.optim.clip)
         set_learning_rate(optimizer, learning_rate(recipe.optim, steps, step))
         optimizer.step()
@@ -112,7 +112,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
         "steps": curve[-1][0],
         "seconds": time.perf_counter() - began,
         "curve": curve,
-        "losses": torch.stack(losses).tolist(),
+        "losses": sum_over_ranks(torch.stack(losses)).tolist(),
         "harder": [(*size, accuracy(model, _unseen(recipe, size, vocab, mesh, device))) for size in harder],
     }
 
@@ -145,9 +145,10 @@ def accuracy(model: LanguageModel, piece: Slice) -> float:
 def report(found: dict[str, Any]) -> list[Table]:
     """Accuracy as training went on, and where it was not trained."""
     title = f"{found['model']}, vocabulary {found['vocab']}, sp {found['ranks']}, {found['seconds']:.0f} s"
-    harder = found["harder"]
-    untrained = [_table("never trained", "", [size[:2] for size in harder], [("", [a for *_, a in harder])])]
-    return [_table(title, "step", found["sizes"], found["curve"]), *(untrained if harder else [])]
+    tables = [_table(title, "step", found["sizes"], found["curve"])]
+    if harder := found["harder"]:
+        tables.append(_table("never trained", "", [size[:2] for size in harder], [("", [a for *_, a in harder])]))
+    return tables
 
 
 def _table(title: str, head: str, sizes: list[Size], rows: list[tuple[Any, list[float]]]) -> Table:

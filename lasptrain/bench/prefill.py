@@ -138,7 +138,7 @@ def report(results: Results) -> Table:
         f"{results.parameters:,} parameters on {results.ranks} × {results.device}, segments of {results.segment:,} "
         f"tokens per rank, {code}; forward of training: {results.training:,.0f} tokens/s"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     for column in ("tokens", "seconds", "tokens/s", "× training", "peak GiB"):
         table.add_column(column, justify="right")
     for row in results.reads:

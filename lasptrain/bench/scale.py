@@ -28,6 +28,7 @@ from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
 from lasptrain.recipe import Recipe
+from lasptrain.tables import number
 
 Kind = Literal["weak", "strong", "long"]
 LONGEST = 300.0  # seconds that one case may take
@@ -182,19 +183,15 @@ def _table(results: Results, kind: Kind) -> Table:
         table.add_column(column, justify="right")
     for row in rows:
         head = [row.model, str(row.ranks), f"{row.window:,}", row.method]
-        ratio = [] if kind == "long" else [_number(compared(row, rows), ".3f" if kind == "weak" else ".2f")]
+        ratio = [] if kind == "long" else [number(compared(row, rows), ".3f" if kind == "weak" else ".2f")]
         if row.speed is None:
             table.add_row(*head, "–")
             continue
         assert row.seconds is not None
         planned = None if row.predicted is None else row.predicted / row.seconds
         each = f"{row.speed / row.ranks:,.0f}"
-        table.add_row(*head, f"{row.seconds:.3f}", each, *ratio, _number(planned, ".2f"), f"{row.memory / 2**30:.1f}")
+        table.add_row(*head, f"{row.seconds:.3f}", each, *ratio, number(planned, ".2f"), f"{row.memory / 2**30:.1f}")
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def compared(row: Row, rows: Sequence[Row]) -> float | None:

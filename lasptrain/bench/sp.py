@@ -30,6 +30,7 @@ from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import device_name
 from lasptrain.rates import Measured
 from lasptrain.recipe import Recipe, resolve_vocabulary
+from lasptrain.tables import number
 
 __all__ = ["METHODS", "NONE", "Layer", "Results", "Step", "measure", "report", "write"]
 
@@ -184,10 +185,10 @@ def _layer_table(rows: list[Layer], title: str) -> Table:
             f"{row.tokens:,}",
             row.method,
             f"{row.ms:.3f}",
-            _number(row.ratio),
-            _number(row.host_ms),
-            _number(row.replayed_ms),
-            _number(row.replayed_ratio),
+            number(row.ratio, ".3f"),
+            number(row.host_ms, ".3f"),
+            number(row.replayed_ms, ".3f"),
+            number(row.replayed_ratio, ".3f"),
             f"{row.sent:,}",
             f"{row.formula:,}",
         )
@@ -201,16 +202,16 @@ def _step_table(rows: list[Step], title: str) -> Table:
         ("tokens per rank", "method", "tokens/s per rank", "predicted", "time × none", "peak GiB", "sent MB"),
         [*failures.values()],
     )
-    alone = {row.tokens: row for row in rows if row.method == NONE}
+    alone = {row.tokens: row.tokens_per_s for row in rows if row.method == NONE}
     for row in rows:
-        base = alone.get(row.tokens)
+        speed, base = row.tokens_per_s, alone.get(row.tokens)
         lacking = "OOM" if row.oom else "failed"
         table.add_row(
             f"{row.tokens:,}",
             row.method,
-            lacking if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-            "" if row.predicted is None else f"{row.predicted:,.0f}",
-            _number(base.tokens_per_s / row.tokens_per_s if base and base.tokens_per_s and row.tokens_per_s else None),
+            number(speed, ",.0f") or lacking,
+            number(row.predicted, ",.0f"),
+            number(base / speed if base and speed else None, ".3f"),
             "" if row.memory is None else f"{row.memory / 2**30:.1f}",
             "" if row.sent is None else f"{row.sent / 1e6:,.1f}",
         )
@@ -218,17 +219,13 @@ def _step_table(rows: list[Step], title: str) -> Table:
 
 
 def _table(title: str, columns: Sequence[str], notes: Sequence[str]) -> Table:
-    table = Table(title=title, caption="\n".join(notes) or None, caption_justify="left")
+    table = Table(title=title, caption="\n".join(notes) or None)
     for column in columns:
         kind: dict[str, Any] = (
             {"justify": "left", "no_wrap": True} if column == "method" else {"justify": "right", "overflow": "fold"}
         )
         table.add_column(column, **kind)
     return table
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def write(file: Path, results: Results) -> None:

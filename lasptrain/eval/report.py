@@ -64,7 +64,7 @@ def _curve(group: list[Record]) -> Record:
 def table(found: list[Record], title: str) -> Table:
     """Tasks down, lengths across: percent ± half of the interval, exact match where there is no score."""
     lengths = sorted({cell["length"] for cell in found if cell["task"] not in PERPLEXITY})
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title)
     result.add_column("task")
     for length in lengths:
         result.add_column(short(length), justify="right")
@@ -87,7 +87,7 @@ def curves(found: list[Record]) -> list[Table]:
     for cell in found:
         if cell["task"] in heads:
             title = f"{cell['task']}: {cell['n']} documents of {cell['length']:,} tokens"
-            one = Table(title=title, title_justify="left")
+            one = Table(title=title)
             one.add_column(heads[cell["task"]])
             for point in cell["curve"]:
                 one.add_column(f"{point['x']:,}", justify="right")
