@@ -76,14 +76,14 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True) -> dict[str, Tensor]:
     """Every output and gradient of the five functions of a kernel module."""
-    state, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc)
+    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc)
     o, prefix = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks if with_blocks else None)
     dentering, dblocks = kernel.grad_entering(x.q, x.do, x.log_decay, x.doc)
     dq, row = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
     dk, dv, dlog = kernel.grad_key_value(
         x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks if with_blocks else None, prefix, row
     )
-    found = {"state": state, "o": o, "dentering": dentering, "dq": dq, "dk": dk, "dv": dv}
+    found = {"state": state, "decay": decay, "o": o, "dentering": dentering, "dq": dq, "dk": dk, "dv": dv}
     return found if dlog is None else found | {"dlog_decay": dlog}
 
 

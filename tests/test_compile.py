@@ -23,12 +23,12 @@ from tests.test_recipe import RECIPES
 def everything(x: Inputs) -> tuple[Tensor, ...]:
     """All five operators, on the plain PyTorch kernel."""
     kernel = "chunked"
-    state, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc)
+    state, decay, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc)
     o, prefix = ops.attend(kernel, x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks)
     dentering, dblocks = ops.grad_entering(kernel, x.q, x.do, x.log_decay, x.doc)
     dq, row = ops.grad_query(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
     rest = ops.grad_key_value(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks, prefix, row)
-    return state, o, dentering, dq, *rest
+    return state, decay, o, dentering, dq, *rest
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "token"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain.ops import reference, slice_decay
+from lasptrain.ops import reference
 from lasptrain.ops.reference import recurrence
 
 KERNELS = ["reference", "chunked"]
@@ -58,8 +58,7 @@ def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dic
     ops = torch.ops.lasptrain
     q, k, v, log_decay, doc, entering, do, dleaving = x.values()
     assert k is not None and entering is not None and dleaving is not None
-    state, blocks = ops.summarize(kernel, k, v, log_decay, doc)
-    decay = slice_decay(k, log_decay, doc)
+    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc)
     o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, entering, blocks if with_blocks else None)
     dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc)
     dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
@@ -129,7 +128,7 @@ def test_operators_have_fake_implementations() -> None:
     x = inputs(65, "token", "middle", torch.float32)
     q, k, v, log_decay, doc, entering, do, dleaving = x.values()
     ops = torch.ops.lasptrain
-    _, blocks = ops.summarize("chunked", k, v, log_decay, doc)
+    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc)
     _, prefix = ops.attend("chunked", q, k, v, log_decay, doc, entering, blocks)
     _, row = ops.grad_query("chunked", q, k, v, do, log_decay, doc, prefix)
     _, dblocks = ops.grad_entering("chunked", q, do, log_decay, doc)

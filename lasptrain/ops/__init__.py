@@ -67,18 +67,6 @@ def per_token(log_decay: Tensor | None) -> TypeGuard[Tensor]:
     return log_decay is not None and log_decay.dim() == 3
 
 
-def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
-    """Decay [B, H] of the whole slice k [B, T, H, K]: Π a_t, zero where a document starts inside."""
-    b, t, h, _ = k.shape
-    dtype = state_dtype(k)
-    if log_decay is None:
-        total = torch.zeros(b, h, dtype=dtype, device=k.device)
-    else:
-        total = log_decay.to(dtype).sum(1) if log_decay.dim() == 3 else (log_decay.to(dtype) * t).expand(b, h)
-    decay = total.exp()
-    return decay if doc is None else torch.where(doc[:, -1:] == 0, decay, 0.0)
-
-
 def operator(function: Callable[P, R]) -> Callable[P, R]:
     """The function as a PyTorch operator; `torch.library.custom_op` checks more, for longer than a launch takes."""
     name = function.__name__
@@ -99,10 +87,12 @@ def fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 @operator
-def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
-    """State that a slice leaves behind when it starts from zero, and its block states."""
-    state, blocks = _module(kernel).summarize(k, v, log_decay, doc)
-    return state, blocks
+def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
+    """What a slice does to a state: the state that it leaves behind when it starts from zero, and the decay [B, H] of
+    what enters it; and its block states.
+    """
+    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc)
+    return state, decay, blocks
 
 
 @operator
@@ -164,11 +154,11 @@ def grad_key_value(
 
 
 @fake("summarize")
-def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
+def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
     b, _, h, kdim = k.shape
     dtype = state_dtype(k)
-    state = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype)
-    return state, k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
+    state, decay = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype), k.new_empty((b, h), dtype=dtype)
+    return state, decay, k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
 
 
 @fake("attend")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.ops import per_token, state_dtype
-from lasptrain.ops.reference import starts, token_decay
+from lasptrain.ops.reference import slice_decay, starts, token_decay
 
 CHUNK = 64
 
@@ -112,11 +112,11 @@ def _scan(blocks: Tensor, through: Tensor, entering: Tensor | None) -> tuple[Ten
     return prefix, state
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     chunks = _chunks(k, log_decay, doc)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return state, blocks
+    return state, slice_decay(k, log_decay, doc), blocks
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, weights: Tensor, prefix: Tensor) -> Tensor:

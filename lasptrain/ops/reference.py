@@ -28,6 +28,18 @@ def token_decay(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> T
     return a if doc is None else a.masked_fill(starts(doc)[..., None], 0.0)
 
 
+def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
+    """Decay [B, H] of the whole slice k [B, T, H, K]: Π a_t, zero where a document starts inside."""
+    b, t, h, _ = k.shape
+    dtype = state_dtype(k)
+    if log_decay is None:
+        total = torch.zeros(b, h, dtype=dtype, device=k.device)
+    else:
+        total = log_decay.to(dtype).sum(1) if log_decay.dim() == 3 else (log_decay.to(dtype) * t).expand(b, h)
+    decay = total.exp()
+    return decay if doc is None else torch.where(doc[:, -1:] == 0, decay, 0.0)
+
+
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, entering: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -55,9 +67,9 @@ def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return tuple(k.shape[:3])
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _, state = recurrence(k, k, v, log_decay, doc, None)
-    return state, state[:, :, None].clone()
+    return state, slice_decay(k, log_decay, doc), state[:, :, None].clone()
 
 
 def attend(

@@ -251,15 +251,15 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
 
 def _summarize(
     x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """State [B, H, K, V] of the slice, and its scanned blocks."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State [B, H, K, V] and decay [B, H] of the slice, and its scanned blocks."""
     s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", s, x.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
     blocks = _blocks_like(x, s)
     size = s.keys * s.values
-    state = blocks.new_empty((s.batch, s.heads, s.keys, s.values))
+    state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
     _run(
         programs.summarize_blocks,
         x,
@@ -274,8 +274,10 @@ def _summarize(
         *s.sizes,
     )
     constants = {"SIZE": size, "PART": 1024, "REVERSE": reverse}
-    _run(programs.scan_blocks, x, (size // 1024, s.batch * s.heads, 1), PLAIN, constants, blocks, state, s.blocks)
-    return _cropped(state, kdim, vdim), blocks
+    _run(
+        programs.scan_blocks, x, (size // 1024, s.batch * s.heads, 1), PLAIN, constants, blocks, state, decay, s.blocks
+    )
+    return _cropped(state, kdim, vdim), decay, blocks
 
 
 def _walk(
@@ -411,7 +413,7 @@ def _grad_decay(
     return grad
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _summarize(k, v, log_decay, doc, reverse=False)
 
 
@@ -426,7 +428,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     s = _slice(k, v)
     if blocks is None:
-        blocks = _summarize(k, v, log_decay, doc, reverse=False)[1]
+        blocks = _summarize(k, v, log_decay, doc, reverse=False)[-1]
     prefix = torch.empty_like(blocks)
     rows = _padded(q), _padded(k), _padded(v)
     o, _ = _walk("attend", rows, s, log_decay, doc, blocks, _state(entering, s), prefix)
@@ -434,7 +436,8 @@ def attend(
 
 
 def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _summarize(q, _as(do, q.dtype), log_decay, doc, reverse=True)
+    dentering, _, dblocks = _summarize(q, _as(do, q.dtype), log_decay, doc, reverse=True)
+    return dentering, dblocks
 
 
 def grad_query(
@@ -468,7 +471,7 @@ def grad_key_value(
     s = _slice(k, v)
     do = _as(do, q.dtype)
     if dblocks is None:
-        dblocks = _summarize(q, do, log_decay, doc, reverse=True)[1]
+        dblocks = _summarize(q, do, log_decay, doc, reverse=True)[-1]
     edge = _state(dleaving, s)
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
     dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge)

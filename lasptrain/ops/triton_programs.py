@@ -94,7 +94,7 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
 
     Returns `inside` [C], the cumulative log2 of the decay up to and including each token; `lead` [C], the weight of the
     entering state in each token's output; `fold` [C], the weight of each token in the leaving state; `through`, the
-    weight of the entering state in the leaving one.
+    weight of the entering state in the leaving one, and `passing`, its log2.
     """
     i = tl.arange(0, C)
     n = tl.minimum(C, T - t)
@@ -110,7 +110,8 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
     lead = tl.where(i < continuing, tl.exp2(inside), 0.0)
     fold = tl.where(i >= n - finishing, tl.exp2(total - inside), 0.0)
     through = tl.where(continuing == n, tl.exp2(total), 0.0)
-    return inside, lead, fold, through
+    passing = tl.where(continuing == n, total, float("-inf"))
+    return inside, lead, fold, through, passing
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def summarize_blocks(
     first = block * L
     chunks = tl.cdiv(tl.minimum(L, T - first), C)
     state = tl.zeros([K, TILE], tl.float32)
-    decay = 1.0
+    decay = 0.0
     t = first + (chunks - 1) * C if REVERSE else first
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
@@ -204,9 +205,9 @@ def summarize_blocks(
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
-        _, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
+        _, lead, fold, through, passing = _gates(each, counts, log2, t, T, C, DECAY)
         state = _update(state, a, b, lead if REVERSE else fold, through, DECAY == 2)
-        decay *= through
+        decay += passing  # a product would gather a rounding error per chunk
         t = ahead
         each, counts = next_each, next_counts
     slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
@@ -214,14 +215,16 @@ def summarize_blocks(
     column = tile * TILE + tl.arange(0, TILE)
     tl.store(slot + row[:, None] * V + column[None, :], state)
     if tile == 0:
-        tl.store(slot + K * V, decay)
+        tl.store(slot + K * V, tl.exp2(decay))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_blocks(
-    BLOCKS, STATE, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
+    BLOCKS, STATE, DECAY, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Exclusive scan of BLOCKS in place, from zero; the total into STATE [B·H, SIZE]. Grid (SIZE / PART, B·H)."""
+    """Exclusive scan of BLOCKS in place, from zero; the total into STATE [B·H, SIZE], the decay of all of it into DECAY
+    [B·H]. Grid (SIZE / PART, B·H).
+    """
     part = tl.program_id(0)
     line = tl.program_id(1).to(tl.int64)
     offset = part * PART + tl.arange(0, PART)
@@ -241,6 +244,7 @@ def scan_blocks(
     tl.store(slot + offset, state)
     if part == 0:
         tl.store(slot + SIZE + 1, decay)
+        tl.store(DECAY + line, decay)
 
 
 @triton.jit
@@ -319,7 +323,7 @@ def walk(
     for _ in range(chunks):
         ahead = t - C if REVERSE else t + C
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
+        inside, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY)
         if REVERSE:
             lead, fold = fold, lead
         a = _rows(x, batch, head, t, 0, C, DEPTH)
@@ -362,7 +366,7 @@ def walk_key_value(
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, t - C, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through = _gates(each, counts, log2, t, T, C, DECAY)
+        inside, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY)
         weights = _weights(inside, counts, C, True)
         cq = _rows(q, batch, head, t, 0, C, K)
         ck = _rows(k, batch, head, t, 0, C, K)

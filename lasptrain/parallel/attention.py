@@ -27,6 +27,7 @@ class Memory:
     """The states at the edges of one layer's slice, once known: recomputing the layer then needs no exchange."""
 
     known: bool = False
+    decay: Tensor | None = None  # of the slice, [B, H]
     entering: Tensor | None = None  # [B, H, K, V]; None is zero
     leaving: Tensor | None = None  # what the scan handed out; whoever does not need it again may drop it
     before: Memory | None = None  # the same of the rows before the slice, where the layer needs some
@@ -191,16 +192,15 @@ class _Begin(Function):
         attention: Attention,
         pending: _Exchanging,
     ) -> Tensor:
-        # Made even where the states are known: recomputation under selective checkpointing must not run an operator
-        # that the first pass did not run.
-        transition = pending.transition = Transition(ops.slice_decay(k, log_decay, doc), angle)
-        blocks = None
-        if pending.memory.known:
+        memory, blocks = pending.memory, None
+        if memory.known:
+            transition = Transition(memory.decay, angle)
             pending.exchange = _Given(_remembered(pending, k, v))
         else:
-            state, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc)
-            state = transition.rotate(state)
-            pending.exchange = attention.scan.start(state, transition, carry, leave=pending.leave)
+            state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc)
+            transition = Transition(memory.decay, angle)
+            pending.exchange = attention.scan.start(transition.rotate(state), transition, carry, leave=pending.leave)
+        pending.transition = transition
         pending.k, pending.v, pending.log_decay, pending.doc = k, v, log_decay, doc
         pending.blocks = blocks
         pending.has_carry = carry is not None and ctx.needs_input_grad[4]
@@ -219,7 +219,7 @@ class _Begin(Function):
         right, dcarry = handed.exchange.wait()
         dangle = None
         if ctx.needs_input_grad[3] and right is not None:
-            state, _ = ops.summarize(kernel, k, v, log_decay, doc)
+            state = ops.summarize(kernel, k, v, log_decay, doc)[0]
             leaving = transition.apply(handed.entering, transition.rotate(state))
             dangle = _grad_angle(right, leaving)
         dleaving = None if right is None else transition.transpose().rotate(right)
@@ -237,9 +237,8 @@ def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
     if memory.leaving is not None:
         return Scanned(memory.entering, memory.leaving.detach())
     b, _, h, kdim = k.shape
-    decay = pending.transition.decay
-    assert decay is not None
-    unread = decay.new_empty_strided((b, h, kdim, v.shape[-1]), (0, 0, 0, 0))
+    assert memory.decay is not None
+    unread = memory.decay.new_empty_strided((b, h, kdim, v.shape[-1]), (0, 0, 0, 0))
     return Scanned(memory.entering, unread)
 
 

@@ -13,6 +13,7 @@ States are [B, H, K, V], decays [B, H]. One rank is the scan over one element.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -137,11 +138,29 @@ class _Scan:
         return Exchange(body, self.stream, needs)
 
 
+@lru_cache
+def _line(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks of an NCCL group, in one for messages that hide behind kernels; all of them call it together.
+
+    A message on its way takes whole multiprocessors from a kernel that was cut to fill them. From a few it leaves what
+    a wave of programs has to spare; but then it has to be the first to get these.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = 8
+    line = dist.split_group(group, [[*range(dist.get_world_size(group))]], pg_options=options)
+    assert line is not None  # every rank is in it
+    return line
+
+
 class Ring(_Scan):
     """LASP (arXiv:2404.02882): each rank receives from its neighbour, folds in its slice, and sends on.
 
     Carry and leaving live on rank 0 in both directions.
     """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
+        super().__init__(group, device)
+        self.line = group if group is None or self.stream is None else _line(group)
 
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
@@ -163,15 +182,15 @@ class Ring(_Scan):
 
     def _message(self, state: Tensor, first: int, last: int) -> Message:
         """The state to the second rank, or from the last but one."""
-        assert self.group is not None
+        assert self.line is not None
         step = 1 if first < last else -1
         self.calls += 1
         if self.rank == first:
             state = state.contiguous()
             self.bytes_sent += state.numel() * state.element_size()
-            return Message(self.group.send([state], first + step, 0), state, Scanned(None, None))
+            return Message(self.line.send([state], first + step, 0), state, Scanned(None, None))
         entering = torch.empty_like(state, memory_format=torch.contiguous_format)
-        return Message(self.group.recv([entering], last - step, 0), entering, Scanned(entering, None))
+        return Message(self.line.recv([entering], last - step, 0), entering, Scanned(entering, None))
 
     def _chain(
         self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
@@ -197,14 +216,14 @@ class Ring(_Scan):
         return x
 
     def _send(self, x: Tensor, to: int) -> None:
-        assert self.group is not None
+        assert self.line is not None
         self.bytes_sent += x.numel() * x.element_size()
-        self.group.send([x.contiguous()], to, 0).wait()  # `dist.send` checks for longer than a launch takes
+        self.line.send([x.contiguous()], to, 0).wait()  # `dist.send` checks for longer than a launch takes
 
     def _receive(self, like: Tensor, source: int) -> Tensor:
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        assert self.group is not None
-        self.group.recv([x], source, 0).wait()
+        assert self.line is not None
+        self.line.recv([x], source, 0).wait()
         return x
 
 
