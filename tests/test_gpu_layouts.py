@@ -1,0 +1,93 @@
+"""Law 2 over NCCL: a window that GPUs share is the window on one, on every rank, with nothing but streams to keep
+messages and kernels in order.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from lasptrain import ops
+from lasptrain.bench.ranks import on_ranks
+from lasptrain.bench.steps import largest
+from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.scan import SCANS
+from tests.kernel_cases import error
+
+GPUS = torch.cuda.device_count()
+HEADS, DIM, LAYERS = 4, 64, 6
+SLICE = 2048  # tokens of a rank in a segment
+
+
+def pass_through(attention: Attention, layers: list[list[Tensor]], segments: int) -> list[list[Tensor]]:
+    """Outputs and gradients of layers that know nothing of each other, all begun before any is looked at."""
+    found = []
+    for q, k, v, log_decay, do in layers:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        decay = log_decay.clone().requires_grad_(log_decay.dim() == 3)
+        cut = [x.chunk(segments, 1) for x in leaves]
+        decays = decay.chunk(segments, 1) if decay.dim() == 3 else [decay] * segments
+        outputs, carry = [], None
+        for i in range(segments):
+            pending = attention.begin(cut[1][i], cut[2][i], decays[i], None, carry=carry, leave=i < segments - 1)
+            o, carry = attention.finish(pending, cut[0][i])
+            outputs.append(o)
+        o = torch.cat(outputs, 1)
+        found.append([o.detach(), *torch.autograd.grad(o, [*leaves, *([decay] if decay.dim() == 3 else [])], do)])
+    return found
+
+
+def drawn(tokens: int, per_token: bool, device: torch.device) -> list[list[Tensor]]:
+    """q, k, v, log_decay and do of each layer; the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer() -> list[Tensor]:
+        q, k, v, do = (torch.randn(1, tokens, HEADS, DIM, generator=generator).to(device) for _ in range(4))
+        decay = torch.rand((1, tokens, HEADS) if per_token else (HEADS,), generator=generator)
+        return [q, k, v, -decay.to(device) / 1000, do]
+
+    return [layer() for _ in range(LAYERS)]
+
+
+def shared(sp: int, kernel: str) -> dict[str, float]:
+    """The largest error on any rank by scan, segments and kind of decay; the ranks are cut into groups of sp."""
+    world = meshes.world_size()
+    mesh, device = meshes.build(world // sp, sp), meshes.device()
+    kernel = ops.select(kernel, device)
+    rank = mesh.rank("sp")
+
+    def mine(x: Tensor, segments: int) -> Tensor:
+        return x if x.dim() == 1 else x.unflatten(1, (segments, sp, -1))[:, :, rank].flatten(1, 2)
+
+    found = {}
+    for per_token, segments in product((False, True), (1, 3)):
+        layers = drawn(SLICE * sp * segments, per_token, device)
+        want = pass_through(Attention(kernel), layers, 1)
+        slices = [[mine(x, segments).contiguous() for x in layer] for layer in layers]
+        for name, scan in SCANS.items():
+            got = pass_through(Attention(kernel, scan(mesh.sp_group, device)), slices, segments)
+            errors = [
+                error(a, mine(b, segments))
+                for one, whole in zip(got, want, strict=True)
+                for a, b in zip(one, whole, strict=True)
+            ]
+            found[f"{name}, {segments} segments, {'token' if per_token else 'head'}"] = largest(max(errors))
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "ranks,sp",
+    [
+        pytest.param(n, sp, marks=pytest.mark.skipif(n > GPUS, reason=f"needs {n} CUDA devices"))
+        for n, sp in ((2, 2), (4, 2), (4, 4))
+    ],
+)
+def test_a_window_that_gpus_share_is_the_window_on_one(ranks: int, sp: int) -> None:
+    found = on_ranks(ranks, shared, sp, "auto")
+    assert len(found) == 4 * len(SCANS)
+    assert max(found.values()) < 1e-5, found
