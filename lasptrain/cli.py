@@ -33,6 +33,7 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
     streams.forgive()
+    stop.interrupt()
     # Read when torch is loaded, by ranks too. Threads that spin while they wait for one another halve the speed of
     # training on cores that are shared, and cut that of generation to a tenth; results are the same.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -93,7 +94,7 @@ def pretrain(
     _check_nodes(nnodes, node_rank, rdzv)
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
-    stop.listen()  # while torch is loaded, which can lose a KeyboardInterrupt
+    stop.listen()
     from lasptrain.launch import Nodes, Place, launch
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None

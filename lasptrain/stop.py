@@ -6,6 +6,7 @@ segment what any rank has noted, saves the newest step and leaves by itself. The
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,18 @@ CODES = {
 ECHO = 0.5  # seconds in which a signal that came to us and through the launcher is one
 
 _noted, _at, _unsaved = 0, 0.0, False
+
+
+def interrupt() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt as ever, but end this process while torch is loaded, which can swallow it."""
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us has it ignored
+        signal.signal(signal.SIGINT, hear)
 
 
 def listen(leave: Callable[[int], None] = lambda number: None) -> None:

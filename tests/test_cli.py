@@ -57,6 +57,24 @@ def test_ctrl_c_while_it_is_loaded_ends_it_quietly() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_ctrl_c_is_not_lost_while_torch_is_loaded() -> None:
+    """A module in the place of torch's first one swallows the exception."""
+    code = (
+        "import os, signal, sys\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.startswith('torch.'):\n"
+        "            sys.meta_path.remove(self)\n"
+        "            try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt: pass\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "sys.argv[1:] = ['bench', 'sp', 'recipes/quickstart.yaml', '--tokens', '64', '--method', 'nope']\n"
+        "from lasptrain.__main__ import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_that_wait_leave_the_cores_to_others(given: dict[str, str], expected: str) -> None:
     code = "import os, lasptrain.cli as c; c.app = lambda: print(os.environ['OMP_WAIT_POLICY']); c.main()"
