@@ -188,7 +188,8 @@ def train(texts: Iterable[str], vocab: int) -> bytes:
             sentence_iterator=sentences, model_writer=model, vocab_size=vocab, **SETTINGS
         )
     except RuntimeError as error:
-        reason = str(error).split(") [")[-1].strip("[] ")
+        most = re.search(r"too high .* a value <= (\d+)", str(error))
+        reason = f"expected at most {most[1]}" if most else str(error).split(") [")[-1].strip("[] ")
         raise DataError(f"a tokenizer of {vocab} pieces cannot be trained on this text: {reason}") from error
     return model.getvalue()
 

@@ -366,7 +366,9 @@ def test_training_a_tokenizer_is_deterministic(corpus: Path, tmp_path: Path) -> 
     assert one.sha256 == two.sha256 and one.vocab == 300 and one.sha256 in str(one)
     with pytest.raises(SetupError, match=r"a\.model: it exists"):
         commands.train_tokenizer([str(corpus)], 300, tmp_path / "a.model")
-    with pytest.raises(DataError, match="a tokenizer of 5000 pieces cannot be trained on this text"):
+    with pytest.raises(
+        DataError, match=r"a tokenizer of 5000 pieces cannot be trained on this text: expected at most \d+$"
+    ):
         commands.train_tokenizer([str(corpus)], 5000, tmp_path / "c.model")
 
 
