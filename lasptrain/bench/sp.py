@@ -1,7 +1,8 @@
 """`lasptrain bench sp`: what it costs to share a window between ranks, beside the same tokens per rank without sharing.
 
-On GPUs through NCCL, elsewhere a dry run through gloo. Layers are timed in one job, in turns, so that they meet the
-same clocks, and then whole steps in one; a time is the median over turns of the slowest rank. CUDA graphs come last.
+On GPUs through NCCL, elsewhere a dry run through gloo. Layers are timed in one job, and then whole steps in one; a time
+is the median of the slowest rank. What is compared takes turns, so that it meets the same clocks, but steps only where
+two models fit. CUDA graphs come last.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -32,6 +34,8 @@ from lasptrain.rates import Measured
 from lasptrain.recipe import Recipe, resolve_vocabulary
 from lasptrain.tables import number
 
+ROOM = 1.25  # free memory that a second model needs, in its own
+
 __all__ = ["METHODS", "NONE", "Layer", "Results", "Step", "measure", "report", "write"]
 
 
@@ -45,6 +49,7 @@ class Step:
     memory: int | None = None  # peak, bytes
     sent: int | None = None  # bytes per step for the sake of the shared window, by the rank that sends most
     predicted: float | None = None  # tokens per second per rank, by `links.step_seconds`
+    ratio: float | None = None  # of its time to that of NONE in the same turn, the median
     failure: str | None = None
     oom: bool = False  # it failed for want of memory
 
@@ -81,8 +86,8 @@ def measure(
     if tokens:
         device, rows = layers.measure(recipe, ranks, names, tokens)
         yield (found := replace(found, device=device, layers=rows))
-    given = [(recipe, name, length) for length in steps for name in names]
-    for (_, name, length), row in trials(ranks, _step, given, hopeless=_hopeless, silence=limit):
+    given = [(recipe, name, length, NONE in names) for length in steps for name in names]
+    for (_, name, length, _), row in trials(ranks, _step, given, hopeless=_hopeless, silence=limit):
         if isinstance(row, Failure):
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
@@ -90,7 +95,7 @@ def measure(
             found = replace(found, device=device)
             step = replace(Step(**values), predicted=_predicted(recipe, vocab, ranks, name, length, device, known))
         yield (found := replace(found, steps=[*found.steps, step]))
-    order = {(name, length): place for place, (_, name, length) in enumerate(given)}
+    order = {(name, length): place for place, (_, name, length, _) in enumerate(given)}
     found.steps.sort(key=lambda row: order[row.method, row.tokens])
     if found.layers:
         yield replace(found, layers=layers.with_replays(recipe, ranks, found.layers))
@@ -114,16 +119,32 @@ def _predicted(
     return None if found is None else tokens / found
 
 
-def _step(recipe: Recipe, method: str, tokens: int) -> tuple[str, int, dict[str, Any]]:
+def _step(recipe: Recipe, method: str, tokens: int, compare: bool) -> tuple[str, int, dict[str, Any]]:
     """The device, rows of the vocabulary, and a row: one window over all ranks; with NONE a window for each of them."""
     clear(mesh.device())
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic()
     seconds, memory = timed(update, mesh.device(), turns(tokens))
     sent = int(largest(traffic() - before)) // sum(turns(tokens))
+    ratio = _ratio(recipe, update, tokens, memory) if compare and method != NONE else None
     close()
     vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
-    return device_name(), vocab, asdict(Step(method, tokens, tokens / seconds, memory, sent))
+    return device_name(), vocab, asdict(Step(method, tokens, tokens / seconds, memory, sent, ratio=ratio))
+
+
+def _ratio(recipe: Recipe, update: Callable[[int], float], tokens: int, memory: int) -> float | None:
+    """How much longer an update takes than one with a window for each rank; None where `memory` for that is lacking."""
+    device = mesh.device()
+    if device.type == "cuda" and mesh.smallest(mesh.free_memory(device)) < ROOM * memory:
+        return None
+    beside, close, _ = _trainer(recipe, NONE, tokens, dist.get_world_size())
+    warmup, timed = turns(tokens)
+    for step in range(warmup):
+        beside(step)
+    steps = range(warmup + timed, warmup + 3 * timed)
+    ratios = [largest(update(step)) / largest(beside(step)) for step in steps]
+    close()
+    return median(ratios)
 
 
 def _trainer(
@@ -211,7 +232,7 @@ def _step_table(rows: list[Step], title: str) -> Table:
             row.method,
             number(speed, ",.0f") or lacking,
             number(row.predicted, ",.0f"),
-            number(base / speed if base and speed else None, ".3f"),
+            number(row.ratio or (base / speed if base and speed else None), ".3f"),
             "" if row.memory is None else f"{row.memory / 2**30:.1f}",
             "" if row.sent is None else f"{row.sent / 1e6:,.1f}",
         )
