@@ -43,8 +43,8 @@ def main() -> NoReturn:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except LaspError as error:
-        for line in str(error).splitlines() if error.code != INTERRUPTED else ():
-            typer.echo(line if error.code == STOPPED else f"error: {line}", err=True)
+        for line in str(error).splitlines():
+            typer.echo(line if error.code in (STOPPED, INTERRUPTED) else f"error: {line}", err=True)
         code = error.code
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -52,12 +52,15 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.filename is None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            typer.echo(f"error: {error.filename or 'output'}: no space left; expected some", err=True)
+            code = ResourceError.code
+        elif error.filename is None:
             traceback.print_exc()
             code = INTERNAL
         else:  # a file that cannot be written or read where nothing more is known of it
             typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
-            code = (ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else SetupError).code
+            code = SetupError.code
     except Exception:
         traceback.print_exc()
         code = INTERNAL
@@ -95,6 +98,7 @@ def pretrain(
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
     stop.listen()
+    streams.outlive()
     from lasptrain.launch import Nodes, Place, launch
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None

@@ -98,6 +98,8 @@ def inspect(
 
         typer.echo("\n".join(str(text) for text in windows.show_windows(folder, step, at)))
         return
+    if step is not None:
+        raise RecipeError("--step: found with a dataset; expected a run")
     if sample is None and at is None:
         typer.echo(str(commands.inspect(folder, window)))
         return

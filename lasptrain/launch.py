@@ -373,9 +373,9 @@ def _read_records(folder: Path) -> Iterator[Failure]:
 
 def report(failure: Failure) -> int:
     """Prints a failure on stderr and returns its code."""
-    if failure.code != INTERRUPTED:
+    if failure.kind != KeyboardInterrupt.__name__:
         end = "" if failure.message.endswith("\n") else "\n"
-        plain = failure.code == STOPPED or (failure.code == INTERNAL and failure.kind != "ended")
+        plain = failure.code in (STOPPED, INTERRUPTED) or (failure.code == INTERNAL and failure.kind != "ended")
         prefix = "" if plain else "error: "
         sys.stderr.write(f"{prefix}{failure.message}{end}")
     return failure.code

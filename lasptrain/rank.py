@@ -15,7 +15,7 @@ from lasptrain.errors import RankLostError
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
     """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.rank_process`."""
-    streams.forgive()
+    streams.outlive()
     watch.begin(Path(recipe).parent, int(os.environ["RANK"]))
     faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
     stop.listen(lambda number: record_stop(Path(records), number))

@@ -500,7 +500,7 @@ def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[i
     lengths = (tokens, recipe.eval.window or tokens)
 
     def pair(world: int, lengths: tuple[int, ...]) -> tuple[int, int] | None:
-        for ranks in range(world, 0, -1):
+        for ranks in range(min(world, micro_batches), 0, -1):
             split = world // ranks
             if (
                 world % ranks == 0

@@ -3,6 +3,9 @@
 import io
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from lasptrain.errors import RecipeError
 
@@ -12,6 +15,33 @@ def forgive() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Careless(io.FileIO):
+    """A file whose reader may leave, or whose disk may be full."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return super().write(data) or 0
+        return len(data)
+
+
+def outlive() -> None:
+    """Go on when nobody reads any more what this process prints: for work that matters more."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  as long as this process
+        elif isinstance(stream, io.TextIOWrapper):
+            raw = io.BufferedWriter(_Careless(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
+
+
+def visible(text: str) -> str:
+    """The text with its control characters spelt out, where stdout is a terminal that would obey them."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def argument(name: str, given: str) -> str:

@@ -20,6 +20,7 @@ from lasptrain.ops import select
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Recipe
+from lasptrain.streams import visible
 from lasptrain.tables import show
 
 PROMPT = 48  # tokens of held-out text that the sample continues
@@ -79,4 +80,5 @@ def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Ta
 
 def _sample(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], count: int) -> str:
     continued = generate(model, prompt, count)
-    return f"[dim]{escape(tokenizer.decode(prompt))}[/dim][bold]{escape(tokenizer.decode(continued))}[/bold]\n"
+    before, after = (escape(visible(tokenizer.decode(tokens))) for tokens in (prompt, continued))
+    return f"[dim]{before}[/dim][bold]{after}[/bold]\n"

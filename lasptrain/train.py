@@ -38,6 +38,7 @@ from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, sh
 from lasptrain.profile import profiled
 from lasptrain.recipe import Recipe
 from lasptrain.summary import gather, summarize
+from lasptrain.tables import show
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -83,6 +84,8 @@ def train(recipe: Recipe, run: Path) -> None:
         job.guard.restore(loaded.meta.get("guard", {}))
     saver = checkpoint.Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
     steps = recipe.train.steps
+    if speaks and start >= steps:
+        show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
     with stop.unsaved(), Metrics(run, steps=steps, start=start, speaks=speaks) as metrics, told_of_memory(job):
         validation = run_steps(replace(job, tick=partial(tick, watch.SLOW)), run, start, saver, metrics)
     watch.beat(watch.SLOW)

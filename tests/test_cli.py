@@ -75,6 +75,20 @@ def test_ctrl_c_is_not_lost_while_torch_is_loaded() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_output_that_finds_no_space_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lasptrain", "check", str(ROOT / QUICKSTART)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+    assert (done.returncode, done.stderr) == (8, "error: output: no space left; expected some\n")
+    refused(2, "--step: found with a dataset; expected a run", "data", "inspect", ".", "--step", "2", cwd=tmp_path)
+
+
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_that_wait_leave_the_cores_to_others(given: dict[str, str], expected: str) -> None:
     code = "import os, lasptrain.cli as c; c.app = lambda: print(os.environ['OMP_WAIT_POLICY']); c.main()"

@@ -320,6 +320,35 @@ def test_shards_precision_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_a_step_that_training_deletes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, MODELS["tnl-untied"][1])
+    step, aside = run / "checkpoints" / "step-7", tmp_path / "aside"
+    read, reads = checkpoint.Opened.read, 0
+
+    def vanishing(self: checkpoint.Opened, name: str) -> Tensor:
+        nonlocal reads
+        reads += 1
+        if reads == 3:
+            step.rename(aside)
+        return read(self, name)
+
+    def committed(run: Path) -> list[int]:
+        if aside.exists() and reads == 3:  # by now there is a newer one
+            aside.rename(step)
+            return [7]
+        return found(run)
+
+    found = checkpoint.committed
+    monkeypatch.setattr(checkpoint.Opened, "read", vanishing)
+    with pytest.raises(CheckpointError, match=r"each step is replaced while it is read; expected a larger"):
+        monkeypatch.setattr("lasptrain.convert.export.TRIES", 1)
+        export(run, tmp_path / "out", "safetensors", check=False)
+    monkeypatch.setattr("lasptrain.convert.export.TRIES", 5)
+    monkeypatch.setattr(checkpoint, "committed", committed)
+    assert export(run, tmp_path / "out", "safetensors", check=False).folder == tmp_path / "out"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
 def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path, MODELS["tnl-untied"][1])
     for to, reason in (
@@ -342,6 +371,11 @@ def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     export(run, out, "safetensors", force=True, check=False)
     assert "modeling_transnormer.py" not in {path.name for path in out.iterdir()}
+    held = sorted(run.rglob("*"))
+    for aim in (run, tmp_path):
+        with pytest.raises(SetupError, match=f"{aim.name}: holds no {RECORD}; --force replaces only"):
+            export(run, aim, "safetensors", force=True, check=False)
+    assert sorted(run.rglob("*")) == held
     for aim in (tmp_path / "out", tmp_path / "nowhere"):
         (tmp_path / "link").symlink_to(aim)
         with pytest.raises(SetupError, match="link: is a symbolic link; expected a folder, or a name that is free"):

@@ -317,7 +317,7 @@ def test_lengths() -> None:
         parse_lengths("1m..4k")
     assert parse_lengths("4k..256k") == (4096, 16384, 65536, 262144)
     assert parse_lengths("4k..128K")[-2:] == (65536, 131072)
-    for wrong in ("x", "0", "4g", ""):
+    for wrong in ("x", "0", "4g", "", "1025m"):
         with pytest.raises(RecipeError, match="--lengths"):
             parse_lengths(wrong)
 
@@ -357,6 +357,9 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
     assert output.endswith(
         "error: pairs not run: --lengths: 256 tokens are too few for this task; expected at least 351\n"
     )
+    (tmp_path / "empty.jsonl").touch()  # earlier answers are none to what cannot be asked
+    assert "too few for this task" in lasptrain("eval", "runs/tiny", "--tasks", "passkey", "--lengths", "1", expected=2)
+    assert "found nothing to ask" in lasptrain("eval", "runs/tiny", "--file", "empty.jsonl", expected=2)
     second = json.loads((tmp_path / "spread" / "results.json").read_text())
     assert second["sp"] == 2 and first["sp"] == 1
     for alone, spread in zip(first["cells"], second["cells"], strict=True):

@@ -123,7 +123,8 @@ def test_tokens_are_drawn_from_the_likeliest_by_temperature_and_top_p() -> None:
     assert torch.allclose(frequencies(Sampling(1.0)), p, atol=0.03)
     kept = torch.tensor([p[0], p[1], 0, 0])  # .71 alone does not reach .8
     assert torch.allclose(frequencies(Sampling(1.0, top_p=0.8)), kept / kept.sum(), atol=0.03)
-    assert frequencies(Sampling(1.0, top_p=0.5)).tolist() == [1, 0, 0, 0]
+    for sampling in (Sampling(1.0, top_p=0.5), Sampling(1.0, top_p=0.0), Sampling(1e-320)):
+        assert frequencies(sampling).tolist() == [1, 0, 0, 0]
 
 
 def test_generation_repeats_with_its_seed_and_ends_at_a_stop() -> None:

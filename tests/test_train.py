@@ -69,6 +69,20 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+@pytest.mark.parametrize("reader", ["full", "gone"])
+def test_training_outlives_the_reader_of_its_output(folder: Path, reader: str) -> None:
+    command = [sys.executable, "-m", "lasptrain", "pretrain", "tiny.yaml", "--run", reader]
+    environment = os.environ | {"PYTHONPATH": str(program.ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path("/dev/full").open("w") as full:
+        output = full if reader == "full" else writing
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / reader / "status.json").read_text())["state"] == "finished"
+
+
 def test_too_little_held_out_text_is_refused_before_the_first_step(folder: Path) -> None:
     code, _, said = start(folder, "--run", "short", "--set", "eval.window=24000").end()
     assert code == 3 and said.startswith("error: eval.window: 24,000 tokens do not fit into the ")

@@ -20,7 +20,7 @@ def convert(
         Path | None, typer.Option(metavar="FILE", help="With --from: what the weights are trained on from here.")
     ] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the tensors that need not be fp32.")] = "fp32",
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export; with --from a run.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare logits in the target's library, if installed.")] = True,
 ) -> None:
     """Export a run's newest checkpoint for other libraries, or make a run of an export."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_tools.tokenizer import BYTES, load_tokenizer
 from lasptrain import __version__, checkpoint
@@ -19,6 +20,7 @@ from lasptrain.errors import CheckpointError
 from lasptrain.recipe import Model, Recipe
 
 RECORD = "lasptrain_export.json"
+TRIES = 5  # of a run that goes on training, and deletes what is read
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIBRARY = dict.fromkeys(("granitemoehybrid", "minimax", "transnormer"), "transformers")
 LIBRARY |= dict.fromkeys(verify.OF_FLA, "fla")
@@ -53,6 +55,17 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 
     Raises ConvertError, or CheckpointError for a damaged step or a folder that is no run; then `out` is as it was.
     """
+    for _ in range(TRIES):
+        newest = checkpoint.committed(run)[:1]
+        try:
+            return _export(run, out, to, dtype, force, check)
+        except (Exception, CheckpointException):  # the latter is none of the former
+            if all((run / checkpoint.FOLDER / f"step-{step}").exists() for step in newest):
+                raise
+    raise CheckpointError(f"{run}: each step is replaced while it is read; expected a larger checkpoint.keep")
+
+
+def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool) -> Exported:
     recipe = recipes.load(_recipe(run))
     step = checkpoint.Opened(run)
     model = Model.model_validate(step.meta["model"])
@@ -60,7 +73,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
     table = tables.TABLES[target](model, step.shapes)
     tables.check_sources(table, step.shapes, str(step.folder))
     forms = tables.forms(table, step.shapes, DTYPES[dtype])
-    with files.whole_folder(out, force) as folder:
+    with files.whole_folder(out, force, RECORD) as folder:
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
         cutter = load_tokenizer(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")

@@ -39,18 +39,22 @@ class Form:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, force: bool) -> Iterator[Path]:
+def whole_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
     """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
 
-    SetupError where `out` exists and is no empty folder, unless `force`, which replaces it at the end; a link is
-    never followed.
+    SetupError where `out` exists and is no empty folder, unless `force`, which replaces it at the end if it holds the
+    file `mark`, as what is written does; a link is never followed.
     """
     if out.is_symlink():
         raise SetupError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
-    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not force and not empty:
         raise SetupError(f"{out}: exists; expected a new folder, or --force to replace it")
     if out.exists() and not out.is_dir():
         raise SetupError(f"{out}: is a file; expected a folder")
+    if out.exists() and not empty and not (out / mark).is_file():
+        raise SetupError(f"{out}: holds no {mark}; --force replaces only what was made like this")
+    out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
     new.mkdir()

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from lasptrain.errors import RecipeError
-from lasptrain.streams import argument
+from lasptrain.streams import argument, visible
 from lasptrain.tables import show
 
+LONGEST = 1 << 30  # tokens of a text
 USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an export, or a folder of others.")]
@@ -61,26 +62,28 @@ def evaluate(
         text=() if text is None else tuple(_sentences(text)),
         files=tuple(files or ()),
     )
+    if not asked.tasks and not asked.files:
+        raise RecipeError("--tasks: found none; expected at least one")
     found = main.evaluate(run, asked, out, segment, nproc)
-    if not found["cells"]:
-        raise RecipeError("; ".join(found["notes"]) or "--tasks: found none; expected at least one")
+    if not any(asked.covers(cell["task"], cell["length"]) for cell in found["cells"]):
+        raise RecipeError("; ".join(found["notes"]) or "found nothing to ask; expected a task, or a file with rows")
     show(*main.shown(found, plot))
 
 
 def generate(
     run: Run,
     prompts: Annotated[list[str], typer.Option("--prompt", help="Text to continue; several make a batch.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, max=1 << 30, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Only from the likeliest that reach this.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1)] = 0,
 ) -> None:
     """Continue a text."""
     from lasptrain.eval import main
 
     prompts = [argument("--prompt", prompt) for prompt in prompts]
     for prompt, continued in zip(prompts, main.generate(run, prompts, tokens, temperature, top_p, seed), strict=True):
-        typer.echo(prompt + typer.style(continued, bold=True))
+        typer.echo(visible(prompt) + typer.style(visible(continued), bold=True))
 
 
 def _usual_lengths(window: int) -> tuple[int, ...]:
@@ -106,7 +109,10 @@ def _tokens(text: str) -> int:
     match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
     if match is None or int(match[1]) == 0:
         raise RecipeError(f"--lengths: found {text!r}; expected numbers such as 4096, 4k or 1m, or a range 4k..4m")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]]
+    length = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]]
+    if length > LONGEST:
+        raise RecipeError(f"--lengths: found {text!r}; expected at most {LONGEST >> 20}m")
+    return length
 
 
 def _sentences(file: Path) -> list[str]:

@@ -54,6 +54,12 @@ class Asked:
         if unknown:
             raise RecipeError(f"--tasks: found {unknown[0]!r}; expected some of {', '.join((*TASKS, *PERPLEXITY))}")
 
+    def covers(self, task: str, length: int) -> bool:
+        """Whether an answer may be one to what is asked; that of a file's row is, if there are files."""
+        if task in TASKS:
+            return task in self.tasks and length in self.lengths
+        return task in self.tasks if task in PERPLEXITY else bool(self.files)
+
     def identity(self) -> Record:
         """What answers depend on, besides the model and which questions are asked."""
         text = hashlib.sha256("\n".join(self.text).encode()).hexdigest() if self.text else None

@@ -22,6 +22,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+COLDEST = 1e-6  # where logits divided by the temperature may overflow
 
 
 def generate(
@@ -63,8 +64,10 @@ def decode(
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Next tokens int64 [B, 1] of logits [B, vocab]."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1, keepdim=True)
     p, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)  # the first that reaches top_p stays
+    beyond = p.cumsum(-1) - p >= sampling.top_p  # the first that reaches top_p stays
+    beyond[..., 0] = False
+    p = p.masked_fill(beyond, 0)
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))
