@@ -680,8 +680,11 @@ class Opened:
     def read(self, name: str) -> Tensor:
         """A tensor of the model by its name there."""
         tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
-        with _alone():
-            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
+        try:
+            with _alone():
+                load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
+        except CheckpointException as error:  # DCP's cloak, which is no Exception
+            raise error.failures[0][0] from None
         return tensor
 
 
