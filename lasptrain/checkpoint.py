@@ -680,20 +680,20 @@ class Opened:
     def read(self, name: str) -> Tensor:
         """A tensor of the model by its name there."""
         tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
-        try:
-            with _alone():
-                load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
-        except CheckpointException as error:  # DCP's cloak, which is no Exception
-            raise error.failures[0][0] from None
+        with _alone():
+            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
         return tensor
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """DCP warns where there is no process group, even if told so."""
+    """DCP warns where there is no process group, even if told so, and cloaks errors in one that is no Exception."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            raise error.failures[0][0] from None
 
 
 class _OnceRead(_Reader):
@@ -726,9 +726,6 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
             save_state(tensors, storage_writer=writer, planner=_Lazily(value), no_dist=True)
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
         _commit(folder, step, meta, files, 1)
-    except CheckpointException as error:  # DCP's cloak over the error of `read`
-        shutil.rmtree(folder, ignore_errors=True)
-        raise error.failures[0][0] from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import NamedTuple
 
 import pytest
@@ -44,41 +45,39 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert all(command in help_text for command in ("pretrain", "check", "data"))
 
 
-def test_ctrl_c_while_it_is_loaded_ends_it_quietly() -> None:
-    """A module that interrupts stands in the place of one that takes long."""
+def interrupted(find_spec: str, *arguments: str) -> None:
+    """Asserts that the command ends quietly by Ctrl-C, which `find_spec(self, name, *rest)` of an import makes."""
     code = (
         "import os, signal, sys\n"
-        "class Slow:\n"
-        "    def find_spec(self, name, *rest): return name == 'typer' and os.kill(os.getpid(), signal.SIGINT) or None\n"
+        f"class Slow:\n    def find_spec(self, name, *rest):\n{indent(find_spec, 8 * ' ')}\n"
         "sys.meta_path.insert(0, Slow())\n"
+        f"sys.argv[1:] = {[*arguments]}\n"
         "from lasptrain.__main__ import main; main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_it_is_loaded_ends_it_quietly() -> None:
+    """A module that interrupts stands in the place of one that takes long."""
+    interrupted("return name == 'typer' and os.kill(os.getpid(), signal.SIGINT) or None")
 
 
 def test_ctrl_c_is_not_lost_while_torch_is_loaded() -> None:
     """A module in the place of torch's first one swallows the exception."""
-    code = (
-        "import os, signal, sys\n"
-        "class Slow:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name.startswith('torch.'):\n"
-        "            sys.meta_path.remove(self)\n"
-        "            try: os.kill(os.getpid(), signal.SIGINT)\n"
-        "            except KeyboardInterrupt: pass\n"
-        "sys.meta_path.insert(0, Slow())\n"
-        "sys.argv[1:] = ['bench', 'sp', 'recipes/quickstart.yaml', '--tokens', '64', '--method', 'nope']\n"
-        "from lasptrain.__main__ import main; main()\n"
+    swallowing = (
+        "if name.startswith('torch.'):\n"
+        "    sys.meta_path.remove(self)\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt: pass"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    interrupted(swallowing, "bench", "sp", QUICKSTART, "--tokens", "64", "--method", "nope")
 
 
 def test_output_that_finds_no_space_is_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "lasptrain", "check", str(ROOT / QUICKSTART)],
+            [sys.executable, "-m", "lasptrain", "check", QUICKSTART],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -138,10 +138,10 @@ def _ratio(recipe: Recipe, update: Callable[[int], float], tokens: int, memory: 
     if device.type == "cuda" and mesh.smallest(mesh.free_memory(device)) < ROOM * memory:
         return None
     beside, close, _ = _trainer(recipe, NONE, tokens, dist.get_world_size())
-    warmup, timed = turns(tokens)
+    warmup, count = turns(tokens)
     for step in range(warmup):
         beside(step)
-    steps = range(warmup + timed, warmup + 3 * timed)
+    steps = range(warmup + count, warmup + 3 * count)
     ratios = [largest(update(step)) / largest(beside(step)) for step in steps]
     close()
     return median(ratios)

@@ -47,13 +47,13 @@ def whole_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
     """
     if out.is_symlink():
         raise SetupError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
-    empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not force and not empty:
-        raise SetupError(f"{out}: exists; expected a new folder, or --force to replace it")
-    if out.exists() and not out.is_dir():
-        raise SetupError(f"{out}: is a file; expected a folder")
-    if out.exists() and not empty and not (out / mark).is_file():
-        raise SetupError(f"{out}: holds no {mark}; --force replaces only what was made like this")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not force:
+            raise SetupError(f"{out}: exists; expected a new folder, or --force to replace it")
+        if not out.is_dir():
+            raise SetupError(f"{out}: is a file; expected a folder")
+        if not (out / mark).is_file():
+            raise SetupError(f"{out}: holds no {mark}; --force replaces only what was made like this")
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")

@@ -73,7 +73,7 @@ def evaluate(
 def generate(
     run: Run,
     prompts: Annotated[list[str], typer.Option("--prompt", help="Text to continue; several make a batch.")],
-    tokens: Annotated[int, typer.Option(min=1, max=1 << 30, help="Tokens to generate.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Only from the likeliest that reach this.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1)] = 0,
