@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, partial
 from itertools import combinations, product
 from typing import Any, Literal
@@ -256,6 +257,19 @@ def test_ranks_of_a_window_need_not_be_neighbours() -> None:
         )
     ]
     assert spawn(4, check_apart, cases) == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+def patience(rank: int, world: int) -> set[float]:
+    """Seconds that groups of a mesh wait, when all ranks were told to wait 77."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=77))
+    mesh = meshes.build(2, world // 2)
+    groups = [*mesh.grid.get_all_groups(), mesh.flat.get_group()]
+    assert dist.group.WORLD not in groups[:2]
+    return {group._get_backend(meshes.device()).options._timeout.total_seconds() for group in groups}
+
+
+def test_groups_of_a_mesh_wait_as_long_as_the_group_of_all_ranks() -> None:
+    assert spawn(4, patience) == [{77.0}] * 4
 
 
 class Operators(TorchDispatchMode):

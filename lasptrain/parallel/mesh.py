@@ -70,7 +70,20 @@ def world_size() -> int:
 def build(dp: int, sp: int) -> Mesh:
     """The mesh of all ranks; consecutive ranks share a window, so that its slices travel the shortest way."""
     grid = init_device_mesh(device().type, (dp, sp), mesh_dim_names=("dp", "sp"))
-    return Mesh(grid, grid["dp", "sp"]._flatten("dp_sp"))
+    flat = grid["dp", "sp"]._flatten("dp_sp")
+    for group in (*grid.get_all_groups(), flat.get_group()):
+        _wait_as_long_as_all(group)
+    return Mesh(grid, flat)
+
+
+def _wait_as_long_as_all(group: dist.ProcessGroup) -> None:
+    """A group that a mesh makes waits torch's own 10 or 30 minutes, whatever the group of all ranks was told."""
+    assert dist.group.WORLD is not None
+    patience = dist.group.WORLD._get_backend(device()).options._timeout
+    for kind in group._device_types:
+        backend = group._get_backend(kind)
+        backend = getattr(backend, "wrapped_pg", backend)  # by TORCH_DISTRIBUTED_DEBUG=DETAIL
+        backend._set_default_timeout(patience)
 
 
 def peak_memory(on: torch.device) -> int:
