@@ -78,8 +78,9 @@ def build(dp: int, sp: int) -> Mesh:
 
 def _wait_as_long_as_all(group: dist.ProcessGroup) -> None:
     """A group that a mesh makes waits torch's own 10 or 30 minutes, whatever the group of all ranks was told."""
-    assert dist.group.WORLD is not None
-    patience = dist.group.WORLD._get_backend(device()).options._timeout
+    world = dist.group.WORLD
+    assert world is not None
+    patience = world._get_backend(world._device_types[0]).options._timeout
     for kind in group._device_types:
         backend = group._get_backend(kind)
         backend = getattr(backend, "wrapped_pg", backend)  # by TORCH_DISTRIBUTED_DEBUG=DETAIL
