@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -72,19 +73,18 @@ def build(dp: int, sp: int) -> Mesh:
     grid = init_device_mesh(device().type, (dp, sp), mesh_dim_names=("dp", "sp"))
     flat = grid["dp", "sp"]._flatten("dp_sp")
     for group in (*grid.get_all_groups(), flat.get_group()):
-        _wait_as_long_as_all(group)
+        for kind in group._device_types:
+            backend = group._get_backend(kind)
+            backend = getattr(backend, "wrapped_pg", backend)  # by TORCH_DISTRIBUTED_DEBUG=DETAIL
+            backend._set_default_timeout(patience())
     return Mesh(grid, flat)
 
 
-def _wait_as_long_as_all(group: dist.ProcessGroup) -> None:
-    """A group that a mesh makes waits torch's own 10 or 30 minutes, whatever the group of all ranks was told."""
+def patience() -> timedelta:
+    """How long all ranks were told to wait for each other; groups made later wait torch's own 10 or 30 minutes."""
     world = dist.group.WORLD
     assert world is not None
-    patience = world._get_backend(world._device_types[0]).options._timeout
-    for kind in group._device_types:
-        backend = group._get_backend(kind)
-        backend = getattr(backend, "wrapped_pg", backend)  # by TORCH_DISTRIBUTED_DEBUG=DETAIL
-        backend._set_default_timeout(patience)
+    return world._get_backend(world._device_types[0]).options._timeout
 
 
 def peak_memory(on: torch.device) -> int:

@@ -12,14 +12,15 @@ States are [B, H, K, V], decays [B, H]. One rank is the scan over one element.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lasptrain.parallel.mesh import patience
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed in torch 2.13
 
@@ -140,15 +141,15 @@ class _Scan:
 
 
 @lru_cache
-def _line(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+def _line(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The ranks of an NCCL group, in one for messages that hide behind kernels; all of them call it together.
 
     A message on its way takes whole multiprocessors from a kernel that was cut to fill them. From a few it leaves what
     a wave of programs has to spare; but then it has to be the first to get these.
     """
-    options = cast("dist.ProcessGroupNCCL.Options", copy.deepcopy(group._get_backend(device).options))
-    options.is_high_priority_stream = True
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = 8
+    options._timeout = patience()
     ranks = [*range(dist.get_world_size(group))]
     line = dist.split_group(group, [ranks], timeout=options._timeout, pg_options=options)
     assert line is not None  # every rank is in it
@@ -163,7 +164,7 @@ class Ring(_Scan):
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         super().__init__(group, device)
-        self.line = group if group is None or self.stream is None else _line(group, device)
+        self.line = group if group is None or self.stream is None else _line(group)
 
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
