@@ -197,18 +197,18 @@ def _replayed(recipe: Recipe, method: str, tokens: int) -> tuple[float, float | 
     with torch.autograd.set_multithreading_enabled(False):
         calls = _calls(recipe, attentions, tokens, device)
         for _ in range(CAPTURES):
-            for name, found in _times_replayed(calls, device).items():
+            for name, found in _times_replayed(calls, tokens, device).items():
                 times[name] += found
     return 1e3 * median(times[method]), compared(times, method)
 
 
-def _times_replayed(calls: Mapping[str, Callable[[], object]], device: torch.device) -> Times:
+def _times_replayed(calls: Mapping[str, Callable[[], object]], tokens: int, device: torch.device) -> Times:
     """Seconds of a new graph of each call, in each turn."""
     graphs = {}
     for name, call in calls.items():
         graphs[name], failure = _captured(call, device)
         if mesh.largest(int(bool(failure))):
-            raise SetupError(f"{name}: no CUDA graph: {failure or 'another rank failed'}")
+            raise SetupError(f"{name}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
     times = _times({name: graph.replay for name, graph in graphs.items()}, device, CAPTURED_TURNS)
     for graph in graphs.values():
         graph.reset()  # before its communicator goes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -86,8 +87,9 @@ def measure(
     if tokens:
         device, rows = layers.measure(recipe, ranks, names, tokens)
         yield (found := replace(found, device=device, layers=rows))
-    given = [(recipe, name, length, NONE in names) for length in steps for name in names]
-    for (_, name, length, _), row in trials(ranks, _step, given, hopeless=_hopeless, silence=limit):
+    given = [(recipe, name, length) for length in steps for name in names]
+    step_of = partial(_step, compare=NONE in names)
+    for (_, name, length), row in trials(ranks, step_of, given, hopeless=_hopeless, silence=limit):
         if isinstance(row, Failure):
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
@@ -95,7 +97,7 @@ def measure(
             found = replace(found, device=device)
             step = replace(Step(**values), predicted=_predicted(recipe, vocab, ranks, name, length, device, known))
         yield (found := replace(found, steps=[*found.steps, step]))
-    order = {(name, length): place for place, (_, name, length, _) in enumerate(given)}
+    order = {(name, length): place for place, (_, name, length) in enumerate(given)}
     found.steps.sort(key=lambda row: order[row.method, row.tokens])
     if found.layers:
         yield replace(found, layers=layers.with_replays(recipe, ranks, found.layers))
@@ -119,7 +121,7 @@ def _predicted(
     return None if found is None else tokens / found
 
 
-def _step(recipe: Recipe, method: str, tokens: int, compare: bool) -> tuple[str, int, dict[str, Any]]:
+def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[str, int, dict[str, Any]]:
     """The device, rows of the vocabulary, and a row: one window over all ranks; with NONE a window for each of them."""
     clear(mesh.device())
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
