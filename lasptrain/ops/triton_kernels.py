@@ -26,6 +26,7 @@ HERE = nullcontext()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRANULE = 128  # tokens; every chunk divides it
 SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
+PART = 1024  # numbers of a state for a program that scans blocks
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
 _compiled: dict[tuple[object, ...], Any] = {}  # by `_run`'s key; None under the interpreter
 _threads = threading.local()
@@ -169,6 +170,11 @@ class _Slice(NamedTuple):
     def grid(self, tiles: int = 1) -> tuple[int, int, int]:
         return self.batch * self.blocks * self.heads * tiles, 1, 1
 
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The grid of programs that scan blocks, each of PART numbers."""
+        return self.keys * self.values // PART, self.batch * self.heads, 1
+
 
 def _slice(k: Tensor, v: Tensor) -> _Slice:
     return _cut(*map(int, k.shape), int(v.shape[-1]))
@@ -195,10 +201,6 @@ def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
     return s.batch, s.tokens + triton.cdiv(s.tokens, launch.chunk), s.heads
-
-
-def _blocks_like(x: Tensor, s: _Slice) -> Tensor:
-    return x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
 
 
 def _documents(doc: Tensor) -> Tensor:
@@ -249,17 +251,13 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
     return _aligned(state)
 
 
-def _summarize(
-    x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """State [B, H, K, V] and decay [B, H] of the slice, and its scanned blocks."""
-    s, kdim, vdim = _slice(x, y), x.shape[-1], y.shape[-1]
+def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool) -> Tensor:
+    """What each block of the slice does to a state."""
+    s = _slice(x, y)
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", s, x.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
-    blocks = _blocks_like(x, s)
-    size = s.keys * s.values
-    state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
+    blocks = x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
     _run(
         programs.summarize_blocks,
         x,
@@ -273,11 +271,24 @@ def _summarize(
         blocks,
         *s.sizes,
     )
-    constants = {"SIZE": size, "PART": 1024, "REVERSE": reverse}
-    _run(
-        programs.scan_blocks, x, (size // 1024, s.batch * s.heads, 1), PLAIN, constants, blocks, state, decay, s.blocks
-    )
-    return _cropped(state, kdim, vdim), decay, blocks
+    return blocks
+
+
+def _summed(blocks: Tensor, x: Tensor, y: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """State [B, H, K, V] and decay [B, H] of all blocks."""
+    s = _slice(x, y)
+    state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
+    constants = {"SIZE": s.keys * s.values, "PART": PART, "REVERSE": reverse}
+    _run(programs.sum_blocks, blocks, s.parts, PLAIN, constants, blocks, state, decay, s.blocks)
+    return _cropped(state, x.shape[-1], y.shape[-1]), decay
+
+
+def _scanned(blocks: Tensor, s: _Slice, edge: Tensor | None, into: Tensor, reverse: bool) -> Tensor:
+    """The states that enter each block and that which leaves the slice, if `edge` [B, H, K, V] enters it."""
+    edge = _state(edge, s)
+    constants = {"SIZE": s.keys * s.values, "PART": PART, "REVERSE": reverse, "HAS_EDGE": edge is not None}
+    _run(programs.scan_blocks, blocks, s.parts, PLAIN, constants, blocks, edge, into, s.blocks)
+    return into
 
 
 def _walk(
@@ -286,9 +297,7 @@ def _walk(
     sizes: _Slice,
     log_decay: Tensor | None,
     doc: Tensor | None,
-    blocks: Tensor,
-    edge: Tensor | None = None,
-    prefix: Tensor | None = None,
+    states: Tensor,
     summed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output of `programs.walk` over x, y, z, padded; with `summed` (w) also what `_store_sums` leaves."""
@@ -301,7 +310,7 @@ def _walk(
     tiles = tiled // launch.tile
     gates = _gates(log_decay, doc, launch.chunk)
     out = z.new_empty(z.shape)
-    sums = None if summed is None else blocks.new_empty((tiles, *_sums_shape(s, launch)))
+    sums = None if summed is None else states.new_empty((tiles, *_sums_shape(s, launch)))
     _run(
         programs.walk,
         x,
@@ -315,8 +324,6 @@ def _walk(
             **gates.constants,
             "REVERSE": kernel in ("grad_value", "grad_key"),
             "TRANSPOSE": kernel in ("grad_query", "grad_key"),
-            "HAS_EDGE": edge is not None,
-            "SAVE": prefix is not None,
             "SUM": summed is not None,
         },
         _rows(x, launch.chunk, x.shape[-1]),
@@ -325,9 +332,7 @@ def _walk(
         None if summed is None else _rows(summed, launch.chunk, launch.tile),
         _rows(out, launch.chunk, launch.tile),
         *gates,
-        blocks,
-        edge,
-        prefix,
+        states,
         sums,
         s.batch,
         *s.sizes,
@@ -340,34 +345,26 @@ def _walk_key_value(
     sizes: _Slice,
     log_decay: Tensor | None,
     doc: Tensor | None,
-    dblocks: Tensor,
-    edge: Tensor | None,
+    states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
     if k.dtype == torch.float32 or ("grad_key_value", max(s.keys, s.values)) not in LAUNCHES:
-        dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, dblocks, edge)
+        dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, states)
         summed = k if per_token(log_decay) else None
-        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, dblocks, edge, summed=summed)
+        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, states, summed)
         return dk, dv, column
     launch = _launch("grad_key_value", s, k.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    column = dblocks.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
+    column = states.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
     _run(
         programs.walk_key_value,
         k,
         s.grid(),
         launch,
-        {
-            "K": s.keys,
-            "V": s.values,
-            "C": launch.chunk,
-            **gates.constants,
-            "HAS_EDGE": edge is not None,
-            "SUM": column is not None,
-        },
+        {"K": s.keys, "V": s.values, "C": launch.chunk, **gates.constants, "SUM": column is not None},
         _rows(q, launch.chunk, s.keys),
         _rows(k, launch.chunk, s.keys),
         _rows(v, launch.chunk, s.values),
@@ -375,8 +372,7 @@ def _walk_key_value(
         _rows(dk, launch.chunk, s.keys),
         _rows(dv, launch.chunk, s.values),
         *gates,
-        dblocks,
-        edge,
+        states,
         column,
         s.batch,
         *s.sizes,
@@ -387,9 +383,8 @@ def _walk_key_value(
 def _grad_decay(
     row: Tensor,
     column: Tensor,
-    prefix: Tensor,
-    dblocks: Tensor,
-    edge: Tensor | None,
+    states: Tensor,
+    gradients: Tensor,
     doc: Tensor | None,
     s: _Slice,
     chunk: int,
@@ -400,12 +395,11 @@ def _grad_decay(
         row,
         s.grid(),
         PLAIN,
-        {"SIZE": s.keys * s.values, "PART": 1024, "C": chunk, "DOCS": doc is not None, "HAS_EDGE": edge is not None},
+        {"SIZE": s.keys * s.values, "PART": PART, "C": chunk, "DOCS": doc is not None},
         row,
         column,
-        prefix,
-        dblocks,
-        edge,
+        states,
+        gradients,
         doc,
         grad,
         *s.sizes,
@@ -414,7 +408,8 @@ def _grad_decay(
 
 
 def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _summarize(k, v, log_decay, doc, reverse=False)
+    blocks = _blocks(k, v, log_decay, doc, reverse=False)
+    return *_summed(blocks, k, v, reverse=False), blocks
 
 
 def attend(
@@ -427,17 +422,31 @@ def attend(
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     s = _slice(k, v)
-    if blocks is None:
-        blocks = _summarize(k, v, log_decay, doc, reverse=False)[-1]
-    prefix = torch.empty_like(blocks)
-    rows = _padded(q), _padded(k), _padded(v)
-    o, _ = _walk("attend", rows, s, log_decay, doc, blocks, _state(entering, s), prefix)
+    prefix = _entering(blocks, k, v, log_decay, doc, entering, reverse=False)
+    o, _ = _walk("attend", (_padded(q), _padded(k), _padded(v)), s, log_decay, doc, prefix)
     return _cropped(o, s.heads, v.shape[-1]), prefix
 
 
+def _entering(
+    blocks: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    log_decay: Tensor | None,
+    doc: Tensor | None,
+    edge: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """The states that enter the blocks, which are made here if they are not given."""
+    if blocks is None:
+        own = _blocks(x, y, log_decay, doc, reverse)
+        return _scanned(own, _slice(x, y), edge, own, reverse)
+    return _scanned(blocks, _slice(x, y), edge, torch.empty_like(blocks), reverse)
+
+
 def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
-    dentering, _, dblocks = _summarize(q, _as(do, q.dtype), log_decay, doc, reverse=True)
-    return dentering, dblocks
+    do = _as(do, q.dtype)
+    dblocks = _blocks(q, do, log_decay, doc, reverse=True)
+    return _summed(dblocks, q, do, reverse=True)[0], dblocks
 
 
 def grad_query(
@@ -470,13 +479,11 @@ def grad_key_value(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s = _slice(k, v)
     do = _as(do, q.dtype)
-    if dblocks is None:
-        dblocks = _summarize(q, do, log_decay, doc, reverse=True)[-1]
-    edge = _state(dleaving, s)
+    gradients = _entering(dblocks, q, do, log_decay, doc, dleaving, reverse=True)
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
-    dk, dv, column = _walk_key_value(rows, s, log_decay, doc, dblocks, edge)
+    dk, dv, column = _walk_key_value(rows, s, log_decay, doc, gradients)
     dlog = None
     if column is not None:
         chunk = _launch("grad_query", s, k.dtype, s.keys).chunk
-        dlog = _grad_decay(row, column, prefix, dblocks, edge, None if doc is None else _documents(doc), s, chunk)
+        dlog = _grad_decay(row, column, prefix, gradients, None if doc is None else _documents(doc), s, chunk)
     return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog

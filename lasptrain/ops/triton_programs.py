@@ -15,7 +15,8 @@ Arguments common to the programs:
 | `x`, `y`, … | tensor descriptors of [B, H, T, K or V], read and written past T without harm |
 | `LOG_DECAY` | [H] or [B, T, H] fp32, see `DECAY` |
 | `DOC`, `COUNTS` | [B, T] int32 and what `count_documents` makes of it, where `DOCS` |
-| `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block a state, its decay, that from the slice's edge to it |
+| `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block the state that it adds and its decay |
+| `STATES` | the same, when `scan_blocks` has made the states of it that enter each block |
 | `DECAY` | 0 none · 1 constant per head · 2 per token |
 """
 
@@ -219,11 +220,10 @@ def summarize_blocks(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def scan_blocks(
-    BLOCKS, STATE, DECAY, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr
-):  # fmt: skip
-    """Exclusive scan of BLOCKS in place, from zero; the total into STATE [B·H, SIZE], the decay of all of it into DECAY
-    [B·H]. Grid (SIZE / PART, B·H).
+def sum_blocks(BLOCKS, STATE, DECAY, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr):
+    """The state that all blocks add into STATE [B·H, SIZE], and the decay of all of them into DECAY [B·H].
+
+    Grid (SIZE / PART, B·H).
     """
     part = tl.program_id(0)
     line = tl.program_id(1).to(tl.int64)
@@ -232,29 +232,34 @@ def scan_blocks(
     decay = 1.0
     for step in tl.range(NB, num_stages=4):
         slot = BLOCKS + (line * (NB + 1) + (NB - 1 - step if REVERSE else step)) * (SIZE + 4)
-        added = tl.load(slot + offset)
         through = tl.load(slot + SIZE)
-        tl.store(slot + offset, state)
-        if part == 0:
-            tl.store(slot + SIZE + 1, decay)
-        state = state * through + added
+        state = state * through + tl.load(slot + offset)
         decay *= through
     tl.store(STATE + line * SIZE + offset, state)
-    slot = BLOCKS + (line * (NB + 1) + NB) * (SIZE + 4)
-    tl.store(slot + offset, state)
     if part == 0:
-        tl.store(slot + SIZE + 1, decay)
         tl.store(DECAY + line, decay)
 
 
-@triton.jit
-def _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE: tl.constexpr, HAS_EDGE: tl.constexpr):
-    """State at the edge of a block where its walk begins: what the scan left there, and what came from outside."""
-    slot = BLOCKS + (line * (NB + 1) + block) * (SIZE + 4)
-    state = tl.load(slot + offset)
+@triton.jit(do_not_specialize=SIZES)
+def scan_blocks(
+    BLOCKS, EDGE, STATES, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr, HAS_EDGE: tl.constexpr
+):  # fmt: skip
+    """The states that enter each block, from EDGE [B·H, SIZE] or from zero, and behind them the one that leaves the
+    slice, into STATES, which may be BLOCKS. Grid (SIZE / PART, B·H).
+    """
+    part = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    offset = part * PART + tl.arange(0, PART)
+    state = tl.zeros([PART], tl.float32)
     if HAS_EDGE:
-        state += tl.load(slot + SIZE + 1) * tl.load(EDGE + line * SIZE + offset)
-    return state
+        state = tl.load(EDGE + line * SIZE + offset)
+    for step in tl.range(NB, num_stages=4):
+        at = (line * (NB + 1) + (NB - 1 - step if REVERSE else step)) * (SIZE + 4)
+        added = tl.load(BLOCKS + at + offset)
+        through = tl.load(BLOCKS + at + SIZE)
+        tl.store(STATES + at + offset, state)
+        state = state * through + added
+    tl.store(STATES + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
 
 
 @triton.jit
@@ -279,10 +284,9 @@ def _store_sums(SUMS, line, head, t, T, H, x, dx, flow, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def walk(
-    x, y, z, w, out, LOG_DECAY, DOC, COUNTS, BLOCKS, EDGE, PREFIX, SUMS, B, T, H, NB, L,
+    x, y, z, w, out, LOG_DECAY, DOC, COUNTS, STATES, SUMS, B, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
-    HAS_EDGE: tl.constexpr, SAVE: tl.constexpr, SUM: tl.constexpr,
+    DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """out = (x yᵀ ∘ weights) z + lead · x state, chunk by chunk; grid B·NB·H·tiles, tiles of the columns of out.
 
@@ -296,8 +300,7 @@ def walk(
     | dv | k, q, do | yes | no |
     | dk | v, do, q | yes | yes |
 
-    SAVE writes the states that enter each block, and at last the one that leaves the slice, to PREFIX (laid out as
-    BLOCKS). SUM writes Σ w·out per token to SUMS [tiles, B, T + chunks, H], and behind them per chunk the flow
+    SUM writes Σ w·out per token to SUMS [tiles, B, T + chunks, H], and behind them per chunk the flow
     ⟨state, (lead·w)ᵀ x⟩ through its edge.
     """
     WIDTH: tl.constexpr = K if TRANSPOSE else V
@@ -315,9 +318,7 @@ def walk(
         offset = row[:, None] * V + column[None, :]
     else:
         offset = row[:, None] + column[None, :] * V
-    state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
-    if SAVE:
-        tl.store(PREFIX + (line * (NB + 1) + block) * (SIZE + 4) + offset, state)
+    state = tl.load(STATES + (line * (NB + 1) + block) * (SIZE + 4) + offset)
     t = first + (chunks - 1) * C if REVERSE else first
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
@@ -342,16 +343,12 @@ def walk(
         state = _update(state, c, b, fold, through, SUM)
         t = ahead
         each, counts = next_each, next_counts
-    if SAVE and block == NB - 1:
-        leaving = _block_state(BLOCKS, EDGE, line, NB, NB, offset, SIZE, HAS_EDGE)
-        tl.store(PREFIX + (line * (NB + 1) + NB) * (SIZE + 4) + offset, leaving)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_key_value(
-    q, k, v, do, dk, dv, LOG_DECAY, DOC, COUNTS, BLOCKS, EDGE, SUMS, B, T, H, NB, L,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, DOCS: tl.constexpr, HAS_EDGE: tl.constexpr, SUM: tl.constexpr,
+    q, k, v, do, dk, dv, LOG_DECAY, DOC, COUNTS, STATES, SUMS, B, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """dk and dv in one walk against time, where the state's gradient fits into registers; grid B·NB·H. See `walk`."""
     SIZE: tl.constexpr = K * V
@@ -361,7 +358,7 @@ def walk_key_value(
     first = block * L
     chunks = tl.cdiv(tl.minimum(L, T - first), C)
     offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
-    state = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
+    state = tl.load(STATES + (line * (NB + 1) + block) * (SIZE + 4) + offset)
     t = first + (chunks - 1) * C
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
@@ -392,8 +389,8 @@ def walk_key_value(
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_gradient(
-    ROW, COLUMN, PREFIX, BLOCKS, EDGE, DOC, OUT, T, H, NB, L,
-    SIZE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr, HAS_EDGE: tl.constexpr,
+    ROW, COLUMN, STATES, GRADIENTS, DOC, OUT, T, H, NB, L,
+    SIZE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
 
@@ -409,8 +406,8 @@ def decay_gradient(
     product = tl.zeros([PART], tl.float32)
     for part in range(0, SIZE, PART):
         offset = part + tl.arange(0, PART)
-        gradient = _block_state(BLOCKS, EDGE, line, block, NB, offset, SIZE, HAS_EDGE)
-        product += gradient * tl.load(PREFIX + (line * (NB + 1) + block + 1) * (SIZE + 4) + offset)
+        gradient = tl.load(GRADIENTS + (line * (NB + 1) + block) * (SIZE + 4) + offset)
+        product += gradient * tl.load(STATES + (line * (NB + 1) + block + 1) * (SIZE + 4) + offset)
     flow = tl.sum(product, 0)
     i = tl.arange(0, C)
     start = batch.to(tl.int64) * T
