@@ -4,6 +4,7 @@ messages and kernels in order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -15,12 +16,14 @@ from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.steps import largest
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.messages import Posted, between
 from lasptrain.parallel.scan import SCANS
 from tests.kernel_cases import error
 
 GPUS = torch.cuda.device_count()
 HEADS, DIM, LAYERS = 4, 64, 6
 SLICE = 2048  # tokens of a rank in a segment
+MESSAGES = 1600
 
 
 def pass_through(attention: Attention, layers: list[list[Tensor]], segments: int) -> list[list[Tensor]]:
@@ -79,15 +82,66 @@ def shared(sp: int, kernel: str) -> dict[str, float]:
     return found
 
 
+def exchanged() -> dict[str, float]:
+    """How wrong messages are on any rank that come from both sides while GPUs compute, taken early and late."""
+    mesh, device = meshes.build(1, meshes.world_size()), meshes.device()
+    rank, ranks = mesh.rank("sp"), meshes.world_size()
+    sizes = 1 << 18, 5000, 7  # numbers
+    ends = between(mesh.sp_group, device, 4 * max(sizes))
+    if isinstance(ends, Posted):
+        return {"Posted": 0.0}
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+    likes = [torch.empty(size, dtype=dtype, device=device) for size in sizes for dtype in (torch.float32, torch.half)]
+    side = torch.cuda.Stream(device)
+    wrong = torch.zeros((), device=device)
+    busy = torch.randn(2048, 2048, device=device)
+
+    def check(coming: list[tuple[int, Callable[[], Tensor]]]) -> None:
+        for n, arrived in coming:
+            wrong.add_((arrived() != before + n % 100).sum())
+
+    coming: list[tuple[int, Callable[[], Tensor]]] = []
+    for n in range(MESSAGES):
+        like = likes[n % len(likes)]
+        x = torch.full_like(like, rank + n % 100)
+        busy = busy @ busy / 2048
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            ends.send(x, after)()
+            if ranks > 2:
+                ends.send(x, before)()
+        x.record_stream(side)
+        coming.append((n, ends.expect(like, before)))
+        if ranks > 2:
+            wrong.add_((ends.expect(like, after)() != after + n % 100).sum())
+        if len(coming) == 4:
+            check(coming[::-1])
+            coming = []
+    check(coming)
+    return {"Direct": largest(float(wrong))}
+
+
+def on(ranks: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(ranks > GPUS, reason=f"needs {ranks} CUDA devices")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "ranks,sp",
-    [
-        pytest.param(n, sp, marks=pytest.mark.skipif(n > GPUS, reason=f"needs {n} CUDA devices"))
-        for n, sp in ((2, 2), (4, 2), (4, 4))
-    ],
-)
-def test_a_window_that_gpus_share_is_the_window_on_one(ranks: int, sp: int) -> None:
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=on(n)) for n in (2, 4)])
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_messages_arrive_whole_in_the_memory_of_the_other_gpu(
+    ranks: int, disabled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    assert on_ranks(ranks, exchanged) == {"Posted" if disabled == "1" else "Direct": 0.0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks,sp", [pytest.param(n, sp, marks=on(n)) for n, sp in ((2, 2), (4, 2), (4, 4))])
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_a_window_that_gpus_share_is_the_window_on_one(
+    ranks: int, sp: int, disabled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
     found = on_ranks(ranks, shared, sp, "auto")
     assert len(found) == 4 * len(SCANS)
     assert max(found.values()) < 1e-5, found

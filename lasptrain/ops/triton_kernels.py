@@ -28,7 +28,7 @@ GRANULE = 128  # tokens; every chunk divides it
 SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
 PART = 1024  # numbers of a state for a program that scans blocks
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
-_compiled: dict[tuple[object, ...], Any] = {}  # by `_run`'s key; None under the interpreter
+_compiled: dict[tuple[object, ...], Any] = {}  # by `run`'s key; None under the interpreter
 _threads = threading.local()
 
 Kernel = Literal["summarize", "attend", "grad_query", "grad_key_value", "grad_value", "grad_key"]
@@ -118,7 +118,7 @@ def _device(x: Tensor) -> AbstractContextManager[object]:
     return HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
-def _run(
+def run(
     program: Any, like: Tensor, grid: tuple[int, int, int], launch: Launch, constants: dict[str, Any], *args: object
 ) -> None:
     """program[grid](*args, **constants), for inputs like `like`; constants in the program's order.
@@ -237,7 +237,7 @@ def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
     chunks, group = triton.cdiv(tokens, chunk), 16
     counts = doc.new_empty((batch, chunks))
     grid, constants = (triton.cdiv(chunks, group), batch, 1), {"C": chunk, "GROUP": group}
-    _run(programs.count_documents, doc, grid, PLAIN, constants, doc, counts, tokens, chunks)
+    run(programs.count_documents, doc, grid, PLAIN, constants, doc, counts, tokens, chunks)
     return _Gates(log_decay, doc, counts)
 
 
@@ -258,7 +258,7 @@ def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, 
     launch = _launch("summarize", s, x.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
     blocks = x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
-    _run(
+    run(
         programs.summarize_blocks,
         x,
         s.grid(s.values // launch.tile),
@@ -279,7 +279,7 @@ def _summed(blocks: Tensor, x: Tensor, y: Tensor, reverse: bool) -> tuple[Tensor
     s = _slice(x, y)
     state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
     constants = {"SIZE": s.keys * s.values, "PART": PART, "REVERSE": reverse}
-    _run(programs.sum_blocks, blocks, s.parts, PLAIN, constants, blocks, state, decay, s.blocks)
+    run(programs.sum_blocks, blocks, s.parts, PLAIN, constants, blocks, state, decay, s.blocks)
     return _cropped(state, x.shape[-1], y.shape[-1]), decay
 
 
@@ -287,7 +287,7 @@ def _scanned(blocks: Tensor, s: _Slice, edge: Tensor | None, into: Tensor, rever
     """The states that enter each block and that which leaves the slice, if `edge` [B, H, K, V] enters it."""
     edge = _state(edge, s)
     constants = {"SIZE": s.keys * s.values, "PART": PART, "REVERSE": reverse, "HAS_EDGE": edge is not None}
-    _run(programs.scan_blocks, blocks, s.parts, PLAIN, constants, blocks, edge, into, s.blocks)
+    run(programs.scan_blocks, blocks, s.parts, PLAIN, constants, blocks, edge, into, s.blocks)
     return into
 
 
@@ -311,7 +311,7 @@ def _walk(
     gates = _gates(log_decay, doc, launch.chunk)
     out = z.new_empty(z.shape)
     sums = None if summed is None else states.new_empty((tiles, *_sums_shape(s, launch)))
-    _run(
+    run(
         programs.walk,
         x,
         s.grid(tiles),
@@ -359,7 +359,7 @@ def _walk_key_value(
     gates = _gates(log_decay, doc, launch.chunk)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     column = states.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
-    _run(
+    run(
         programs.walk_key_value,
         k,
         s.grid(),
@@ -390,7 +390,7 @@ def _grad_decay(
     chunk: int,
 ) -> Tensor:
     grad = row.new_empty((s.batch, s.tokens, s.heads))
-    _run(
+    run(
         programs.decay_gradient,
         row,
         s.grid(),

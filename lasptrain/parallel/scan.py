@@ -13,14 +13,13 @@ States are [B, H, K, V], decays [B, H]. One rank is the scan over one element.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasptrain.parallel.mesh import patience
+from lasptrain.parallel.messages import Messages, between
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed in torch 2.13
 
@@ -60,18 +59,12 @@ class Scanned(NamedTuple):
 
 
 class Message(NamedTuple):
-    """An exchange of one message with nothing to compute: the stream on which the process group sends is enough.
+    """An exchange of one message with nothing to compute; `arrived` waits for it."""
 
-    `kept` is what is being sent; it stays alive until then.
-    """
-
-    work: dist.Work
-    kept: Tensor
-    scanned: Scanned
+    arrived: Callable[[], Tensor | None]
 
     def wait(self) -> Scanned:
-        self.work.wait()
-        return self.scanned
+        return Scanned(self.arrived(), None)
 
 
 class Exchange:
@@ -140,22 +133,6 @@ class _Scan:
         return Exchange(body, self.stream, needs)
 
 
-@lru_cache
-def _line(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks of an NCCL group, in one for messages that hide behind kernels; all of them call it together.
-
-    A message on its way takes whole multiprocessors from a kernel that was cut to fill them. From a few it leaves what
-    a wave of programs has to spare; but then it has to be the first to get these.
-    """
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options.config.max_ctas = 8
-    options._timeout = patience()
-    ranks = [*range(dist.get_world_size(group))]
-    line = dist.split_group(group, [ranks], timeout=options._timeout, pg_options=options)
-    assert line is not None  # every rank is in it
-    return line
-
-
 class Ring(_Scan):
     """LASP (arXiv:2404.02882): each rank receives from its neighbour, folds in its slice, and sends on.
 
@@ -164,12 +141,15 @@ class Ring(_Scan):
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         super().__init__(group, device)
-        self.line = group if group is None or self.stream is None else _line(group)
+        self.device = device
+        self.messages: Messages | None = None
 
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
     ) -> Exchange | Message:
         first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
+        if self.group is not None and self.size > 1:
+            self.messages = between(self.group, self.device, state.numel() * state.element_size())
         if self._is_message(carry, leave) and self.rank in (first, last):
             return self._message(state, first, last)
 
@@ -186,15 +166,13 @@ class Ring(_Scan):
 
     def _message(self, state: Tensor, first: int, last: int) -> Message:
         """The state to the second rank, or from the last but one."""
-        assert self.line is not None
+        assert self.messages is not None
         step = 1 if first < last else -1
         self.calls += 1
-        if self.rank == first:
-            state = state.contiguous()
-            self.bytes_sent += state.numel() * state.element_size()
-            return Message(self.line.send([state], first + step, 0), state, Scanned(None, None))
-        entering = torch.empty_like(state, memory_format=torch.contiguous_format)
-        return Message(self.line.recv([entering], last - step, 0), entering, Scanned(entering, None))
+        if self.rank == last:
+            return Message(self.messages.expect(state, last - step))
+        self.bytes_sent += state.numel() * state.element_size()
+        return Message(self.messages.send(state, first + step))
 
     def _chain(
         self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
@@ -220,15 +198,13 @@ class Ring(_Scan):
         return x
 
     def _send(self, x: Tensor, to: int) -> None:
-        assert self.line is not None
+        assert self.messages is not None
         self.bytes_sent += x.numel() * x.element_size()
-        self.line.send([x.contiguous()], to, 0).wait()  # `dist.send` checks for longer than a launch takes
+        self.messages.send(x, to)()
 
     def _receive(self, like: Tensor, source: int) -> Tensor:
-        x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        assert self.line is not None
-        self.line.recv([x], source, 0).wait()
-        return x
+        assert self.messages is not None
+        return self.messages.expect(like, source)()
 
 
 class AllScan(Ring):

@@ -1,0 +1,106 @@
+"""Messages that a kernel writes straight into the memory of the other GPU, where another one waits for them.
+
+NCCL's messages are kernels on a stream of their own, which take multiprocessors from those that compute, and hold both
+ends for longer than a state takes on its way. Here the sender only writes, on the current stream, and the receiver
+waits where the message is needed, when it has mostly long arrived. NVSHMEM's put with signal works like that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasptrain.ops import triton_messages
+
+SLOTS = 8  # messages from one rank that the next has not taken yet
+CELLS = 2 * SLOTS  # from either side
+
+
+class Memory(Protocol):
+    """What all ranks of a group can write: CELLS boxes of each, and two flags for every part of what is in a box."""
+
+    def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor: ...
+
+    def full(self, rank: int, cell: int) -> Tensor: ...
+
+    def busy(self, rank: int, cell: int) -> Tensor: ...
+
+
+class Direct:
+    """Cell `side · SLOTS + n % SLOTS` is for message n of those that go on (side 0) or back (side 1) in the circle.
+
+    Its box and `full` are the receiver's, `busy` is the sender's. They say yes or no: counts would not be those of the
+    next replay of a CUDA graph.
+    """
+
+    def __init__(self, memory: Memory, rank: int, size: int):
+        self.memory, self.rank, self.size = memory, rank, size
+        self._sent, self._expected = [0, 0], [0, 0]
+
+    def send(self, x: Tensor, to: int) -> Callable[[], None]:
+        cell = self._next(self._sent, self._side(self.rank, to))
+        triton_messages.put(x.contiguous(), *self._cell(x.dtype, cell, self.rank, to))
+        return _nothing
+
+    def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
+        cell = self._next(self._expected, self._side(source, self.rank))
+        return partial(self._take, like, source, cell)
+
+    def _take(self, like: Tensor, source: int, cell: int) -> Tensor:
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        triton_messages.take(x, *self._cell(x.dtype, cell, source, self.rank))
+        return x
+
+    def _cell(self, dtype: torch.dtype, cell: int, sender: int, receiver: int) -> tuple[Tensor, Tensor, Tensor]:
+        memory = self.memory
+        return memory.box(receiver, cell, dtype), memory.full(receiver, cell), memory.busy(sender, cell)
+
+    def _side(self, source: int, to: int) -> int:
+        return 0 if (source + 1) % self.size == to else 1
+
+    def _next(self, counts: list[int], side: int) -> int:
+        cell = side * SLOTS + counts[side] % SLOTS
+        counts[side] += 1
+        return cell
+
+
+def _nothing() -> None:
+    """What comes next on the stream comes after the message."""
+
+
+class SharedMemory:
+    """Memory of GPUs of one machine, as PyTorch maps it into all of their processes."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int):
+        """All ranks of the group call it. size: bytes of a box, in which the parts are a multiple of 4."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._size, self._parts = size, triton_messages.parts(size)
+        self._memory = symmetric.empty(CELLS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
+        self._memory.zero_()
+        self._shared = symmetric.rendezvous(self._memory, group)
+        self._shared.barrier()
+        self._views: dict[tuple[object, ...], Tensor] = {}
+
+    def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor:
+        return self._view(rank, self._size // dtype.itemsize, dtype, cell * self._size // dtype.itemsize)
+
+    def full(self, rank: int, cell: int) -> Tensor:
+        return self._flags(rank, cell)
+
+    def busy(self, rank: int, cell: int) -> Tensor:
+        return self._flags(rank, CELLS + cell)
+
+    def _flags(self, rank: int, row: int) -> Tensor:
+        return self._view(rank, self._parts, torch.int32, CELLS * self._size // 4 + row * self._parts)
+
+    def _view(self, rank: int, count: int, dtype: torch.dtype, offset: int) -> Tensor:
+        key = rank, dtype, offset
+        if key not in self._views:
+            self._views[key] = self._shared.get_buffer(rank, [count], dtype, offset)
+        return self._views[key]

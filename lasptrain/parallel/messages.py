@@ -1,0 +1,111 @@
+"""Messages from rank to rank of a group: through the process group, or straight into the memory of the other GPU.
+
+All messages from one rank to another arrive in the order in which they were sent, and both ends ask for them in it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasptrain.parallel import mesh
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+SMALLEST = 1 << 15  # bytes: four parts, whose flags are aligned as Triton expects it
+
+
+class Messages(Protocol):
+    """Between ranks of a group that are neighbours in a circle. What is returned is to be called, once: it waits."""
+
+    def send(self, x: Tensor, to: int) -> Callable[[], None]:
+        """Send x; it is kept until then, and what comes after the wait on the current stream may write to it."""
+        ...
+
+    def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
+        """The next message that is not yet expected, ready for use on the current stream."""
+        ...
+
+
+class Posted:
+    """Through the process group. Over NCCL a message is a kernel on a stream of its own, at both ends."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+
+    def send(self, x: Tensor, to: int) -> Callable[[], None]:
+        x = x.contiguous()
+        return partial(_sent, self._group.send([x], to, 0), x)  # `dist.send` checks for longer than a launch takes
+
+    def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return partial(_received, self._group.recv([x], source, 0), x)
+
+
+def _sent(work: dist.Work, kept: Tensor) -> None:
+    work.wait()
+
+
+def _received(work: dist.Work, x: Tensor) -> Tensor:
+    work.wait()
+    return x
+
+
+def between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messages:
+    """Messages of up to `size` bytes; all ranks of the group call it together, and outside of a CUDA graph at first.
+
+    NCCL_P2P_DISABLE=1 keeps GPUs out of each other's memory here as it does in NCCL.
+    """
+    return _between(group, device, max(SMALLEST, 1 << (size - 1).bit_length()))
+
+
+@lru_cache
+def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messages:
+    if device.type != "cuda":
+        return Posted(group)
+    if not _reach_each_other(group, device):
+        return _line(group)
+    from lasptrain.parallel.direct import Direct, SharedMemory  # here, because Triton is not everywhere
+
+    try:
+        memory = SharedMemory(group, device, size)
+    except RuntimeError:  # a driver or a container that does not let processes share memory
+        memory = None
+    if not all(mesh.told_by_all(memory is not None, group)):
+        return _line(group)
+    assert memory is not None
+    return Direct(memory, dist.get_rank(group), dist.get_world_size(group))
+
+
+@lru_cache
+def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group are on one machine, each with a GPU that can write the memory of the others."""
+    machine = platform.node(), BOOT.read_text() if BOOT.exists() else ""
+    told = mesh.told_by_all((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
+    others = [index for rank, (_, index, _) in enumerate(told) if rank != dist.get_rank(group)]
+    reach = device.index not in others and all(torch.cuda.can_device_access_peer(device, other) for other in others)
+    alike = {(found, off) for found, _, off in told} == {(machine, "0")}
+    return all(mesh.told_by_all(reach and alike, group))
+
+
+@lru_cache
+def _line(group: dist.ProcessGroup) -> Posted:
+    """The ranks of an NCCL group, in one for messages that hide behind kernels; all of them call it together.
+
+    A message on its way takes whole multiprocessors from a kernel that was cut to fill them. From a few it leaves what
+    a wave of programs has to spare; but then it has to be the first to get these.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = 8
+    options._timeout = mesh.patience()
+    ranks = [*range(dist.get_world_size(group))]
+    line = dist.split_group(group, [ranks], timeout=options._timeout, pg_options=options)
+    assert line is not None  # every rank is in it
+    return Posted(line)

@@ -1,0 +1,139 @@
+"""Messages through memory that ranks share, by kernels in Triton's interpreter; `test_gpu_layouts` has real ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import gloo
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BOX = 1 << 16  # bytes
+SHAPES = ((2, 2048), (3, 5, 7), (1,), (4100,))  # numbers that fill parts and that do not
+
+
+def test_in_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when a program is decorated, so the cases run in processes of their own."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "interpreted"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "4 passed" in done.stdout
+
+
+class Host:
+    """Memory of a few ranks: a file that their processes map."""
+
+    def __init__(self, folder: Path, ranks: int):
+        from lasptrain.ops.triton_messages import parts
+        from lasptrain.parallel.direct import CELLS
+
+        self.parts = parts(BOX)
+        boxes, flags = ranks * CELLS * BOX, ranks * 2 * CELLS * self.parts
+        self.boxes = _mapped(folder / "boxes", boxes, torch.uint8).view(ranks, CELLS, BOX)
+        self.flags = _mapped(folder / "flags", flags, torch.int32).view(ranks, 2, CELLS, self.parts)
+
+    def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor:
+        return self.boxes[rank, cell].view(dtype)
+
+    def full(self, rank: int, cell: int) -> Tensor:
+        return self.flags[rank, 0, cell]
+
+    def busy(self, rank: int, cell: int) -> Tensor:
+        return self.flags[rank, 1, cell]
+
+
+def _mapped(file: Path, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+
+
+def message(source: int, n: int, side: int) -> Tensor:
+    dtype = (torch.float32, torch.bfloat16, torch.float64)[n % 3]
+    x = torch.arange(torch.Size(SHAPES[n % 4]).numel()).reshape(SHAPES[n % 4]) % 100
+    return (x + 40 * side + 10 * source + n).to(dtype)
+
+
+def exchanged(rank: int, ranks: int, folder: Path) -> bool:
+    """Whether messages from both sides are whole, in the order in which they are expected."""
+    from lasptrain.parallel.direct import SLOTS, Direct
+
+    ends = Direct(Host(folder, ranks), rank, ranks)
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+    right = True
+    for n in range(2 * SLOTS + 1):
+        ends.send(message(rank, n, 0), after)()
+        back = message(rank, n, 1)
+        ends.send(back if back.dim() < 2 else back.mT, before)()
+        for side, source in ((0, before), (1, after)):
+            want = message(source, n, side)
+            want = want if side == 0 or want.dim() < 2 else want.mT
+            got = ends.expect(want, source)()
+            right = right and got.dtype == want.dtype and torch.equal(got, want) and got.is_contiguous()
+    return right
+
+
+def out_of_order(rank: int, ranks: int, folder: Path) -> bool:
+    """Whether what was expected early may be taken late, and what was expected late, early."""
+    from lasptrain.parallel.direct import SLOTS, Direct
+
+    ends = Direct(Host(folder, ranks), rank, ranks)
+    if rank == 0:
+        for n in range(SLOTS):
+            ends.send(message(0, n, 0), 1)()
+        return True
+    arrivals = [ends.expect(message(0, n, 0), 0) for n in range(SLOTS)]
+    return all(torch.equal(arrivals[n](), message(0, n, 0)) for n in (5, 2, 7, 0, 1, 3, 4, 6))
+
+
+def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
+    """Whether a message for which there is no box left is not sent before one was taken, and then is."""
+    from lasptrain.parallel.direct import SLOTS, Direct
+
+    host, sent = Host(folder, ranks), folder / "sent"
+    ends = Direct(host, rank, ranks)
+    if rank == 0:
+        for n in range(SLOTS + 1):
+            ends.send(message(0, n, 0), 1)()
+        sent.touch()
+        return True
+    while not host.full(1, SLOTS - 1)[0]:
+        time.sleep(0.01)
+    time.sleep(1)
+    early = sent.exists()
+    arrivals = [ends.expect(message(0, n, 0), 0) for n in range(SLOTS + 1)]
+    return not early and all(torch.equal(arrival(), message(0, n, 0)) for n, arrival in enumerate(arrivals))
+
+
+def empty(folder: Path, ranks: int) -> bool:
+    return not Host(folder, ranks).flags.any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_interpreted_messages_arrive_whole_and_in_order_from_both_sides(ranks: int, tmp_path: Path) -> None:
+    assert gloo.spawn(ranks, exchanged, tmp_path) == [True] * ranks
+    assert empty(tmp_path, ranks)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+def test_interpreted_messages_are_taken_when_they_are_needed(tmp_path: Path) -> None:
+    assert gloo.spawn(2, out_of_order, tmp_path) == [True] * 2
+    assert empty(tmp_path, 2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+def test_an_interpreted_message_waits_for_an_empty_box(tmp_path: Path) -> None:
+    assert gloo.spawn(2, one_too_many, tmp_path) == [True] * 2
+    assert empty(tmp_path, 2)
