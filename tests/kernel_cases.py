@@ -74,17 +74,27 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     )
 
 
-def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True) -> dict[str, Tensor]:
-    """Every output and gradient of the five functions of a kernel module."""
-    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc)
+WAYS = {"blocks, states": (True, True), "blocks": (True, False), "nothing": (False, False)}
+
+
+def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True, wanted: bool = True) -> dict[str, Tensor]:
+    """Every output and gradient of the five functions of a kernel module.
+
+    Args:
+        with_blocks: whether the block states of the first two are handed to the others.
+        wanted: whether states are asked of the first two.
+    """
+    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc, wanted)
     o, prefix = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks if with_blocks else None)
-    dentering, dblocks = kernel.grad_entering(x.q, x.do, x.log_decay, x.doc)
+    dentering, dblocks = kernel.grad_entering(x.q, x.do, x.log_decay, x.doc, wanted)
     dq, row = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
     dk, dv, dlog = kernel.grad_key_value(
         x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks if with_blocks else None, prefix, row
     )
     found = {"state": state, "decay": decay, "o": o, "dentering": dentering, "dq": dq, "dk": dk, "dv": dv}
-    return found if dlog is None else found | {"dlog_decay": dlog}
+    if dlog is not None:
+        found["dlog_decay"] = dlog
+    return found if wanted else {name: x for name, x in found.items() if name not in ("state", "decay", "dentering")}
 
 
 def error(a: Tensor, b: Tensor) -> float:

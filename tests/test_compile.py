@@ -23,9 +23,9 @@ from tests.test_recipe import RECIPES
 def everything(x: Inputs) -> tuple[Tensor, ...]:
     """All five operators, on the plain PyTorch kernel."""
     kernel = "chunked"
-    state, decay, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc)
+    state, decay, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc, True)
     o, prefix = ops.attend(kernel, x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks)
-    dentering, dblocks = ops.grad_entering(kernel, x.q, x.do, x.log_decay, x.doc)
+    dentering, dblocks = ops.grad_entering(kernel, x.q, x.do, x.log_decay, x.doc, True)
     dq, row = ops.grad_query(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
     rest = ops.grad_key_value(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks, prefix, row)
     return state, decay, o, dentering, dq, *rest

@@ -58,9 +58,9 @@ def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dic
     ops = torch.ops.lasptrain
     q, k, v, log_decay, doc, entering, do, dleaving = x.values()
     assert k is not None and entering is not None and dleaving is not None
-    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc)
+    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc, True)
     o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, entering, blocks if with_blocks else None)
-    dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc)
+    dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc, True)
     dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
     dk, dv, dlog = ops.grad_key_value(
         kernel, q, k, v, do, log_decay, doc, dleaving, dblocks if with_blocks else None, prefix, row
@@ -128,14 +128,14 @@ def test_operators_have_fake_implementations() -> None:
     x = inputs(65, "token", "middle", torch.float32)
     q, k, v, log_decay, doc, entering, do, dleaving = x.values()
     ops = torch.ops.lasptrain
-    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc)
+    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc, True)
     _, prefix = ops.attend("chunked", q, k, v, log_decay, doc, entering, blocks)
     _, row = ops.grad_query("chunked", q, k, v, do, log_decay, doc, prefix)
-    _, dblocks = ops.grad_entering("chunked", q, do, log_decay, doc)
+    _, dblocks = ops.grad_entering("chunked", q, do, log_decay, doc, True)
     checks = {
-        ops.summarize.default: ("chunked", k, v, log_decay, doc),
+        ops.summarize.default: ("chunked", k, v, log_decay, doc, True),
         ops.attend.default: ("chunked", q, k, v, log_decay, doc, entering, blocks),
-        ops.grad_entering.default: ("chunked", q, do, log_decay, doc),
+        ops.grad_entering.default: ("chunked", q, do, log_decay, doc, True),
         ops.grad_query.default: ("chunked", q, k, v, do, log_decay, doc, prefix),
         ops.grad_key_value.default: ("chunked", q, k, v, do, log_decay, doc, dleaving, dblocks, prefix, row),
     }

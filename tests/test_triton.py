@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lasptrain.ops import chunked
-from tests.kernel_cases import Case, backward, error, inputs
+from tests.kernel_cases import WAYS, Case, backward, error, inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = [
@@ -21,6 +21,7 @@ CASES = [
     Case(130, 32, 33, "none", (1, 64, 129), batch=1, heads=1),
     Case(300, 32, 32, "token", (3, 100, 255, 256, 299), batch=1, heads=2),
     Case(130, 64, 64, "token", batch=1, heads=1),
+    Case(260, 32, 32, "token", (3, 100), batch=1, heads=1, edges=False),
     Case(33, 256, 32, "head", (5,), batch=1, heads=1),
 ]
 
@@ -48,7 +49,8 @@ def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype, bound: float) 
 
     x = inputs(case, dtype, torch.device("cpu"))
     want = backward(chunked, x.double())
-    got = backward(triton_kernels, x, with_blocks=case.tokens != 65)
-    assert got.keys() == want.keys()
-    for name in want:
-        assert error(got[name], want[name]) < bound, name
+    for given, way in WAYS.items() if case.tokens < 70 or not case.edges else [("all", (True, True))]:
+        got = backward(triton_kernels, x, *way)
+        assert {"o", "dq", "dk", "dv"} <= got.keys()
+        for name in got:
+            assert error(got[name], want[name]) < bound, f"{name}, given {given}"

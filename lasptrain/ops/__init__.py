@@ -87,11 +87,11 @@ def fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 @operator
-def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
+def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool) -> Triple:
     """What a slice does to a state: the state that it leaves behind when it starts from zero, and the decay [B, H] of
-    what enters it; and its block states.
+    what enters it; and its block states. There may be anything in the first two if they are not wanted.
     """
-    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc)
+    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc, wanted)
     return state, decay, blocks
 
 
@@ -112,9 +112,13 @@ def attend(
 
 
 @operator
-def grad_entering(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
-    """Gradient that this slice's outputs alone send to the entering state, and its block states."""
-    dentering, dblocks = _module(kernel).grad_entering(q, do, log_decay, doc)
+def grad_entering(
+    kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> Pair:
+    """Gradient that this slice's outputs alone send to the entering state, with anything in it if it is not wanted,
+    and its block states.
+    """
+    dentering, dblocks = _module(kernel).grad_entering(q, do, log_decay, doc, wanted)
     return dentering, dblocks
 
 
@@ -154,7 +158,7 @@ def grad_key_value(
 
 
 @fake("summarize")
-def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Triple:
+def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool) -> Triple:
     b, _, h, kdim = k.shape
     dtype = state_dtype(k)
     state, decay = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype), k.new_empty((b, h), dtype=dtype)
@@ -178,7 +182,7 @@ def _(
 
 
 @fake("grad_entering")
-def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Pair:
+def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool) -> Pair:
     b, _, h, kdim = q.shape
     dtype = state_dtype(q)
     return q.new_empty((b, h, kdim, do.shape[-1]), dtype=dtype), q.new_empty(

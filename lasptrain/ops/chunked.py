@@ -112,11 +112,18 @@ def _scan(blocks: Tensor, through: Tensor, entering: Tensor | None) -> tuple[Ten
     return prefix, state
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def summarize(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     chunks = _chunks(k, log_decay, doc)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return state, slice_decay(k, log_decay, doc), blocks
+    return _told(state, wanted), _told(slice_decay(k, log_decay, doc), wanted), blocks
+
+
+def _told(x: Tensor, wanted: bool) -> Tensor:
+    """x, or what shows up wherever it is read."""
+    return x if wanted else torch.full_like(x, float("nan"))
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, weights: Tensor, prefix: Tensor) -> Tensor:
@@ -166,11 +173,13 @@ def _reversed_join(o: Tensor, like: Tensor) -> Tensor:
     return o[:, : like.shape[1]].to(like.dtype).contiguous()
 
 
-def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+def grad_entering(
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
     chunks = _reversed_chunks(q, log_decay, doc)
     blocks = _block_states(_reversed_cut(q), _reversed_cut(do), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return state * token_decay(q, log_decay, doc)[:, 0, :, None, None], blocks
+    return _told(state * token_decay(q, log_decay, doc)[:, 0, :, None, None], wanted), blocks
 
 
 def grad_query(

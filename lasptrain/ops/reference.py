@@ -67,7 +67,9 @@ def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return tuple(k.shape[:3])
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def summarize(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     _, state = recurrence(k, k, v, log_decay, doc, None)
     return state, slice_decay(k, log_decay, doc), state[:, :, None].clone()
 
@@ -117,7 +119,9 @@ def _gradients(
     return dq, dk, dv, grad, dlog
 
 
-def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+def grad_entering(
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
     zero = torch.zeros(block_shape(q, do), dtype=state_dtype(q), device=q.device)
     dentering = _gradients(q, torch.zeros_like(q), torch.zeros_like(do), do, log_decay, doc, zero[:, :, 0], None)[3]
     return dentering, zero

@@ -274,21 +274,39 @@ def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, 
     return blocks
 
 
-def _summed(blocks: Tensor, x: Tensor, y: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """State [B, H, K, V] and decay [B, H] of all blocks."""
-    s = _slice(x, y)
-    state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
-    constants = {"SIZE": s.keys * s.values, "PART": PART, "REVERSE": reverse}
-    run(programs.sum_blocks, blocks, s.parts, PLAIN, constants, blocks, state, decay, s.blocks)
-    return _cropped(state, x.shape[-1], y.shape[-1]), decay
-
-
-def _scanned(blocks: Tensor, s: _Slice, edge: Tensor | None, into: Tensor, reverse: bool) -> Tensor:
-    """The states that enter each block and that which leaves the slice, if `edge` [B, H, K, V] enters it."""
+def _scan(
+    blocks: Tensor,
+    s: _Slice,
+    reverse: bool,
+    edge: Tensor | None,
+    into: Tensor | None,
+    total: tuple[Tensor, Tensor] | None,
+) -> None:
+    """The states that enter blocks, and that which leaves the slice, `into`; the latter and the slice's decay to
+    `total`. `edge` [B, H, K, V] enters the slice.
+    """
     edge = _state(edge, s)
-    constants = {"SIZE": s.keys * s.values, "PART": PART, "REVERSE": reverse, "HAS_EDGE": edge is not None}
-    run(programs.scan_blocks, blocks, s.parts, PLAIN, constants, blocks, edge, into, s.blocks)
-    return into
+    constants = {
+        "SIZE": s.keys * s.values,
+        "PART": PART,
+        "REVERSE": reverse,
+        "EDGED": edge is not None,
+        "KEEP": into is not None,
+        "TOTAL": total is not None,
+    }
+    run(programs.scan_blocks, blocks, s.parts, PLAIN, constants, blocks, edge, into, *(total or (None, None)), s.blocks)
+
+
+def _summarized(
+    x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State [B, H, K, V] and decay [B, H], which nothing is written to if they are not wanted, and blocks."""
+    s = _slice(x, y)
+    blocks = _blocks(x, y, log_decay, doc, reverse)
+    state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
+    if wanted:
+        _scan(blocks, s, reverse, None, None, (state, decay))
+    return _cropped(state, x.shape[-1], y.shape[-1]), decay, blocks
 
 
 def _walk(
@@ -407,9 +425,10 @@ def _grad_decay(
     return grad
 
 
-def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = _blocks(k, v, log_decay, doc, reverse=False)
-    return *_summed(blocks, k, v, reverse=False), blocks
+def summarize(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _summarized(k, v, log_decay, doc, False, wanted)
 
 
 def attend(
@@ -438,15 +457,18 @@ def _entering(
 ) -> Tensor:
     """The states that enter the blocks, which are made here if they are not given."""
     if blocks is None:
-        own = _blocks(x, y, log_decay, doc, reverse)
-        return _scanned(own, _slice(x, y), edge, own, reverse)
-    return _scanned(blocks, _slice(x, y), edge, torch.empty_like(blocks), reverse)
+        blocks = into = _blocks(x, y, log_decay, doc, reverse)
+    else:
+        into = torch.empty_like(blocks)
+    _scan(blocks, _slice(x, y), reverse, edge, into, None)
+    return into
 
 
-def grad_entering(q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
-    do = _as(do, q.dtype)
-    dblocks = _blocks(q, do, log_decay, doc, reverse=True)
-    return _summed(dblocks, q, do, reverse=True)[0], dblocks
+def grad_entering(
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    dentering, _, dblocks = _summarized(q, _as(do, q.dtype), log_decay, doc, True, wanted)
+    return dentering, dblocks
 
 
 def grad_query(

@@ -220,46 +220,37 @@ def summarize_blocks(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def sum_blocks(BLOCKS, STATE, DECAY, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr):
-    """The state that all blocks add into STATE [B·H, SIZE], and the decay of all of them into DECAY [B·H].
-
-    Grid (SIZE / PART, B·H).
-    """
-    part = tl.program_id(0)
-    line = tl.program_id(1).to(tl.int64)
-    offset = part * PART + tl.arange(0, PART)
-    state = tl.zeros([PART], tl.float32)
-    decay = 1.0
-    for step in tl.range(NB, num_stages=4):
-        slot = BLOCKS + (line * (NB + 1) + (NB - 1 - step if REVERSE else step)) * (SIZE + 4)
-        through = tl.load(slot + SIZE)
-        state = state * through + tl.load(slot + offset)
-        decay *= through
-    tl.store(STATE + line * SIZE + offset, state)
-    if part == 0:
-        tl.store(DECAY + line, decay)
-
-
-@triton.jit(do_not_specialize=SIZES)
 def scan_blocks(
-    BLOCKS, EDGE, STATES, NB, SIZE: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr, HAS_EDGE: tl.constexpr
+    BLOCKS, EDGE, STATES, STATE, GAIN, NB, SIZE: tl.constexpr, PART: tl.constexpr,
+    REVERSE: tl.constexpr, EDGED: tl.constexpr, KEEP: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """The states that enter each block, from EDGE [B·H, SIZE] or from zero, and behind them the one that leaves the
-    slice, into STATES, which may be BLOCKS. Grid (SIZE / PART, B·H).
+    """What enters each block and the slice's end, from EDGE [B·H, SIZE] where EDGED, else from zero; grid
+    (SIZE / PART, B·H).
+
+    KEEP writes it to STATES, which may be BLOCKS; TOTAL what leaves the slice to STATE [B·H, SIZE], and the decay of
+    the slice to GAIN [B·H].
     """
     part = tl.program_id(0)
     line = tl.program_id(1).to(tl.int64)
     offset = part * PART + tl.arange(0, PART)
     state = tl.zeros([PART], tl.float32)
-    if HAS_EDGE:
+    if EDGED:
         state = tl.load(EDGE + line * SIZE + offset)
+    gain = 1.0
     for step in tl.range(NB, num_stages=4):
         at = (line * (NB + 1) + (NB - 1 - step if REVERSE else step)) * (SIZE + 4)
         added = tl.load(BLOCKS + at + offset)
         through = tl.load(BLOCKS + at + SIZE)
-        tl.store(STATES + at + offset, state)
+        if KEEP:
+            tl.store(STATES + at + offset, state)
         state = state * through + added
-    tl.store(STATES + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
+        gain *= through
+    if KEEP:
+        tl.store(STATES + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
+    if TOTAL:
+        tl.store(STATE + line * SIZE + offset, state)
+        if part == 0:
+            tl.store(GAIN + line, gain)
 
 
 @triton.jit

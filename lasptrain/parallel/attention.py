@@ -197,9 +197,11 @@ class _Begin(Function):
             transition = Transition(memory.decay, angle)
             pending.exchange = _Given(_remembered(pending, k, v))
         else:
-            state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc)
+            scan = attention.scan
+            wanted = scan.reads(pending.leave)
+            state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc, wanted)
             transition = Transition(memory.decay, angle)
-            pending.exchange = attention.scan.start(transition.rotate(state), transition, carry, leave=pending.leave)
+            pending.exchange = scan.start(transition.rotate(state), transition, carry, leave=pending.leave)
         pending.transition = transition
         pending.k, pending.v, pending.log_decay, pending.doc = k, v, log_decay, doc
         pending.blocks = blocks
@@ -219,7 +221,7 @@ class _Begin(Function):
         right, dcarry = handed.exchange.wait()
         dangle = None
         if ctx.needs_input_grad[3] and right is not None:
-            state = ops.summarize(kernel, k, v, log_decay, doc)[0]
+            state = ops.summarize(kernel, k, v, log_decay, doc, True)[0]
             leaving = transition.apply(handed.entering, transition.rotate(state))
             dangle = _grad_angle(right, leaving)
         dleaving = None if right is None else transition.transpose().rotate(right)
@@ -273,10 +275,11 @@ class _Finish(Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dleaving: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, doc, prefix, entering, decay, angle = ctx.saved_tensors
-        kernel, pending = ctx.attention.kernel, ctx.pending
+        kernel, scan, pending = ctx.attention.kernel, ctx.attention.scan, ctx.pending
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc)
-        exchange = ctx.attention.scan.start(
+        wanted = scan.reads(pending.has_carry, reverse=True)
+        dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc, wanted)
+        exchange = scan.start(
             dentering, Transition(decay, angle).transpose(), dleaving, reverse=True, leave=pending.has_carry
         )
         dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)

@@ -116,6 +116,10 @@ class Scan(Protocol):
         """Begin the scan; every rank of the group calls it with the same `reverse`, `leave` and presence of carry."""
         ...
 
+    def reads(self, leave: bool, *, reverse: bool = False) -> bool:
+        """Whether `start` looks at what is in state and transition: not where nothing goes on from this rank."""
+        ...
+
 
 class _Scan:
     """What all scans share: their group, their stream and their counters."""
@@ -127,6 +131,9 @@ class _Scan:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and self.size > 1 else None
         self.bytes_sent = 0
         self.calls = 0
+
+    def reads(self, leave: bool, *, reverse: bool = False) -> bool:
+        return leave or self.rank != (0 if reverse else self.size - 1)
 
     def _exchange(self, body: Callable[[], Scanned], needs: tuple[Tensor | None, ...]) -> Exchange:
         self.calls += 1
