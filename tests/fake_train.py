@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lasptrain import stop
 from lasptrain.errors import LaspError, NumericalError, Stopped
@@ -56,14 +58,31 @@ def deaf(recipe: Recipe, run: Path) -> None:
     time.sleep(600)
 
 
-def die_in_nccl(recipe: Recipe, run: Path) -> None:
+def die_in_nccl(recipe: Recipe, run: Path, meet: Callable[[Tensor], object] = dist.all_reduce) -> None:
     """As `die`, on GPUs: the others wait in a kernel for a rank that is gone."""
     x = torch.ones(1, device="cuda")
-    dist.all_reduce(x)
+    meet(x)
     if dist.get_rank() == dist.get_world_size() - 1:
         die(recipe, run)
-    dist.all_reduce(x)
+    meet(x)
     torch.cuda.synchronize()
+
+
+def die_in_a_message(recipe: Recipe, run: Path) -> None:
+    """As `die_in_nccl`, with two ranks that write into each other's memory."""
+    die_in_nccl(recipe, run, trade)
+
+
+def trade(x: Tensor) -> None:
+    from lasptrain.parallel.direct import Direct
+    from lasptrain.parallel.messages import between
+
+    assert dist.group.WORLD is not None
+    messages = between(dist.group.WORLD, x.device, x.nbytes)
+    assert isinstance(messages, Direct)
+    other = 1 - dist.get_rank()
+    messages.send(x, other)()
+    messages.expect(x, other)()
 
 
 def die_once(recipe: Recipe, run: Path) -> None:
@@ -87,20 +106,25 @@ def pause(recipe: Recipe, run: Path) -> None:
         time.sleep(0.01)
 
 
-def pause_in_nccl(recipe: Recipe, run: Path) -> None:
+def pause_in_nccl(recipe: Recipe, run: Path, meet: Callable[[Tensor], object] = dist.all_reduce) -> None:
     """As `pause`, on GPUs: the others wait in a kernel for the one that is stopped."""
     from lasptrain import train
 
     x = torch.ones(1, device="cuda")
-    dist.all_reduce(x)
+    meet(x)
     torch.cuda.synchronize()
     for segment in range(10**6):
         train.tick(recipe.launch.hang)
         if segment == 3 and dist.get_rank() == dist.get_world_size() - 1:
             (run / "fault").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
-        dist.all_reduce(x)
+        meet(x)
         torch.cuda.synchronize()
+
+
+def pause_in_a_message(recipe: Recipe, run: Path) -> None:
+    """As `pause_in_nccl`, with two ranks that write into each other's memory."""
+    pause_in_nccl(recipe, run, trade)
 
 
 def heed(recipe: Recipe, run: Path) -> None:

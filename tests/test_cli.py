@@ -49,6 +49,7 @@ def interrupted(find_spec: str, *arguments: str) -> None:
     """Asserts that the command ends quietly by Ctrl-C, which `find_spec(self, name, *rest)` of an import makes."""
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
         f"class Slow:\n    def find_spec(self, name, *rest):\n{indent(find_spec, 8 * ' ')}\n"
         "sys.meta_path.insert(0, Slow())\n"
         f"sys.argv[1:] = {[*arguments]}\n"

@@ -111,17 +111,21 @@ gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA 
 
 @pytest.mark.gpu
 @gpus
-def test_ranks_that_wait_in_nccl_are_ended(folder: Path, start: Start) -> None:
-    code, said = end(start("die_in_nccl", "tiny.yaml", "2"))
+@pytest.mark.parametrize("target", ["die_in_nccl", "die_in_a_message"])
+def test_ranks_that_wait_in_a_kernel_are_ended(folder: Path, start: Start, target: str) -> None:
+    code, said = end(start(target, "tiny.yaml", "2"))
     assert code == 7 and said.endswith("error: rank 1 was killed by SIGKILL: out of host memory?\n"), said
     assert since_the_fault(folder) < 5
 
 
 @pytest.mark.gpu
 @gpus
-def test_a_stopped_rank_for_which_others_wait_in_nccl_is_named_and_ended(folder: Path, start: Start) -> None:
+@pytest.mark.parametrize("target", ["pause_in_nccl", "pause_in_a_message"])
+def test_a_stopped_rank_for_which_others_wait_in_a_kernel_is_named_and_ended(
+    folder: Path, start: Start, target: str
+) -> None:
     (folder / "tiny.yaml").write_text(RECIPE.replace("timeout: 20", "timeout: 60, hang: 2"))
-    code, said = end(start("pause_in_nccl", "tiny.yaml", "2"))
+    code, said = end(start(target, "tiny.yaml", "2"))
     assert code == 7 and f"error: rank 1 on {socket.gethostname()} hung after" in said and "it is stopped" in said, said
     assert since_the_fault(folder) < 2 + 5
 

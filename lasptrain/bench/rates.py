@@ -18,6 +18,7 @@ from lasptrain.bench.steps import largest
 from lasptrain.links import Link
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
+from lasptrain.parallel.messages import between
 from lasptrain.parallel.scan import all_gather
 from lasptrain.plan import Rates
 from lasptrain.rates import Measured
@@ -69,7 +70,7 @@ def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, 
     """The line through the times of a small and a large message, of which `send` takes so many latencies and volumes:
     those of `links.scan_seconds`.
     """
-    big = 1 << 26 if device.type == "cuda" else 1 << 22
+    big = 1 << 24 if device.type == "cuda" else 1 << 22
     small, large = (_message(send, torch.zeros(size, dtype=torch.uint8, device=device)) for size in (SMALL, big))
     return Link(small / latencies, volumes * (big - SMALL) / max(large - small, 1e-9))
 
@@ -96,14 +97,16 @@ def _wait(x: Tensor) -> None:
 
 
 def _there_and_back(x: Tensor) -> None:
-    """From rank 0 to rank 1, and the answer."""
+    """From rank 0 to rank 1, and the answer; the way a state travels."""
+    assert dist.group.WORLD is not None
+    messages = between(dist.group.WORLD, x.device, x.numel() * x.element_size())
     match dist.get_rank():
         case 0:
-            dist.send(x, 1)
-            dist.recv(x, 1)
+            messages.send(x, 1)()
+            messages.expect(x, 1)()
         case 1:
-            dist.recv(x, 0)
-            dist.send(x, 0)
+            messages.expect(x, 0)()
+            messages.send(x, 0)()
 
 
 def _gather(x: Tensor) -> None:
