@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests import gloo
@@ -30,7 +32,7 @@ def test_in_the_interpreter() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "4 passed" in done.stdout
+    assert "6 passed" in done.stdout
 
 
 class Host:
@@ -116,6 +118,30 @@ def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
     return not early and all(torch.equal(arrival(), message(0, n, 0)) for n, arrival in enumerate(arrivals))
 
 
+def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
+    """Scans that do not give the same through this memory as through the process group."""
+    from lasptrain.parallel import messages, scan
+    from lasptrain.parallel.direct import Direct
+
+    ends, world, monkeypatch = Direct(Host(folder, ranks), rank, ranks), dist.group.WORLD, pytest.MonkeyPatch()
+    assert world is not None
+    generator = torch.Generator().manual_seed(rank)
+    state, carry = (torch.randn(1, 2, 8, 13, generator=generator) for _ in range(2))
+    decay = torch.rand(1, 2, generator=generator)
+    wrong = []
+    for name, (reverse, carried, leave, fades) in product(("ring", "all_scan"), product((False, True), repeat=4)):
+        transition = scan.Transition(decay if fades else None)
+        found = []
+        for way in (messages.Posted(world), ends):
+            monkeypatch.setattr(scan, "between", lambda *_, way=way: way)
+            one = scan.SCANS[name](world, torch.device("cpu"))
+            got = one.start(state, transition, carry if carried else None, reverse=reverse, leave=leave).wait()
+            found.append((got.entering, got.leaving if leave and rank == 0 else None))
+        if not all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(*found, strict=True)):
+            wrong.append(f"{name}, {reverse=}, {carried=}, {leave=}, {fades=}")
+    return wrong
+
+
 def empty(folder: Path, ranks: int) -> bool:
     return not Host(folder, ranks).flags.any()
 
@@ -137,3 +163,10 @@ def test_interpreted_messages_are_taken_when_they_are_needed(tmp_path: Path) -> 
 def test_an_interpreted_message_waits_for_an_empty_box(tmp_path: Path) -> None:
     assert gloo.spawn(2, one_too_many, tmp_path) == [True] * 2
     assert empty(tmp_path, 2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_interpreted_scans_are_those_of_the_process_group(ranks: int, tmp_path: Path) -> None:
+    assert gloo.spawn(ranks, scanned, tmp_path) == [[]] * ranks
+    assert empty(tmp_path, ranks)
