@@ -74,11 +74,11 @@ def die_in_a_message(recipe: Recipe, run: Path) -> None:
 
 
 def trade(x: Tensor) -> None:
+    from lasptrain.parallel import mesh
     from lasptrain.parallel.direct import Direct
     from lasptrain.parallel.messages import between
 
-    assert dist.group.WORLD is not None
-    messages = between(dist.group.WORLD, x.device, x.nbytes)
+    messages = between(mesh.world(), x.device, x.nbytes)
     assert isinstance(messages, Direct)
     other = 1 - dist.get_rank()
     messages.send(x, other)()

@@ -74,6 +74,7 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     )
 
 
+STATES = {"state", "decay", "dentering"}
 WAYS = {"blocks, states": (True, True), "blocks": (True, False), "nothing": (False, False)}
 
 
@@ -94,7 +95,7 @@ def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True, wanted: bo
     found = {"state": state, "decay": decay, "o": o, "dentering": dentering, "dq": dq, "dk": dk, "dv": dv}
     if dlog is not None:
         found["dlog_decay"] = dlog
-    return found if wanted else {name: x for name, x in found.items() if name not in ("state", "decay", "dentering")}
+    return found if wanted else {name: x for name, x in found.items() if name not in STATES}
 
 
 def error(a: Tensor, b: Tensor) -> float:

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tests import gloo
+from tests.interpreted import inside, interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BOX = 1 << 16  # bytes
 SHAPES = ((2, 2048), (3, 5, 7), (1,), (4100,))  # numbers that fill parts and that do not
 
 
 def test_in_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when a program is decorated, so the cases run in processes of their own."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "interpreted"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "6 passed" in done.stdout
+    assert "6 passed" in interpreted(__file__, "interpreted")
 
 
 class Host:
@@ -120,11 +106,10 @@ def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
 
 def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     """Scans that do not give the same through this memory as through the process group."""
-    from lasptrain.parallel import messages, scan
+    from lasptrain.parallel import mesh, messages, scan
     from lasptrain.parallel.direct import Direct
 
-    ends, world, monkeypatch = Direct(Host(folder, ranks), rank, ranks), dist.group.WORLD, pytest.MonkeyPatch()
-    assert world is not None
+    ends, world, monkeypatch = Direct(Host(folder, ranks), rank, ranks), mesh.world(), pytest.MonkeyPatch()
     generator = torch.Generator().manual_seed(rank)
     state, carry = (torch.randn(1, 2, 8, 13, generator=generator) for _ in range(2))
     decay = torch.rand(1, 2, generator=generator)
@@ -146,26 +131,26 @@ def empty(folder: Path, ranks: int) -> bool:
     return not Host(folder, ranks).flags.any()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@inside
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_interpreted_messages_arrive_whole_and_in_order_from_both_sides(ranks: int, tmp_path: Path) -> None:
     assert gloo.spawn(ranks, exchanged, tmp_path) == [True] * ranks
     assert empty(tmp_path, ranks)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@inside
 def test_interpreted_messages_are_taken_when_they_are_needed(tmp_path: Path) -> None:
     assert gloo.spawn(2, out_of_order, tmp_path) == [True] * 2
     assert empty(tmp_path, 2)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@inside
 def test_an_interpreted_message_waits_for_an_empty_box(tmp_path: Path) -> None:
     assert gloo.spawn(2, one_too_many, tmp_path) == [True] * 2
     assert empty(tmp_path, 2)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@inside
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_interpreted_scans_are_those_of_the_process_group(ranks: int, tmp_path: Path) -> None:
     assert gloo.spawn(ranks, scanned, tmp_path) == [[]] * ranks

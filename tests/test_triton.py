@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from lasptrain.ops import chunked
-from tests.kernel_cases import WAYS, Case, backward, error, inputs
+from tests.interpreted import inside, interpreted
+from tests.kernel_cases import STATES, WAYS, Case, backward, error, inputs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = [
     Case(1, 32, 32, "token", (0,), heads=2),
     Case(63, 32, 64, "head", heads=2),
@@ -27,21 +22,10 @@ CASES = [
 
 
 def test_in_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when a program is decorated, so the cases run in a process of their own."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "recurrence"]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{2 * len(CASES)} passed" in done.stdout
+    assert f"{2 * len(CASES)} passed" in interpreted(__file__, "recurrence")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@inside
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype, bound: float) -> None:
@@ -49,8 +33,9 @@ def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype, bound: float) 
 
     x = inputs(case, dtype, torch.device("cpu"))
     want = backward(chunked, x.double())
-    for given, way in WAYS.items() if case.tokens < 70 or not case.edges else [("all", (True, True))]:
-        got = backward(triton_kernels, x, *way)
-        assert {"o", "dq", "dk", "dv"} <= got.keys()
+    ways = WAYS if case.tokens < 70 or not case.edges else {"all": (True, True)}
+    for given, (with_blocks, wanted) in ways.items():
+        got = backward(triton_kernels, x, with_blocks, wanted)
+        assert got.keys() == want.keys() - (set() if wanted else STATES)
         for name in got:
             assert error(got[name], want[name]) < bound, f"{name}, given {given}"

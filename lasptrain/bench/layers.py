@@ -98,8 +98,7 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 
 
 def _attention(recipe: Recipe, method: str, device: torch.device) -> Attention:
-    assert dist.group.WORLD is not None
-    return attention(method, ops.select(recipe.train.kernel, device), dist.group.WORLD, device)
+    return attention(method, ops.select(recipe.train.kernel, device), mesh.world(), device)
 
 
 def _calls(

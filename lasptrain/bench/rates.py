@@ -98,8 +98,7 @@ def _wait(x: Tensor) -> None:
 
 def _there_and_back(x: Tensor) -> None:
     """From rank 0 to rank 1, and the answer; the way a state travels."""
-    assert dist.group.WORLD is not None
-    messages = between(dist.group.WORLD, x.device, x.numel() * x.element_size())
+    messages = between(mesh.world(), x.device, x.nbytes)
     match dist.get_rank():
         case 0:
             messages.send(x, 1)()

@@ -155,8 +155,7 @@ def _trainer(
     """A model with its optimizer: what makes an update and returns its seconds, what ends it, and the bytes it sent."""
     if method in SPLIT:
         whole = _in_one_segment(recipe, method, tokens, ranks)
-        assert dist.group.WORLD is not None
-        rival = Megatron(whole, dist.group.WORLD, SPLIT[method])
+        rival = Megatron(whole, mesh.world(), SPLIT[method])
         return rival.step, rival.loader.close, lambda: rival.traffic.bytes_sent
     if method == NONE:
         job = train.build(alone(recipe, tokens, ranks))

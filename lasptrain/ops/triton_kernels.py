@@ -170,11 +170,6 @@ class _Slice(NamedTuple):
     def grid(self, tiles: int = 1) -> tuple[int, int, int]:
         return self.batch * self.blocks * self.heads * tiles, 1, 1
 
-    @property
-    def parts(self) -> tuple[int, int, int]:
-        """The grid of programs that scan blocks, each of PART numbers."""
-        return self.keys * self.values // PART, self.batch * self.heads, 1
-
 
 def _slice(k: Tensor, v: Tensor) -> _Slice:
     return _cut(*map(int, k.shape), int(v.shape[-1]))
@@ -257,7 +252,7 @@ def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, 
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", s, x.dtype, s.values)
     gates = _gates(log_decay, doc, launch.chunk)
-    blocks = x.new_empty((s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4), dtype=torch.float32)
+    blocks = x.new_empty(block_shape(x, y), dtype=torch.float32)
     run(
         programs.summarize_blocks,
         x,
@@ -285,16 +280,17 @@ def _scan(
     """The states that enter blocks, and that which leaves the slice, `into`; the latter and the slice's decay to
     `total`. `edge` [B, H, K, V] enters the slice.
     """
-    edge = _state(edge, s)
+    edge, size = _state(edge, s), s.keys * s.values
+    grid = size // PART, s.batch * s.heads, 1
     constants = {
-        "SIZE": s.keys * s.values,
+        "SIZE": size,
         "PART": PART,
         "REVERSE": reverse,
         "EDGED": edge is not None,
         "KEEP": into is not None,
         "TOTAL": total is not None,
     }
-    run(programs.scan_blocks, blocks, s.parts, PLAIN, constants, blocks, edge, into, *(total or (None, None)), s.blocks)
+    run(programs.scan_blocks, blocks, grid, PLAIN, constants, blocks, edge, into, *(total or (None, None)), s.blocks)
 
 
 def _summarized(

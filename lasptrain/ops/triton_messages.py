@@ -24,46 +24,36 @@ def parts(size: int) -> int:
 
 def put(x: Tensor, box: Tensor, full: Tensor, busy: Tensor) -> None:
     """Queue: x [...], contiguous, into the receiver's box [≥ n] once that is empty; flags are [≥ parts] int32."""
-    _move(put_parts, x, box, full, busy)
+    _move(x, x, box, busy, full, 0)
 
 
 def take(x: Tensor, box: Tensor, full: Tensor, busy: Tensor) -> None:
     """Queue: the message out of the box into x [...], contiguous, once it is there."""
-    _move(take_parts, x, box, full, busy)
+    _move(x, box, x, full, busy, 1)
 
 
-def _move(program: object, x: Tensor, box: Tensor, full: Tensor, busy: Tensor) -> None:
+def _move(x: Tensor, source: Tensor, target: Tensor, awaited: Tensor, told: Tensor, before: int) -> None:
     n, numbers = x.numel(), PART // x.itemsize
-    constants = {"PART": numbers, "WHOLE": n % numbers == 0}
-    run(program, x, (parts(n * x.itemsize), 1, 1), PLAIN, constants, x, box, full, busy, n)
+    constants = {"BEFORE": before, "PART": numbers, "WHOLE": n % numbers == 0}
+    run(move_parts, x, (parts(x.nbytes), 1, 1), PLAIN, constants, source, target, awaited, told, n)
 
 
 @triton.jit(do_not_specialize=["n"])
-def put_parts(X, BOX, FULL, BUSY, n, PART: tl.constexpr, WHOLE: tl.constexpr):
-    """X [n] into BOX; grid n / PART, WHOLE where that leaves no remainder: without masks 16 bytes go at a time."""
+def move_parts(SOURCE, TARGET, AWAITED, TOLD, n, BEFORE: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr):
+    """SOURCE [n] to TARGET, once a flag AWAITED is BEFORE; then it and that TOLD of it are the opposite.
+
+    Grid n / PART, WHOLE where that leaves no remainder: without masks 16 bytes go at a time. Read past the L1 cache,
+    which does not know what another GPU has written.
+    """
     part = tl.program_id(0)
     offset = part * PART + tl.arange(0, PART)
-    while tl.atomic_cas(BUSY + part, 0, 1, sem="acquire", scope="sys") != 0:
-        pass
-    if WHOLE:
-        tl.store(BOX + offset, tl.load(X + offset))
-    else:
-        tl.store(BOX + offset, tl.load(X + offset, mask=offset < n), mask=offset < n)
-    tl.debug_barrier()  # one thread raises the flag for all
-    tl.atomic_xchg(FULL + part, 1, sem="release", scope="sys")
-
-
-@triton.jit(do_not_specialize=["n"])
-def take_parts(X, BOX, FULL, BUSY, n, PART: tl.constexpr, WHOLE: tl.constexpr):
-    """BOX into X [n]. Read past the L1 cache, which does not know what another GPU has written."""
-    part = tl.program_id(0)
-    offset = part * PART + tl.arange(0, PART)
-    while tl.atomic_cas(FULL + part, 1, 0, sem="acquire", scope="sys") != 1:
+    while tl.atomic_cas(AWAITED + part, BEFORE, 1 - BEFORE, sem="acquire", scope="sys") != BEFORE:
         pass
     tl.debug_barrier()  # one thread has waited for all
     if WHOLE:
-        tl.store(X + offset, tl.load(BOX + offset, cache_modifier=".cg"))
+        tl.store(TARGET + offset, tl.load(SOURCE + offset, cache_modifier=".cg"))
     else:
-        tl.store(X + offset, tl.load(BOX + offset, mask=offset < n, cache_modifier=".cg"), mask=offset < n)
-    tl.debug_barrier()
-    tl.atomic_xchg(BUSY + part, 0, sem="release", scope="sys")
+        inside = offset < n
+        tl.store(TARGET + offset, tl.load(SOURCE + offset, mask=inside, cache_modifier=".cg"), mask=inside)
+    tl.debug_barrier()  # one thread tells for all
+    tl.atomic_xchg(TOLD + part, 1 - BEFORE, sem="release", scope="sys")

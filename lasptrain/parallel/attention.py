@@ -201,7 +201,8 @@ class _Begin(Function):
             wanted = scan.reads(pending.leave)
             state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc, wanted)
             transition = Transition(memory.decay, angle)
-            pending.exchange = scan.start(transition.rotate(state), transition, carry, leave=pending.leave)
+            state = transition.rotate(state) if wanted else state
+            pending.exchange = scan.start(state, transition, carry, leave=pending.leave)
         pending.transition = transition
         pending.k, pending.v, pending.log_decay, pending.doc = k, v, log_decay, doc
         pending.blocks = blocks

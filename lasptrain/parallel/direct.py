@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
 from lasptrain.ops import triton_messages
@@ -78,8 +79,6 @@ class SharedMemory:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int):
         """All ranks of the group call it. size: bytes of a box, in which the parts are a multiple of 4."""
-        import torch.distributed._symmetric_memory as symmetric
-
         self._size, self._parts = size, triton_messages.parts(size)
         self._memory = symmetric.empty(CELLS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
         self._memory.zero_()

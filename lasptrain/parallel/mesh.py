@@ -63,6 +63,12 @@ class Mesh(NamedTuple):
         return self.grid.get_group("sp")
 
 
+def world() -> dist.ProcessGroup:
+    """The group of all ranks."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def world_size() -> int:
     """Ranks of the whole job."""
     return dist.get_world_size()
@@ -82,9 +88,8 @@ def build(dp: int, sp: int) -> Mesh:
 
 def patience() -> timedelta:
     """How long all ranks were told to wait for each other; groups made later wait torch's own 10 or 30 minutes."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world._get_backend(world._device_types[0]).options._timeout
+    group = world()
+    return group._get_backend(group._device_types[0]).options._timeout
 
 
 def peak_memory(on: torch.device) -> int:

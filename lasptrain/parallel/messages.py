@@ -6,7 +6,7 @@ All messages from one rank to another arrive in the order in which they were sen
 from __future__ import annotations
 
 import os
-import platform
+import socket
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -87,7 +87,7 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
 @lru_cache
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether all ranks of the group are on one machine, each with a GPU that can write the memory of the others."""
-    machine = platform.node(), BOOT.read_text() if BOOT.exists() else ""
+    machine = socket.gethostname(), BOOT.read_text() if BOOT.exists() else ""
     told = mesh.told_by_all((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
     others = [index for rank, (_, index, _) in enumerate(told) if rank != dist.get_rank(group)]
     reach = device.index not in others and all(torch.cuda.can_device_access_peer(device, other) for other in others)

@@ -149,14 +149,14 @@ class Ring(_Scan):
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         super().__init__(group, device)
         self.device = device
-        self.messages: Messages | None = None
+        self.messages: Messages  # from the first start
 
     def start(
         self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
     ) -> Exchange | Message:
         first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
         if self.group is not None and self.size > 1:
-            self.messages = between(self.group, self.device, state.numel() * state.element_size())
+            self.messages = between(self.group, self.device, state.nbytes)
         if self._is_message(carry, leave) and self.rank in (first, last):
             return self._message(state, first, last)
 
@@ -173,7 +173,6 @@ class Ring(_Scan):
 
     def _message(self, state: Tensor, first: int, last: int) -> Message:
         """The state to the second rank, or from the last but one."""
-        assert self.messages is not None
         step = 1 if first < last else -1
         self.calls += 1
         if self.rank == last:
@@ -205,12 +204,10 @@ class Ring(_Scan):
         return x
 
     def _send(self, x: Tensor, to: int) -> None:
-        assert self.messages is not None
         self.bytes_sent += x.numel() * x.element_size()
         self.messages.send(x, to)()
 
     def _receive(self, like: Tensor, source: int) -> Tensor:
-        assert self.messages is not None
         return self.messages.expect(like, source)()
 
 
