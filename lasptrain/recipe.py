@@ -106,11 +106,6 @@ class Model(Section):
         return self.value_dim or (2 if self.arch == "retnet" else 1) * self.dim // self.heads
 
     @property
-    def halo(self) -> int:
-        """Tokens before a slice whose activations its layers need."""
-        return max(0, self.conv - 1, self.sliding - 1 if self.sliding and self.softmax else 0)
-
-    @property
     def residual(self) -> float:
         """α of a minimax block."""
         return self.alpha or float((2 * self.layers) ** 0.25)
@@ -441,13 +436,6 @@ def _slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
             "data.window",
             f"{window} tokens do not split into mesh.sp = {sp} equal slices; nearest: {_multiples(window, sp)}",
         )
-    for key, tokens in (("train.segment", segment), ("data.window", window), ("eval.window", recipe.eval.window)):
-        if isinstance(tokens, int) and tokens // sp < recipe.model.halo:
-            yield (
-                key,
-                f"{tokens} tokens are slices of {tokens // sp} for mesh.sp = {sp}; expected slices of at least "
-                f"{recipe.model.halo}, which the layers hand to their right",
-            )
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:

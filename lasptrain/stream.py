@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lasptrain.data.loader import Slice
 from lasptrain.models.mixers import State
 from lasptrain.parallel.attention import Memory
-from lasptrain.parallel.host import to_device, to_host
+from lasptrain.parallel.host import to_device, to_host, unread
 
 
-def _placeholder(state: Tensor | None) -> Tensor | None:
-    """Stands for a state whose value is kept elsewhere, to receive its gradient."""
-    return None if state is None else state.new_empty_strided(state.shape, [0] * state.dim()).requires_grad_()
+def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
+    """What takes the gradient of a state that enters a segment; its value too where nothing else keeps that."""
+    return None if state is None else (state if read else unread(state.shape, state)).detach().requires_grad_()
 
 
 def _forward_states(
@@ -69,10 +69,7 @@ def backward(
             before_last_backward()
         entered = None
         if carry is not None and index > 0:
-            entered = [
-                tuple(s if s is None else s.detach().requires_grad_() if last else _placeholder(s) for s in state)
-                for state in carry
-            ]
+            entered = [tuple(_leaf(s, read=last) for s in state) for state in carry]
         memories = kept.pop()
         for part in (part for memory in memories for part in memory.parts):
             if part.entering is not None:

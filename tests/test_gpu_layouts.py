@@ -9,13 +9,15 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain import ops
 from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.steps import largest
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.halo import halo
 from lasptrain.parallel.messages import Posted, between
 from lasptrain.parallel.scan import SCANS
 from tests.kernel_cases import error
@@ -82,6 +84,32 @@ def shared(sp: int, kernel: str) -> dict[str, float]:
     return found
 
 
+def reached() -> dict[str, float]:
+    """The largest error on any rank of rows that lie several slices back, and of their gradients, by scan."""
+    mesh, device = meshes.build(1, meshes.world_size()), meshes.device()
+    sp, rank, segments, length, n = mesh.length("sp"), mesh.rank("sp"), 4, 3, 13
+    tokens = sp * segments * length
+    starts = [(m * sp + rank) * length for m in range(segments)]
+    x = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    padded = F.pad(x, [0, 0, n, 0])
+    readers = torch.ones(tokens + n, device=device)  # of a token: its own slice, and those it lies before
+    for start in range(0, tokens, length):
+        readers[start : start + n] += 1
+    found = {}
+    for name, scan in SCANS.items():
+        used, carry, seen = scan(mesh.sp_group, device), None, []
+        own = [x[:, start : start + length].clone().requires_grad_() for start in starts]
+        for m, part in enumerate(own):
+            rows, carry = halo((part,), n, None, carry, used, Memory(), m < segments - 1)
+            seen.append(rows)
+        grads = torch.autograd.grad(torch.cat([*seen, *own], 1).sum(), own)
+        errors = [error(rows.detach(), padded[:, start : start + n]) for rows, start in zip(seen, starts, strict=True)]
+        for grad, start in zip(grads, starts, strict=True):
+            errors.append(float((grad[0, :, 0] - readers[n + start : n + start + length]).abs().max()))
+        found[name] = largest(max(errors))
+    return found
+
+
 def exchanged() -> dict[str, float]:
     """How wrong messages are on any rank that come from both sides while GPUs compute, taken early and late."""
     mesh, device = meshes.build(1, meshes.world_size()), meshes.device()
@@ -133,6 +161,12 @@ def test_messages_arrive_whole_in_the_memory_of_the_other_gpu(
 ) -> None:
     monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
     assert on_ranks(ranks, exchanged) == {"Posted" if disabled == "1" else "Direct": 0.0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=on(n)) for n in (2, 4)])
+def test_rows_come_from_as_many_slices_as_it_takes(ranks: int) -> None:
+    assert on_ranks(ranks, reached) == dict.fromkeys(SCANS, 0.0)
 
 
 @pytest.mark.gpu

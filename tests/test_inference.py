@@ -22,7 +22,7 @@ TIGHT = 1e-10  # relative, in fp64
 CPU = torch.device("cpu")
 Arch = Literal["tnl", "linear_transformer", "ssd", "sliding hybrid", "full hybrid"]
 HYBRIDS: dict[str, dict[str, object]] = {
-    "sliding hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding": 5},
+    "sliding hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding": 40},
     "full hybrid": {"arch": "minimax", "softmax": [0, 2]},
 }
 
@@ -31,7 +31,7 @@ def model(arch: Arch = "tnl") -> LanguageModel:
     own: dict[str, dict[str, object]] = {
         "tnl": {"decay": "window"},
         "linear_transformer": {"decay": "none", "normalizer": True},
-        "ssd": {"data_dependent": True, "conv": 4},
+        "ssd": {"data_dependent": True, "conv": 15},
         **HYBRIDS,
     }
     sizes = {"dim": 24, "layers": 3, "heads": 3, "mlp": 20, "vocab": VOCAB}

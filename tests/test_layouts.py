@@ -34,9 +34,9 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
 Arch = Literal["tnl", "linear_transformer", "ssd", "retnet", "sliding hybrid", "full hybrid", "minimax"]
 HYBRIDS: dict[str, dict[str, object]] = {
-    "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding": 6},
+    "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding": 50},
     "full hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1},
-    "minimax": {"arch": "minimax", "softmax": [2], "sliding": 5, "rotary": None},
+    "minimax": {"arch": "minimax", "softmax": [2], "sliding": 17, "rotary": None},
 }
 
 
@@ -47,7 +47,7 @@ def config(arch: Arch) -> Model:
         return Model.model_validate(HYBRIDS[arch] | sizes)
     if arch in ("ssd", "retnet"):
         sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
-        own = {"data_dependent": True, "decay": "learned", "conv": 4} if arch == "ssd" else {}
+        own = {"data_dependent": True, "decay": "learned", "conv": 15} if arch == "ssd" else {}
         return Model.model_validate({"arch": arch, "tie": False, **own, **sizes})
     return Model(
         arch=arch,

@@ -454,9 +454,6 @@ def test_flops_count_the_head_and_not_the_embedding() -> None:
         ({"alpha": 2.0}, "model.alpha: found 2; only arch: minimax multiplies its residual, leave it out"),
         ({"softmax": [1], "train.segment": 1024}, "train.segment: 1024 tokens with softmax layers that see all of "
          "data.window = 4096; expected 4096 or auto, or a window for them to slide over: model.sliding"),
-        ({"softmax": [1], "sliding": 600, "train.segment": 1024, "mesh.sp": 2},
-         "train.segment: 1024 tokens are slices of 512 for mesh.sp = 2; "
-         "expected slices of at least 599, which the layers hand to their right"),
     ],
 )  # fmt: skip
 def test_softmax_layers_that_do_not_fit(refused: Refused, keys: dict[str, object], message: str) -> None:

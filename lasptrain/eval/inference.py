@@ -73,7 +73,7 @@ class Reader:
     ):
         self.model, self.mesh, self.told = model, mesh, told
         self.sp, self.rank = (1, 0) if mesh is None else (mesh.length("sp"), mesh.rank("sp"))
-        self.segment = max(segment, model.cfg.halo, 1) * self.sp
+        self.segment = segment * self.sp
         self.device = model.embed.weight.device
         self.spread = model
         if mesh is not None and self.sp > 1:
@@ -147,10 +147,8 @@ class Reader:
         return nats.cpu(), (logits.argmax(-1) == target).cpu()
 
     def _shared(self, count: int) -> int:
-        """How many of so many tokens ranks read together: in equal slices, none too short for what it hands on."""
-        shared = count // self.sp * self.sp
-        rest = shared % self.segment
-        return shared - rest if rest < self.sp * self.model.cfg.halo else shared
+        """How many of so many tokens ranks read together, in equal slices."""
+        return count // self.sp * self.sp
 
     def _segments(self, tokens: int) -> list[tuple[int, int]]:
         """Where each segment of the first `tokens` tokens starts, and how long each rank's slice of it is."""

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lasptrain import ops
+from lasptrain.parallel.host import unread
 from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned, Transition
 
 
@@ -241,8 +242,7 @@ def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
         return Scanned(memory.entering, memory.leaving.detach())
     b, _, h, kdim = k.shape
     assert memory.decay is not None
-    unread = memory.decay.new_empty_strided((b, h, kdim, v.shape[-1]), (0, 0, 0, 0))
-    return Scanned(memory.entering, unread)
+    return Scanned(memory.entering, unread((b, h, kdim, v.shape[-1]), memory.decay))
 
 
 def _grad_angle(right: Tensor, leaving: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class _Finish(Function):
         )
         ctx.attention, ctx.pending = attention, pending
         ctx.set_materialize_grads(False)
-        decay, angle = pending.transition
+        decay, angle, _ = pending.transition
         turned = None if angle is None else entering
         ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, turned, decay, angle)
         del pending.k, pending.v, pending.blocks, pending.exchange, pending.transition, pending.log_decay, pending.doc

@@ -1,6 +1,9 @@
-"""Tensors that wait in the host's memory for their turn."""
+"""Tensors that are elsewhere: in the host's memory until their turn, or nowhere because nobody reads them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +14,13 @@ def to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def unread(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of this shape in the memory of one element, to hang a gradient on. Whoever reads it all the same reads
+    NaN.
+    """
+    return like.new_full((), math.nan).expand(tuple(shape))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.parallel.messages import Messages, between
@@ -27,11 +28,13 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Transition(NamedTuple):
     """What a run of tokens does to a state: decays it and, where keys are rotated, moves its origin to the run's end.
 
-    The first half of the key rows are cosine features, the second half sine features (LRPE, arXiv:2307.14995).
+    The first half of the key rows are cosine features, the second half sine features (LRPE, arXiv:2307.14995). A state
+    that is the last K rows of a text moves up by as many as the run adds.
     """
 
     decay: Tensor | None  # [B, H]; None: nothing is left of what entered
     angle: Tensor | None = None  # [H, K/2] radians
+    rows: int = 0  # by which the state moves up along K, and zeros move in; down where negative
 
     def rotate(self, state: Tensor) -> Tensor:
         """The state [B, H, K, V] seen from an origin that lies `angle` further on."""
@@ -45,10 +48,13 @@ class Transition(NamedTuple):
         """transition · state + plus; a state of None is zero."""
         if state is None or self.decay is None:
             return plus
-        return torch.addcmul(plus, self.decay[..., None, None], self.rotate(state))
+        return torch.addcmul(plus, self.decay[..., None, None], self._moved(self.rotate(state)))
 
     def transpose(self) -> Transition:
-        return Transition(self.decay, None if self.angle is None else -self.angle)
+        return Transition(self.decay, None if self.angle is None else -self.angle, -self.rows)
+
+    def _moved(self, state: Tensor) -> Tensor:
+        return F.pad(state, [0, 0, -self.rows, self.rows]) if self.rows else state
 
 
 class Scanned(NamedTuple):
@@ -265,7 +271,7 @@ class AllGather(_Scan):
                     entering = running
                     if not leave:
                         break
-                running = Transition(decays[rank], transition.angle).apply(running, states[rank])
+                running = transition._replace(decay=decays[rank]).apply(running, states[rank])
             return Scanned(entering, running if leave else None)
 
         return self._exchange(body, (state, transition.decay, carry))
