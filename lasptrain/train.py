@@ -36,7 +36,7 @@ from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
 from lasptrain.profile import profiled
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import Parallel, Recipe
 from lasptrain.summary import gather, summarize
 from lasptrain.tables import show
 
@@ -336,32 +336,39 @@ def one_step(job: Job, step: int) -> dict[str, Value]:
 
 
 def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-    """Gradients of the global batch, clipped. Returns its mean loss and the norm the gradients had, on every rank.
+    """Gradients of the global batch, clipped. Returns its mean loss and the norm the gradients had, on every rank."""
+    recipe = job.recipe
+    loss = gradients(job.called, recipe.model.layers, job.mesh, recipe.parallel, micro_batches, job.tick)
+    return loss, clip_gradients(job.model, recipe.optim.clip)
+
+
+def gradients(
+    called: nn.Module,
+    layers: int,
+    mesh: Mesh,
+    parallel: Parallel,
+    micro_batches: list[MicroBatch],
+    tick: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Add the gradients of the global batch's mean loss to the parameters of `called`; return that loss, fp64.
 
     The loss is the sum over all valid labels of the global batch divided by their number, whatever the layout;
-    gradients are averaged over ranks, so each rank scales its part by their number.
+    gradients are averaged over ranks, so each rank scales its part by their number. Collective over all ranks.
     """
-    valid = sum(
-        ((piece.labels != IGNORED).sum() for m in micro_batches for piece in m), torch.zeros((), device=job.device)
-    )
-    total = sum_over_ranks(valid)
-    loss = torch.zeros((), dtype=torch.float64, device=job.device)
-    parallel = job.recipe.parallel
+    device = micro_batches[0][0].labels.device
+    valid = torch.zeros((), dtype=torch.int64, device=device)
+    for piece in (piece for micro_batch in micro_batches for piece in micro_batch):
+        valid += (piece.labels != IGNORED).sum()
+    total = sum_over_ranks(valid).double()  # an integer divided by an integer would be fp32
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     always, gathered = parallel.reduce == "segment", parallel.data_parallel == "zero2"
-    synchronise = partial(set_gradient_sync, job.called, always=always, gathered=gathered)
+    synchronise = partial(set_gradient_sync, called, always=always, gathered=gathered)
     for number, micro_batch in enumerate(micro_batches):
         synchronise(False)
         last = number == len(micro_batches) - 1
-        loss += stream.backward(
-            job.called,
-            job.recipe.model.layers,
-            micro_batch,
-            job.mesh.size / total,
-            (lambda: synchronise(True)) if last else (lambda: None),
-            job.tick,
-        )
-    norm = clip_gradients(job.model, job.recipe.optim.clip)
-    return sum_over_ranks(loss) / total, norm
+        before_last = (lambda: synchronise(True)) if last else (lambda: None)
+        loss += stream.backward(called, layers, micro_batch, mesh.size / total, before_last, tick)
+    return sum_over_ranks(loss) / total
 
 
 def ask(job: Job) -> dict[str, float]:

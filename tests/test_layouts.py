@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from itertools import combinations, product
 from typing import Any, Literal
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lasptrain import stream
+from lasptrain import stream, train
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.fastest import fastest_scan
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
-from lasptrain.parallel.shard import fill, parallelize, set_gradient_sync
-from lasptrain.recipe import Model
+from lasptrain.parallel.shard import fill, parallelize
+from lasptrain.recipe import Model, Parallel
 from tests.gloo import spawn
 
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
@@ -113,11 +113,11 @@ def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 @cache
 def single(arch: Arch, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss sum and gradients of one process, one segment, from the token-by-token reference."""
+    """Mean loss and its gradients of one process, one segment, from the token-by-token reference."""
     model = LanguageModel(config(arch), WINDOW, Attention("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
     loss = stream.backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
-    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss / (BATCH * WINDOW), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def mesh_of(layout: Layout) -> meshes.Mesh:
@@ -137,26 +137,18 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     called = parallelize(
         model, model.blocks, mesh, CPU, kind=layout.kind, mode=layout.recompute, dtype=dtype, values=values(model)
     )
-    world = layout.dp * layout.sp
     mine = range(mesh.rank("dp"), BATCH, layout.dp)
-    loss = torch.zeros((), dtype=dtype)
-    synchronise = partial(set_gradient_sync, called, always=layout.always, gathered=layout.kind == "zero2")
-    for window in mine:  # one micro-batch each
-        synchronise(False)
-        last = window == mine[-1]
-        loss += stream.backward(
-            called,
-            3,
-            pieces(windows()[window : window + 1], layout.sp, mesh.rank("sp"), layout.segments),
-            world / (BATCH * WINDOW),
-            (lambda: synchronise(True)) if last else (lambda: None),
-        )
-    total = meshes.sum_over_ranks(loss)
+    batch = [  # one window each
+        tuple(pieces(windows()[window : window + 1], layout.sp, mesh.rank("sp"), layout.segments)) for window in mine
+    ]
+    reduce = "segment" if layout.always else "step"
+    parallel = Parallel.model_validate({"data_parallel": layout.kind, "reduce": reduce})
+    loss = train.gradients(called, 3, mesh, parallel, batch)
     grads = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         grads[name] = getattr(parameter.grad, "full_tensor", lambda p=parameter: p.grad)()
-    return total, grads, scan
+    return loss, grads, scan
 
 
 def compare(arch: Arch, dtype: torch.dtype, layout: Layout) -> None:

@@ -15,16 +15,22 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 
 from lasptrain import recipe as recipes
 from lasptrain import settled, streams, train
+from lasptrain.data.loader import Slice
 from lasptrain.errors import NumericalError, RecipeError
+from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, read_metrics
-from lasptrain.recipe import Recipe, load
+from lasptrain.parallel import mesh as meshes
+from lasptrain.recipe import Parallel, Recipe, load
 from tests import program
 from tests.gloo import spawn
 from tests.program import Started
@@ -195,6 +201,28 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
 def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
     recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
     assert spawn(2, poisoned, recipe) == [True, True]
+
+
+class _Counts(nn.Module):
+    """A model whose loss is its only weight times the number of labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, tokens: Tensor, labels: Tensor, *_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(loss=self.weight * (labels != IGNORED).sum(), leaving=[])
+
+
+def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
+    """One more than there are integers in fp32, and a number by which fp32 cannot divide exactly."""
+    for count in ((1 << 24) + 1, 3):
+        model = _Counts()
+        labels = torch.zeros((), dtype=torch.int64).expand(1, count)
+        micro_batch = (Slice(labels, labels, None),)
+        loss = train.gradients(model, 0, meshes.build(1, 1), Parallel(data_parallel="ddp"), [micro_batch])
+        assert model.weight.grad is not None
+        assert [float(loss), float(model.weight.grad)] == pytest.approx([1, 1], rel=1e-15, abs=0), count
 
 
 def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: None, tmp_path: Path) -> None:
