@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple, NoReturn
 import typer
 from rich.table import Table
 
-from lasptrain import __version__, cli_bench, cli_checkpoint, cli_data, links, plan, rates, stop, streams
+from lasptrain import __version__, cards, cli_bench, cli_checkpoint, cli_data, links, plan, rates, stop, streams
 from lasptrain.cli_options import Overrides, RecipeFile, to_bytes
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
@@ -185,9 +185,9 @@ def plan_command(
     """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
     loaded = load(recipe, overrides)
     measured = _measured(measure, nproc, file)
-    known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, plan.GPUS[gpu])
+    known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, cards.PLANNED[gpu])
     predicted = list(_plan(loaded, gpus, known, memory))
-    show(*([_rates(known, measured)] if measured or gpus > 1 else []), *predicted)
+    show(_rates(known, measured, links=measured is not None or gpus > 1), *predicted)
 
 
 def _lasting(seconds: float) -> str:
@@ -222,9 +222,9 @@ def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Meas
     return found
 
 
-def _rates(known: Known, measured: rates.Measured | None) -> Table:
+def _rates(known: Known, measured: rates.Measured | None, *, links: bool) -> Table:
     table = Table(title="predicted from", show_header=False)
-    for row in rates.told(known.rates, known.links, measured):
+    for row in rates.told(known.rates, known.links, measured)[: None if links else len(known.rates)]:
         table.add_row(*row)
     return table
 

@@ -25,9 +25,6 @@ FILE, EVENTS, STATUS = "metrics.jsonl", "tensorboard", "status.json"
 QUIET = 2.0  # seconds between lines where there is no terminal to redraw
 RENEWED = 1.0  # seconds between renewals of status.json
 
-# bf16 matrix products a GPU sustains, FLOP/s, by a part of its name: H200 and H100 measured, A100 from its data sheet.
-PEAKS = {"H200": 792e12, "H100": 675e12, "A100": 312e12}
-
 Value = float | int | None
 Record = dict[str, Any]
 
@@ -203,13 +200,8 @@ def duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
-def peak_rate(device_name: str) -> float | None:
-    """FLOP/s of bf16 matrix products on a GPU of that name, None if unknown."""
-    return next((rate for part, rate in PEAKS.items() if part in device_name), None)
-
-
 def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation in [0, 1]: what the model needs of what a GPU sustains; None without a peak."""
+    """Model FLOPs utilisation in [0, 1]: what the model needs of what the data sheet promises; None without a peak."""
     return None if peak is None else tokens_per_s_per_gpu * flops_per_token / peak
 
 

@@ -248,23 +248,11 @@ def passes(recipe: Recipe, segments: int) -> float:
 
 
 class Rates(NamedTuple):
-    """What a GPU sustains, measured: matrix products in FLOP/s (bf16 in GPUS), copies in bytes/s, memory in bytes."""
+    """What a GPU sustains: matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
 
     products: float
     copies: float
     memory: int
-
-
-GPUS = {
-    "h200": Rates(685e12, 4.2e12, 140 * 2**30),
-    "h100": Rates(650e12, 3.0e12, 79 * 2**30),
-    "a100": Rates(250e12, 1.6e12, 79 * 2**30),
-}
-
-
-def rates_of(device: str) -> Rates | None:
-    """The rates of a GPU by the name its driver gives it; None of another."""
-    return next((rates for name, rates in GPUS.items() if name.upper() in device.upper()), None)
 
 
 SOFTMAX = 0.15  # of the rate of products, in blocks with masks: from hybrid_1b_4096k.yaml on H200

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lasptrain import checkpoint, links, ops, plan, settled, stop, stream, watch
+from lasptrain import cards, checkpoint, links, ops, plan, settled, stop, stream, watch
 from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
@@ -24,7 +24,7 @@ from lasptrain.eval.main import while_training
 from lasptrain.eval.validation import Validation, validate
 from lasptrain.guard import Guard
 from lasptrain.loss import IGNORED
-from lasptrain.metrics import Metrics, Value, mfu, peak_rate
+from lasptrain.metrics import Metrics, Value, mfu
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from lasptrain.pace import Pace
@@ -56,7 +56,7 @@ class Job:
     optimizer: Optimizer
     loader: SliceLoader
     flops_per_token: int
-    peak: float | None  # FLOP/s of this device in bf16, where it is known
+    peak: float | None  # FLOP/s of this device in bf16 by its data sheet, where it is known
     guard: Guard
     tick: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
@@ -234,7 +234,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
         shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
         loader,
         plan.flops_per_token(recipe.model, vocab, recipe.data.window),
-        peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+        cards.of(meshes.device_name()).peak,
         Guard(recipe.guard),
     )
 

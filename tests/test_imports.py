@@ -18,7 +18,7 @@ LAYERS = (
     {"ops", "run"},
     {"models", "data", "data_tools", "guard", "loss", "optim", "pace", "parallel"},
     {"checkpoint", "metrics", "profile", "settled"},
-    {"stream", "train", "eval", "convert", "plan", "links", "rates", "bench", "summary"},
+    {"stream", "train", "eval", "convert", "plan", "cards", "links", "rates", "bench", "summary"},
     {"launch", "rank", "cli", "cli_bench", "cli_checkpoint", "cli_data", "cli_options"},
     {"__main__"},
 )

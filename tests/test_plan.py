@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 import torch
 
-from lasptrain import links, plan, rates, train
+from lasptrain import cards, links, plan, rates, train
 from lasptrain.bench.rates import measure
 from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.parallel.scan import AllScan
@@ -123,7 +123,7 @@ def test_auto_chooses_the_scan(sp: int, segment: int, micro_batch: int, scan: st
 def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml")
     slow = links.Links(links.Link(0.0, 1e9), links.Link(0.0, 1e9))
-    rates = plan.GPUS["h200"]
+    rates = cards.PLANNED["h200"]
     short, long = (links.step_seconds(recipe, 64000, 2, tokens, rates, slow) for tokens in (8, 1 << 19))
     alone, shared = short["none"], short["ring"]
     state, layers = plan.state_bytes(recipe.model), 16
@@ -143,7 +143,7 @@ def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
 
 def test_more_segments_expose_more_exchanges() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml")
-    slow, h200 = links.Links(links.Link(1e-3, 1e9), links.Link(1e-3, 1e9)), plan.GPUS["h200"]
+    slow, h200 = links.Links(links.Link(1e-3, 1e9), links.Link(1e-3, 1e9)), cards.PLANNED["h200"]
     one, four = (links.step_seconds(recipe, 64000, 2, 1 << 16, h200, slow, n) for n in (1, 4))
     alone = [plan.seconds_per_token(recipe, 64000, n, h200) for n in (1, 4)]
     assert one["none"] and four["none"] and one["ring"] and four["ring"]
@@ -195,6 +195,25 @@ def test_what_waits_in_host_memory() -> None:
     assert found["activations"] == 32768 * plan.activation_bytes(load(RECIPES / "1b_4096k.yaml"))
     plain = plan.host_memory(load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=ddp"]), 64000, 2, 1, 1 << 22)
     assert plain == {"states": 0, "activations": 0, "checkpoint": 12 * count}
+
+
+def test_a_card_is_known_by_its_whole_name() -> None:
+    """What the data sheet promises, and what is sustained, are two numbers of one table."""
+    promised = {
+        "NVIDIA H200": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA L40S": 362e12,
+    }
+    strangers = ("NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G", "NVIDIA H200 Z", "CPU", "")
+    assert {name: cards.of(name).peak for name in promised} == promised
+    assert [cards.of(name) for name in strangers] == [cards.Card()] * len(strangers)
+    assert cards.of("NVIDIA H200").sustained == cards.PLANNED["h200"]
+    assert cards.of("NVIDIA H100 PCIe").sustained is None  # two thirds of the other H100's memory bandwidth
+    for card in cards.CARDS.values():
+        assert card.sustained is None or (card.peak and 0.6 < card.sustained.products / card.peak < 0.9)
 
 
 def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.table import Table
 
-from lasptrain import links, plan, train
+from lasptrain import cards, links, plan, train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.ranks import Failure, trials
@@ -130,7 +130,7 @@ def _row(case: Case, deadline: float) -> Row:
     if method != NONE and window % ranks:
         return row(failure=f"{ranks} ranks cannot share it")
     one = alone(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
-    rates = plan.rates_of(device_name())
+    rates = cards.of(device_name()).sustained
     tokens = window if method == NONE else window // ranks
     made = Turns(1, 1) if kind == "long" else turns(tokens)
     if largest(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from lasptrain import links, plan, train
+from lasptrain import cards, links, plan, train
 from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
@@ -111,7 +111,7 @@ def _predicted(
     recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: Measured | None
 ) -> float | None:
     """Tokens per second and rank; None for methods and devices of which nothing is known."""
-    rates = known.rates if known else plan.rates_of(device)
+    rates = known.rates if known else cards.of(device).sustained
     if rates is None:
         return None
     whole = shared(recipe, tokens, ranks, "ring")

@@ -1,0 +1,45 @@
+"""What is known of a GPU, by the whole name that its driver gives it: nearly the same name may be another card, and one
+with MIG in it is a part of a card. No torch, no GPU.
+"""
+
+from typing import NamedTuple
+
+from lasptrain.plan import Rates
+
+
+class Card(NamedTuple):
+    """`peak` is what the data sheet promises of dense products of bf16 matrices, FLOP/s: what MFU is relative to.
+
+    `sustained` is what predictions are made from. None where it is not known.
+    """
+
+    peak: float | None = None
+    sustained: Rates | None = None
+
+
+H200 = Rates(products=685e12, copies=4.2e12, memory=140 * 2**30)  # measured
+H100 = Rates(products=650e12, copies=3.0e12, memory=79 * 2**30)  # assumed
+A100 = Rates(products=250e12, copies=1.6e12, memory=79 * 2**30)  # assumed
+PLANNED = {"h200": H200, "h100": H100, "a100": A100}  # by the names of `plan --gpu`
+
+CARDS = {
+    "NVIDIA B200": Card(2250e12),
+    "NVIDIA H200": Card(989e12, H200),
+    "NVIDIA H200 NVL": Card(835e12),
+    "NVIDIA H100 80GB HBM3": Card(989e12, H100),
+    "NVIDIA H100 NVL": Card(835e12),
+    "NVIDIA H100 PCIe": Card(756e12),
+    "NVIDIA A100-SXM4-80GB": Card(312e12, A100),
+    "NVIDIA A100-SXM4-40GB": Card(312e12),
+    "NVIDIA A100 80GB PCIe": Card(312e12),
+    "NVIDIA A100-PCIE-40GB": Card(312e12),
+    "NVIDIA L40S": Card(362e12),
+    "NVIDIA A40": Card(149.7e12),
+    "NVIDIA A10": Card(125e12),
+    "NVIDIA L4": Card(121e12),
+}
+
+
+def of(device: str) -> Card:
+    """The card of that name; one of which nothing is known where it is not listed."""
+    return CARDS.get(device, Card())
