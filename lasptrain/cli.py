@@ -19,7 +19,7 @@ from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeEr
 from lasptrain.eval import commands as eval_commands
 from lasptrain.links import ASSUMED, Links
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
-from lasptrain.tables import show
+from lasptrain.tables import figures, show
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",
@@ -158,9 +158,9 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
             f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
         ),
         ("training", f"{train.steps:,} steps, {train.steps * layout.tokens_per_step:,} tokens"),
-        ("work", f"{plan.flops_per_token(model, vocab, recipe.data.window) / 1e9:.3g} GFLOP per token"),
-        ("state", f"{plan.state_bytes(model) / 2**20:.3g} MiB per window over all layers"),
-        ("checkpoint", f"{12 * total / 1e9:.3g} GB"),
+        ("work", f"{figures(plan.flops_per_token(model, vocab, recipe.data.window) / 1e9)} GFLOP per token"),
+        ("state", f"{figures(plan.state_bytes(model) / 2**20)} MiB per window over all layers"),
+        ("checkpoint", f"{figures(12 * total / 1e9)} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
     ]
 
@@ -265,7 +265,7 @@ def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterato
 def _softmax(model: Model) -> str:
     layers = ", ".join(map(str, model.softmax))
     reach = "all tokens before" if model.sliding is None else f"the last {model.sliding:,} tokens"
-    turned = "no positions" if model.rotary is None else f"rotary positions of base {model.rotary:g}"
+    turned = "no positions" if model.rotary is None else f"rotary positions of base {figures(model.rotary, 6)}"
     return f"layers {layers}: {model.kv_heads or model.heads} key heads, over {reach}, {turned}"
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lasptrain.errors import RecipeError
 from lasptrain.links import ASSUMED, Link, Links
 from lasptrain.plan import Rates
+from lasptrain.tables import figures
 
 LINKS = ("hop", "gather")
 
@@ -54,8 +55,8 @@ def told(rates: Rates, links: Links, measured: Measured | None) -> list[tuple[st
     hop = "assumed" if measured is None or measured.hop is None else f"measured, {measured.device}"
     gather = "as a hop" if links.gather is None else f"measured, {measured.device if measured else ''}"
     return [
-        ("products", f"{rates.products / 1e12:.3g} TFLOP/s", gpu),
-        ("copies", f"{rates.copies / 1e12:.3g} TB/s", gpu),
+        ("products", f"{figures(rates.products / 1e12)} TFLOP/s", gpu),
+        ("copies", f"{figures(rates.copies / 1e12)} TB/s", gpu),
         ("memory", f"{rates.memory / 2**30:.1f} GiB", gpu),
         ("hop inside a machine", _link(links.inside), hop),
         ("gathering inside a machine", _link(links.gather or links.inside), gather),
@@ -64,4 +65,4 @@ def told(rates: Rates, links: Links, measured: Measured | None) -> list[tuple[st
 
 
 def _link(link: Link) -> str:
-    return f"{link.latency * 1e6:.1f} µs, {link.bandwidth / 1e9:.3g} GB/s"
+    return f"{link.latency * 1e6:.1f} µs, {figures(link.bandwidth / 1e9)} GB/s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 from rich.console import Console
 from rich.table import Table
 
@@ -11,6 +13,11 @@ WIDE = 200  # columns, where there is no terminal
 def number(value: float | None, form: str) -> str:
     """The value in a format such as `.3f`; nothing where there is none."""
     return "" if value is None else format(value, form)
+
+
+def figures(value: float, count: int = 3) -> str:
+    """A finite number to so many significant figures, written out: 100, where format's `.2g` has 1e+02."""
+    return format(Decimal(f"{value:.{count}g}"), ",f")
 
 
 def show(*parts: Table | str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from rich.table import Table
 
-from lasptrain.tables import show
+from data_tools import commands
+from data_tools.prepare import prepare
+from lasptrain.tables import figures, show
 
 
 def test_brackets_and_colons_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,3 +21,17 @@ def test_brackets_and_colons_are_no_markup(capsys: pytest.CaptureFixture[str]) -
     assert first == "losses in [/tmp/x] and a title that is wider than its table"
     assert "[b]" in middle[3] and middle[-1] == "[rank0]: out of memory"
     assert last == "/tmp/[x]/report.html :warning:"
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "text"),
+    [(100, 2, "100"), (99.6, 2, "100"), (0.034567, 2, "0.035"), (2250, 3, "2,250"), (1e-5, 3, "0.00001"), (0, 3, "0")],
+)
+def test_figures_are_written_out(value: float, count: int, text: str) -> None:
+    assert figures(value, count) == text
+
+
+def test_documents_that_all_are_cut_are_100_percent(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 20_000)
+    found = prepare([str(tmp_path / "long.txt")], "bytes", tmp_path / "set", validation_ppm=0, workers=1)
+    assert "documents cut: 100 % at 2Ki, " in str(commands.inspect(found))

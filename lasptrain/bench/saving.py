@@ -14,6 +14,7 @@ from lasptrain.bench.ranks import on_ranks
 from lasptrain.checkpoint import Saver, committed
 from lasptrain.parallel.mesh import device_name, largest
 from lasptrain.recipe import Recipe
+from lasptrain.tables import figures
 
 WARM = 3  # steps that compile, allocate and tune
 QUIET = 5  # steps without a save, whose median the others are compared with
@@ -80,7 +81,7 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
 def report(results: Results) -> Table:
     """A line per save; shares are of the time between saves."""
     interval = results.every * results.step
-    title = f"{results.size:,} bytes, saved every {results.every} steps of {results.step:.3g} s"
+    title = f"{results.size:,} bytes, saved every {results.every} steps of {figures(results.step)} s"
     table = Table(title=f"{title}, on {results.ranks} × {results.device}")
     for column in ("stall s", "share", "committed s", "slower s", "together"):
         table.add_column(column, justify="right", no_wrap=True)
