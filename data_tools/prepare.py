@@ -43,6 +43,7 @@ from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter, file_s
 from lasptrain.errors import DataError, ResourceError, SetupError
 
 UNIT = 1 << 20  # characters a worker encodes at a time
+FOUND = 1 << 28  # bytes of text whose digest is made in a moment, to find what was prepared of it
 SHARD_TOKENS = 1 << 28  # a shard closes with the document that reaches this
 PROBED = 64  # pieces at whose good places it is tried whether a cut changes ids
 SPLITS = ("train", "validation")
@@ -84,11 +85,7 @@ def ensure_dataset(
             )
         return folder
     opened = open_source(source)
-    arguments: list[int | str] = [1, opened.name, opened.sha256, tokenizer.sha256, validation_ppm, seed]
-    if packing:
-        arguments += [packing.window, packing.long_documents]
-    key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
-    final = cache / "datasets" / f"{re.sub('[^A-Za-z0-9.]+', '-', opened.name)}-{key}"
+    final = _kept(opened, tokenizer, cache, validation_ppm, seed, packing)
     if not (final / FILE).exists():
         with _building(final, wait=True) as hidden:
             if hidden is not None:
@@ -98,6 +95,33 @@ def ensure_dataset(
                 )
                 _build(hidden, task)
     return final
+
+
+def find_dataset(
+    source: str, tokenizer_path: str | Path, cache: Path, validation_ppm: int, seed: int, packing: BestFit | None = None
+) -> Path | None:
+    """The folder that `ensure_dataset` would find; None where it would prepare one, or read more than FOUND of text."""
+    if (Path(source) / FILE).exists():
+        return Path(source)
+    try:
+        opened = open_source(source)
+        if opened.bytes > FOUND:
+            return None
+        final = _kept(opened, load_tokenizer(tokenizer_path), cache, validation_ppm, seed, packing)
+    except (DataError, OSError):
+        return None
+    return final if (final / FILE).exists() else None
+
+
+def _kept(
+    opened: Source, tokenizer: Tokenizer, cache: Path, validation_ppm: int, seed: int, packing: BestFit | None
+) -> Path:
+    """Where the dataset of a source is kept: under a name that is its content's."""
+    arguments: list[int | str] = [1, opened.name, opened.sha256, tokenizer.sha256, validation_ppm, seed]
+    if packing:
+        arguments += [packing.window, packing.long_documents]
+    key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
+    return cache / "datasets" / f"{re.sub('[^A-Za-z0-9.]+', '-', opened.name)}-{key}"
 
 
 def prepare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from data_tools.tokenizer import load_tokenizer
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
-from lasptrain.data.order import permute
+from lasptrain.data.order import epochs, permute
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import Recipe, load
@@ -188,9 +189,9 @@ def preview(recipe: Recipe) -> Mixing:
     lines = [f"{total:,} windows of {data.window:,} tokens in {train.steps:,} steps, mixed {sum(counts):,} at a time"]
     for part, count in zip(parts, counts, strict=True):
         tokens = part.whole("train").tokens
-        epochs = total * data.window * count / sum(counts) / tokens
+        read = float(epochs(tokens, data.window, Fraction(total * count, sum(counts))))
         lines.append(
             f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
-            f"{tokens:,} tokens, {epochs:.2f} epochs" + ("; each more than 4 times" if epochs > 4 else "")
+            f"{tokens:,} tokens, {read:.2f} epochs" + ("; each more than 4 times" if read > 4 else "")
         )
     return Mixing(tuple(lines))

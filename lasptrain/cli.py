@@ -158,11 +158,21 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
             f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
         ),
         ("training", f"{train.steps:,} steps, {train.steps * layout.tokens_per_step:,} tokens"),
+        *(("data", line) for line in _epochs(recipe)),
         ("work", f"{figures(plan.flops_per_token(model, vocab, recipe.data.window) / 1e9)} GFLOP per token"),
         ("state", f"{figures(plan.state_bytes(model) / 2**20)} MiB per window over all layers"),
         ("checkpoint", f"{figures(12 * total / 1e9)} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
     ]
+
+
+def _epochs(recipe: Recipe) -> list[str]:
+    from lasptrain.data import prepared
+
+    tokens = prepared.training_tokens(recipe.data)
+    if tokens is None:
+        return ["how many epochs is told once it is prepared, by training or lasptrain data mix"]
+    return prepared.epochs(recipe.data, tokens, recipe.train.steps * recipe.train.batch)
 
 
 def _times(count: int, word: str, plural: str = "s") -> str:

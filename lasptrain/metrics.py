@@ -1,8 +1,9 @@
 """What a run reports while it trains: RUN/metrics.jsonl, TensorBoard events, status.json, and a line on the terminal.
 
 metrics.jsonl is only ever appended to, one object a line: `{"step": 7, "loss": …}` for an update,
-`{"step": 10, "event": "eval", …}`, and `{"step": 4, "event": "resumed"}`, which takes back all that came before it
-about later steps. Steps count finished updates. Read it with `read_metrics`.
+`{"step": 10, "event": "eval", …}`, `{"step": 9, "event": "epoch", "epochs": {"SOURCE": 2}}` where a step begins to read
+tokens again, and `{"step": 4, "event": "resumed"}`, which takes back all that came before it about later steps. Steps
+count finished updates. Read it with `read_metrics`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,14 @@ class Metrics:
         self._write({"step": step, "event": "eval", **values})
         self._plot("eval", step, values)
         self._display.say(f"step {step}/{self._steps}  held-out loss {_number(values.get('loss'), '.4f')}")
+
+    def epochs(self, step: int, begun: dict[str, int]) -> None:
+        """Report that update `step` begins to read tokens of these sources again, and which epoch of each it is."""
+        if not self._speaks or not begun:
+            return
+        self._write({"step": step, "event": "epoch", "epochs": begun})
+        for source, number in begun.items():
+            self._display.say(f"epoch {number} begins at step {step}: {source}")
 
     def left_out(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
         """Report what the guard has done about update `step`, whose `windows` start at these tokens."""

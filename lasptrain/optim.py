@@ -82,6 +82,19 @@ def learning_rate(cfg: Optim, steps: int, step: int) -> float:
     return cfg.lr * warm * (1 - (1 - cfg.min_lr) * fall)
 
 
+def jump(cfg: Optim, there: int, here: int, step: int) -> str | None:
+    """What is to be said where a run of `there` steps goes on from update `step` as one of `here`: None if the learning
+    rate is the same.
+    """
+    old, new = (learning_rate(cfg, steps, step) for steps in (there, here))
+    if old == new:
+        return None
+    return (
+        f"learning rate of step {step + 1}: {new:.2e} with train.steps = {here}, {old:.2e} with the {there} before; "
+        f"schedule {cfg.schedule} depends on train.steps, constant does not, wsd not before its decay"
+    )
+
+
 def _progress(step: int, first: int, end: int) -> float:
     """How far `step` is between `first` and `end`, within [0, 1]."""
     return min(max((step - first) / max(end - first, 1), 0.0), 1.0)

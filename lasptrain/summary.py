@@ -12,14 +12,16 @@ from rich.table import Table
 from torch import Tensor
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
+from lasptrain.data import prepared
 from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.mixture import MixedDataset
 from lasptrain.eval.generate import generate
 from lasptrain.eval.validation import Validation
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.ops import select
 from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import Optim, Recipe
 from lasptrain.streams import visible
 from lasptrain.tables import show
 
@@ -38,12 +40,29 @@ def summarize(
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         prompt = dataset.split("validation").read(0, PROMPT).tolist()
         Console(soft_wrap=True, highlight=False).print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
+    data = "".join(f"data       {line}\n" for line in epochs(recipe, dataset))
     show(
+        f"{data}"
         f"run        {run}\n"
         f"curves     tensorboard --logdir {run}\n"
         "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
-        "continue   the same command with more train.steps"
+        f"continue   the same command with more train.steps{_caution(recipe.optim)}"
     )
+
+
+def epochs(recipe: Recipe, dataset: TokenDataset) -> list[str]:
+    """How often all steps read each source: a line each."""
+    parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
+    tokens = [part.whole("train").tokens for part in parts]
+    return prepared.epochs(recipe.data, tokens, recipe.train.steps * recipe.train.batch)
+
+
+def _caution(cfg: Optim) -> str:
+    """What more steps would do to the learning rate at the end of a run."""
+    if cfg.schedule == "constant":
+        return ""
+    before = ", or from a checkpoint before its decay" if cfg.schedule == "wsd" else ""
+    return f"; schedule {cfg.schedule} then raises the learning rate again (constant{before} would not)"
 
 
 def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:

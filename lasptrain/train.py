@@ -18,6 +18,7 @@ from lasptrain import cards, checkpoint, links, ops, plan, settled, stop, stream
 from lasptrain import recipe as recipes
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
+from lasptrain.data.prepared import sources
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.eval.main import while_training
@@ -26,7 +27,7 @@ from lasptrain.guard import Guard
 from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, Value, mfu
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasptrain.optim import build_optimizer, clip_gradients, jump, learning_rate, set_learning_rate
 from lasptrain.pace import Pace
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel import replicas
@@ -37,7 +38,7 @@ from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
 from lasptrain.profile import profiled
 from lasptrain.recipe import Parallel, Recipe
-from lasptrain.summary import gather, summarize
+from lasptrain.summary import epochs, gather, summarize
 from lasptrain.tables import show
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -78,19 +79,33 @@ def train(recipe: Recipe, run: Path) -> None:
     if speaks:
         checkpoint.sweep(run)
     loaded = checkpoint.load(run, job.model, job.optimizer, identity(job))
-    start = 0
+    start, there = 0, recipe.train.steps
     if loaded is not None:
         start = loaded.step
+        there = known if isinstance(known := loaded.meta.get("steps"), int) else there
         job.guard.restore(loaded.meta.get("guard", {}))
     saver = checkpoint.Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
     steps = recipe.train.steps
-    if speaks and start >= steps:
-        show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
+    if speaks:
+        show(*beginning(job, start, there))
+        if start >= steps:
+            show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
     with stop.unsaved(), Metrics(run, steps=steps, start=start, speaks=speaks) as metrics, told_of_memory(job):
         validation = run_steps(replace(job, tick=partial(tick, watch.SLOW)), run, start, saver, metrics)
     watch.beat(watch.SLOW)
     job.loader.close()
     summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), speaks)
+
+
+def beginning(job: Job, start: int, there: int) -> Iterator[str]:
+    """What is to be known of a run that goes on from step `start`, where `there` were all steps until now."""
+    recipe = job.recipe
+    yield from (f"training reads {line}" for line in epochs(recipe, job.dataset))
+    if start < recipe.train.steps and (told := jump(recipe.optim, there, recipe.train.steps, start)):
+        yield told
+    if job.device.type == "cuda":
+        promised = "unknown, so there is none" if job.peak is None else f"{job.peak / 1e12:,g} TFLOP/s"
+        yield f"MFU is of the data sheet's dense bf16 rate of {meshes.device_name()}: {promised}"
 
 
 @contextmanager
@@ -114,6 +129,9 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
     pace = Pace(job.device)
     try:
         for step in range(start, steps):
+            if speaks:
+                begun = job.loader.epochs_begun(step)
+                metrics.epochs(step + 1, {sources(recipe.data)[number][0]: epoch for number, epoch in begun.items()})
             chosen = speaks and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
                 values = one_step(job, step) | {"checkpoint_stall": saver.stall()}
@@ -279,8 +297,10 @@ def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
 
 
 def saved_with(job: Job) -> dict[str, Any]:
-    """What is saved beside tensors: what a checkpoint must agree with, and what the guard remembers."""
-    return identity(job) | {"guard": job.guard.state()}
+    """What is saved beside tensors: what a checkpoint must agree with, what the guard remembers, and of how many
+    steps this is one, which the learning rate depends on.
+    """
+    return identity(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
 
 
 def identity(job: Job) -> dict[str, Any]:

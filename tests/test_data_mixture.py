@@ -12,7 +12,7 @@ from data_tools import windows
 from data_tools.prepare import prepare
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
-from lasptrain.data.mixture import SPAN, mix, shares
+from lasptrain.data.mixture import SPAN, Mixture, mix, shares
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import dump, load
@@ -80,6 +80,27 @@ def test_a_window_is_of_one_source_and_the_same_on_every_mesh(parts: list[TokenD
                     pieces = [piece.tokens for segments in zip(*micro, strict=True) for piece in segments]
                     assert torch.equal(torch.cat(pieces, 1), whole[number * dp + d])
     assert seen == {0: 12, 1: 6, 2: 2}
+
+
+def test_epochs_begin_where_tokens_are_read_again(parts: list[TokenDataset]) -> None:
+    """Each source's own, in the order of the mixture; several in one window that is longer than a source."""
+    mixed = mix(parts, WEIGHTS, BLOCK).split("train")
+    assert isinstance(mixed, Mixture)
+    newest = [1, 1, 1]
+    for sample in range(600):
+        number, own = mixed.sample(3, sample)
+        epoch = own // (parts[number].whole("train").tokens // WINDOW) + 1
+        assert mixed.begins(WINDOW, 3, sample) == ((number, epoch) if epoch > newest[number] else None)
+        newest[number] = max(newest[number], epoch)
+    assert min(newest) > 2
+    whole, read = parts[2].whole("train"), set[int]()
+    for sample in range(60):
+        if whole.begins(WINDOW, 3, sample):
+            assert len(read) == whole.tokens // WINDOW  # as many as fit
+            read.clear()
+        read.add(whole.window_start(WINDOW, 3, sample))
+    long = 2 * whole.tokens + 1
+    assert [whole.begins(long, 3, sample) for sample in range(3)] == [(0, 3), (0, 5), (0, 7)]
 
 
 def test_held_out_windows_come_from_every_source_in_turn(parts: list[TokenDataset]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lasptrain.optim import build_optimizer, clip_gradients, initialise_state, learning_rate, set_learning_rate
+from lasptrain.optim import build_optimizer, clip_gradients, initialise_state, jump, learning_rate, set_learning_rate
 from lasptrain.recipe import Optim
 from tests.gloo import spawn
 
@@ -66,6 +66,17 @@ def test_wsd_is_stable_then_falls_linearly(decay: int | None, length: int) -> No
 def test_after_the_last_step_the_rate_stays() -> None:
     cfg = Optim(lr=1.0, min_lr=0.25)
     assert learning_rate(cfg, STEPS, 10 * STEPS) == 0.25
+
+
+def test_what_more_steps_do_to_the_learning_rate_is_told() -> None:
+    """The rate that the next update has got, and the one it would have had; nothing where they are the same."""
+    told = jump(Optim(lr=2.0, min_lr=0.1), 100, 200, 80)
+    assert told is not None
+    assert told.startswith("learning rate of step 81: 1.38e+00 with train.steps = 200, 3.72e-01 with the 100 before; ")
+    wsd = Optim(lr=2.0, schedule="wsd", warmup=5)
+    assert jump(wsd, 100, 200, 80) is None and jump(wsd, 100, 200, 81) is not None
+    assert jump(Optim(lr=2.0, schedule="constant"), 100, 200, 100) is None
+    assert jump(Optim(lr=2.0), 100, 100, 80) is None
 
 
 def test_only_matrices_decay() -> None:

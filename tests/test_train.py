@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,12 +26,15 @@ from torch import Tensor, nn
 
 from lasptrain import recipe as recipes
 from lasptrain import settled, streams, train
+from lasptrain.cli import app
 from lasptrain.data.loader import Slice
+from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, RecipeError
 from lasptrain.loss import IGNORED
 from lasptrain.metrics import Metrics, read_metrics
 from lasptrain.parallel import mesh as meshes
 from lasptrain.recipe import Parallel, Recipe, load
+from lasptrain.tables import figures
 from tests import program
 from tests.gloo import spawn
 from tests.program import Started
@@ -250,6 +254,33 @@ def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: Non
     events.Reload()
     shown = {key: events.Scalars(f"eval/{key}")[0].value for key in wanted}
     assert shown == pytest.approx(wanted, rel=1e-5)
+
+
+def test_epochs_and_jumps_of_the_learning_rate_are_told(
+    folder: Path, group: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "again").mkdir()
+    changes = ["optim.schedule=cosine", "data.validation=900000", "eval.every=0", "train.steps=3"]
+    train.train(recipes.load(folder / "tiny.yaml", changes), folder / "again")
+    first = capsys.readouterr().out
+    changes[-1] = "train.steps=6"
+    recipe = recipes.load(folder / "tiny.yaml", changes)
+    train.train(recipe, folder / "again")
+    second = capsys.readouterr().out
+    source = folder / "text"
+    tokens = open_dataset(recipe.data).whole("train").tokens
+    windows = tokens // 240
+    assert f"training reads {figures(12 / windows)} epochs of {source}: {tokens:,} tokens" in first
+    starts = {step: epoch for epoch in range(2, 9) if (step := (epoch - 1) * windows // 4 + 1) <= 6}
+    said = re.findall(r"epoch (\d+) begins at step (\d+): (.*)", first + second)
+    assert said == [(str(epoch), str(step), str(source)) for step, epoch in starts.items()] and len(said) > 1
+    events = read_metrics(folder / "again", "epoch")
+    assert [(event["step"], event["epochs"]) for event in events] == [(s, {str(source): e}) for s, e in starts.items()]
+    assert "learning rate" not in first.split("continue")[0]
+    assert "the same command with more train.steps; schedule cosine then raises the learning rate again" in first
+    assert "learning rate of step 4: 5.00e-03 with train.steps = 6, 0.00e+00 with the 3 before" in second
+    app(["check", str(folder / "tiny.yaml"), *(f"--set={change}" for change in changes)], standalone_mode=False)
+    assert f" {figures(24 / windows)} epochs of {source}: {tokens:,} tokens" in capsys.readouterr().out
 
 
 def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:

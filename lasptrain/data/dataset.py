@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from lasptrain.data.manifest import FILE, Manifest, ShardEntry
-from lasptrain.data.order import window_start
+from lasptrain.data.order import epochs, window_start
 from lasptrain.data.shard import Shard, Tokens
 from lasptrain.errors import DataError
 
@@ -31,6 +32,15 @@ class Split:
     def window_start(self, window: int, seed: int, sample: int) -> int:
         """The token where a sample's window starts."""
         return window_start(self.tokens, window, self.align, seed, sample)
+
+    def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
+        """Whether a sample begins to read tokens again: 0, and the number of the epoch, 2 or more."""
+        number = self.epoch(window, sample)
+        return (0, number) if number > self.epoch(window, sample - 1) else None
+
+    def epoch(self, window: int, sample: int) -> int:
+        """The number of the epoch in which a sample ends; 1 before the first one too."""
+        return max(1, math.ceil(epochs(self.tokens, window, sample + 1)))
 
     def held_out(self, window: int) -> Sequence[int]:
         """Where windows start that are cut from the start of the split, without shift or shuffle."""
@@ -67,6 +77,9 @@ class Windows(Protocol):
 
     def window_start(self, window: int, seed: int, sample: int) -> int:
         """Place of the window that a sample reads."""
+
+    def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
+        """Number of the source of which a sample begins to read tokens again, and of the epoch that begins, if so."""
 
     def held_out(self, window: int) -> Sequence[int]:
         """Places of fixed windows, for validation."""

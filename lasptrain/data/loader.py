@@ -102,6 +102,11 @@ class SliceLoader:
         samples = range(first, first + self.batch)
         return [self.split.window_start(self.window, self.seed, sample) for sample in samples]
 
+    def epochs_begun(self, step: int) -> dict[int, int]:
+        """Sources of which a step begins to read tokens again, by number, and which epoch of each it is, from 2 on."""
+        samples = range(step * self.batch, (step + 1) * self.batch)
+        return dict(filter(None, (self.split.begins(self.window, self.seed, sample) for sample in samples)))
+
     def read_step(self, step: int) -> list[MicroBatch]:
         """What this rank trains on in a step: of its windows d, d + dp, …, `micro_batch` at a time."""
         starts = self.window_starts(step)[self.dp_rank :: self.dp]

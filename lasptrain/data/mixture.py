@@ -70,6 +70,17 @@ class Mixture:
         number, own = self.sample(seed, sample)
         return number * SPAN + self.splits[number].window_start(window, seed, own)
 
+    def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
+        """Number of the source of which a sample begins to read tokens again, and of the epoch that begins, if so."""
+        number, own = self.sample(seed, sample)
+        split, first = self.splits[number], own - own % self.counts[number]
+        epoch = split.epoch(window, own)
+        if epoch == split.epoch(window, first - 1):  # all of the blocks before
+            return None
+        before = (self.sample(seed, other) for other in range(sample - sample % self._ends[-1], sample))
+        begun = any(source == number and split.epoch(window, other) >= epoch for source, other in before)
+        return None if begun else (number, epoch)
+
     def held_out(self, window: int) -> list[int]:
         """Places of windows from the starts of the splits, the datasets' first ones first."""
         places = [split.held_out(window) for split in self.splits]

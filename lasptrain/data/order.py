@@ -8,6 +8,7 @@ is used once an epoch, no token twice, and only total mod window tokens sit out,
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 from functools import lru_cache
 
 ROUNDS = 6
@@ -49,6 +50,11 @@ def permute(size: int, index: int, seed: int, epoch: int = 0) -> int:
         index = left << bits | right
         if index < size:
             return index
+
+
+def epochs(total: int, window: int, samples: Fraction | int) -> Fraction:
+    """How many epochs so many samples are; one that is longer than the ring is several."""
+    return samples * (Fraction(window, total) if window > total else Fraction(1, total // window))
 
 
 def window_start(total: int, window: int, align: int, seed: int, sample: int) -> int:

@@ -1,0 +1,51 @@
+"""The datasets that a recipe names: where they are when they are prepared, how often training reads them. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from data_tools.packing import BestFit
+from data_tools.prepare import find_dataset
+from lasptrain.data import order
+from lasptrain.data.manifest import Manifest
+from lasptrain.recipe import Data
+from lasptrain.tables import figures
+
+
+def cache_folder(data: Data) -> Path:
+    """Where prepared datasets are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(data.cache or f"{home}/lasptrain").expanduser()
+
+
+def packing(data: Data) -> BestFit | None:
+    """How documents are packed, where it is not one after another."""
+    return BestFit(data.window, data.long_documents) if data.packing == "best_fit" else None
+
+
+def sources(data: Data) -> list[tuple[str, Fraction]]:
+    """What is read, and the part of all windows that comes from it."""
+    if isinstance(data.source, str):
+        return [(data.source, Fraction(1))]
+    total = sum(Fraction(part.weight) for part in data.source)
+    return [(part.path, Fraction(part.weight) / total) for part in data.source]
+
+
+def training_tokens(data: Data) -> list[int] | None:
+    """Tokens to train on of each source; None where one is not prepared yet. Reads no more text than `find_dataset`."""
+    cache, pack = cache_folder(data), packing(data)
+    folders = [find_dataset(name, data.tokenizer, cache, data.validation, data.seed, pack) for name, _ in sources(data)]
+    found = [Manifest.load(folder).splits["train"].tokens for folder in folders if folder is not None]
+    return found if len(found) == len(folders) else None
+
+
+def epochs(data: Data, tokens: Sequence[int], windows: int) -> list[str]:
+    """How often so many windows read each source, which have so many tokens: a line for each that has some."""
+    return [
+        f"{figures(float(order.epochs(count, data.window, windows * share)))} epochs of {name}: {count:,} tokens"
+        for (name, share), count in zip(sources(data), tokens, strict=True)
+        if count
+    ]
