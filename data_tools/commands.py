@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools import synthetic
 from data_tools import tokenizer as tokenizers
+from data_tools.files import counted
 from data_tools.packing import BestFit
 from data_tools.prepare import ANY_LENGTH, Progress
 from data_tools.prepare import prepare as prepare_folder
-from data_tools.sources import Reading, open_source
+from data_tools.sources import Reading, left_out, open_source
 from data_tools.synthetic import Kind
 from lasptrain.data.manifest import Manifest
 from lasptrain.data.shard import Shard, file_sha256
@@ -27,18 +29,21 @@ class TrainedTokenizer:
     vocab: int
     sha256: str
     bytes_per_token: float
+    left_out: Mapping[str, int]
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.vocab} pieces, {self.bytes_per_token:.2f} bytes per token, SHA-256 {self.sha256}"
+        told = f"{self.path}: {self.vocab} pieces, {self.bytes_per_token:.2f} bytes per token, SHA-256 {self.sha256}"
+        return told + told_left_out(self.left_out)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a dataset holds; with a window, also how many fit."""
+    """What a dataset holds; with a window, also how many fit; when it has just been made, what was `left_out`."""
 
     folder: Path
     manifest: Manifest
     window: int | None = None
+    left_out: Mapping[str, int] | None = None
 
     def rate(self, seconds: float) -> str:
         """How fast it was made."""
@@ -64,6 +69,8 @@ class Inspection:
                 f"{rate:.2f} bytes per token{fits}"
             )
         lines.append(f"  dropped      {', '.join(f'{n:,} {why}' for why, n in manifest.dropped.items()) or 'nothing'}")
+        if self.left_out is not None:
+            lines.append(f"  left out     {counted(self.left_out) or 'nothing'}")
         lines += [
             f"  {1 << i:>10,} tokens or more: {documents:,} documents with {tokens:,} tokens"
             for i, (documents, tokens) in enumerate(
@@ -95,6 +102,11 @@ def _cut(manifest: Manifest) -> str:
     return (f"windows of a multiple of {align:,}; " if align > 1 else "") + f"documents cut: {found or 'not counted'}"
 
 
+def told_left_out(found: Mapping[str, int]) -> str:
+    """A line about what stands beside the files of sources and was not read; none if there is no such thing."""
+    return f"\nleft out: {counted(found)}" if found else ""
+
+
 def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokenizer:
     """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
     if out.exists():
@@ -110,7 +122,7 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokeniz
     sample = texts[:: max(1, len(texts) // 100)]
     tokens = sum(len(trained.encode(piece)) for text in sample for piece in tokenizers.cut(text))
     rate = sum(len(text.encode()) for text in sample) / max(1, tokens)
-    return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate)
+    return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate, left_out(sources))
 
 
 def prepare(
@@ -126,6 +138,7 @@ def prepare(
     packing: BestFit | None = None,
 ) -> Inspection:
     """Write a dataset and show what is in it."""
+    found = left_out(sources)
     folder = prepare_folder(
         sources,
         tokenizer_path,
@@ -138,7 +151,7 @@ def prepare(
         lengths=lengths,
         packing=packing,
     )
-    return inspect(folder)
+    return replace(inspect(folder), left_out=found)
 
 
 def inspect(folder: Path, window: int | None = None) -> Inspection:
@@ -155,7 +168,8 @@ def synthesize(
     made = synthetic.documents(kind, texts, lengths, count, seed)
     written = synthetic.write(out, (one.prompt if prompts else one.row for one in made))
     about = " to ".join(f"{length:,}" for length in sorted(set(lengths)))
-    return f"{out}: {written:,} {'prompts' if prompts else 'documents'} of about {about} characters"
+    told = f"{out}: {written:,} {'prompts' if prompts else 'documents'} of about {about} characters"
+    return told + told_left_out(left_out(sources))
 
 
 def verify(folder: Path) -> Verification:

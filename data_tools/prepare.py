@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools import encode as worker
+from data_tools.files import naming
 from data_tools.packing import BestFit, Layout, best_fit, concat
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
@@ -53,6 +54,12 @@ ANY_LENGTH = (0, 1 << 62)  # tokens of a document
 Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in bytes of source, "write" in tokens
 
 
+def is_dataset(source: str) -> bool:
+    """Whether a recipe's source is a prepared folder, not text."""
+    with naming(Path(source)):
+        return (Path(source) / FILE).exists()
+
+
 def ensure_dataset(
     source: str,
     tokenizer_path: str | Path,
@@ -70,7 +77,7 @@ def ensure_dataset(
     """
     tokenizer = load_tokenizer(tokenizer_path)
     folder = Path(source)
-    if (folder / FILE).exists():
+    if is_dataset(source):
         manifest = Manifest.load(folder)
         made_with = manifest.tokenizer
         if made_with.sha256 != tokenizer.sha256:

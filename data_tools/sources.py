@@ -11,16 +11,16 @@ import os
 import platform
 import sysconfig
 import tokenize
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from data_tools.files import FIT, TABLE, TEXT, below, choose, counted, ending, endings, naming
+from data_tools.json_rows import rows
 from data_tools.long_json import text_under
 from data_tools.tokenizer import Cutter
 from lasptrain.data.shard import file_sha256
@@ -28,7 +28,6 @@ from lasptrain.errors import DataError, SetupError
 
 PYTHON_SOURCE = "python:source"
 REPOSITORIES = "repositories:"  # before a folder: each folder in it is one document
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 LARGEST_CODE = 1 << 20  # bytes; a longer file of a repository is data
 READ = 1 << 20  # bytes of a text file that are read at once
 LONG_LINE = 1 << 24  # bytes of JSON from which on a line is read in parts
@@ -80,25 +79,29 @@ Part = tuple[str, str | None, int, bool]
 class Source:
     """A named list of files in the order they are read. `root` is what their names are relative to.
 
-    `repositories`: the files of each folder right below `root` are one document.
+    `repositories`: the files of each folder right below `root` are one document. `left_out`: what stands beside the
+    files and is not read, by kind.
     """
 
     name: str
     root: Path
     files: tuple[Path, ...]
     repositories: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Size of all files as they lie on disk."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(_size(path) for path in self.files)
 
     @cached_property
     def sha256(self) -> str:
         """SHA-256 over the names and contents of the files."""
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(f"{path.relative_to(self.root).as_posix()}\0{file_sha256(path)}\n".encode())
+            with naming(path):
+                content = file_sha256(path)
+            digest.update(os.fsencode(path.relative_to(self.root).as_posix()) + f"\0{content}\n".encode())
         return digest.hexdigest()
 
     def documents(self, reading: Reading, dropped: Counter[str]) -> Iterator[Document]:
@@ -139,7 +142,7 @@ class Source:
     def _files(self, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
         done = 0
         for path in self.files:
-            with _naming(path), path.open("rb") as raw:
+            with naming(path), path.open("rb") as raw:
                 for place, text, position, last in _texts(path, raw, reading, dropped):
                     yield place, text, done + position, last
                 done += os.fstat(raw.fileno()).st_size
@@ -150,7 +153,7 @@ class Source:
         for name, files in groupby(self.files, key=lambda path: path.relative_to(self.root).parts[0]):
             between = ""
             for path in files:
-                with _naming(path):
+                with naming(path):
                     content = path.read_bytes()
                 done += len(content)
                 text = _code(content)
@@ -167,34 +170,64 @@ def open_source(spec: str, tests: bool = False) -> Source:
     """The source of that name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below;
     `repositories:FOLDER` takes each folder in it as one document.
 
-    Raises DataError when there is nothing to read.
+    Links are followed; a file that they lead to twice is read once. Raises DataError when there is nothing to read, or
+    something that cannot be read.
     """
+    left_out = Counter[str]()
     if spec == PYTHON_SOURCE:
         root = Path(sysconfig.get_path("stdlib"))
-        without = NOT_LIBRARY if tests else NOT_LIBRARY | TESTS
-        files = [path for path in _below(root, without) if path.suffix == ".py"]
+        found = below(root, NOT_LIBRARY if tests else NOT_LIBRARY | TESTS, Counter())
+        files = choose((one for one in found if one[1].suffix == ".py"), lambda path: True, Counter())
         name = f"{PYTHON_SOURCE} {platform.python_version()}"
     elif spec.startswith(REPOSITORIES):
         return _open_repositories(Path(spec.removeprefix(REPOSITORIES)))
     else:
         root = Path(spec)
-        if not spec or not root.exists():
-            fits = f"{PYTHON_SOURCE}, or a file or folder of {', '.join(SUFFIXES)} fits"
-            raise DataError(f"{spec or 'an empty name'}: no such source; {fits}")
-        files = [path for path in (_below(root) if root.is_dir() else [root]) if path.name.endswith(SUFFIXES)]
-        name, root = root.resolve().name, root if root.is_dir() else root.parent
+        with naming(root):
+            is_folder, exists = root.is_dir(), root.exists()
+        if not spec or not exists:
+            raise DataError(
+                f"{spec or 'an empty name'}: no such source; {PYTHON_SOURCE}, or a file or folder of {FIT} fits"
+            )
+        files = choose(below(root, (), left_out), lambda path: endings(path.name) is not None, left_out)
+        name, root = root.resolve().name, root if is_folder else root.parent
     if not files:
-        raise DataError(f"{spec}: 0 files to read; {', '.join(SUFFIXES)} fit")
-    return Source(name, root, tuple(sorted(files, key=lambda path: path.relative_to(root).as_posix())))
+        raise DataError(f"{spec}: 0 files to read; {FIT} fit; left out: {counted(left_out) or 'nothing'}")
+    files.sort(key=lambda path: path.relative_to(root).as_posix())
+    return Source(name, root, tuple(files), left_out=left_out)
+
+
+def left_out(specs: Iterable[str]) -> dict[str, int]:
+    """What stands beside the files of all these sources and is not read, by kind."""
+    return dict(sum((Counter(open_source(spec).left_out) for spec in specs), Counter[str]()))
 
 
 def _open_repositories(root: Path) -> Source:
-    if not root.is_dir():
+    with naming(root):
+        is_folder = root.is_dir()
+    if not is_folder:
         raise DataError(f"{root}: no such folder; {REPOSITORIES}FOLDER takes each folder in it as one document")
-    files = [path for path in _below(root, HIDDEN) if len(path.relative_to(root).parts) > 1 and path.is_file()]
+    left_out, found = Counter[str](), []
+    for real, path in below(root, HIDDEN, left_out):
+        with naming(path):
+            exists = path.exists()
+        if not exists:  # a repository may hold a link that leads somewhere on the machine of who wrote it
+            left_out["dangling link"] += 1
+        elif path.parent == root:
+            left_out[ending(path)] += 1
+        else:
+            found.append((real, path))
+    files = choose(found, lambda path: True, left_out)
     if not files:
-        raise DataError(f"{root}: 0 files in folders; {REPOSITORIES}FOLDER takes each folder in it as one document")
-    return Source(root.resolve().name, root, tuple(sorted(files, key=lambda path: path.relative_to(root).parts)), True)
+        fits = f"{REPOSITORIES}FOLDER takes each folder in it as one document"
+        raise DataError(f"{root}: 0 files in folders; {fits}; left out: {counted(left_out) or 'nothing'}")
+    files.sort(key=lambda path: path.relative_to(root).parts)
+    return Source(root.resolve().name, root, tuple(files), True, left_out)
+
+
+def _size(path: Path) -> int:
+    with naming(path):
+        return path.stat().st_size
 
 
 def _code(content: bytes) -> str | None:
@@ -207,13 +240,6 @@ def _code(content: bytes) -> str | None:
         return None
 
 
-def _below(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """Every file below a folder, except in folders of these names."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in without]
-        yield from (Path(folder, name) for name in files)
-
-
 def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
     """Each text of a file."""
     if path.suffix == ".py":
@@ -223,21 +249,49 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
         else:
             yield str(path), text, raw.tell(), True
         return
-    if path.suffix == ".parquet":
+    held, packed = endings(path.name) or (TEXT, "")
+    if held == TABLE:
         yield from _rows(path, reading, dropped)
         return
-    stream = _unpacked(path, raw)
-    if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
+    stream = _unpacked(path, packed, raw)
+    if held == TEXT:
         yield from ((str(path), text, raw.tell(), last) for text, last in _plain(path, stream, reading, dropped))
         return
-    for place, line in _lines(path, stream):
-        if len(line) < LONG_LINE:
+    is_value = held == ".json"
+    for number, line in _lines(stream):
+        place, is_value = f"{path}:{number}", is_value and _is_no_line(line)
+        if is_value:
+            texts = _json_value(path, chain((line,), iter(lambda: stream.read(READ), b"")), reading, dropped)
+            yield from ((place, text, raw.tell(), True) for place, text in texts)
+        elif len(line) < LONG_LINE:
             text = _json_text(line, place, reading, dropped)
             if text is not None:
                 yield place, text, raw.tell(), True
         else:
             parts = _long_json(line, stream, place, reading, dropped)
             yield from ((place, text, raw.tell(), last) for text, last in parts)
+
+
+def _is_no_line(line: bytes) -> bool:
+    """Whether a file that begins with this line is a list, or holds objects that take several lines each."""
+    line = line.strip()
+    return line.startswith(b"[") or line == b"{"
+
+
+def _json_value(
+    path: Path, content: Iterable[bytes], reading: Reading, dropped: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """(place, text) of each row of JSON that is not in lines; DataError where it is no such JSON."""
+    number = 0
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # what is not UTF-8 is found in its row
+    try:
+        for row in rows(decoder.decode(part, final=not part) for part in chain(content, (b"",))):
+            number += 1
+            text = _row_text(row, f"{path}:{number}", reading, dropped)
+            if text is not None:
+                yield f"{path}:{number}", text
+    except ValueError as error:
+        raise DataError(f"{path}: row {number + 1}: {error}; JSON lines, or one list of rows, fit") from error
 
 
 def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str | None, bool]]:
@@ -295,13 +349,14 @@ def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Co
         yield text
 
 
-def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of each line that is not blank; of a long one the beginning, the stream has the rest."""
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line that is not blank; of a long one the beginning, the stream has the rest."""
     number = 0
     while line := stream.readline(LONG_LINE):
         number += 1
-        if line.strip() or len(line) == LONG_LINE:
-            yield f"{path}:{number}", line
+        begin = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if begin.strip() or len(line) == LONG_LINE:
+            yield number, begin
 
 
 def _whole_line(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
@@ -340,16 +395,24 @@ class _Frames(io.RawIOBase):
         return count
 
 
-def _unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
-    """The content of a file that may be compressed; SetupError where its library is missing."""
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise SetupError(f"{path}: needs zstandard: pip install 'lasptrain[data]'") from None
-        return io.BufferedReader(_Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj()), 1 << 17)
+def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
+    """The content of a file that is packed as its ending says; SetupError where the library for it is missing."""
+    match packed:
+        case ".gz":
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+        case ".zst" | ".zstd":
+            try:
+                import zstandard
+            except ImportError:
+                raise SetupError(f"{path}: needs zstandard: pip install 'lasptrain[data]'") from None
+            return io.BufferedReader(_Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj()), 1 << 17)
+        case ".bz2" | ".xz":
+            try:
+                import bz2
+                import lzma
+            except ImportError:
+                raise SetupError(f"{path}: needs a Python with bz2 and lzma; .gz and .zst fit this one") from None
+            return cast(BinaryIO, bz2.BZ2File(raw) if packed == ".bz2" else lzma.LZMAFile(raw))
     return raw
 
 
@@ -404,12 +467,19 @@ def _json_text(line: bytes, place: str, reading: Reading, dropped: Counter[str])
     if decoded is None:
         return None
     try:
-        text = json.loads(decoded)[reading.field]
-        if not isinstance(text, str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else f"no text under {reading.field!r}"
-        _malformed(f"{place}: {reason}", reading, dropped)
+        row = json.loads(decoded)
+    except ValueError as error:
+        _malformed(f"{place}: {error}", reading, dropped)
+        return None
+    except RecursionError:
+        row = None
+    return _row_text(row, place, reading, dropped)
+
+
+def _row_text(row: Any, place: str, reading: Reading, dropped: Counter[str]) -> str | None:
+    text = row.get(reading.field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        _malformed(f"{place}: no text under {reading.field!r}", reading, dropped)
         return None
     if problem := _surrogate(text):
         return _invalid(f"{place}: {problem}", _without_surrogates(text), reading, dropped)
@@ -440,16 +510,3 @@ def _invalid(problem: str, repaired: str, reading: Reading, dropped: Counter[str
         case "skip":
             dropped["invalid"] += 1
             return None
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of the file system and of decompression, with the name of the file."""
-    try:
-        yield
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":  # of a library that may not be there
-            raise DataError(f"{path}: {error}") from error
-        raise

@@ -13,7 +13,7 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import epochs, permute
-from lasptrain.data.source import open_dataset
+from lasptrain.data.source import left_out, open_dataset
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import Recipe, load
 from lasptrain.run import RECIPE
@@ -194,4 +194,4 @@ def preview(recipe: Recipe) -> Mixing:
             f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
             f"{tokens:,} tokens, {read:.2f} epochs" + ("; each more than 4 times" if read > 4 else "")
         )
-    return Mixing(tuple(lines))
+    return Mixing((*lines, *left_out(data)))

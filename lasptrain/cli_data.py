@@ -18,7 +18,7 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE…",
-        help="python:source, repositories:FOLDER for code, or files and folders of .txt, .jsonl, .parquet.",
+        help="python:source, repositories:FOLDER for code, or files and folders of text, JSON lines and .parquet.",
     ),
 ]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
@@ -192,7 +192,8 @@ def check_tokenizer(
     """Encode text and decode it again: what is lost, unknown, or encoded otherwise by another tokenizer."""
     from collections import Counter
 
-    from data_tools.sources import Reading, open_source
+    from data_tools.commands import told_left_out
+    from data_tools.sources import Reading, left_out, open_source
     from data_tools.tokenizer import check, load_tokenizer
 
     dropped: Counter[str] = Counter()
@@ -202,7 +203,8 @@ def check_tokenizer(
     for line in found.changed[:20]:
         typer.echo(line)
     rate = found.bytes / max(1, found.tokens)
-    typer.echo(f"{found.texts:,} texts, {found.tokens:,} tokens, {rate:.3f} bytes per token")
+    rates = f"{found.texts:,} texts, {found.tokens:,} tokens, {rate:.3f} bytes per token"
+    typer.echo(rates + told_left_out(left_out(sources)))
     typer.echo(f"{len(found.changed):,} do not come back, {found.unknown:,} tokens are unknown")
     typer.echo(f"long texts {'may be cut: no id changes' if found.cuts else 'are encoded whole: a cut changes ids'}")
     if found.differing is not None:

@@ -37,7 +37,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lasptrain import recipe as recipes
 from lasptrain import run as runs
 from lasptrain import stop, watch
-from lasptrain.data.source import open_dataset
+from lasptrain.data.source import left_out, open_dataset
 from lasptrain.errors import (
     INTERNAL,
     INTERRUPTED,
@@ -182,6 +182,8 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
     dp, sp = recipes.resolve_mesh(recipe, world)
     with preparing() as progress:
         recipe = recipes.with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
+    for line in left_out(recipe.data):
+        sys.stderr.write(f"{line}\n")
     return recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"dp": dp, "sp": sp})})
 
 

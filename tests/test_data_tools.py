@@ -1,12 +1,17 @@
 """Text to dataset: sources, tokenizers, cutting, and the same bytes whoever prepares them."""
 
+import bz2
+import codecs
+import contextlib
 import errno
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +28,7 @@ from pyarrow import parquet
 from data_tools import commands, synthetic, windows
 from data_tools import encode as worker
 from data_tools import prepare as preparing
+from data_tools.files import counted
 from data_tools.packing import BestFit
 from data_tools.prepare import ensure_dataset, prepare
 from data_tools.sources import Piece, Reading, open_source
@@ -33,8 +39,11 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
 from lasptrain.eval.tasks.files import rows
+from lasptrain.launch import resolve
+from lasptrain.recipe import load
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
+RECIPES = Path(__file__).parent.parent / "recipes"
 HARD = [
     "a\r\nb\x00c\td",
     "  two  blanks \n\n\n",
@@ -157,6 +166,188 @@ def test_compressed_files_and_tables_are_read_as_what_they_hold(tmp_path: Path) 
         (tmp_path / name).write_bytes(whole[: len(whole) // 3])
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             texts(tmp_path / name)
+
+
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".zstd": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+def test_all_usual_names_are_read_in_any_case(tmp_path: Path) -> None:
+    """C4's are .json.gz, Dolma's .json.gz and .jsonl.zst, others write .ndjson; a BOM is none of the text."""
+    for packed, pack in PACK.items():
+        line = json.dumps({"text": f"line of {packed}"}).encode() + b"\n"
+        for ending in (".jsonl", ".ndjson", ".json"):
+            (tmp_path / f"a{ending}{packed}").write_bytes(pack(codecs.BOM_UTF8 + line))
+            (tmp_path / f"B{ending.upper()}{packed.upper()}").write_bytes(pack(line * 2))
+        (tmp_path / f"a.Txt{packed}").write_bytes(pack(b"a text"))
+        with pytest.raises(DataError, match=re.escape(f"a.json{packed}:1: no text under 'body'")):
+            texts(tmp_path / f"a.json{packed}", Reading(field="body"))
+    parquet.write_table(pyarrow.table({"text": ["a row"]}), tmp_path / "a.PARQUET")
+    assert Counter(text for _, text, _ in texts(tmp_path)) == {
+        "a row": 1,
+        "a text": len(PACK),
+        **{f"line of {packed}": 3 * 3 for packed in PACK},
+    }
+    for packed in (".bz2", ".xz"):
+        path = tmp_path / f"a.json{packed}"
+        for damaged in (path.read_bytes()[:-9], b"none at all"):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"a\.json\{packed}: it cannot be read: "):
+                texts(path)
+
+
+def named(folder: Path, *names: str) -> Path:
+    """The folder, with files of these names that say their name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_what_is_not_read_is_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `prepare`, and where a recipe names the folder, also when it has been prepared before."""
+    names = ("a.txt", "b.md", "deep/c.MD", "d.tar.gz", "README", ".hidden", "deep/.txt~", "1.%")
+    corpus = named(tmp_path / "corpus", *names)
+    said = "2 .md, 2 dot files, 2 other files, 1 .tar.gz, 1 FIFO, 1 socket"
+    os.mkfifo(corpus / "deep" / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(corpus):
+        bound.bind("socket.jsonl")
+    made = commands.prepare([str(corpus)], "bytes", tmp_path / "out", Reading(), validation_ppm=0)
+    assert f"\n  left out     {said}\n" in str(made) and made.manifest.splits["train"].documents == 1
+    named(tmp_path, "only.txt")
+    whole = commands.prepare([str(tmp_path / "only.txt")], "bytes", tmp_path / "whole", Reading(), validation_ppm=0)
+    assert "\n  left out     nothing\n" in str(whole)
+    recipe = load(RECIPES / "quickstart.yaml", [f"data.source={corpus}", f"data.cache={tmp_path}", "data.validation=0"])
+    for _ in range(2):
+        resolve(recipe, 1)
+        assert capsys.readouterr().err == f"data.source: {corpus}: left out: {said}\n"
+    asked = commands.synthesize("recall", [str(corpus)], (900, 900), 3, 0, False, tmp_path / "out.jsonl")
+    assert asked.endswith(f"\nleft out: {said}")
+    kinds = Counter({f".{i}": 1 for i in range(20)} | {".md": 1000, "dot file": 1})
+    assert re.fullmatch(r"1,000 \.md, 1 \.0, 1 \.1, 1 \.10, .*, 10 of other endings", counted(kinds))
+
+
+PIPES = """
+import sys
+from data_tools.sources import open_source
+from lasptrain.errors import DataError
+
+for name in sys.argv[1:]:
+    try:
+        open_source(name).sha256
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "one").mkdir(parents=True)
+    for name in ("pipe.txt", "folder/one/pipe.txt"):
+        os.mkfifo(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", PIPES, "pipe.txt", "folder", "repositories:folder"],
+        env=os.environ | {"PYTHONPATH": str(MODEL.parent.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = [line.partition("; ") for line in done.stdout.splitlines()]
+    assert [line[0] for line in said] == [
+        "pipe.txt: 0 files to read",
+        "folder: 0 files to read",
+        "folder: 0 files in folders",
+    ], done.stderr
+    assert all(line[2].endswith("left out: 1 FIFO") for line in said)
+
+
+def test_links_are_followed_and_no_text_is_read_twice(tmp_path: Path) -> None:
+    """What stands in the folder keeps its name; of two links to the same the first one counts; none goes in circles."""
+    root = named(tmp_path / "root", "z/own.txt", "blobs/0123")
+    named(tmp_path / "away", "b.txt", "deep/c.txt", "deep/d.md")
+    for name, leads in {
+        "a.txt": "z/own.txt",  # is read anyway
+        "b.txt": "blobs/0123",  # is not, under its own name
+        "c.txt": "blobs/0123",
+        "circle": "circles",  # of links
+        "circles": "../root",
+        "z/up": "..",
+        "z/top": "/",
+        "link1": "../away/deep",
+        "link2": "../away",
+        "link3": "link2",
+        "link4": "z",
+        "one.txt": "../away/b.txt",
+        "notes.md": "z/own.txt",
+    }.items():
+        (root / name).symlink_to(leads)
+    (tmp_path / "away" / "deep" / "back").symlink_to(root)
+    source = open_source(str(root))
+    places = ["b.txt", "link1/c.txt", "link2/b.txt", "z/own.txt"]
+    assert [path.relative_to(root).as_posix() for path in source.files] == places
+    assert source.left_out == {"repeated link": 10, ".md": 2, "other file": 1}
+    assert [text for _, text, _ in texts(root)] == ["blobs/0123", "deep/c.txt", "b.txt", "z/own.txt"]
+    (tmp_path / "named").symlink_to("root")
+    assert len(open_source(str(tmp_path / "named")).files) == 4
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    named(tmp_path, "deep/a.txt")
+    for leads, reason in (("gone", "No such file or directory"), ("data", "Too many levels of symbolic links")):
+        (tmp_path / "deep" / "data").symlink_to(leads)
+        with pytest.raises(DataError, match=rf"deep/data -> {leads}: it cannot be read: {reason}$"):
+            open_source(str(tmp_path))
+        (tmp_path / "deep" / "data").unlink()
+
+
+CLOSED = """
+import os, pathlib, sys
+from data_tools import commands
+from data_tools.prepare import ensure_dataset
+from data_tools.sources import open_source
+from lasptrain.errors import LaspError
+
+if os.getuid() == 0:  # who may read everything
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for name in sys.argv[1:]:
+    for reads in (
+        lambda: commands.prepare([name], "bytes", pathlib.Path("out"), commands.Reading()),
+        lambda: ensure_dataset(name, "bytes", pathlib.Path("cache"), 0, 0),
+    ):
+        try:
+            print(reads())
+        except LaspError as error:
+            print(error.code, error)
+"""
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+    """A folder in a folder, a file, what stands in a folder that may only be listed, and a name that leads into one."""
+    named(tmp_path, *(f"{name}/1.txt" for name in "abc"), "a/closed/2.txt", "b/closed.txt", "c/listed/2.txt")
+    named(tmp_path, "d/one/closed.py")
+    closed = {"a/closed": 0, "b/closed.txt": 0, "c/listed": 0o444, "d/one/closed.py": 0}
+    tmp_path.chmod(0o777)
+    for name, mode in closed.items():
+        (tmp_path / name).chmod(mode)
+    names = ["a", "b", "c", "repositories:d", "a/closed/2.txt"]
+    environment = os.environ | {"PYTHONPATH": str(MODEL.parent.parent)}
+    command = [sys.executable, "-c", CLOSED, *names]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    for name in closed:
+        (tmp_path / name).chmod(0o700)
+    expected = ["a/closed", "b/closed.txt", "c/listed/2.txt", "d/one/closed.py", "a/closed/2.txt"]
+    assert re.findall(r"^3 (.*): it cannot be read: (?:P|no p)ermission", done.stdout, re.M) == [
+        name for name in expected for _ in range(2)
+    ], done.stdout + done.stderr
 
 
 def test_a_repository_is_one_document(tmp_path: Path) -> None:
@@ -414,6 +605,8 @@ def test_the_same_bytes_from_any_number_of_workers(
 ) -> None:
     monkeypatch.setattr("data_tools.prepare.UNIT", 200)
     monkeypatch.setattr("data_tools.prepare.SHARD_TOKENS", 2000)
+    (corpus / "a.json.bz2").write_bytes(bz2.compress(json.dumps([{"text": f"row {i}"} for i in range(99)]).encode()))
+    (corpus / "linked").symlink_to(named(tmp_path / "elsewhere", "b.txt", "c.txt"))
     stages = []
     one = prepare([str(corpus)], MODEL, tmp_path / "1", workers=1, validation_ppm=100_000)
     two = prepare(
@@ -446,7 +639,13 @@ def test_many_callers_prepare_once(corpus: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == times
     assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 1) != again
     (corpus / "a.txt").write_text("changed text")
-    assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0) != again
+    changed = ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0)
+    assert changed != again
+    (corpus / "linked").symlink_to(named(tmp_path / "elsewhere", "b.txt"))
+    linked = ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0)
+    (tmp_path / "elsewhere" / "c.JSON").write_text(json.dumps([{"text": "c"}]))
+    assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0) not in (again, changed, linked)
+    assert linked != changed
     assert ensure_dataset(str(again), "bytes", tmp_path / "cache", 1, 1) == again
 
 

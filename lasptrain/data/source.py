@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from data_tools.prepare import Progress, ensure_dataset
+from collections.abc import Iterator
+
+from data_tools.files import counted
+from data_tools.prepare import Progress, ensure_dataset, is_dataset
+from data_tools.sources import left_out as not_read
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import mix
 from lasptrain.data.prepared import cache_folder, packing, sources
@@ -25,3 +29,11 @@ def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
     if isinstance(data.source, str):
         return parts[0]
     return mix(parts, [part.weight for part in data.source], data.mix_block)
+
+
+def left_out(data: Data) -> Iterator[str]:
+    """A line for each source of text that has files which are not read."""
+    for name, _ in sources(data):
+        found = {} if is_dataset(name) else not_read([name])
+        if found:
+            yield f"data.source: {name}: left out: {counted(found)}"
