@@ -17,16 +17,9 @@ TEXT, TABLE = ".txt", ".parquet"
 JSON = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 FIT = f"{TEXT}, {', '.join(JSON)}, each also with {', '.join(PACKED)}, and {TABLE}"
-NOUNS = (
-    "dot file",
-    "other file",
-    "repeated link",
-    "dangling link",
-    "FIFO",
-    "socket",
-    "device",
-)  # left out, not by ending
-SHOWN = 12  # kinds of what is left out
+LINKS = "repeated link", "upward link", "dangling link"
+NOUNS = ("dot file", "other file", *LINKS, "FIFO", "socket", "device")  # kinds of what is left out, besides endings
+SHOWN = 12  # of these kinds and endings
 
 Found = tuple[Path, Path]  # where it really is, and the name under which it was found
 
@@ -58,7 +51,7 @@ def below(root: Path, without: Collection[str], left_out: Counter[str]) -> Itera
             yield real, link
             continue
         if link != root and (real in read or _real(link.parent).is_relative_to(real)):
-            left_out["repeated link"] += 1
+            left_out["repeated link" if real in read else "upward link"] += 1
             continue
         folders = [(real, link)]
         for real, folder in folders:

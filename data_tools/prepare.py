@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in 
 def is_dataset(source: str) -> bool:
     """Whether a recipe's source is a prepared folder, not text."""
     with naming(Path(source)):
-        return (Path(source) / FILE).exists()
+        return (Path(source) / FILE).is_file()
 
 
 def ensure_dataset(
