@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,14 +15,14 @@ import torch
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from lasptrain import recipe as recipes
 from lasptrain.errors import DataError, RecipeError, SetupError
-from lasptrain.eval import main, perplexity, report
+from lasptrain.eval import commands, main, perplexity, predictions, report
 from lasptrain.eval.commands import parse_lengths
 from lasptrain.eval.evaluate import Asked, Ledger, Questions, answer
 from lasptrain.eval.generate import decode
 from lasptrain.eval.inference import Reader
 from lasptrain.eval.score import METRICS, bootstrap, interval, wilson
 from lasptrain.eval.tasks import TASKS
-from lasptrain.eval.tasks.files import rows, samples, task_name
+from lasptrain.eval.tasks.files import open_files, rows, samples, task_name
 from lasptrain.eval.tasks.recall import associations
 from lasptrain.eval.tasks.sample import Ask, Sample
 from lasptrain.metrics import read_metrics
@@ -46,6 +47,7 @@ ASKED = {  # how often a reference stands in its prompt
     "niah_multiquery": 1,
     "kv_retrieval": 1,
 }
+ORDER = [0, 9, 4, 2, 6, 1, 3, 5, 7, 8]  # of ten places, so that any first few lie everywhere
 TEXT = ("It rains today.", "The harbour is quiet!", "Who has seen the third boat?")
 
 
@@ -82,20 +84,43 @@ def test_a_single_needle_stands_at_its_depth(index: int) -> None:
     for task in ("passkey", "niah_single_1", "niah_multikey_2", "kv_retrieval"):
         sample = TASKS[task](Ask(ByteTokenizer(), LENGTH, index))
         place = ByteTokenizer().decode(sample.prompt).rindex(sample.references[0])
-        assert sample.depth == pytest.approx(index / 9)
+        assert sample.depth == pytest.approx(ORDER[index] / 9)
         assert sample.depth == pytest.approx(place / len(sample.prompt), abs=0.06)
         end = place + len(sample.references[0])
         assert sample.distance == pytest.approx(len(sample.prompt) - 1 - end, abs=25)
 
 
+def test_the_first_few_needles_lie_everywhere() -> None:
+    for places in (2, 3, 10, 64):
+        for count in range(2, places + 1):
+            depths = sorted(Ask(ByteTokenizer(), LENGTH, index, depths=places).depth for index in range(count))
+            assert depths[0] == 0 and depths[-1] == 1 and len(set(depths)) == count
+            assert max(b - a for a, b in pairwise(depths)) < 2 / (count - 1) + 1 / (places - 1)
+    asked = Asked(("passkey",), (512,), samples=5)
+    records = Questions(asked, ByteTokenizer()).answers(Reader(tiny()), set(), True, print)
+    assert [record["depth"] for record in records] == pytest.approx([place / 9 for place in ORDER[:5]])
+
+
+def test_a_question_is_asked_and_counted_once(tmp_path: Path) -> None:
+    for window, lengths in ((256, {512, 256}), (512, {512}), (1024, {512, 1024}), (65536, {16384, 65536})):
+        assert set(commands._usual_lengths(window)) == lengths and len(commands._usual_lengths(window)) == len(lengths)
+    questions = Questions(Asked(("copy", "copy"), (128, 128), samples=2), ByteTokenizer())
+    records = list(questions.answers(Reader(tiny()), set(), True, print))
+    assert [record["index"] for record in records] == [0, 1]
+    lines = [{"identity": {}}, *records, *records]  # as earlier versions left them
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (cell,) = report.cells(Ledger(tmp_path, {}).records)
+    assert cell["n"] == 2
+
+
 def test_pairs_stand_in_noise_and_one_is_asked() -> None:
-    for index in (0, 4, 9):
+    for index in (0, 1, 4, 9):
         sample = TASKS["pairs"](Ask(ByteTokenizer(), 4096, index))
         *text, key = ByteTokenizer().decode(sample.prompt).split(" ")
         facts = [(i, word) for i, word in enumerate(text) if re.fullmatch("[a-z]{2}[A-Z]", word)]
         assert len(facts) == 64 and facts[-1][0] - facts[0][0] == 63
         assert {word[-1] for _, word in facts if word[:2] == key} == set(sample.references)
-        assert facts[0][0] / (len(text) - 64) == pytest.approx(index / 9, abs=0.03)
+        assert facts[0][0] / (len(text) - 64) == pytest.approx(ORDER[index] / 9, abs=0.03)
 
 
 def test_the_needle_prompt_is_rulers() -> None:
@@ -307,6 +332,146 @@ def test_files_of_the_user(tmp_path: Path) -> None:
             list(rows(tmp_path / "bad.jsonl"))
 
 
+def rows_of(file: Path, *lengths: int | None, **given: object) -> Path:
+    """Writes RULER's rows, of those lengths."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, length in enumerate(lengths):
+        row = {"index": 7, "input": f"hay {number} hay ", "outputs": [f"{number}"], "answer_prefix": "It is"} | given
+        lines.append(json.dumps(row | ({} if length is None else {"length": length})) + "\n")
+    file.write_text("".join(lines))
+    return file
+
+
+def test_files_are_told_apart_and_each_has_one_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    niah, subset = "niah_single_1", "validation.jsonl"
+    files = [
+        rows_of(tmp_path / "4096" / "data" / niah / subset, 3000, 4090),
+        rows_of(tmp_path / "10000" / "data" / niah / subset, 9981, 9000),
+        rows_of(tmp_path / "4096" / "data" / "vt" / subset, 1900, 1800),
+        rows_of(tmp_path / "a" / niah / subset, 5000, 7000),
+        rows_of(tmp_path / "my b" / niah / subset, 5000, 8192),
+        rows_of(tmp_path / "mine.jsonl", None, None),
+        rows_of(tmp_path / "some.jsonl", None, 300),
+        rows_of(tmp_path / "512" / "vt" / subset, 513),  # not what the folder says
+    ]
+    found = open_files(files, ByteTokenizer())
+    assert [(file.name, file.length) for file in found] == [
+        (f"{niah}/{subset}", 4096),
+        (f"{niah}/{subset}", 10000),
+        (f"vt/{subset}", 4096),
+        (f"a/{niah}/{subset}", 8192),
+        (f"my b/{niah}/{subset}", 8192),
+        ("mine.jsonl", 128),
+        ("some.jsonl", 512),
+        (f"vt/{subset}", 1024),
+    ]
+    assert [file.rows for file in found] == [2, 2, 2, 2, 2, 2, 2, 1] and not {file.name for file in found} & set(TASKS)
+    bare = tmp_path / "copy"  # like a task
+    bare.write_text(
+        '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": [{"text": "a"}]}]}]}]}'
+    )
+    assert open_files([bare], ByteTokenizer())[0].name == f"{tmp_path.name}/copy"
+    monkeypatch.chdir(files[3].parent)
+    (alone,) = open_files([Path(subset)], ByteTokenizer())
+    assert (alone.name, alone.length) == (f"{niah}/{subset}", 8192)
+    with pytest.raises(RecipeError, match=r"--file: found .*mine\.jsonl twice; expected each file once"):
+        open_files([files[5], tmp_path / "a" / ".." / "mine.jsonl"], ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("{", r"cannot be read: line 2: Expecting"),
+        ("[]", "jsonl:2: found list"),
+        ('{"input": "a", "outputs": []}', "jsonl:2: found keys input, outputs; expected input and outputs"),
+        ('{"input": "a", "outputs": ["1", 2]}', "jsonl:2: found keys input, outputs"),
+        ('{"input": "a", "outputs": [" "]}', "jsonl:2: found keys input, outputs"),
+        ('{"input": "\\ud800", "outputs": ["1"]}', "cannot be read: .*surrogates"),
+        ('{"input": "a", "outputs": ["1"], "length": "4096"}', "jsonl:2: length: found '4096'; expected a number"),
+        ('{"input": "a", "outputs": ["1"], "length": 0}', "jsonl:2: length: found 0; expected a number"),
+        ('{"input": "a", "outputs": ["1"], "budget": 1.5}', r"jsonl:2: budget: found 1\.5"),
+        ('{"input": "a", "outputs": ["1"], "answer_prefix": 3}', "jsonl:2: answer_prefix: found 3; expected text"),
+        ('{"input": "a", "outputs": ["1"], "others": 3}', "jsonl:2: others: found 3; expected an object"),
+        ('{"input": "a", "outputs": ["1"], "metric": "bleu"}', "jsonl:2: metric 'bleu' is unknown"),
+        (None, "found nothing to ask; expected at least one row"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_refused_as_a_whole(tmp_path: Path, last: str | None, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n" if last is None else '{"prompt": "1 + 1 =", "answer": "2", "length": null}\n' + last + "\n")
+    with pytest.raises(RecipeError, match=rf"--file: .*{message}"):
+        open_files([file], ByteTokenizer())
+
+
+def test_a_file_has_one_score_beside_a_task_of_its_name(tmp_path: Path) -> None:
+    rows_of(tmp_path / "passkey" / "validation.jsonl", 500, 400, 200)
+    rows_of(tmp_path / "passkey.jsonl", None, None, budget=4)
+
+    def asked(most: int | None) -> Asked:
+        files = open_files([tmp_path / "passkey" / "validation.jsonl", tmp_path / "passkey.jsonl"], ByteTokenizer())
+        return Asked(("passkey",), (512,), samples=1, files=files, rows=most)
+
+    def answers(most: int | None) -> list[str]:
+        ledger = Ledger(tmp_path / "out", {})
+        questions = asked(most)
+        ledger.check(questions.files)
+        made = list(Questions(questions, ByteTokenizer()).answers(Reader(tiny()), ledger.done, True, print))
+        for record in made:
+            ledger.add(record)
+        found = report.cells(ledger.records)
+        report.write(tmp_path / "out", found, {"name": "tiny"})
+        assert all(questions.covers(cell["task"], cell["length"]) for cell in found)
+        table = [[text and re.sub(r".*\((.*)\)", r"\1", text) for text in row] for row in report._grid(found)]
+        return [f"{len(made)} new", *(" | ".join(row) for row in table)]
+
+    first, *rest = answers(2)
+    assert (first, rest) == (
+        "5 new",
+        ["task | 32 | 512", "passkey |  | 1", "passkey/validation.jsonl |  | 2 of 3", "passkey.jsonl | 2 | "],
+    )
+    assert answers(2) == ["0 new", *rest]
+    assert answers(9)[0] == "1 new" and answers(None)[0] == "0 new"
+    assert answers(None)[3] == "passkey/validation.jsonl |  | 3"
+    (of_file,) = (c for c in report.cells(Ledger(tmp_path / "out", {}).records) if c["task"].startswith("passkey/"))
+    assert [(part["length"], part["n"]) for part in of_file["by_length"]] == [(256, 1), (512, 2)]
+    assert len(report.by_length([of_file])) == 1
+    for lengths in ((500, 400, 201), (500, 400, 200, 100), (600, 400, 200)):  # the last has another column
+        rows_of(tmp_path / "passkey" / "validation.jsonl", *lengths)
+        with pytest.raises(SetupError, match=r"other rows than .*passkey/validation\.jsonl has now.*--out"):
+            answers(None)
+    assert len(Ledger(tmp_path / "out", {}).records) == 6
+
+
+def test_predictions_are_what_rulers_evaluator_reads(tmp_path: Path) -> None:
+    file = rows_of(tmp_path / "data" / "niah_single_1" / "validation.jsonl", 300, None, 200, others={"id": 5}, budget=3)
+    files = open_files([file], ByteTokenizer())
+    asked = Asked((), (512,), files=files)
+    records = list(Questions(asked, ByteTokenizer()).answers(Reader(tiny()), set(), True, print))
+    pred = tmp_path / "pred"
+    predictions.begin(pred, files)
+    predictions.check(pred, files, [])
+    predictions.write(pred, files, records[:2])
+    predictions.check(pred, files, records)
+    predictions.write(pred, files, [records[2], *records[:2]])
+    lines = [json.loads(line) for line in (pred / "niah_single_1.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"index": 7, "pred": record["prediction"], "input": f"hay {number} hay It is", "outputs": [f"{number}"]}
+        | {"others": {"id": 5}, "truncation": -1, "length": length}
+        for number, (record, length) in enumerate(zip(records, (300, -1, 200), strict=True))
+    ]
+    with pytest.raises(SetupError, match=r"niah_single_1\.jsonl: holds something else"):
+        predictions.check(pred, files, records[:2])
+    other = rows_of(tmp_path / "other" / "niah_single_1" / "validation.jsonl", 900)
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "1 + 1 =", "answer": "2"}\n')
+    for paths, message in (([], "no --file"), ([file, other], "would both be"), ([plain], "without input and outputs")):
+        with pytest.raises(RecipeError, match=f"--ruler-predictions: .*{message}"):
+            predictions.begin(pred, open_files(paths, ByteTokenizer()))
+    with pytest.raises(RecipeError, match=r"--ruler-predictions: .*plain\.jsonl: .*; expected a folder"):
+        predictions.begin(plain, files)
+
+
 def test_a_recipe_can_name_every_task() -> None:
     assert get_args(recipes.Task) == tuple(TASKS)
 
@@ -322,7 +487,9 @@ def test_lengths() -> None:
             parse_lengths(wrong)
 
 
-def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_asked_while_it_trains_and_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"Document {i}: " + " ".join(str(i * j) for j in range(600)))
@@ -360,6 +527,21 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(tmp_path: Path, monkeypat
     (tmp_path / "empty.jsonl").touch()  # earlier answers are none to what cannot be asked
     assert "too few for this task" in lasptrain("eval", "runs/tiny", "--tasks", "passkey", "--lengths", "1", expected=2)
     assert "found nothing to ask" in lasptrain("eval", "runs/tiny", "--file", "empty.jsonl", expected=2)
+    file = rows_of(tmp_path / "my rows" / "passkey" / "validation.jsonl", 500, 400, 300, budget=2)
+    given: Any = {"files": [file.relative_to(tmp_path)], "predictions": Path("pred"), "out": Path("files"), "nproc": 1}
+    commands.evaluate(run, **given, tasks="passkey", lengths="512", samples=2)
+    output = capsys.readouterr().out
+    assert re.search(r"│ passkey +│ .*\(2\) │\n│ passkey/validation.jsonl │ .*\(2 of 3\) │", output)
+    assert "pred/passkey.jsonl: 2 of 3 rows" in output
+    commands.evaluate(run, **given)
+    assert re.search(r"validation.jsonl │ .*\(3\) │", output := capsys.readouterr().out)
+    assert "pred/passkey.jsonl: 3 of 3 rows" in output
+    with pytest.raises(RecipeError, match=r"--lengths: .*--tasks"):
+        commands.evaluate(run, **given, lengths="512")
+    file.write_text(file.read_text() + '{"input": ""}\n')
+    with pytest.raises(RecipeError, match=r"--file: .*jsonl:4: found keys input"):
+        commands.evaluate(run, **(given | {"out": Path("none")}))
+    assert not Path("none").exists()
     second = json.loads((tmp_path / "spread" / "results.json").read_text())
     assert second["sp"] == 2 and first["sp"] == 1
     for alone, spread in zip(first["cells"], second["cells"], strict=True):

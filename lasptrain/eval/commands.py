@@ -11,6 +11,7 @@ from lasptrain.streams import argument, visible
 from lasptrain.tables import show
 
 LONGEST = 1 << 30  # tokens of a text
+USUAL_SAMPLES = 5
 USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an export, or a folder of others.")]
@@ -29,13 +30,20 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(metavar="4k..4m", help="Tokens: 4k,64k or a range by factors of 4.")
     ] = None,
-    samples: Annotated[int, typer.Option("--n", min=1, help="Samples of each task and length.")] = 5,
+    samples: Annotated[
+        int | None,
+        typer.Option("--n", min=1, help="Samples of each task and length, rows of a file.", show_default="5, all rows"),
+    ] = None,
     depths: Annotated[int, typer.Option(min=1, help="Places of a single needle, in turn.")] = 10,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     control: Annotated[bool, typer.Option("--control", help="Also without what answers the question.")] = False,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for haystacks, instead of noise.")] = None,
     files: Annotated[
         list[Path] | None, typer.Option("--file", metavar="FILE", help="RULER rows, SQuAD, or JSONL of prompts.")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--ruler-predictions", metavar="DIR", help="Also TASK.jsonl, for RULER's evaluate.py."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="RUN/eval/step-N if not given.")] = None,
     segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32768,
@@ -46,27 +54,31 @@ def evaluate(
     from lasptrain.eval import load, main
     from lasptrain.eval.evaluate import PERPLEXITY, Asked
     from lasptrain.eval.tasks import TASKS
+    from lasptrain.eval.tasks.files import open_files
 
     chosen = USUAL if tasks is None else tuple(part.strip() for part in tasks.split(",") if part.strip())
     if tasks == "all":
         chosen = (*TASKS, *PERPLEXITY)
     if files and tasks is None:
         chosen = ()
+        if lengths is not None:
+            raise RecipeError("--lengths: the rows of files have lengths of their own; expected it with --tasks")
     asked = Asked(
         tasks=chosen,
         lengths=_usual_lengths(load.window(run)) if lengths is None else parse_lengths(lengths),
-        samples=samples,
+        samples=samples or USUAL_SAMPLES,
         depths=depths,
         seed=seed,
         control=control,
         text=() if text is None else tuple(_sentences(text)),
-        files=tuple(files or ()),
+        files=open_files(files, load.tokenizer(run)) if files else (),
+        rows=samples,
     )
     if not asked.tasks and not asked.files:
         raise RecipeError("--tasks: found none; expected at least one")
-    found = main.evaluate(run, asked, out, segment, nproc)
+    found = main.evaluate(run, asked, out, segment, nproc, predictions)
     if not any(asked.covers(cell["task"], cell["length"]) for cell in found["cells"]):
-        raise RecipeError("; ".join(found["notes"]) or "found nothing to ask; expected a task, or a file with rows")
+        raise RecipeError("; ".join(found["notes"]) or "found nothing to ask; expected a task")
     show(*main.shown(found, plot))
 
 
@@ -87,7 +99,7 @@ def generate(
 
 
 def _usual_lengths(window: int) -> tuple[int, ...]:
-    return max(window // 4, 512), window
+    return tuple(dict.fromkeys((max(window // 4, 512), window)))
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

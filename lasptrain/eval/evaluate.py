@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from lasptrain.eval.generate import decode
 from lasptrain.eval.inference import Reader
 from lasptrain.eval.score import METRICS
 from lasptrain.eval.tasks import TASKS
-from lasptrain.eval.tasks.files import samples as file_samples
-from lasptrain.eval.tasks.files import task_name
+from lasptrain.eval.tasks.files import File, asked_of, rows
 from lasptrain.eval.tasks.sample import Ask, Sample
 
 Record = dict[str, Any]
@@ -42,12 +42,13 @@ class Asked:
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    samples: int = 10
+    samples: int = 10  # of each task and length
     depths: int = 10
     seed: int = 0
     control: bool = False  # also with what answers the question taken out
     text: tuple[str, ...] = ()  # sentences for haystacks
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
+    rows: int | None = None  # the first of each file; all if not given
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS and task not in PERPLEXITY]
@@ -55,10 +56,10 @@ class Asked:
             raise RecipeError(f"--tasks: found {unknown[0]!r}; expected some of {', '.join((*TASKS, *PERPLEXITY))}")
 
     def covers(self, task: str, length: int) -> bool:
-        """Whether an answer may be one to what is asked; that of a file's row is, if there are files."""
+        """Whether an answer may be one to what is asked."""
         if task in TASKS:
             return task in self.tasks and length in self.lengths
-        return task in self.tasks if task in PERPLEXITY else bool(self.files)
+        return task in self.tasks or (task, length) in {(file.name, file.length) for file in self.files}
 
     def identity(self) -> Record:
         """What answers depend on, besides the model and which questions are asked."""
@@ -66,7 +67,7 @@ class Asked:
         return {"seed": self.seed, "depths": self.depths, "text": text, "control": self.control}
 
 
-Key = tuple[str, int, int]  # task, length, index
+Key = tuple[str, int, int]  # task or file, length, index
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,13 @@ class Questions:
 
     def answers(self, reader: Reader, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
         """Records of what is not `done` yet, on the rank that speaks; empty ones on others. Collective over ranks."""
-        for task in self.asked.tasks:
-            for length in self.asked.lengths if task in TASKS else ():
+        for task in dict.fromkeys(self.asked.tasks):
+            for length in dict.fromkeys(self.asked.lengths) if task in TASKS else ():
                 yield from self._cell(reader, task, length, done, speaks, say)
             if task in PERPLEXITY:
                 yield from self._perplexity(reader, task, done, say)
         for file in self.asked.files:
-            for index, (length, sample) in enumerate(file_samples(file, self.tokenizer, self.asked.samples)):
-                key = (task_name(file), length, index)
-                if key not in done:
-                    self.told(key)
-                    yield _record(key) | answer(reader, self.tokenizer, sample, self.asked.control, speaks)
+            yield from self._file(reader, file, done, speaks)
 
     def _cell(self, reader: Reader, task: str, length: int, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
         asked = self.asked
@@ -108,6 +105,17 @@ class Questions:
                 say(f"{task} not run: {error}")
                 return
             yield _record(key) | answer(reader, self.tokenizer, sample, asked.control, speaks)
+
+    def _file(self, reader: Reader, file: File, done: set[Key], speaks: bool) -> Iterator[Record]:
+        source = {"file": str(file.path), "sha256": file.sha256, "rows": file.rows}
+        for index, row in enumerate(islice(rows(file.path), self.asked.rows)):
+            key = (file.name, file.length, index)
+            if key in done:
+                continue
+            self.told(key)
+            size, sample = asked_of(row, self.tokenizer)
+            found = answer(reader, self.tokenizer, sample, self.asked.control, speaks)
+            yield _record(key) | source | {"up_to": file.length if file.is_target else size} | found
 
     def _perplexity(self, reader: Reader, task: str, done: set[Key], say: Say) -> Iterator[Record]:
         length = max(self.asked.lengths)
@@ -137,6 +145,10 @@ class Questions:
 
 def _record(key: Key) -> Record:
     return dict(zip(("task", "length", "index"), key, strict=True))
+
+
+def _key(record: Record) -> Key:
+    return record["task"], record["length"], record["index"]
 
 
 def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, speaks: bool) -> Record:
@@ -175,17 +187,16 @@ class Ledger:
     def __init__(self, folder: Path, identity: Record, speaks: bool = True):
         """Raises SetupError where the folder has answers of another model or other questions."""
         self.file = folder / SAMPLES
-        self.records: list[Record] = []
         present = self._read()
         if present and present[0].get("identity") != json.loads(json.dumps(identity)):
             raise SetupError(
                 f"{self.file}: holds answers under {present[0].get('identity')}, now {identity}; use another --out"
             )
-        self.records = present[1:]
+        self._answers = {_key(record): record for record in present[1:]}
         self._speaks = speaks
         if speaks:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = present or [{"identity": identity}]
+            lines = [{"identity": identity}, *self.records]
             new = self.file.with_suffix(".new")  # without a line that a kill has torn
             new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             new.replace(self.file)
@@ -205,12 +216,28 @@ class Ledger:
         return lines
 
     @property
+    def records(self) -> list[Record]:
+        """The answers, one to each question."""
+        return list(self._answers.values())
+
+    @property
     def done(self) -> set[Key]:
-        return {(record["task"], record["length"], record["index"]) for record in self.records}
+        return set(self._answers)
+
+    def check(self, files: Sequence[File]) -> None:
+        """Raises SetupError where there are answers to what a file of that place or name held before."""
+        for file in files:
+            for record in self.records:
+                same = record.get("file") == str(file.path) or _key(record)[:2] == (file.name, file.length)
+                if same and record.get("sha256") != file.sha256:
+                    raise SetupError(
+                        f"{self.file}: holds answers to other rows than {file.path} has now; expected the file as it "
+                        "was, or another --out"
+                    )
 
     def add(self, record: Record) -> None:
         """Keep an answer, on disk at once."""
-        self.records.append(record)
+        self._answers[_key(record)] = record
         if self._speaks:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -218,4 +245,4 @@ class Ledger:
 
 def settings(asked: Asked) -> Record:
     """What was asked, as JSON has it; of the user's text only its digest."""
-    return asdict(asked) | asked.identity() | {"files": [str(file) for file in asked.files]}
+    return asdict(asked) | asked.identity() | {"files": [str(file.path) for file in asked.files]}

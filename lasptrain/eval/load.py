@@ -20,7 +20,7 @@ from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, Recipe
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -49,6 +49,17 @@ def window(path: Path) -> int:
     return recipes.load(path / runs.RECIPE).data.window if _is_run(path) else open_weights(path).origin.window
 
 
+def tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a run, or of a folder: its own copy counts, as the recipe's may be on another machine.
+
+    Raises as `load_model` does.
+    """
+    if _is_run(path):
+        return load_tokenizer(recipes.load(path / runs.RECIPE).data.tokenizer)
+    copy = path / TOKENIZER
+    return load_tokenizer(copy if copy.is_file() else open_weights(path).origin.recipe.data.tokenizer)
+
+
 def _is_run(path: Path) -> bool:
     """Whether it is a run; a folder of weights if not."""
     if (path / runs.RECIPE).is_file():
@@ -68,25 +79,23 @@ def _of_run(path: Path) -> Trained:
         loaded = checkpoint.load(path, model, None)
     if loaded is None:
         raise CheckpointError(f"{path}: found no checkpoint; expected a run that has saved one")
-    return Trained(path, recipe, model, load_tokenizer(recipe.data.tokenizer), loaded.step)
+    return Trained(path, recipe, model, tokenizer(path), loaded.step)
 
 
 def _of_folder(path: Path) -> Trained:
-    """Its own copy of the tokenizer counts: the one that the recipe names may be on another machine."""
     weights = open_weights(path)
     origin = weights.origin
-    copy = path / "tokenizer.model"
-    tokenizer = load_tokenizer(copy if copy.is_file() else origin.recipe.data.tokenizer)
+    known = tokenizer(path)
     rows = origin.model.vocab
-    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+    if isinstance(rows, int) and known.vocab_size > rows:
         raise CheckpointError(
-            f"{path}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} pieces, the model {rows} rows; "
+            f"{path}: the tokenizer {known.name} has {known.vocab_size} pieces, the model {rows} rows; "
             "expected at least as many rows"
         )
     model = _empty(origin.recipe, origin.model, origin.window)
     with torch.no_grad():
         fill(model, ((name, weights.read(name)) for name in weights.empty.state_dict()))
-    return Trained(path, origin.recipe, model, tokenizer, origin.step)
+    return Trained(path, origin.recipe, model, known, origin.step)
 
 
 def _empty(recipe: Recipe, cfg: Model, window: int) -> LanguageModel:

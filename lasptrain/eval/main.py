@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from data_tools.tokenizer import load_tokenizer
@@ -15,7 +16,7 @@ from lasptrain.bench.ranks import on_ranks
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError
-from lasptrain.eval import report
+from lasptrain.eval import predictions, report
 from lasptrain.eval.evaluate import PERPLEXITY, Asked, Key, Ledger, Questions, Record, settings
 from lasptrain.eval.generate import Sampling, decode
 from lasptrain.eval.inference import Reader, join
@@ -29,16 +30,23 @@ from lasptrain.progress import asking
 from lasptrain.recipe import Data, Recipe
 
 
-def evaluate(run: Path, asked: Asked, out: Path | None, segment: int, nproc: int | None) -> Record:
-    """Ask everything that has no answer yet, write the report, and return what results.json holds, and `folder`."""
+def evaluate(
+    run: Path, asked: Asked, out: Path | None, segment: int, nproc: int | None, ruler: Path | None = None
+) -> Record:
+    """Ask everything that has no answer yet, write the report, and return what results.json holds, and `folder`.
+
+    The answers to files, which are RULER's, are also written into the folder `ruler` as its own programs do.
+    """
+    if ruler is not None:
+        predictions.begin(ruler, asked.files)
     ranks = nproc or torch.cuda.device_count() or 1
     if ranks > 1:
-        found: Record = on_ranks(ranks, _evaluate, run, asked, out, segment)
+        found: Record = on_ranks(ranks, _evaluate, run, asked, out, segment, ruler)
         return found
-    return _evaluate(run, asked, out, segment)
+    return _evaluate(run, asked, out, segment, ruler)
 
 
-def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int) -> Record:
+def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, ruler: Path | None) -> Record:
     """On every rank."""
     with meshes.alone():
         world = meshes.world_size()
@@ -50,6 +58,9 @@ def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int) -> Record
         folder = out or run / "eval" / f"step-{trained.step}"
         identity = asked.identity() | {"step": trained.step, "tokenizer": trained.tokenizer.sha256}
         ledger = Ledger(folder, identity, speaks)
+        ledger.check(asked.files)
+        if ruler is not None:
+            predictions.check(ruler, asked.files, ledger.records)
         done = ledger.done
         meshes.smallest(0)  # all have read what there is before anyone writes
         notes: list[str] = []
@@ -68,22 +79,25 @@ def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int) -> Record
         if speaks:
             report.write(folder, found, header)
             write_scalars(folder, trained.step, report.scalars(found))
+            if ruler is not None:
+                notes += predictions.write(ruler, asked.files, ledger.records)
     return {**header, "cells": found, "folder": str(folder)}
 
 
 def _counts(asked: Asked, done: set[Key]) -> tuple[int, int]:
     """Questions asked, as far as their number is known, and how many of them are answered."""
     tasks = [task for task in asked.tasks if task in TASKS]
-    cells = {(task, length) for task in tasks for length in asked.lengths}
-    answered = sum((task, length) in cells and index < asked.samples for task, length, index in done)
-    return len(cells) * asked.samples, answered
+    cells = {(task, length): asked.samples for task in tasks for length in asked.lengths}
+    cells |= {(file.name, file.length): file.count(asked.rows) for file in asked.files}
+    answered = sum(index < cells.get((task, length), 0) for task, length, index in done)
+    return sum(cells.values()), answered
 
 
 def _told(reader: Reader, show: Callable[[str, int], None]) -> Callable[[Key], None]:
     """What is called before each question; from then on the reader shows how far it has read."""
 
     def told(key: Key) -> None:
-        what, began = f"{key[0]} at {report.short(key[1])}, sample {key[2] + 1}", time.perf_counter()
+        what, began = _label(*key), time.perf_counter()
         show(what, 0)
 
         def reading(done: int, total: int) -> None:
@@ -97,8 +111,13 @@ def _told(reader: Reader, show: Callable[[str, int], None]) -> Callable[[Key], N
 
 def _answered(record: Record) -> str:
     found = [f"{name} {record[name]:.2f}" for name in ("score", "exact", "answer_nll") if name in record]
-    key = f"{record['task']} at {report.short(record['length'])}, sample {record['index'] + 1}"
+    key = _label(record["task"], record["length"], record["index"])
     return f"{key}: {', '.join(found)}" if found else key
+
+
+def _label(task: str, length: int, index: int) -> str:
+    """For rich: brackets in the name of a file are no markup."""
+    return escape(f"{task} at {report.short(length)}, sample {index + 1}")
 
 
 def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
@@ -141,6 +160,7 @@ def shown(found: Record, plot: bool) -> Iterator[Table | str]:
     title = f"{found['name']} after {found['step']} steps: % right, nats per answer token (samples)"
     if any(cell["task"] not in PERPLEXITY for cell in cells):
         yield report.table(cells, title)
+    yield from report.by_length(cells)
     yield from report.curves(cells)
     yield from found["notes"]
     for file in report.plot(folder, cells) if plot else ():

@@ -20,7 +20,10 @@ MEASURES = ("score", "exact", "accuracy")  # parts of one
 
 
 def cells(records: Iterable[Record]) -> list[Record]:
-    """One object for each task and length: n, and each measure with its 95 % interval, over all and by depth."""
+    """One object for each task and length: n, and each measure with its 95 % interval, over all and by depth.
+
+    For each file one, with how many rows it has, `rows`, and where they differ in length `by_length`.
+    """
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         groups.setdefault((record["task"], record["length"]), []).append(record)
@@ -40,6 +43,12 @@ def _cell(group: list[Record]) -> Record:
         values = [record[measure] for record in group if measure in record]
         if values:
             cell[measure], cell[f"{measure}_ci95"] = fmean(values), bootstrap(values)
+    if "rows" in group[0]:
+        cell["file"], cell["rows"] = group[0]["file"], group[0]["rows"]
+    sizes = sorted({record["up_to"] for record in group if "up_to" in record})
+    if len(sizes) > 1:
+        parts = [(size, [record for record in group if record["up_to"] == size]) for size in sizes]
+        cell["by_length"] = [{"length": size, "n": len(part)} | _means(part) for size, part in parts]
     depths = sorted({record["depth"] for record in group if record["depth"] is not None})
     if len(depths) > 1:
         cell["by_depth"] = [_at(depth, [r for r in group if r["depth"] == depth]) for depth in depths]
@@ -49,8 +58,12 @@ def _cell(group: list[Record]) -> Record:
 
 
 def _at(depth: float, group: list[Record]) -> Record:
-    means = {measure: fmean(r[measure] for r in group) for measure in MEASURES if measure in group[0]}
-    return {"depth": depth, "n": len(group), "distance": round(fmean(r["distance"] for r in group)), **means}
+    distance = round(fmean(record["distance"] for record in group))
+    return {"depth": depth, "n": len(group), "distance": distance, **_means(group)}
+
+
+def _means(group: list[Record]) -> dict[str, float]:
+    return {measure: fmean(r[measure] for r in group) for measure in MEASURES if measure in group[0]}
 
 
 def _curve(group: list[Record]) -> Record:
@@ -77,6 +90,25 @@ def table(found: list[Record], title: str) -> Table:
     return result
 
 
+def by_length(found: list[Record]) -> list[Table]:
+    """A table for each file whose rows differ in length: the part of them that is right."""
+    result = []
+    for cell in found:
+        if "by_length" in cell:
+            head, row = _lengths(cell)
+            one = Table(title=f"{cell['task']}: % right in rows (their number) of up to so many tokens")
+            for text in head:
+                one.add_column(text, justify="right")
+            one.add_row(*row)
+            result.append(one)
+    return result
+
+
+def _lengths(cell: Record) -> tuple[list[str], list[str]]:
+    parts = cell["by_length"]
+    return [short(part["length"]) for part in parts], [f"{100 * part['score']:.0f} ({part['n']})" for part in parts]
+
+
 def curves(found: list[Record]) -> list[Table]:
     """A table for each perplexity task."""
     heads = {
@@ -100,7 +132,12 @@ def curves(found: list[Record]) -> list[Table]:
 def _text(cell: Record) -> str:
     measure = "score" if "score" in cell else "accuracy"
     low, high = cell[f"{measure}_ci95"]
-    return f"{100 * cell[measure]:.0f} ±{50 * (high - low):.0f}, nll {cell['answer_nll']:.2f} ({cell['n']})"
+    return f"{100 * cell[measure]:.0f} ±{50 * (high - low):.0f}, nll {cell['answer_nll']:.2f} ({_count(cell)})"
+
+
+def _count(cell: Record) -> str:
+    """How many were asked, and of how many if a file has more."""
+    return f"{cell['n']} of {cell['rows']}" if cell.get("rows", 0) > cell["n"] else f"{cell['n']}"
 
 
 def short(tokens: int) -> str:
@@ -145,7 +182,7 @@ def _grid(found: list[Record]) -> list[list[str]]:
 def _markdown(found: list[Record]) -> str:
     head, *rows = _grid(found)
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
 
 
 STYLE = (
@@ -162,6 +199,10 @@ def _page(found: list[Record], header: Record) -> str:
     head, *rows = _grid(found)
     parts = [f"<h1>{title}</h1>", "<p>Percent right ± half of the 95 % interval, nats per answer token (samples).</p>"]
     parts.append(_html([head], "th", rows))
+    for cell in found:
+        if "by_length" in cell:
+            head, row = _lengths(cell)
+            parts += [f"<p>{html.escape(cell['task'])}, by length of the rows</p>", _html([head], "th", [row])]
     parts += [_map(task, found) for task in dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell)]
     parts += [_svg(cell) for cell in found if "curve" in cell]
     parts.append(f"<h2>How</h2><pre>{html.escape(json.dumps(header, indent=1))}</pre>")

@@ -42,7 +42,7 @@ class Ask:
     length: int
     index: int
     seed: int = 0
-    depths: int = 10  # places where a single needle is put in turn: depth 0 to 1
+    depths: int = 10  # places where a single needle is put, depth 0 to 1, in the order of `spread`
     text: tuple[str, ...] = ()  # sentences of the user's text, for haystacks
 
     def random(self, task: str) -> random.Random:
@@ -52,7 +52,19 @@ class Ask:
     @property
     def depth(self) -> float:
         """Where a single needle goes."""
-        return self.index % self.depths / max(self.depths - 1, 1)
+        return spread(self.depths)[self.index % self.depths] / max(self.depths - 1, 1)
+
+
+@functools.cache
+def spread(count: int) -> list[int]:
+    """0 … count - 1 so that any first few cover the whole: both ends, then the middle of gap after gap."""
+    order, gaps = [0, count - 1][:count], [(0, count - 1)]
+    for low, high in gaps:
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            gaps += (low, middle), (middle, high)
+    return order
 
 
 @dataclass(frozen=True)
