@@ -34,7 +34,7 @@ def evaluate(
         int | None,
         typer.Option("--n", min=1, help="Samples of each task and length, rows of a file.", show_default="5, all rows"),
     ] = None,
-    depths: Annotated[int, typer.Option(min=1, help="Places of a single needle, in turn.")] = 10,
+    depths: Annotated[int, typer.Option(min=1, help="Places of a single needle, from 0 to 100 %.")] = 10,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     control: Annotated[bool, typer.Option("--control", help="Also without what answers the question.")] = False,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for haystacks, instead of noise.")] = None,
