@@ -15,12 +15,13 @@ ADVICE = {
     "granitemoehybrid": "Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "
     "`dt_bias` fp32: in bf16 the decays are off by up to 6 %.",
     "minimax": "Needs transformers 5 or later. For long contexts load it in fp32: in bf16 the decays are rounded. "
-    "Prefill in pieces needs a softmax layer at index 0, or none at all: transformers counts cached tokens there. vLLM "
-    "sees no sliding window, and decays the last layer by other numbers unless it is softmax.",
+    "vLLM sees no sliding window, and decays the last layer by other numbers unless it is softmax.",
     "transnormer": "Needs `trust_remote_code=True`: `modeling_transnormer.py` in this folder is the model.",
-    "linear_attn": "Needs flash-linear-attention and a GPU.",
-    "retnet": "Needs flash-linear-attention and a GPU.",
 }
+ADVICE["linear_attn"] = ADVICE["retnet"] = (
+    "Needs flash-linear-attention and a GPU. `generate()` reads its text again at each token (`use_cache` is false in "
+    "`generation_config.json`): with transformers 5.24 flash-linear-attention 0.6.0 loses its cache there."
+)
 
 
 def text(run: Path, recipe: Recipe, step: Opened, target: str, parity: str) -> str:
@@ -51,7 +52,8 @@ def text(run: Path, recipe: Recipe, step: Opened, target: str, parity: str) -> s
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in rows.items()),
             "",
-            "Every document of the training data began with BOS, so a prompt should too.",
+            "Every document of the training data began with BOS, so a prompt should too. BOS ends a text as "
+            "well: the next document would begin there.",
             "",
             "```yaml",
             recipes.dump(recipe).rstrip(),

@@ -11,19 +11,19 @@ Json = dict[str, Any]
 UNBOUNDED = 1 << 24  # positions of a model that counts none; other runtimes refuse longer prompts
 
 # Keys that say nothing about what is computed.
-_FREE = {"architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "max_position_embeddings", "slopes"}
-_FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std", "pad_token_id"}
+_FREE = {"architectures", "auto_map", "dtype", "max_position_embeddings", "slopes"}
+_FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std"}
 
 
-def config(target: str, model: Model, bos: int, dtype: str, window: int = UNBOUNDED) -> Json:
+def config(target: str, model: Model, special: Json, dtype: str, window: int = UNBOUNDED) -> Json:
     """The config.json of `model` in a target of `targets.RUNS_IN`.
 
     Args:
+        special: ids of tokens that begin, end and pad a text, as keys of it.
         dtype: of the tensors, such as float32.
         window: tokens of a training window, further than which softmax layers never saw.
     """
-    common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "bos_token_id": bos, "dtype": dtype}
-    common |= {"eos_token_id": None, "pad_token_id": None}
+    common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "dtype": dtype} | special
     common |= {"max_position_embeddings": window if model.softmax else UNBOUNDED}
     match target:
         case "granitemoehybrid":
@@ -39,10 +39,18 @@ def config(target: str, model: Model, bos: int, dtype: str, window: int = UNBOUN
     return common | {"model_type": "lasptrain", "model": model.model_dump(mode="json")}
 
 
+def generation(target: str) -> Json:
+    """What stands in generation_config.json beside special tokens.
+
+    flash-linear-attention gets its text again at each token: its cache is lost in generate() of transformers 5.24.
+    """
+    return {"do_sample": False} | ({"use_cache": False} if target in ("linear_attn", "retnet") else {})
+
+
 def check(target: str, found: Json, model: Model, where: str) -> None:
     """ConvertError where a config.json says something else than ours for `model` would, in a key that both have."""
     kind = found.get("model_type")
-    expected = config(target, model, 0, "")
+    expected = config(target, model, {}, "")
     for key, value in expected.items():
         if key not in _FREE and key in found and found[key] != value:
             raise ConvertError(f"{where}: {key} is {found[key]!r}, the recipe's model has {value!r}")
@@ -52,7 +60,7 @@ def check(target: str, found: Json, model: Model, where: str) -> None:
 
 def agree(target: str, theirs: Model, ours: Model, where: str) -> None:
     """ConvertError where a folder's model and the recipe's differ in what `target` can say of them."""
-    check(target, config(target, theirs, 0, ""), ours, where)
+    check(target, config(target, theirs, {}, ""), ours, where)
 
 
 def _granite(model: Model) -> Json:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data_tools.tokenizer import BYTES, load_tokenizer
+from data_tools.tokenizer import BYTES
 from lasptrain import __version__, checkpoint
 from lasptrain import recipe as recipes
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
@@ -74,14 +74,14 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
     forms = tables.forms(table, step.shapes, DTYPES[dtype])
     with files.whole_folder(out, force, RECORD) as folder:
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
-        cutter = load_tokenizer(recipe.data.tokenizer)
+        special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
-        config = configs.config(target, model, cutter.bos, name, step.meta["order"]["window"])
+        config = configs.config(target, model, special.ids(), name, step.meta["order"]["window"])
         slopes = {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")}
         if target == "transnormer":
             shutil.copy(Path(__file__).with_name("modeling_transnormer.py"), folder)
         _json(folder / "config.json", config)
-        _json(folder / "generation_config.json", {"bos_token_id": cutter.bos, "do_sample": False})
+        _json(folder / "generation_config.json", special.ids() | configs.generation(target))
         told = BYTES if recipe.data.tokenizer == BYTES else tokenizer.export(Path(recipe.data.tokenizer), folder)
         parity = _verify(folder, run, target, dtype) if check else "not compared: --no-verify"
         _json(folder / RECORD, _record(step, recipe, model, target, dtype, slopes, parity))

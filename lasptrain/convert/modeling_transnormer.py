@@ -211,13 +211,18 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: TransnormerCache | None = None,
+        cache: TransnormerCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab]; attention_mask [B, T or more] is 0 at padding, which stands on the left."""
-        cache = past_key_values if isinstance(past_key_values, TransnormerCache) else None
+        """Logits [B, T, vocab]; attention_mask [B, T or more] is 0 at padding, which stands on the left.
+
+        `cache` is what transformers calls `past_key_values` from 5.24 on.
+        """
+        cache = past_key_values if cache is None else cache
+        cache = cache if isinstance(cache, TransnormerCache) else None
         if cache is None and use_cache:
             cache = TransnormerCache()
         length = input_ids.shape[1]
@@ -232,13 +237,20 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         """What has been seen is in the cache; only the rest is given to `forward`."""
-        cache = past_key_values if isinstance(past_key_values, TransnormerCache) else None
+        cache = past_key_values if cache is None else cache
+        cache = cache if isinstance(cache, TransnormerCache) else None
         return {
             "input_ids": input_ids if cache is None else input_ids[:, cache.seen :],
             "attention_mask": attention_mask,
             "past_key_values": cache,
-            "use_cache": True,
+            "use_cache": use_cache is not False,
         }

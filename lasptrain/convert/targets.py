@@ -76,6 +76,8 @@ def _reasons(target: str, model: Model) -> Iterator[str]:
                 yield f"key dim {model.K} is not that of its softmax layers, {model.dim // model.heads}"
             if model.softmax and model.rotary is None:
                 yield "its softmax layers are rotary, model.rotary is null"
+            if model.softmax and 0 not in model.softmax:
+                yield f"it counts cached tokens in layer 0, model.softmax = {list(model.softmax)} leaves it out"
             if model.mlp % 2:
                 yield f"model.mlp = {model.mlp} has no halves"
         case "linear_attn" | "retnet":

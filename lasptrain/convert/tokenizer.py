@@ -6,26 +6,111 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
 
 from data_tools.fast_tokenizer import tokenizer_json
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import BYTES, load_tokenizer
 from lasptrain.convert.verify import installed
 from lasptrain.errors import DataError
 
 LINES = 10_000
-FAST = ("tokenizer.json", "tokenizer_config.json")
+FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+
+DEFAULTS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "split_special_tokens": True,  # "<s>" in a text is text
+    "padding_side": "left",  # texts of a batch are continued on the right
+}
+
+Token = tuple[int, str]  # id and text
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Special:
+    """The tokens that begin, end and pad a text.
+
+    A document ends where the next one begins, so BOS ends a text. An end that the tokenizer names itself does so too,
+    and is the one of its files: weights of others were trained to come to it.
+    """
+
+    bos: Token
+    end: Token
+    pad: Token
+
+    def ids(self) -> Json:
+        """As keys of config.json and generation_config.json."""
+        bos, end = self.bos[0], self.end[0]
+        return {"bos_token_id": bos, "eos_token_id": bos if end == bos else [end, bos], "pad_token_id": self.pad[0]}
+
+    def texts(self) -> Json:
+        """As keys of a fast tokenizer's files."""
+        return {"bos_token": self.bos[1], "eos_token": self.end[1], "pad_token": self.pad[1]}
+
+
+def special(spec: str) -> Special:
+    """Those of the tokenizer at the path `spec`, or of "bytes".
+
+    Texts are padded with the token that the tokenizer names for it, else with the unknown one where nothing is unknown,
+    else with their end. Padding that is BOS would be left out of a fine-tuning's losses, and of its gradients.
+    """
+    bos = load_tokenizer(spec).bos
+    if spec == BYTES:
+        return Special(*[(bos, "")] * 3)
+    read = _named if Path(spec).suffix == ".json" else _of_pieces
+    found = read(Path(spec), bos)
+    end = found.get("eos", found["bos"])
+    return Special(found["bos"], end, found.get("pad") or found.get("unk") or end)
+
+
+def _of_pieces(path: Path, bos: int) -> dict[str, Token]:
+    """Of a sentencepiece model; `unk` only if bytes stand for all that is unknown."""
+    model = SentencePieceProcessor(model_file=str(path))
+    ids = {"bos": bos, "eos": model.eos_id(), "pad": model.pad_id()}
+    if any(model.is_byte(i) for i in range(model.vocab_size())):
+        ids["unk"] = model.unk_id()
+    return {name: (i, model.id_to_piece(i)) for name, i in ids.items() if i >= 0}
+
+
+def _named(path: Path, bos: int) -> dict[str, Token]:
+    """Of a tokenizer.json and the files beside it; `unk` only if bytes stand for all that is unknown."""
+    from tokenizers import Tokenizer
+
+    model, parsed = Tokenizer.from_file(str(path)), json.loads(path.read_text(encoding="utf-8"))["model"]
+    config, older = _beside(path, CONFIG), _beside(path, MAP)
+    texts = {name: config.get(f"{name}_token") or older.get(f"{name}_token") for name in ("eos", "pad")}
+    if parsed.get("byte_fallback"):
+        texts["unk"] = parsed.get("unk_token")
+    found: dict[str, Token] = {"bos": (bos, str(model.id_to_token(bos)))}
+    for name, text in texts.items():
+        content = text["content"] if isinstance(text, dict) else text
+        if content and (number := model.token_to_id(content)) is not None:
+            found[name] = (number, content)
+    return found
+
+
+def _beside(path: Path, name: str) -> Json:
+    """What a JSON file beside a tokenizer says; {} if there is none that can be read."""
+    try:
+        found = json.loads(path.with_name(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def export(path: Path, folder: Path) -> str:
     """Write the tokenizer at `path`, a sentencepiece model or a tokenizer.json, into `folder`; returns what came of it.
 
-    A tokenizer.json is copied with the configuration beside it.
+    A tokenizer.json is copied with the files beside it, which then name BOS, end and padding if they did not.
     """
     if path.suffix == ".json":
-        for name in FAST:
-            if (file := path.with_name(name)).is_file():
-                shutil.copyfile(file, folder / name)
+        shutil.copyfile(path, folder / FAST)
+        _describe(path, folder, _beside(path, CONFIG) or DEFAULTS, _beside(path, MAP))
         return "fast, as it came"
     shutil.copyfile(path, folder / "tokenizer.model")
     if not installed("tokenizers"):
@@ -37,20 +122,16 @@ def export(path: Path, folder: Path) -> str:
     different = _different(path, text)
     if different is not None:
         return f"tokenizer.model only, for sentencepiece: as a fast tokenizer {different!r} has other ids"
-    (folder / FAST[0]).write_text(text, encoding="utf-8")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _bos(text),
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<s>" in a text is text
-    }
-    (folder / FAST[1]).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / FAST).write_text(text, encoding="utf-8")
+    _describe(path, folder, DEFAULTS, {})
     return f"fast, same ids as tokenizer.model on {LINES:,} lines"
 
 
-def _bos(text: str) -> str:
-    name: str = json.loads(text)["post_processor"]["single"][0]["SpecialToken"]["id"]
-    return name
+def _describe(path: Path, folder: Path, config: Json, older: Json) -> None:
+    """Write the files beside a fast tokenizer, with the special tokens of the one at `path`."""
+    texts = special(str(path)).texts()
+    for name, keys in ((CONFIG, config), (MAP, older)):
+        (folder / name).write_text(json.dumps(keys | texts, indent=1) + "\n", encoding="utf-8")
 
 
 def _different(path: Path, text: str) -> str | None:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,20 +27,23 @@ from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model
 
 LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
+CHUNK = 128  # tokens that a target computes at once where its configuration names none: 64 of fla, 128 of transnormer
+REACHES = ("sliding_window", "mamba_d_conv", "mamba_chunk_size", "block_size")  # keys of configurations, in tokens
 OF_FLA = ("linear_attn", "retnet")  # what flash-linear-attention computes
-UNCOUNTED = "the library counts the tokens of a minimax cache in layer 0, which is linear here"
 TOLERANCE = 1e-4  # of logits in fp32, for each unit of their largest that exceeds one
 
 
 class Parity(NamedTuple):
-    """Largest errors of fp32 logits against ours in float64, and the largest of these; None: not measured."""
+    """Largest errors of fp32 logits against ours in float64, and the largest of these."""
 
     scale: float
     full: float
-    decode: float  # token by token after a prefix
-    chunked: float | None  # prefill in uneven pieces
+    decode: float  # token by token after a prefix, past the largest window, convolution and chunk
+    chunked: float  # prefill in uneven pieces
     padded: float  # a shorter text in a batch, padded on the left
+    generated: float  # at each token of greedy texts, of a batch that is padded on the left
     greedy: int  # equal tokens
+    ended: bool  # whether each of these texts ends with the end, and padding follows
     gated: bool  # whether a larger error would have been refused
     library: str
 
@@ -48,21 +51,20 @@ class Parity(NamedTuple):
         errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors().items())
         return (
             f"{self.library}: largest errors of logits up to {self.scale:.1f}: {errors}; "
-            f"{self.greedy} of {GREEDY} greedy tokens equal"
-            + ("" if self.chunked is not None else f"; prefill in pieces not compared: {UNCOUNTED}")
+            f"{self.greedy} of {GREEDY} greedy tokens equal; texts {'end' if self.ended else 'do not end'}"
             + ("" if self.gated else "; not gated: weights were rounded")
         )
 
     def errors(self) -> dict[str, float]:
-        """Those that were measured."""
-        found = {"full": self.full, "decode": self.decode, "chunked": self.chunked, "padded": self.padded}
-        return {name: error for name, error in found.items() if error is not None}
+        """By name."""
+        return {name: getattr(self, name) for name in ("full", "decode", "chunked", "padded", "generated")}
 
     def problems(self) -> list[str]:
         """What is beyond tolerance."""
         allowed = TOLERANCE * max(1.0, self.scale)
         wrong = [f"{name} {error:.1e}" for name, error in self.errors().items() if not error <= allowed]
-        return wrong + ([f"greedy {self.greedy} of {GREEDY}"] if self.greedy < GREEDY else [])
+        wrong += [f"greedy {self.greedy} of {GREEDY}"] if self.greedy < GREEDY else []
+        return wrong + ([] if self.ended else ["texts do not end"])
 
 
 def installed(library: str) -> bool:
@@ -86,8 +88,11 @@ def compare(folder: Path, run: Path, exact: bool) -> Parity:
     return parity
 
 
-def reference(run: Path) -> Callable[[Tensor], Tensor]:
-    """Ours in float64, token by token: tokens [B, T] to logits [B, T, vocab]."""
+Reference = Callable[..., Tensor]  # (tokens [B, T], keep = T) → logits [B, keep, vocab] of the last ones
+
+
+def reference(run: Path) -> Reference:
+    """Ours in float64, token by token."""
     step = checkpoint.Opened(run)
     cfg = Model.model_validate(step.meta["model"])
     with torch.device("meta"):
@@ -97,90 +102,112 @@ def reference(run: Path) -> Callable[[Tensor], Tensor]:
         fill(model, ((name, step.read(name)) for name in step.shapes))
 
     @torch.no_grad()
-    def logits(tokens: Tensor) -> Tensor:
+    def logits(tokens: Tensor, keep: int = 0) -> Tensor:
         x, _ = model.hidden(tokens)
-        x = model.norm(x)
+        x = model.norm(x[:, -keep:])
         return torch.nn.functional.linear(x, model.head_weight)
 
     return logits
 
 
-def measure(model: Any, ours: Callable[[Tensor], Tensor], vocab: int, library: str) -> Parity:
+def measure(model: Any, ours: Reference, vocab: int, library: str) -> Parity:
     """Every way of asking `model`, compared with `ours`."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (1, LENGTH), generator=generator)
-    want = ours(tokens)
-
-    def error(got: Tensor, of: Tensor) -> float:
-        return float((got.double().cpu() - of).abs().max())
-
-    full = model(tokens.to(model.device), use_cache=False).logits
-    one = [PREFIX] + [1] * (LENGTH - PREFIX)
+    tokens = torch.randint(vocab, (1, _length(model.config)), generator=generator)
+    before = tokens.shape[1] - LENGTH
+    want = ours(tokens, LENGTH)
+    batch, mask = _padded(model, tokens)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(batch, attention_mask=mask, position_ids=position, logits_to_keep=SHORT).logits[1:]
+    generated, greedy, ended = _generated(model, ours, batch, mask)
     return Parity(
         scale=float(want.abs().max()),
-        full=error(full, want),
-        decode=error(_cached(model, tokens, one), want),
-        chunked=error(_cached(model, tokens, PIECES), want) if _counts_tokens(model.config) else None,
-        padded=_padded(model, tokens, ours(tokens[:, :SHORT]), error),
-        greedy=_greedy(model, ours, tokens[:, :PREFIX]),
+        full=_error(model(tokens.to(model.device), use_cache=False, logits_to_keep=LENGTH).logits, want),
+        decode=_error(_cached(model, tokens, [before + PREFIX] + [1] * (LENGTH - PREFIX)), want),
+        chunked=_error(_cached(model, tokens, [before + PIECES[0], *PIECES[1:]]), want),
+        padded=_error(padded, want[:, :SHORT]),
+        generated=generated,
+        greedy=greedy,
+        ended=ended,
         gated=True,
         library=library,
     )
 
 
-def _counts_tokens(config: Any) -> bool:
-    """Whether its cache knows how many tokens it holds: not of minimax stacks whose softmax layers are all later ones.
-
-    They decode token by token and generate as they should.
-    """
-    kinds = getattr(config, "layer_types", None) or []
-    return config.model_type != "minimax" or kinds[0] == "full_attention" or "full_attention" not in kinds
+def _length(config: Any) -> int:
+    """Tokens of a text whose decoding crosses the largest window, convolution and chunk of an export."""
+    reach = max(CHUNK, *(getattr(config, key, None) or 0 for key in REACHES))
+    return max(LENGTH, reach + (LENGTH - PREFIX) // 2)
 
 
-def _cached(model: Any, tokens: Tensor, lengths: Any) -> Tensor:
-    """Logits of pieces of these lengths, one after another."""
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got.double().cpu() - want).abs().max())
+
+
+def _cached(model: Any, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The last LENGTH logits of pieces of these lengths, one after another."""
     cache, start, found = None, 0, []
     for piece in tokens.to(model.device).split(list(lengths), dim=1):
         position = torch.arange(start, start + piece.shape[1], device=piece.device)[None]
-        out = model(piece, past_key_values=cache, use_cache=True, position_ids=position)
+        out = model(piece, past_key_values=cache, use_cache=True, position_ids=position, logits_to_keep=LENGTH)
         cache, start = out.past_key_values, start + piece.shape[1]
         found.append(out.logits)
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1)[:, -LENGTH:]
 
 
-def _padded(model: Any, tokens: Tensor, want: Tensor, error: Callable[[Tensor, Tensor], float]) -> float:
+def _padded(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """A text and its beginning, padded on the left, [2, T]; and where there are tokens."""
     rest = LENGTH - SHORT
-    batch = torch.cat([tokens, torch.cat([tokens.new_zeros(1, rest), tokens[:, :SHORT]], dim=1)]).to(model.device)
+    padding = tokens.new_full((1, rest), model.generation_config.pad_token_id or 0)
+    batch = torch.cat([tokens, torch.cat([padding, tokens[:, :-rest]], dim=1)]).to(model.device)
     mask = torch.ones_like(batch)
     mask[1, :rest] = 0
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    return error(model(batch, attention_mask=mask, position_ids=position).logits[1:, rest:], want)
+    return batch, mask
 
 
-def _greedy(model: Any, ours: Callable[[Tensor], Tensor], prompt: Tensor) -> int:
-    """How many tokens of its greedy text are ours too: each is our choice after those before it."""
-    prompt = prompt.to(model.device)
-    if model.config.model_type in OF_FLA:
-        text = _continued(model, prompt)
-    else:
-        text = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY, do_sample=False, pad_token_id=0
-        )
-    text = text.cpu()
-    if text.shape[1] != PREFIX + GREEDY:
-        return 0
-    want = ours(text)[:, PREFIX - 1 : -1].argmax(-1)  # after a text that is ours as far as all before it are equal
-    return int((text[:, PREFIX:] == want).int().cumprod(1).sum())
+def _generated(model: Any, ours: Reference, batch: Tensor, mask: Tensor) -> tuple[float, int, bool]:
+    """Greedy texts behind `batch`: the largest error of logits, how many tokens are ours too, and whether they end.
+
+    Each token is compared with our choice after those before it. The end, which a model may have no reason to come to,
+    is brought at another place of each row; that it is one, only the folder's own configuration says.
+    """
+    config, start, counts = model.generation_config, batch.shape[1], (GREEDY // 2, GREEDY)
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id
+    if not ends:
+        raise ConvertError("generation_config.json names no end of a text")
+
+    def ending(text: Tensor, logits: Tensor) -> Tensor:
+        logits = _without(logits, ends)
+        for row, count in enumerate(counts):
+            if text.shape[1] >= start + count:
+                logits[row, ends[-1]] = torch.inf
+        return logits
+
+    out = model.generate(
+        batch,
+        attention_mask=mask,
+        max_new_tokens=GREEDY + 2,
+        do_sample=False,
+        logits_processor=[ending],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    text, logits = out.sequences.cpu(), torch.stack(out.logits, 1)
+    error, equal, ended = 0.0, GREEDY, text.shape[1] == start + GREEDY + 1
+    for row, count in enumerate(counts):
+        own = text[row : row + 1, start - int(mask[row].sum()) : start + count]
+        want = ours(own[:, :-1], count)
+        error = max(error, _error(logits[row : row + 1, :count], want))
+        same = int((own[:, -count:] == _without(want, ends).argmax(-1)).int().cumprod(1).sum())
+        equal = equal if same == count else min(equal, same)
+        end, *padding = text[row, start + count :].tolist()
+        ended &= end == ends[-1] and set(padding) <= {config.pad_token_id}
+    return error, equal, ended
 
 
-def _continued(model: Any, text: Tensor) -> Tensor:
-    """Greedy text by cached calls: generate() of flash-linear-attention 0.6.0 under transformers 5.24 finds others."""
-    cache, rest = None, text
-    for _ in range(GREEDY):
-        out = model(rest, past_key_values=cache, use_cache=True)
-        cache, rest = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        text = torch.cat([text, rest], dim=1)
-    return text
+def _without(logits: Tensor, ids: list[int]) -> Tensor:
+    """A copy of logits that never chooses these."""
+    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
 
 
 def strangers(info: dict[str, Any]) -> dict[str, list[str]]:
