@@ -332,6 +332,7 @@ def test_the_tokenizer_keeps_its_ids(tmp_path: Path) -> None:
 
 def test_a_text_ends_where_the_next_would_begin(exports: Exports) -> None:
     """Without these a text from transformers has no end, and a batch no padding."""
+    pytest.importorskip("tokenizers.models")
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     texts = {"bos_token": "<s>", "eos_token": "<s>", "pad_token": "<unk>"}
     for name in ("ssd", "minimax", "tnl", "linear_transformer", "retnet", "plain"):

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-
-from data_tools.fast_tokenizer import tokenizer_json
+from data_tools.fast_tokenizer import BYTE, CONTROL, UNKNOWN, protocol, tokenizer_json
 from data_tools.tokenizer import BYTES, load_tokenizer
 from lasptrain.convert.verify import installed
 from lasptrain.errors import DataError
@@ -62,19 +60,22 @@ def special(spec: str) -> Special:
     bos = load_tokenizer(spec).bos
     if spec == BYTES:
         return Special(*[(bos, "")] * 3)
-    read = _named if Path(spec).suffix == ".json" else _of_pieces
-    found = read(Path(spec), bos)
+    path = Path(spec)
+    found = _named(path, bos) if path.suffix == ".json" else _of_pieces(path)
     end = found.get("eos", found["bos"])
     return Special(found["bos"], end, found.get("pad") or found.get("unk") or end)
 
 
-def _of_pieces(path: Path, bos: int) -> dict[str, Token]:
+def _of_pieces(path: Path) -> dict[str, Token]:
     """Of a sentencepiece model; `unk` only if bytes stand for all that is unknown."""
-    model = SentencePieceProcessor(model_file=str(path))
-    ids = {"bos": bos, "eos": model.eos_id(), "pad": model.pad_id()}
-    if any(model.is_byte(i) for i in range(model.vocab_size())):
-        ids["unk"] = model.unk_id()
-    return {name: (i, model.id_to_piece(i)) for name, i in ids.items() if i >= 0}
+    model = protocol.ModelProto.FromString(path.read_bytes())
+    spec, kinds = model.trainer_spec, [piece.type for piece in model.pieces]
+    controls = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == CONTROL}
+    texts = {"bos": spec.bos_piece, "eos": spec.eos_piece, "pad": spec.pad_piece}
+    found = {name: (controls[text], text) for name, text in texts.items() if text in controls}
+    if BYTE in kinds:
+        found["unk"] = (kinds.index(UNKNOWN), spec.unk_piece)
+    return found
 
 
 def _named(path: Path, bos: int) -> dict[str, Token]:
