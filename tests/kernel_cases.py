@@ -16,7 +16,7 @@ class Case(NamedTuple):
     tokens: int
     keys: int
     values: int
-    decay: str  # none, head or token
+    decay: str  # none, head, token or closing
     boundaries: tuple[int, ...] = ()
     batch: int = 2
     heads: int = 3
@@ -41,8 +41,29 @@ class Inputs(NamedTuple):
         return Inputs._make(None if x is None else change(x) for x in self)
 
 
+def closing(small: Tensor) -> Tensor:
+    """Per-token log decays [B, T, H] with heads that close, in turn: at single tokens and in runs at edges and in the
+    middle of chunks, wherever a weak decay follows; a little, at half of all tokens; entirely, at every other token of
+    the first half.
+    """
+    length, heads = small.shape[1:]
+    log_decay = small.clone()
+    strong = torch.tensor([-1e3, -1e4, float("-inf")]).to(small)
+    for h in range(heads):
+        match h % 3:
+            case 0:
+                tokens = [t for t in (0, 5, 20, 31, 32, 63, 64, 80, 81, 82, 127, 190, 255, 256) if t < length]
+            case 1:
+                log_decay[:, ::2, h] = small[:, ::2, h] * 300 - 5
+                continue
+            case _:
+                tokens = [*range(0, length // 2, 2)]
+        log_decay[:, tokens, h] = strong[torch.arange(len(tokens)) % 3]
+    return log_decay
+
+
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Fresh normal inputs of `dtype`; decays from almost none to forgetting in a token."""
+    """Fresh normal inputs of `dtype`; decays from almost none to forgetting in a token, or closing."""
     b, t, h = case.batch, case.tokens, case.heads
     generator = torch.Generator(device).manual_seed(t)
 
@@ -56,6 +77,8 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
             log_decay = -rates
         case "token":
             log_decay = -torch.rand(b, t, h, generator=generator, device=device) * rates
+        case "closing":
+            log_decay = closing(-(10 ** (-1 - 3 * torch.rand(b, t, h, generator=generator, device=device))))
     doc = None
     if case.boundaries:
         begin = torch.zeros(b, t, dtype=torch.int32, device=device)

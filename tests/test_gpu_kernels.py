@@ -24,6 +24,8 @@ CASES = [
         ("head", (), False),
         ("token", (t // 2,), True),
         ("token", (t - 1,), False),
+        ("closing", (), True),
+        ("closing", (t // 3, t // 2), False),
     ]
 ] + [Case(300, 256, 256, "token", (3, 100)), Case(300, 48, 48, "head", (64, 128))]
 

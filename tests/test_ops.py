@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lasptrain.ops import reference
 from lasptrain.ops.reference import recurrence
+from tests.kernel_cases import closing
 
 KERNELS = ["reference", "chunked"]
 LENGTHS = [1, 63, 64, 65, 130]
-DECAYS = ["none", "head", "token"]
+DECAYS = ["none", "head", "token", "closing", "closed"]
 BOUNDARIES = {"none": [], "first": [0], "middle": [30], "last": [-1], "many": [0, 1, 2, 40, 64, 128, -1]}
 
 
@@ -22,10 +23,13 @@ def inputs(length: int, decay: str, boundary: str, dtype: torch.dtype = torch.fl
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
+    uniform = torch.rand(b, length, h, generator=g, dtype=torch.float64)
     log_decay = {
         "none": None,
         "head": -torch.tensor([0.0, 0.01, 2.0], dtype=torch.float64),
-        "token": -torch.rand(b, length, h, generator=g, dtype=torch.float64) * torch.tensor([0.01, 0.1, 2.0]),
+        "token": -uniform * torch.tensor([0.01, 0.1, 2.0]),
+        "closing": closing(-(10 ** (-1 - 3 * uniform))),
+        "closed": -torch.tensor([1e3, 1e4, float("inf")], dtype=torch.float64),
     }[decay]
     begin = torch.zeros(b, length, dtype=torch.int32)
     for i in BOUNDARIES[boundary]:
@@ -97,8 +101,9 @@ def test_kernel_is_the_recurrence(kernel: str, length: int, decay: str, boundary
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
-def test_low_precision_inputs_keep_fp32_states(dtype: torch.dtype, bound: float) -> None:
-    x = inputs(500, "token", "many", dtype)
+@pytest.mark.parametrize("decay", ["token", "closing"])
+def test_low_precision_inputs_keep_fp32_states(decay: str, dtype: torch.dtype, bound: float) -> None:
+    x = inputs(500, decay, "many", dtype)
     want = expected({n: t if t is None or n == "doc" else t.double() for n, t in x.items()})
     got = measured("chunked", x, True)
     assert got["leaving"].dtype == torch.float32 and got["o"].dtype == dtype

@@ -13,32 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.ops import per_token, state_dtype
-from lasptrain.ops.reference import slice_decay, starts, token_decay
+from lasptrain.ops.reference import slice_decay, token_decay
 
 CHUNK = 64
 
 
 class Chunks(NamedTuple):
-    """Decays of a slice cut into n chunks of C tokens, T padded to n·C."""
+    """Decays of a slice cut into n chunks of C tokens, T padded to n·C.
 
-    inside: Tensor  # [B, H, n, C] Σ log a from the chunk's start up to and including the token
+    Logarithms are added from one token to the other, never subtracted: a difference of two sums would lose a weak decay
+    behind a strong one, and have no value behind one of −∞.
+    """
+
+    each: Tensor  # [B, H, n, C] log a
     doc: Tensor  # [B, 1, n, C] document numbers
     before: Tensor  # [B, 1, n, 1] document of the token before the chunk; 0 before the slice
 
     def weights(self) -> Tensor:
         """Weight of token j in the output of token i, [B, H, n, C, C]."""
-        lag = (self.inside[..., :, None] - self.inside[..., None, :]).clamp(max=0.0)
         visible = self.doc[..., :, None] == self.doc[..., None, :]
-        return torch.where(visible, lag.exp(), 0.0).tril()
+        lag = self.each[..., None].expand(*self.each.shape, CHUNK).tril(-1).cumsum_(-2)
+        return lag.exp_().masked_fill_(~visible, 0.0).tril_()
 
     def from_left(self) -> Tensor:
         """Weight of the chunk's entering state in the output of token i, [B, H, n, C]."""
-        return torch.where(self.doc == self.before, self.inside.exp(), 0.0)
+        return torch.where(self.doc == self.before, self.each.cumsum(-1).exp(), 0.0)
 
     def to_right(self) -> Tensor:
         """Weight of token j in the chunk's leaving state, [B, H, n, C]."""
         same = self.doc == self.doc[..., -1:]
-        return torch.where(same, (self.inside[..., -1:] - self.inside).exp(), 0.0)
+        return torch.where(same, F.pad(self.each[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp(), 0.0)
 
     def through(self) -> Tensor:
         """Decay over each chunk, [B, H, n]."""
@@ -80,7 +84,7 @@ def _chunks(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Chunk
     doc = _zero_doc(like) if doc is None else doc
     numbers = _by_chunk(_pad_doc(doc))[:, None]
     before = F.pad(numbers[:, :, :-1, -1:], (0, 0, 1, 0))
-    return Chunks(decays.cumsum(-1), numbers, before)
+    return Chunks(decays, numbers, before)
 
 
 def _zero_doc(like: Tensor) -> Tensor:
@@ -126,10 +130,13 @@ def _told(x: Tensor, wanted: bool) -> Tensor:
     return x if wanted else torch.full_like(x, float("nan"))
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, weights: Tensor, prefix: Tensor) -> Tensor:
-    """o [B, H, n, C, V] from the tokens of the same chunk and the state that enters it."""
-    o = (q @ k.transpose(-1, -2) * weights) @ v
-    return o.add_((q * chunks.from_left()[..., None]) @ prefix)
+def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).mul_(weights)
+
+
+def _far(q: Tensor, chunks: Chunks, prefix: Tensor) -> Tensor:
+    """Outputs [B, H, n, C, V] from the states that enter the chunks."""
+    return (q * chunks.from_left()[..., None]) @ prefix
 
 
 def _join(o: Tensor, like: Tensor) -> Tensor:
@@ -151,7 +158,9 @@ def attend(
     if blocks is None:
         blocks = _block_states(cut_k, cut_v, chunks)
     prefix, _ = _scan(blocks, chunks.through(), entering)
-    return _join(_outputs(_cut(q), cut_k, cut_v, chunks, chunks.weights(), prefix), v), prefix
+    q = _cut(q)
+    o = _scores(q, cut_k, chunks.weights()) @ cut_v
+    return _join(o.add_(_far(q, chunks, prefix)), v), prefix
 
 
 def _reversed_chunks(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Chunks:
@@ -192,14 +201,26 @@ def grad_query(
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
     chunks = _chunks(k, log_decay, doc)
-    weights = chunks.weights()
-    dq = _outputs(_cut(do), _cut(v), _cut(k), chunks, weights, prefix.transpose(-1, -2))
-    row = (
-        _join((_cut(q) * dq).sum(-1, keepdim=True), q[..., :1].to(dq.dtype))[..., 0]
-        if per_token(log_decay)
-        else dq.new_empty(0)
-    )
-    return _join(dq, q), row
+    cut_q, cut_k = _cut(q), _cut(k)
+    scores = _scores(_cut(do), _cut(v), chunks.weights())
+    far = _far(_cut(do), chunks, prefix.transpose(-1, -2))
+    dq = scores @ cut_k
+    row = dq.new_empty(0)
+    if per_token(log_decay):
+        row = _reading_over(scores.mul_(cut_q @ cut_k.transpose(-1, -2)), (cut_q * far).sum(-1))
+        row = _join(row[..., None], q.to(row.dtype))[..., 0]
+    return _join(dq.add_(far), q), row
+
+
+def _reading_over(near: Tensor, far: Tensor) -> Tensor:
+    """What tokens t, t + 1, … of a chunk read from before t, [B, H, n, C], in units of the loss.
+
+    Args:
+        near: what token i reads from token j, [B, H, n, C, C].
+        far: what token i reads from the state that enters the chunk, [B, H, n, C].
+    """
+    earlier = F.pad(near[..., :-1], (1, 0)).cumsum(-1).tril().sum(-2)
+    return far.flip(-1).cumsum(-1).flip(-1).add_(earlier)
 
 
 def grad_key_value(
@@ -220,33 +241,28 @@ def grad_key_value(
     if dblocks is None:
         dblocks = _block_states(rq, rdo, chunks)
     suffix, _ = _scan(dblocks, chunks.through(), dleaving)
-    dv = _outputs(rk, rq, rdo, chunks, weights, suffix)
-    dk = _outputs(rv, rdo, rq, chunks, weights, suffix.transpose(-1, -2))
+    dv = (_scores(rk, rq, weights) @ rdo).add_(_far(rk, chunks, suffix))
+    dk = _scores(rv, rdo, weights) @ rq
+    far = _far(rv, chunks, suffix.transpose(-1, -2))
     dlog = None
     if per_token(log_decay):
-        column = _reversed_join((rk * dk).sum(-1, keepdim=True), row[..., None])[..., 0]
-        dlog = _grad_decay(k, v, log_decay, doc, row - column, prefix, suffix.flip(2))
-    return _reversed_join(dk, k), _reversed_join(dv, v), dlog
+        sent = _reversed_join((rk * far).sum(-1, keepdim=True), row[..., None])[..., 0]
+        dlog = row + _sent_over(k, log_decay, doc, sent, prefix, suffix.flip(2))
+    return _reversed_join(dk.add_(far), k), _reversed_join(dv, v), dlog
 
 
-def _grad_decay(
-    k: Tensor, v: Tensor, log_decay: Tensor, doc: Tensor | None, difference: Tensor, prefix: Tensor, suffix: Tensor
+def _sent_over(
+    k: Tensor, log_decay: Tensor, doc: Tensor | None, sent: Tensor, prefix: Tensor, suffix: Tensor
 ) -> Tensor:
-    """Gradient of log_decay [B, T, H]: ⟨G_t, a_t S_{t-1}⟩.
+    """What tokens behind t's chunk read from before t, [B, T, H], in units of the loss; `sent` is what they read from
+    token t.
 
-    `difference` is Σ q·dq − Σ k·dk per token. Summed from t to the end of the sequence it is the gradient, but that sum
-    cancels over long sequences; so it runs to the end of the chunk only, where ⟨G, S⟩ stands for all that follows.
+    With `_reading_over` it is the gradient of log_decay, ⟨G_t, a_t S_{t-1}⟩, as a sum over all pairs of tokens that the
+    decay lies between. Σ q·dq − Σ k·dk from t to the end of the sequence is the same, but cancels.
     """
     chunks = _chunks(k, log_decay, doc)
-    last = _block_states(_cut(k)[:, :, -1:], _cut(v)[:, :, -1:], Chunks(*(x[:, :, -1:] for x in chunks)))[:, :, 0]
-    leaving = torch.addcmul(last, prefix[:, :, -1], chunks.through()[:, :, -1, None, None])
-    states = torch.cat([prefix[:, :, 1:], leaving[:, :, None]], dim=2)
-    anchor = (suffix * states).sum((-1, -2))  # [B, H, n] before the first decay of the next chunk
     first = _by_chunk(_pad(token_decay(k, log_decay, doc)))[:, 1:, 0].transpose(1, 2)
-    anchor = anchor * F.pad(first, (0, 1), value=1.0)
-    inside = _by_chunk(_pad(difference)).permute(0, 3, 1, 2)
-    same = chunks.doc[..., :, None] == chunks.doc[..., None, :]
-    total = (same.to(inside.dtype).triu() @ inside[..., None])[..., 0]
-    total = total + torch.where(chunks.doc == chunks.doc[..., -1:], anchor[..., None], 0.0)
-    grad = total.permute(0, 2, 3, 1).flatten(1, 2)[:, : k.shape[1]]
-    return grad if doc is None else grad.masked_fill(starts(doc)[..., None], 0.0)
+    through = chunks.through() * F.pad(first, (0, 1), value=1.0)  # the suffix lies before the next chunk's first decay
+    inside = _by_chunk(_pad(sent)).permute(0, 3, 1, 2)
+    over = F.pad(inside[..., :-1], (1, 0)).cumsum(-1) + (through * (prefix * suffix).sum((-1, -2)))[..., None]
+    return _join(over[..., None], sent[..., None])[..., 0]
