@@ -16,7 +16,7 @@ class Case(NamedTuple):
     tokens: int
     keys: int
     values: int
-    decay: str  # none, head, token or closing
+    decay: str  # none, head, closed (heads that remember nothing), token or closing
     boundaries: tuple[int, ...] = ()
     batch: int = 2
     heads: int = 3
@@ -75,6 +75,8 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     match case.decay:
         case "head":
             log_decay = -rates
+        case "closed":
+            log_decay = -torch.tensor([1e3, 1e4, float("inf")], device=device)[torch.arange(h) % 3]
         case "token":
             log_decay = -torch.rand(b, t, h, generator=generator, device=device) * rates
         case "closing":

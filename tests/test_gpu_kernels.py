@@ -27,7 +27,7 @@ CASES = [
         ("closing", (), True),
         ("closing", (t // 3, t // 2), False),
     ]
-] + [Case(300, 256, 256, "token", (3, 100)), Case(300, 48, 48, "head", (64, 128))]
+] + [Case(300, 256, 256, "token", (3, 100)), Case(300, 48, 48, "head", (64, 128)), Case(500, 128, 128, "closed")]
 
 
 def poison(case: Case) -> None:

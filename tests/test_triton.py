@@ -18,8 +18,8 @@ CASES = [
     Case(130, 64, 64, "token", batch=1, heads=1),
     Case(260, 32, 32, "token", (3, 100), batch=1, heads=1, edges=False),
     Case(33, 256, 32, "head", (5,), batch=1, heads=1),
-    Case(1, 32, 32, "closing", batch=1),
-    Case(65, 32, 32, "closing", (30, 40, 41), batch=1),
+    Case(70, 32, 32, "closed", batch=1),
+    Case(71, 32, 32, "closing", (30, 40, 41), batch=1),
     Case(260, 32, 32, "closing", batch=1),
 ]
 

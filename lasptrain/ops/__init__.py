@@ -9,13 +9,14 @@ Arguments common to the five functions below, which every kernel offers:
 |---|---|---|
 | `q`, `k` | [B, T, H, K] | |
 | `v`, `do` | [B, T, H, V] | values · gradient of the output |
-| `log_decay` | None, [H] or [B, T, H] fp32, ≤ 0 | no decay · constant, without gradient · per token, with gradient |
+| `log_decay` | None, [H] or [B, T, H] fp32, −∞ to 0 | no decay · constant, no gradient · per token, with gradient |
 | `doc` | None or [B, T] int32 | documents that have started in the slice up to and including t |
 | `entering`, `leaving` | [B, H, K, V] | states, at least fp32 |
 
-A document boundary is a decay of zero: document 0 continues from the left and alone reads the entering state, the last
-one writes the leaving state. `blocks`, `prefix` and `row` are what a kernel leaves for itself: states at the edges of
-its blocks and sums per token, in a layout that only it knows.
+A log decay of −∞, after which nothing is left of what came before, has a gradient of 0. A document boundary is such a
+decay: document 0 continues from the left and alone reads the entering state, the last one writes the leaving state.
+`blocks`, `prefix` and `row` are what a kernel leaves for itself: states at the edges of its blocks and sums per token,
+in a layout that only it knows.
 
 The functions are registered as PyTorch operators, so that selective recomputation and `torch.compile` see each as one.
 """

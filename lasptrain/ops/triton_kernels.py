@@ -203,6 +203,11 @@ def _documents(doc: Tensor) -> Tensor:
     return _aligned(_as(doc, torch.int32))
 
 
+def _logarithms(log_decay: Tensor) -> Tensor:
+    """`log_decay` as the programs read it."""
+    return _aligned(_as(log_decay, torch.float32))
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x, contiguous, where a program that expects aligned pointers can read it."""
     x = x.contiguous()
@@ -224,7 +229,7 @@ class _Gates(NamedTuple):
 
 def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
     if log_decay is not None:
-        log_decay = _aligned(_as(log_decay, torch.float32))
+        log_decay = _logarithms(log_decay)
     if doc is None:
         return _Gates(log_decay, None, None)
     doc = _documents(doc)
@@ -399,6 +404,7 @@ def _grad_decay(
     column: Tensor,
     states: Tensor,
     gradients: Tensor,
+    log_decay: Tensor,
     doc: Tensor | None,
     s: _Slice,
     chunk: int,
@@ -414,7 +420,8 @@ def _grad_decay(
         column,
         states,
         gradients,
-        doc,
+        _logarithms(log_decay),
+        None if doc is None else _documents(doc),
         grad,
         *s.sizes,
     )
@@ -501,7 +508,7 @@ def grad_key_value(
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
     dk, dv, column = _walk_key_value(rows, s, log_decay, doc, gradients)
     dlog = None
-    if column is not None:
+    if per_token(log_decay) and column is not None:
         chunk = _launch("grad_query", s, k.dtype, s.keys).chunk
-        dlog = _grad_decay(row, column, prefix, gradients, None if doc is None else _documents(doc), s, chunk)
+        dlog = _grad_decay(row, column, prefix, gradients, log_decay, doc, s, chunk)
     return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog

@@ -26,7 +26,10 @@ import triton.language as tl
 PRECISION = tl.constexpr("tf32x3")  # of fp32 inputs: three tensor-core products that together are exact to fp32
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = ["B", "T", "H", "NB", "L"]  # one compilation serves every length
-SMALLEST_LOG2 = tl.constexpr(-160.0)  # its power of two is 0 in fp32; keeps a = 0 out of differences of infinities
+# Stronger decays count as this one: of what 2^-64 leaves nothing shows beside a token, and a chunk's sum stays within
+# 2^12, so that a weak decay behind strong ones keeps the digits that inputs of 16 bits have.
+SMALLEST_LOG2 = tl.constexpr(-64.0)
+STEPS = tl.constexpr(256.0)  # per unit of log2; sums of whole steps within 2^12 are exact in fp32
 
 
 @triton.jit
@@ -90,17 +93,25 @@ def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.c
 
 
 @triton.jit
-def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
+def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
     """Decays of the chunk that starts at token t, from its marks.
 
-    Returns `inside` [C], the cumulative log2 of the decay up to and including each token; `lead` [C], the weight of the
-    entering state in each token's output; `fold` [C], the weight of each token in the leaving state; `through`, the
-    weight of the entering state in the leaving one, and `passing`, its log2.
+    Returns `inside` [C], the cumulative log2 of the decay up to and including each token, and `rest` [C], what `inside`
+    lacks where EXACT; `lead` [C], the weight of the entering state in each token's output; `fold` [C], the weight of
+    each token in the leaving state; `through`, the weight of the entering state in the leaving one, and `passing`, its
+    log2.
+
+    EXACT, for fp32 inputs with decays per token: `inside` is a sum of whole steps and has no rounding, however strong
+    the decays, and `rest` is small.
     """
     i = tl.arange(0, C)
     n = tl.minimum(C, T - t)
     if DECAY == 2:
         each = tl.maximum(each * LOG2_E, SMALLEST_LOG2)
+        if EXACT:
+            part = each
+            each = tl.floor(each * STEPS) / STEPS
+            part -= each
         inside = tl.cumsum(each, 0)
         total = tl.sum(each, 0)
     else:
@@ -112,22 +123,37 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr):
     fold = tl.where(i >= n - finishing, tl.exp2(total - inside), 0.0)
     through = tl.where(continuing == n, tl.exp2(total), 0.0)
     passing = tl.where(continuing == n, total, float("-inf"))
-    return inside, lead, fold, through, passing
+    rest = inside
+    if EXACT:
+        rest = tl.cumsum(part, 0)
+        remaining = tl.sum(part, 0)
+        lead *= tl.exp2(rest)
+        fold *= tl.exp2(remaining - rest)
+        through *= tl.exp2(remaining)
+        passing += remaining
+    return inside, rest, lead, fold, through, passing
 
 
 @triton.jit
-def _weights(inside, counts, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Decay between the tokens of a chunk [C, C]; row: the token that is read, column: the token that is written.
+def _lag(inside, REVERSE: tl.constexpr):
+    """Differences of cumulative logarithms [C, C]; row: the token that is read, column: the token that is written."""
+    return inside[:, None] - inside[None, :] if REVERSE else inside[None, :] - inside[:, None]
+
+
+@triton.jit
+def _weights(inside, rest, counts, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """Decay between the tokens of a chunk [C, C], as `_lag` lays them out.
 
     For a chunk of at most two documents; `_apart` sees to more.
     """
     i = tl.arange(0, C)
     if REVERSE:
         visible = i[:, None] >= i[None, :]
-        lag = inside[:, None] - inside[None, :]
     else:
         visible = i[:, None] <= i[None, :]
-        lag = inside[None, :] - inside[:, None]
+    lag = _lag(inside, REVERSE)
+    if EXACT:
+        lag += _lag(rest, REVERSE)
     continuing = counts & 255
     visible = visible & ((i[:, None] < continuing) == (i[None, :] < continuing))
     return tl.exp2(tl.where(visible, lag, float("-inf")))
@@ -193,6 +219,7 @@ def summarize_blocks(
 
     In time: x = k, y = v. Against time: x = q, y = do, the gradient that the block sends to the state entering it.
     """
+    EXACT: tl.constexpr = DECAY == 2 and x.dtype == tl.float32
     batch, head, block, tile = _place(NB, H, V // TILE)
     log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
     first = block * L
@@ -206,7 +233,7 @@ def summarize_blocks(
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
-        _, lead, fold, through, passing = _gates(each, counts, log2, t, T, C, DECAY)
+        _, _, lead, fold, through, passing = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
         state = _update(state, a, b, lead if REVERSE else fold, through, DECAY == 2)
         decay += passing  # a product would gather a rounding error per chunk
         t = ahead
@@ -297,6 +324,7 @@ def walk(
     WIDTH: tl.constexpr = K if TRANSPOSE else V
     DEPTH: tl.constexpr = V if TRANSPOSE else K
     SIZE: tl.constexpr = K * V
+    EXACT: tl.constexpr = DECAY == 2 and x.dtype == tl.float32
     batch, head, block, tile = _place(NB, H, WIDTH // TILE)
     line = (batch * H + head).to(tl.int64)
     log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
@@ -315,7 +343,7 @@ def walk(
     for _ in range(chunks):
         ahead = t - C if REVERSE else t + C
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY)
+        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
         if REVERSE:
             lead, fold = fold, lead
         a = _rows(x, batch, head, t, 0, C, DEPTH)
@@ -325,7 +353,7 @@ def walk(
         if SUM:
             d = _rows(w, batch, head, t, begin, C, TILE)
             flow = tl.sum(tl.sum(tl.trans(d) * far, 1), 0)
-        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, counts, C, REVERSE)
+        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, rest, counts, C, REVERSE, EXACT)
         near = _apart(near, DOC, counts, batch, t, T, C, DOCS)
         result = tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION)
         _store_rows(out, batch, head, t, begin, tl.trans(result), C, TILE)
@@ -343,6 +371,7 @@ def walk_key_value(
 ):  # fmt: skip
     """dk and dv in one walk against time, where the state's gradient fits into registers; grid B·NB·H. See `walk`."""
     SIZE: tl.constexpr = K * V
+    EXACT: tl.constexpr = DECAY == 2 and k.dtype == tl.float32
     batch, head, block, _ = _place(NB, H, 1)
     line = (batch * H + head).to(tl.int64)
     log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
@@ -354,8 +383,8 @@ def walk_key_value(
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, t - C, T, H, C, DECAY, DOCS)
-        inside, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY)
-        weights = _weights(inside, counts, C, True)
+        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        weights = _weights(inside, rest, counts, C, True, EXACT)
         cq = _rows(q, batch, head, t, 0, C, K)
         ck = _rows(k, batch, head, t, 0, C, K)
         cv = _rows(v, batch, head, t, 0, C, V)
@@ -380,7 +409,7 @@ def walk_key_value(
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_gradient(
-    ROW, COLUMN, STATES, GRADIENTS, DOC, OUT, T, H, NB, L,
+    ROW, COLUMN, STATES, GRADIENTS, LOG_DECAY, DOC, OUT, T, H, NB, L,
     SIZE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
@@ -389,6 +418,9 @@ def decay_gradient(
     the nearer edge of t's chunk, where the flow ⟨gradient, state⟩ through the edge stands for all that lies behind. The
     flow is taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there,
     in fp32 from the same products as the states. ROW and COLUMN [B, T + chunks, H] are what `_store_sums` left.
+
+    Nothing flows over a decay of zero, which has no gradient; so no sum goes on beyond one. It cuts, as the start of a
+    document does.
     """
     batch, head, block, _ = _place(NB, H, 1)
     line = (batch * H + head).to(tl.int64)
@@ -411,23 +443,22 @@ def decay_gradient(
         difference = tl.load(ROW + at, mask=i < n, other=0.0) - tl.load(COLUMN + at, mask=i < n, other=0.0)
         following = flow
         flow -= tl.load(COLUMN + edge)
-        later = i[:, None] <= i[None, :]
-        earlier = i[:, None] > i[None, :]
-        nearer = 2 * i < n
+        here = (start + t + i) * H + head
+        cuts = tl.load(LOG_DECAY + here, mask=i < n, other=0.0) * LOG2_E <= SMALLEST_LOG2
         if DOCS:
             doc = tl.load(DOC + start + t + i, mask=i < n, other=-1)
             previous = tl.load(DOC + start + t + i - 1, mask=(t + i > 0) & (i < n), other=0)
-            before = tl.load(DOC + start + t - 1, mask=t > 0, other=0)
-            after = tl.load(DOC + start + t + n - 1)
-            later = later & (doc[:, None] == doc[None, :])
-            continuing = doc == before
-            nearer = continuing & (2 * i < tl.sum(continuing.to(tl.int32), 0))
-            following = tl.where(doc == after, following, 0.0)
-            flow = tl.where(before == after, flow, 0.0)
+            cuts = cuts | ((doc != previous) & (i < n))
+        run = tl.cumsum(cuts.to(tl.int32), 0)
+        last = tl.sum(cuts.to(tl.int32), 0)
+        same = run[:, None] == run[None, :]
+        following = tl.where(run == last, following, 0.0)
+        flow = tl.where(last == 0, flow, 0.0)
         flow += tl.load(ROW + edge)
+        nearer = (run == 0) & (2 * i < tl.minimum(n, tl.sum((run == 0).to(tl.int32), 0)))
+        later = same & (i[:, None] <= i[None, :])
+        earlier = i[:, None] > i[None, :]
         from_left = flow - tl.sum(tl.where(earlier, difference[None, :], 0.0), 1)
         from_right = following + tl.sum(tl.where(later, difference[None, :], 0.0), 1)
-        gradient = tl.where(nearer, from_left, from_right)
-        if DOCS:
-            gradient = tl.where(doc == previous, gradient, 0.0)
-        tl.store(OUT + (start + t + i) * H + head, gradient, mask=i < n)
+        gradient = tl.where(cuts, 0.0, tl.where(nearer, from_left, from_right))
+        tl.store(OUT + here, gradient, mask=i < n)
