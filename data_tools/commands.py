@@ -15,10 +15,10 @@ from data_tools.prepare import ANY_LENGTH, Progress
 from data_tools.prepare import prepare as prepare_folder
 from data_tools.sources import Reading, left_out, open_source
 from data_tools.synthetic import Kind
+from lasptrain.console.tables import figures
 from lasptrain.data.manifest import Manifest
 from lasptrain.data.shard import Shard, file_sha256
 from lasptrain.errors import DataError, SetupError
-from lasptrain.tables import figures
 
 
 @dataclass(frozen=True)

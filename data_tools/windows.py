@@ -8,15 +8,15 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+from data_tools.dataset import left_out, open_dataset
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import epochs, permute
-from lasptrain.data.source import left_out, open_dataset
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import Recipe, load
-from lasptrain.run import RECIPE
+from lasptrain.run.folder import RECIPE
 
 
 @dataclass(frozen=True)

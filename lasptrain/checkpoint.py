@@ -52,9 +52,9 @@ from torch.optim import Optimizer
 
 from lasptrain import __version__
 from lasptrain.errors import CheckpointError, ResourceError
-from lasptrain.optim import initial_state, initialise_state
 from lasptrain.parallel.mesh import told_by_all
 from lasptrain.recipe import Checkpoint
+from lasptrain.training.optimizer import initial_state, initialise_state
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -14,32 +14,38 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lasptrain import cards, checkpoint, links, ops, plan, settled, stop, stream, watch
+from data_tools.dataset import open_dataset
+from data_tools.prepared import sources
+from lasptrain import checkpoint, ops
 from lasptrain import recipe as recipes
+from lasptrain.console.tables import show
+from lasptrain.cost import gpus as cards
+from lasptrain.cost import links, plan
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import MicroBatch, SliceLoader
-from lasptrain.data.prepared import sources
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.eval.main import while_training
-from lasptrain.eval.validation import Validation, validate
-from lasptrain.guard import Guard
-from lasptrain.loss import IGNORED
-from lasptrain.metrics import Metrics, Value, mfu
+from lasptrain.eval.summary import epochs, gather, summarize
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.optim import build_optimizer, clip_gradients, jump, learning_rate, set_learning_rate
-from lasptrain.pace import Pace
+from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel import replicas
-from lasptrain.parallel.attention import Attention
-from lasptrain.parallel.fastest import fastest_scan
+from lasptrain.parallel.autotune import fastest_scan
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
-from lasptrain.profile import profiled
+from lasptrain.process import signals as stop
+from lasptrain.process import watchdog as watch
 from lasptrain.recipe import Parallel, Recipe
-from lasptrain.summary import epochs, gather, summarize
-from lasptrain.tables import show
+from lasptrain.run import auto as settled
+from lasptrain.run.metrics import Metrics, Value, mfu
+from lasptrain.training import segments as stream
+from lasptrain.training.guard import Guard
+from lasptrain.training.optimizer import build_optimizer, clip_gradients, jump, learning_rate, set_learning_rate
+from lasptrain.training.profiler import profiled
+from lasptrain.training.stragglers import Pace
+from lasptrain.training.validation import Validation, validate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 

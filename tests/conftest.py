@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
-from lasptrain import stop
+from lasptrain.process import signals as stop
 from tests import gloo
 
 # What is computed here is small: more threads would wait for each other, and for those of the tests that run beside.

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasptrain import stop
 from lasptrain.errors import LaspError, NumericalError, Stopped
+from lasptrain.process import signals as stop
 from lasptrain.recipe import Recipe, load
 
 
@@ -75,8 +75,8 @@ def die_in_a_message(recipe: Recipe, run: Path) -> None:
 
 def trade(x: Tensor) -> None:
     from lasptrain.parallel import mesh
-    from lasptrain.parallel.direct import Direct
-    from lasptrain.parallel.messages import between
+    from lasptrain.parallel.p2p import between
+    from lasptrain.parallel.p2p_symmetric import Direct
 
     messages = between(mesh.world(), x.device, x.nbytes)
     assert isinstance(messages, Direct)
@@ -151,7 +151,7 @@ def wait(recipe: Recipe, run: Path) -> None:
 
 def main() -> int:
     """Launches a target of this file; prints errors as the command line does."""
-    from lasptrain.launch import USUAL, Nodes, launch
+    from lasptrain.process.launcher import USUAL, Nodes, launch
 
     target, recipe, nproc, *rest = sys.argv[1:]
     nodes = Nodes(int(rest[0]), int(rest[1]), rest[2]) if len(rest) >= 3 else None

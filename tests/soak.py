@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lasptrain import checkpoint, stop, train
+from lasptrain import checkpoint, train
 from lasptrain.errors import Stopped
-from lasptrain.metrics import read_metrics
+from lasptrain.process import signals as stop
 from lasptrain.recipe import Recipe, load
+from lasptrain.run.metrics import read_metrics
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 SMALL = ("model.dim=32", "model.layers=2", "model.mlp=48", "data.window=256", "eval.every=0", "eval.windows=1")

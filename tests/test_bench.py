@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, ranks, scale, sp
+from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
+from lasptrain.cost.plan import Rates
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import Ring
-from lasptrain.plan import Rates
+from lasptrain.process import local_ranks as ranks
 from lasptrain.recipe import load
 from tests.gloo import spawn
 from tests.test_recipe import RECIPES

@@ -31,10 +31,10 @@ from torch.optim import Optimizer
 from lasptrain import checkpoint
 from lasptrain.checkpoint import committed, latest, load, save, sweep
 from lasptrain.errors import CheckpointError
-from lasptrain.optim import build_optimizer, clip_gradients
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.shard import shard_optimizer
 from lasptrain.recipe import Checkpoint, Optim
+from lasptrain.training.optimizer import build_optimizer, clip_gradients
 from tests.disk import Disk, build, dark, killed, mixed
 from tests.gloo import CONTEXT, spawn
 

@@ -91,7 +91,7 @@ def test_output_that_finds_no_space_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_that_wait_leave_the_cores_to_others(given: dict[str, str], expected: str) -> None:
-    code = "import os, lasptrain.cli as c; c.app = lambda: print(os.environ['OMP_WAIT_POLICY']); c.main()"
+    code = "import os, lasptrain.cli.main as c; c.app = lambda: print(os.environ['OMP_WAIT_POLICY']); c.main()"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"PYTHONPATH": str(ROOT), **given}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -220,7 +220,7 @@ def test_data_commands_make_inspect_and_verify_a_dataset(tmp_path: Path) -> None
 
 
 def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None:
-    program = "import lasptrain.cli as cli; cli.load = lambda *_: 1 / 0; cli.main()"
+    program = "import lasptrain.cli.main as cli; cli.load = lambda *_: 1 / 0; cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "check", "x.yaml"],
         cwd=tmp_path,

@@ -12,7 +12,7 @@ from torch import Tensor
 from lasptrain import ops, train
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, load
 from tests.gloo import spawn

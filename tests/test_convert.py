@@ -27,10 +27,10 @@ from lasptrain.convert.files import Folder
 from lasptrain.convert.restore import open_weights, restore
 from lasptrain.errors import CheckpointError, ConvertError, DataError, RecipeError, SetupError
 from lasptrain.eval import load, main
-from lasptrain.eval.evaluate import Asked
 from lasptrain.eval.load import load_model
+from lasptrain.eval.runner import Asked
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

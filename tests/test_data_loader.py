@@ -18,7 +18,7 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.data.order import permute, window_start
 from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.loss import IGNORED
+from lasptrain.ops.cross_entropy import IGNORED
 
 BOS = 1
 WINDOW = 24

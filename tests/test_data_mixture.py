@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import windows
+from data_tools.dataset import open_dataset
 from data_tools.prepare import prepare
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, Mixture, mix, shares
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import dump, load
 from tests.test_recipe import RECIPES

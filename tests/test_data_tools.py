@@ -40,7 +40,7 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
 from lasptrain.eval.tasks.files import rows
-from lasptrain.launch import resolve
+from lasptrain.process.launcher import resolve
 from lasptrain.recipe import load
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"

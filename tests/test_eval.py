@@ -14,22 +14,23 @@ import torch
 
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from lasptrain import recipe as recipes
+from lasptrain.cli import eval as commands
+from lasptrain.cli.eval import parse_lengths
 from lasptrain.errors import DataError, RecipeError, SetupError
-from lasptrain.eval import commands, main, perplexity, predictions, report
-from lasptrain.eval.commands import parse_lengths
-from lasptrain.eval.evaluate import Asked, Ledger, Questions, answer
+from lasptrain.eval import main, perplexity, predictions, report
 from lasptrain.eval.generate import decode
 from lasptrain.eval.inference import Reader
+from lasptrain.eval.runner import Asked, Ledger, Questions, answer
 from lasptrain.eval.score import METRICS, bootstrap, interval, wilson
 from lasptrain.eval.tasks import TASKS
 from lasptrain.eval.tasks.files import open_files, rows, samples, task_name
 from lasptrain.eval.tasks.recall import associations
 from lasptrain.eval.tasks.sample import Ask, Sample
-from lasptrain.metrics import read_metrics
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, find_file
+from lasptrain.run.metrics import read_metrics
 from tests import program
 
 MODEL = find_file(Path("tokenizers/python-4k.model"))

@@ -25,15 +25,19 @@ from typer.testing import CliRunner
 
 from data_tools import windows
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import checkpoint, cli, pace, stop, stream, train
+from lasptrain import checkpoint, train
 from lasptrain import recipe as recipes
 from lasptrain.bench import saving
+from lasptrain.cli import main as cli
 from lasptrain.data.loader import SliceLoader
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
-from lasptrain.guard import ENOUGH, Guard
-from lasptrain.metrics import read_metrics
 from lasptrain.parallel.replicas import outvoted
+from lasptrain.process import signals as stop
 from lasptrain.recipe import Guard as Policy
+from lasptrain.run.metrics import read_metrics
+from lasptrain.training import segments as stream
+from lasptrain.training import stragglers as pace
+from lasptrain.training.guard import ENOUGH, Guard
 from tests.gloo import spawn
 
 ROOT = Path(__file__).parent.parent

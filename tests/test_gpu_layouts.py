@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain import ops
-from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.steps import largest
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.parallel.halo import halo
-from lasptrain.parallel.messages import Posted, between
+from lasptrain.parallel.p2p import Posted, between
+from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.scan import SCANS
+from lasptrain.process.local_ranks import on_ranks
 from tests.kernel_cases import error
 
 GPUS = torch.cuda.device_count()

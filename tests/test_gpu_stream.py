@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain import stream
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill, recompute
 from lasptrain.recipe import Model
+from lasptrain.training import segments as stream
 from tests.test_layouts import BOS, pieces
 
 pytestmark = [

@@ -12,7 +12,7 @@ from lasptrain.eval.generate import Sampling, choose, decode, generate
 from lasptrain.eval.inference import Reader, join
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model
 from tests.gloo import spawn

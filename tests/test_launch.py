@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from lasptrain import run as runs
 from lasptrain.errors import CheckpointError, NumericalError, SetupError, Stopped
-from lasptrain.launch import Failure, _no_signal_lost, cause, failure_of, first_host, launch, resolve
+from lasptrain.process.launcher import Failure, _no_signal_lost, cause, failure_of, first_host, launch, resolve
 from lasptrain.recipe import Recipe, dump, load
+from lasptrain.run import folder as runs
 from tests import program
 from tests.program import PATIENCE, Started
 
@@ -230,7 +230,7 @@ def test_a_signal_while_data_is_prepared_ends_at_once(
 
         yield progress
 
-    monkeypatch.setattr("lasptrain.launch.preparing", preparing)
+    monkeypatch.setattr("lasptrain.process.launcher.preparing", preparing)
     with pytest.raises(Stopped, match="stopped by SIGTERM; training had not begun") as stopped:
         launch(load("tiny.yaml"), nproc=1)
     assert stopped.value.code == 75 and stages == ["encode", "write"]

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lasptrain import stream, train
+from lasptrain import train
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
-from lasptrain.parallel.fastest import fastest_scan
+from lasptrain.parallel.autotune import fastest_scan
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize
 from lasptrain.recipe import Model, Parallel
+from lasptrain.training import segments as stream
 from tests.gloo import spawn
 
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0

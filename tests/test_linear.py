@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.linear import Linear, products
-from lasptrain.optim import build_optimizer
 from lasptrain.recipe import Optim
+from lasptrain.training.optimizer import build_optimizer
 from tests.kernel_cases import error
 
 

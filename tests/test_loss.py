@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lasptrain.loss import IGNORED, chunked_cross_entropy, token_losses
+from lasptrain.ops.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
 
 T, D, VOCAB = 37, 24, 101
 

@@ -26,7 +26,7 @@ class Host:
 
     def __init__(self, folder: Path, ranks: int):
         from lasptrain.ops.triton_messages import parts
-        from lasptrain.parallel.direct import CELLS
+        from lasptrain.parallel.p2p_symmetric import CELLS
 
         self.parts = parts(BOX)
         boxes, flags = ranks * CELLS * BOX, ranks * 2 * CELLS * self.parts
@@ -55,7 +55,7 @@ def message(source: int, n: int, side: int) -> Tensor:
 
 def exchanged(rank: int, ranks: int, folder: Path) -> bool:
     """Whether messages from both sides are whole, in the order in which they are expected."""
-    from lasptrain.parallel.direct import SLOTS, Direct
+    from lasptrain.parallel.p2p_symmetric import SLOTS, Direct
 
     ends = Direct(Host(folder, ranks), rank, ranks)
     after, before = (rank + 1) % ranks, (rank - 1) % ranks
@@ -74,7 +74,7 @@ def exchanged(rank: int, ranks: int, folder: Path) -> bool:
 
 def out_of_order(rank: int, ranks: int, folder: Path) -> bool:
     """Whether what was expected early may be taken late, and what was expected late, early."""
-    from lasptrain.parallel.direct import SLOTS, Direct
+    from lasptrain.parallel.p2p_symmetric import SLOTS, Direct
 
     ends = Direct(Host(folder, ranks), rank, ranks)
     if rank == 0:
@@ -87,7 +87,7 @@ def out_of_order(rank: int, ranks: int, folder: Path) -> bool:
 
 def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
     """Whether a message for which there is no box left is not sent before one was taken, and then is."""
-    from lasptrain.parallel.direct import SLOTS, Direct
+    from lasptrain.parallel.p2p_symmetric import SLOTS, Direct
 
     host, sent = Host(folder, ranks), folder / "sent"
     ends = Direct(host, rank, ranks)
@@ -106,8 +106,9 @@ def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
 
 def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     """Scans that do not give the same through this memory as through the process group."""
-    from lasptrain.parallel import mesh, messages, scan
-    from lasptrain.parallel.direct import Direct
+    from lasptrain.parallel import mesh, scan
+    from lasptrain.parallel import p2p as messages
+    from lasptrain.parallel.p2p_symmetric import Direct
 
     ends, world, monkeypatch = Direct(Host(folder, ranks), rank, ranks), mesh.world(), pytest.MonkeyPatch()
     generator = torch.Generator().manual_seed(rank)

@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from lasptrain.metrics import Metrics, duration, mfu, read_metrics
+from lasptrain.run.metrics import Metrics, duration, mfu, read_metrics
 
 
 def _console(terminal: bool = False) -> tuple[Console, io.StringIO]:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasptrain import plan
+from lasptrain.architectures.decay import slopes
+from lasptrain.cost import plan
 from lasptrain.eval.generate import generate
-from lasptrain.models.decay import slopes
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops import softmax
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model
 

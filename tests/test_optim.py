@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lasptrain.optim import build_optimizer, clip_gradients, initialise_state, jump, learning_rate, set_learning_rate
 from lasptrain.recipe import Optim
+from lasptrain.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    initialise_state,
+    jump,
+    learning_rate,
+    set_learning_rate,
+)
 from tests.gloo import spawn
 
 STEPS = 100

@@ -11,8 +11,10 @@ from typing import cast
 import pytest
 import torch
 
-from lasptrain import cards, links, plan, rates, train
+from lasptrain import train
 from lasptrain.bench.rates import measure
+from lasptrain.cost import gpus as cards
+from lasptrain.cost import links, plan, rates
 from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe import load
@@ -240,7 +242,7 @@ def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> N
 
 def test_a_plan_needs_neither_gpu_nor_torch() -> None:
     code = (
-        "import sys; from lasptrain.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "import sys; from lasptrain.cli.main import app; app(sys.argv[1:], standalone_mode=False); "
         "assert 'torch' not in sys.modules"
     )
     arguments = ["plan", str(RECIPES / "1b_4096k.yaml"), "--gpus", "2", "--memory", "80GiB"]

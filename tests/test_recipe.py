@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lasptrain import plan
+from lasptrain.cost import plan
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.recipe import SECTIONS, Model, Recipe, dump, load, resolve_mesh, resolve_vocabulary
 
@@ -471,7 +471,7 @@ def test_layout(write: Write) -> None:
 
 
 def test_a_recipe_is_read_without_torch() -> None:
-    program = "import sys; from lasptrain.recipe import load; import lasptrain.plan, lasptrain.cli; " + (
+    program = "import sys; from lasptrain.recipe import load; import lasptrain.cost.plan, lasptrain.cli.main; " + (
         "load(sys.argv[1]); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(RECIPES / "quickstart.yaml")], check=True)

@@ -16,7 +16,7 @@ from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import initial_values
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import Ring
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Recipe, load

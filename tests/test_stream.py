@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lasptrain import stream
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.shard import fill
+from lasptrain.training import segments as stream
 from tests.test_layouts import CPU, config
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from data_tools import commands
 from data_tools.prepare import prepare
-from lasptrain.tables import figures, show
+from lasptrain.console.tables import figures, show
 
 
 def test_brackets_and_colons_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,17 +24,19 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from data_tools.dataset import open_dataset
 from lasptrain import recipe as recipes
-from lasptrain import settled, streams, train
-from lasptrain.cli import app
+from lasptrain import train
+from lasptrain.cli.main import app
+from lasptrain.console import stdio as streams
+from lasptrain.console.tables import figures
 from lasptrain.data.loader import Slice
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import NumericalError, RecipeError
-from lasptrain.loss import IGNORED
-from lasptrain.metrics import Metrics, read_metrics
+from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.recipe import Parallel, Recipe, load
-from lasptrain.tables import figures
+from lasptrain.run import auto as settled
+from lasptrain.run.metrics import Metrics, read_metrics
 from tests import program
 from tests.gloo import spawn
 from tests.program import Started

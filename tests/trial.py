@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lasptrain.bench.ranks import on_ranks
+from lasptrain.process.local_ranks import on_ranks
 
 
 def trial(kind: str, size: int) -> int:

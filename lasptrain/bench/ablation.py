@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lasptrain import ops, train
-from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.rivals import Pending, whole_windows
 from lasptrain.bench.steps import clear, shared, timed, turns
 from lasptrain.parallel import mesh
-from lasptrain.parallel.attention import Attention, Memory
 from lasptrain.parallel.mesh import Mesh, device_name
+from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.scan import SCANS
+from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe import Recipe
 
 

@@ -13,10 +13,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from lasptrain.console.tables import number
+from lasptrain.cost.plan import Rates
 from lasptrain.errors import SetupError
-from lasptrain.parallel.attention import Attention
-from lasptrain.plan import Rates
-from lasptrain.tables import number
+from lasptrain.parallel.recurrence import Attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]

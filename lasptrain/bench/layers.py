@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from lasptrain import ops, train
+from lasptrain.architectures.decay import slopes
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
-from lasptrain.bench.ranks import Failure, on_ranks, trials
 from lasptrain.bench.steps import largest
 from lasptrain.errors import SetupError
-from lasptrain.models.decay import slopes
 from lasptrain.parallel import mesh
-from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import device_name
+from lasptrain.parallel.recurrence import Attention
+from lasptrain.process.local_ranks import Failure, on_ranks, trials
 from lasptrain.recipe import Model, Recipe
 
 LEAST = 0.05  # seconds of a turn

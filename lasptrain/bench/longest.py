@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from lasptrain import plan, train
-from lasptrain.bench.ranks import Failure, trials
+from data_tools.dataset import open_dataset
+from lasptrain import train
 from lasptrain.bench.steps import alone, clear, largest, shared
-from lasptrain.data.source import open_dataset
+from lasptrain.cost import plan
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
+from lasptrain.process.local_ranks import Failure, trials
 from lasptrain.recipe import Recipe, resolve_vocabulary
 
 KINDS = ("ddp", "zero3")

@@ -17,20 +17,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from data_tools.dataset import open_dataset
 from lasptrain import ops, train
 from lasptrain.bench.rivals import Traffic, whole_windows
 from lasptrain.data.loader import Slice
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import SetupError
-from lasptrain.loss import IGNORED
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.models.layers import Mlp, Phases
 from lasptrain.models.mixers import State, TransNormer, Undecayed
-from lasptrain.optim import build_optimizer
+from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, Recipe, with_vocabulary
+from lasptrain.training.optimizer import build_optimizer
 
 # Which dim of a parameter or buffer of a mixer or MLP is split; what is not named here is whole on every rank.
 SPLIT = dict.fromkeys(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight", "lrpe.theta", "slope"), 0)

@@ -14,7 +14,7 @@ from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 
 NONE = "none"  # shares nothing

@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lasptrain import ops, stream
-from lasptrain.bench.ranks import on_ranks
+from lasptrain import ops
 from lasptrain.data.loader import Slice
 from lasptrain.errors import RecipeError
 from lasptrain.eval.tasks.recall import associations
-from lasptrain.loss import IGNORED
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
+from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe import Recipe
+from lasptrain.training import segments as stream
+from lasptrain.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 
 TESTED = 1000  # sequences
 EVERY = 100  # steps between tests

@@ -13,11 +13,11 @@ from pathlib import Path
 from rich.table import Table
 
 from lasptrain import train
-from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import clear
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
+from lasptrain.process.local_ranks import Failure, trials
 from lasptrain.recipe import Recipe, resolve_mesh
 
 KINDS = ("ddp", "zero1", "zero2", "zero3", "hsdp")

@@ -21,15 +21,15 @@ from rich.table import Table
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import ops, train
 from lasptrain import recipe as recipes
-from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.steps import largest
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import Mesh, device_name
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
+from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe import Recipe
 
 SCAN = "all_gather"

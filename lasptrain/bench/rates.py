@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
-from lasptrain.bench.ranks import on_ranks
 from lasptrain.bench.steps import largest
-from lasptrain.links import Link
+from lasptrain.cost.links import Link
+from lasptrain.cost.plan import Rates
+from lasptrain.cost.rates import Measured
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
-from lasptrain.parallel.messages import between
+from lasptrain.parallel.p2p import between
 from lasptrain.parallel.scan import all_gather
-from lasptrain.plan import Rates
-from lasptrain.rates import Measured
+from lasptrain.process.local_ranks import on_ranks
 
 SMALL = 1 << 10  # bytes of a message whose time is latency
 COUNT = 20  # messages in a row

@@ -1,6 +1,6 @@
 """Ring Attention (arXiv:2310.01889) for linear attention: keys and values go round, queries stay.
 
-A drop-in for `lasptrain.parallel.attention.Attention`, to compare with. Its traffic grows with the window: per layer
+A drop-in for `lasptrain.parallel.recurrence.Attention`, to compare with. Its traffic grows with the window: per layer
 and rank, for n ranks, (n − 1) times k and v forward and again backward, and n times their gradients in at least fp32.
 The next block travels while one is worked on.
 """
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lasptrain.bench.left_product import LeftProduct
 from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.ops import state_dtype
-from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.recurrence import Attention, Memory
 
 # What queries read from a block of keys and values that begins so many tokens to their left.
 Block = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]

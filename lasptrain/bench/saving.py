@@ -10,11 +10,11 @@ from statistics import median
 from rich.table import Table
 
 from lasptrain import train
-from lasptrain.bench.ranks import on_ranks
 from lasptrain.checkpoint import Saver, committed
+from lasptrain.console.tables import figures
 from lasptrain.parallel.mesh import device_name, largest
+from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe import Recipe
-from lasptrain.tables import figures
 
 WARM = 3  # steps that compile, allocate and tune
 QUIET = 5  # steps without a save, whose median the others are compared with

@@ -18,17 +18,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.table import Table
 
-from lasptrain import cards, links, plan, train
+from lasptrain import train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
-from lasptrain.bench.ranks import Failure, trials
 from lasptrain.bench.steps import Turns, alone, clear, largest, shared, timed, turns
+from lasptrain.console.tables import number
+from lasptrain.cost import gpus as cards
+from lasptrain.cost import links, plan
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
+from lasptrain.process.local_ranks import Failure, trials
 from lasptrain.recipe import Recipe
-from lasptrain.tables import number
 
 Kind = Literal["weak", "strong", "long"]
 LONGEST = 300.0  # seconds that one case may take

@@ -19,21 +19,23 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from lasptrain import cards, links, plan, train
+from data_tools.dataset import open_dataset
+from lasptrain import train
 from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import METHODS, NONE, RIVALS, SPLIT
-from lasptrain.bench.ranks import SILENCE, Failure, trials
 from lasptrain.bench.steps import alone, clear, largest, shared, timed, turns
-from lasptrain.data.source import open_dataset
+from lasptrain.console.tables import number
+from lasptrain.cost import gpus as cards
+from lasptrain.cost import links, plan
+from lasptrain.cost.rates import Measured
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
-from lasptrain.parallel.attention import Attention
 from lasptrain.parallel.mesh import device_name
-from lasptrain.rates import Measured
+from lasptrain.parallel.recurrence import Attention
+from lasptrain.process.local_ranks import SILENCE, Failure, trials
 from lasptrain.recipe import Recipe, resolve_vocabulary
-from lasptrain.tables import number
 
 ROOM = 1.25  # free memory that a second model needs, in its own
 

@@ -1,6 +1,6 @@
 """DeepSpeed-Ulysses (arXiv:2309.14509) for linear attention: ranks trade slices of all heads for all tokens of some.
 
-A drop-in for `lasptrain.parallel.attention.Attention`, to compare with. It sends activations, so that its traffic grows
+A drop-in for `lasptrain.parallel.recurrence.Attention`, to compare with. It sends activations, so its traffic grows
 with the window: per layer and rank 4·B·T·H·D·(n − 1)/n elements forward and as many backward, for T tokens per rank and
 n ranks; and it takes no more ranks than there are heads.
 """
@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.errors import SetupError
-from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.parallel.recurrence import Attention, Memory
 
 Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

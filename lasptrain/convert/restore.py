@@ -17,13 +17,13 @@ from torch import Tensor
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import checkpoint
 from lasptrain import recipe as recipes
-from lasptrain import run as runs
 from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.recipe import Model, Recipe
+from lasptrain.run import folder as runs
 
 WINDOW = 4096  # tokens of the windows of a run that begins without a recipe
 
@@ -195,7 +195,7 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
 
 def _fingerprint(recipe: Recipe) -> str:
     """Of what a new training reads, prepared if it was never."""
-    from lasptrain.data.source import open_dataset
+    from data_tools.dataset import open_dataset
 
     return open_dataset(recipe.data).fingerprint
 

@@ -22,7 +22,7 @@ from lasptrain import checkpoint
 from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model
 

@@ -15,7 +15,7 @@ import torch
 
 from lasptrain.data.dataset import Windows
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.loss import IGNORED
+from lasptrain.ops.cross_entropy import IGNORED
 
 
 class Slice(NamedTuple):

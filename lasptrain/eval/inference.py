@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasptrain.loss import IGNORED
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.models.mixers import State
-from lasptrain.parallel.attention import Attention
+from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel.mesh import Mesh, from_rank_0, sum_over_ranks
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 
 

@@ -10,15 +10,15 @@ import torch
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain import checkpoint, ops
 from lasptrain import recipe as recipes
-from lasptrain import run as runs
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.restore import open_weights
 from lasptrain.errors import CheckpointError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Model, Recipe
+from lasptrain.run import folder as runs
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}

@@ -10,24 +10,24 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from data_tools.dataset import open_dataset
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import __version__
-from lasptrain.bench.ranks import on_ranks
+from lasptrain.console.progress import asking
 from lasptrain.data.dataset import TokenDataset
-from lasptrain.data.source import open_dataset
 from lasptrain.errors import DataError
 from lasptrain.eval import predictions, report
-from lasptrain.eval.evaluate import PERPLEXITY, Asked, Key, Ledger, Questions, Record, settings
 from lasptrain.eval.generate import Sampling, decode
 from lasptrain.eval.inference import Reader, join
 from lasptrain.eval.load import Trained, load_model
+from lasptrain.eval.runner import PERPLEXITY, Asked, Key, Ledger, Questions, Record, settings
 from lasptrain.eval.tasks import TASKS
-from lasptrain.metrics import write_scalars
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.mesh import Mesh
-from lasptrain.progress import asking
+from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe import Data, Recipe
+from lasptrain.run.metrics import write_scalars
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from lasptrain.errors import SetupError
-from lasptrain.eval.evaluate import PERPLEXITY, Record
+from lasptrain.eval.runner import PERPLEXITY, Record
 from lasptrain.eval.score import bootstrap, interval
 
 RESULTS, PAGE, TABLE = "results.json", "report.html", "table.md"

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from lasptrain.loss import chunked_cross_entropy, token_losses
+from lasptrain.architectures.decay import slopes
 from lasptrain.models.convolution import Convolution
-from lasptrain.models.decay import slopes
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
 from lasptrain.models.minimax import Lightning
 from lasptrain.models.mixers import State, TransNormer, Undecayed
-from lasptrain.models.retention import Retention
+from lasptrain.models.retnet import Retention
 from lasptrain.models.softmax import Softmax
 from lasptrain.models.ssd import EPS, StateSpace, Step
-from lasptrain.parallel.attention import Attention, Memory
+from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
+from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.recipe import Model
 
 INIT_STD = 0.02

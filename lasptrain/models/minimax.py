@@ -9,7 +9,7 @@ from torch import Tensor
 from lasptrain.models.layers import RMSNorm
 from lasptrain.models.linear import Linear, products
 from lasptrain.models.mixers import Recurrence
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 
 
 class Lightning(Recurrence):

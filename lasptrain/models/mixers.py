@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lasptrain.models.layers import Lrpe, Phases, RMSNorm, srms
 from lasptrain.models.linear import Linear, products
-from lasptrain.parallel.attention import Attention, Memory, Pending
+from lasptrain.parallel.recurrence import Attention, Memory, Pending
 
 State = tuple[Tensor | None, ...]  # what a mixer carries from segment to segment; only the mixer understands it
 

@@ -9,9 +9,9 @@ from lasptrain.models.layers import Rotary
 from lasptrain.models.linear import Linear, products
 from lasptrain.models.mixers import State
 from lasptrain.ops import softmax
-from lasptrain.parallel.attention import Attention, Memory
-from lasptrain.parallel.gather import gather
+from lasptrain.parallel.all_gather import gather
 from lasptrain.parallel.halo import halo
+from lasptrain.parallel.recurrence import Attention, Memory
 
 
 class Softmax(nn.Module):

@@ -14,8 +14,8 @@ from lasptrain.models.convolution import Convolution, Taps
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, products
 from lasptrain.models.mixers import COMPILED, State
-from lasptrain.parallel.attention import Attention, Memory, Pending
 from lasptrain.parallel.halo import halo
+from lasptrain.parallel.recurrence import Attention, Memory, Pending
 
 # Its result is made again in the backward: a compiler would keep x moved by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain.parallel.attention import Memory
 from lasptrain.parallel.host import unread
+from lasptrain.parallel.recurrence import Memory
 from lasptrain.parallel.scan import Scan, Transition
 
 FORGETTING = Transition(None)

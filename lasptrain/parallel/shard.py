@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import increment_version, saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,10 +22,11 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lasptrain import ops
-from lasptrain.optim import telling
 from lasptrain.parallel.host import to_device, to_host
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.recipe import REPLICATED
+
+T = TypeVar("T", bound=Optimizer)
 
 SMALLEST_OFFLOAD = 1 << 16  # elements; what is smaller stays on the device
 
@@ -162,6 +163,15 @@ def parallelize(
     model.to_empty(device=device)
     fill(model, values)
     return _replicate(model, flat, device) if replicated and not lone else model
+
+
+def telling(optimizer: T) -> T:
+    """The optimizer, made to count up its parameters' versions, which fused kernels forget. Whoever keeps what is made
+    of a parameter sees by it that the parameter has changed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.register_step_post_hook(lambda *_: increment_version(parameters))
+    return optimizer
 
 
 def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.tokenizer import Tokenizer
+from lasptrain.console.stdio import argument
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.eval.score import METRICS
 from lasptrain.eval.tasks.sample import Draft, Encoder, Question, Sample, written
-from lasptrain.streams import argument
 
 BUDGETS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # RULER's, by the start of a task's name
 SQUAD_BUDGET, USUAL_BUDGET = 32, 64

@@ -13,7 +13,7 @@ import torch
 from data_tools import synthetic
 from data_tools.synthetic import NOISE
 from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
-from lasptrain.loss import IGNORED
+from lasptrain.ops.cross_entropy import IGNORED
 
 COPIED = 512
 KEYS, SHOWN = 16, 4  # of pairs

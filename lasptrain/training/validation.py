@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lasptrain.data.loader import MicroBatch
-from lasptrain.loss import IGNORED
+from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel.mesh import Mesh, sum_over_ranks
 
 

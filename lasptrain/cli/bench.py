@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from lasptrain import cli_checkpoint, rates
-from lasptrain.cli_options import Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
+from lasptrain.cli import checkpoint as cli_checkpoint
+from lasptrain.cli.options import Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
+from lasptrain.console.tables import show
+from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
 from lasptrain.recipe import load
-from lasptrain.tables import show
 
 app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.command("saving")(cli_checkpoint.bench_saving)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from lasptrain.console.stdio import argument, visible
+from lasptrain.console.tables import show
 from lasptrain.errors import RecipeError
-from lasptrain.streams import argument, visible
-from lasptrain.tables import show
 
 LONGEST = 1 << 30  # tokens of a text
 USUAL_SAMPLES = 5
@@ -52,7 +52,7 @@ def evaluate(
 ) -> None:
     """Ask a trained model long-context tasks; the same command again continues where it stopped."""
     from lasptrain.eval import load, main
-    from lasptrain.eval.evaluate import PERPLEXITY, Asked
+    from lasptrain.eval.runner import PERPLEXITY, Asked
     from lasptrain.eval.tasks import TASKS
     from lasptrain.eval.tasks.files import open_files
 

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from lasptrain.cli_options import Overrides, RecipeFile
+from lasptrain.cli.options import Overrides, RecipeFile
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe import load
-from lasptrain.run import RECIPE
+from lasptrain.run.folder import RECIPE
 
 app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mode=None, no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
@@ -53,7 +53,7 @@ def prepare(
     from data_tools import commands
     from data_tools.packing import BestFit
     from data_tools.sources import Reading
-    from lasptrain.progress import preparing
+    from lasptrain.console.progress import preparing
 
     if (packing == "best_fit") != (window is not None):
         found = "without --window" if window is None else f"with --window {window}"

@@ -4,7 +4,7 @@ with MIG in it is a part of a card. No torch, no GPU.
 
 from typing import NamedTuple
 
-from lasptrain.plan import Rates
+from lasptrain.cost.plan import Rates
 
 
 class Card(NamedTuple):

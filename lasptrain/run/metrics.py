@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from lasptrain import run as runs
+from lasptrain.run import folder as runs
 
 FILE, EVENTS, STATUS = "metrics.jsonl", "tensorboard", "status.json"
 QUIET = 2.0  # seconds between lines where there is no terminal to redraw

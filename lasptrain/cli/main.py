@@ -11,15 +11,22 @@ from typing import Annotated, Literal, NamedTuple, NoReturn
 import typer
 from rich.table import Table
 
-from lasptrain import __version__, cards, cli_bench, cli_checkpoint, cli_data, links, plan, rates, stop, streams
-from lasptrain.cli_options import Overrides, RecipeFile, to_bytes
+from lasptrain import __version__
+from lasptrain.cli import bench as cli_bench
+from lasptrain.cli import checkpoint as cli_checkpoint
+from lasptrain.cli import data as cli_data
+from lasptrain.cli import eval as eval_commands
+from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
+from lasptrain.console import stdio as streams
+from lasptrain.console.tables import figures, show
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
+from lasptrain.cost import gpus as cards
+from lasptrain.cost import links, plan, rates
+from lasptrain.cost.links import ASSUMED, Links
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
-from lasptrain.eval import commands as eval_commands
-from lasptrain.links import ASSUMED, Links
+from lasptrain.process import signals as stop
 from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
-from lasptrain.tables import figures, show
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",
@@ -99,7 +106,7 @@ def pretrain(
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
     stop.listen()
     streams.outlive()
-    from lasptrain.launch import Nodes, Place, launch
+    from lasptrain.process.launcher import Nodes, Place, launch
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None
     raise typer.Exit(launch(loaded, Place(run, fresh), nproc, nodes, max_restarts=max_restarts))
@@ -167,7 +174,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
 
 
 def _epochs(recipe: Recipe) -> list[str]:
-    from lasptrain.data import prepared
+    from data_tools import prepared
 
     tokens = prepared.training_tokens(recipe.data)
     if tokens is None:

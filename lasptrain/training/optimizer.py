@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import AdamW, Optimizer
 
+from lasptrain.parallel.shard import telling
 from lasptrain.recipe import Optim
-
-T = TypeVar("T", bound=Optimizer)
 
 FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
 
@@ -35,15 +32,6 @@ def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
     groups = [group for group in groups if group["params"]]
     return telling(AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused))
-
-
-def telling(optimizer: T) -> T:
-    """The optimizer, made to count up its parameters' versions, which fused kernels forget. Whoever keeps what is made
-    of a parameter sees by it that the parameter has changed.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.register_step_post_hook(lambda *_: increment_version(parameters))
-    return optimizer
 
 
 def initialise_state(optimizer: Optimizer) -> None:

@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from lasptrain import stop, streams, watch
+from lasptrain.console import stdio as streams
 from lasptrain.errors import RankLostError
+from lasptrain.process import signals as stop
+from lasptrain.process import watchdog as watch
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
@@ -20,7 +22,7 @@ def main(launcher: str, recipe: str, run: str, records: str, target: str) -> Non
     faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
     stop.listen(lambda number: record_stop(Path(records), number))
     die_with(int(launcher))
-    from lasptrain.launch import rank_process
+    from lasptrain.process.launcher import rank_process
     from lasptrain.recipe import load
 
     rank_process(load(recipe), target, run=Path(run) if run else None, records=Path(records))

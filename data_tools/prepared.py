@@ -9,10 +9,10 @@ from pathlib import Path
 
 from data_tools.packing import BestFit
 from data_tools.prepare import find_dataset
+from lasptrain.console.tables import figures
 from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
 from lasptrain.recipe import Data
-from lasptrain.tables import figures
 
 
 def cache_folder(data: Data) -> Path:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lasptrain.data.loader import Slice
 from lasptrain.models.mixers import State
-from lasptrain.parallel.attention import Memory
 from lasptrain.parallel.host import to_device, to_host, unread
+from lasptrain.parallel.recurrence import Memory
 
 
 def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
+from lasptrain.architectures.decay import slopes
 from lasptrain.errors import ResourceError
-from lasptrain.models.decay import slopes
 from lasptrain.recipe import REPLICATED, Model, Parallel, Recipe
 
 

@@ -34,10 +34,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from data_tools.dataset import left_out, open_dataset
 from lasptrain import recipe as recipes
-from lasptrain import run as runs
-from lasptrain import stop, watch
-from lasptrain.data.source import left_out, open_dataset
+from lasptrain.console.progress import preparing
 from lasptrain.errors import (
     INTERNAL,
     INTERRUPTED,
@@ -50,10 +49,12 @@ from lasptrain.errors import (
     SetupError,
     Stopped,
 )
-from lasptrain.metrics import STATUS
 from lasptrain.parallel import mesh
-from lasptrain.progress import preparing
+from lasptrain.process import signals as stop
+from lasptrain.process import watchdog as watch
 from lasptrain.recipe import Recipe
+from lasptrain.run import folder as runs
+from lasptrain.run.metrics import STATUS
 
 TRAIN = "lasptrain.train:train"
 AGAIN = 0.05  # seconds until a signal that was lost comes again
@@ -239,7 +240,7 @@ def _agent(
     if nodes is None and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     here = sys.path[0] in ("", str(Path.cwd()))
-    entry = ["-m", "lasptrain.rank"] if here else ["-P", "-m", "lasptrain.rank"]
+    entry = ["-m", "lasptrain.process.worker"] if here else ["-P", "-m", "lasptrain.process.worker"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
     watching = watch.Watch(folder, partial(_record_ended, records))
     watching.start()

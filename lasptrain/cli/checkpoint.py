@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from lasptrain import recipe as recipes
-from lasptrain import run as runs
+from lasptrain.console.tables import show
 from lasptrain.errors import CheckpointError
-from lasptrain.tables import show
+from lasptrain.run import folder as runs
 
 app = typer.Typer(help="Checkpoints of a run.", rich_markup_mode=None, no_args_is_help=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lasptrain.plan import Rates, parameters, seconds_per_token, state_bytes
+from lasptrain.cost.plan import Rates, parameters, seconds_per_token, state_bytes
 from lasptrain.recipe import REPLICATED, Recipe
 
 

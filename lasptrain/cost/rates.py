@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from lasptrain.console.tables import figures
+from lasptrain.cost.links import ASSUMED, Link, Links
+from lasptrain.cost.plan import Rates
 from lasptrain.errors import RecipeError
-from lasptrain.links import ASSUMED, Link, Links
-from lasptrain.plan import Rates
-from lasptrain.tables import figures
 
 LINKS = ("hop", "gather")
 

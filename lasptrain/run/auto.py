@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lasptrain import run as runs
 from lasptrain.recipe import Recipe
+from lasptrain.run import folder as runs
 
 FILE = "auto.json"
 SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of the keys that are decided by trial or memory

@@ -72,7 +72,7 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
         return Posted(group)
     if not _reach_each_other(group, device):
         return _line(group)
-    from lasptrain.parallel.direct import Direct, SharedMemory  # here, because Triton is not everywhere
+    from lasptrain.parallel.p2p_symmetric import Direct, SharedMemory  # here, because Triton is not everywhere
 
     try:
         memory = SharedMemory(group, device, size)

@@ -11,19 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from data_tools import prepared
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from lasptrain.data import prepared
+from lasptrain.console.stdio import visible
+from lasptrain.console.tables import show
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import MixedDataset
 from lasptrain.eval.generate import generate
-from lasptrain.eval.validation import Validation
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.ops import select
-from lasptrain.parallel.attention import Attention
+from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import Optim, Recipe
-from lasptrain.streams import visible
-from lasptrain.tables import show
+from lasptrain.training.validation import Validation
 
 PROMPT = 48  # tokens of held-out text that the sample continues
 

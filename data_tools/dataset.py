@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from data_tools.files import counted
 from data_tools.prepare import Progress, ensure_dataset, is_dataset
+from data_tools.prepared import cache_folder, packing, sources
 from data_tools.sources import left_out as not_read
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import mix
-from lasptrain.data.prepared import cache_folder, packing, sources
 from lasptrain.recipe import Data
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain.parallel.attention import Memory
+from lasptrain.parallel.recurrence import Memory
 from lasptrain.parallel.scan import Scan, all_gather
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -1,0 +1,1 @@
+"""What an architecture is, in numbers. No torch."""

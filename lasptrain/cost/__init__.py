@@ -1,0 +1,1 @@
+"""What a recipe costs, from numbers alone. No torch."""

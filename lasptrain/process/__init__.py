@@ -1,0 +1,1 @@
+"""Processes, from start to exit code."""
