@@ -10,7 +10,7 @@ from data_tools.prepared import cache_folder, packing, sources
 from data_tools.sources import left_out as not_read
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import mix
-from lasptrain.recipe import Data
+from lasptrain.recipe.sections import Data
 
 
 def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:

@@ -12,7 +12,7 @@ from data_tools.prepare import find_dataset
 from lasptrain.console.tables import figures
 from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
-from lasptrain.recipe import Data
+from lasptrain.recipe.sections import Data
 
 
 def cache_folder(data: Data) -> Path:

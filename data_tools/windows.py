@@ -15,7 +15,8 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import epochs, permute
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.recipe import Recipe, load
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
 from lasptrain.run.folder import RECIPE
 
 

@@ -5,67 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from data_tools.dataset import open_dataset
 from data_tools.prepared import sources
-from lasptrain import checkpoint, ops
-from lasptrain import recipe as recipes
+from lasptrain.checkpoint import saver as checkpoint
+from lasptrain.checkpoint.load import load
+from lasptrain.checkpoint.steps import sweep
 from lasptrain.console.tables import show
-from lasptrain.cost import gpus as cards
-from lasptrain.cost import links, plan
-from lasptrain.data.dataset import TokenDataset
-from lasptrain.data.loader import MicroBatch, SliceLoader
+from lasptrain.cost import plan
+from lasptrain.data.loader import MicroBatch
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
-from lasptrain.eval.main import while_training
+from lasptrain.eval.during_training import while_training
 from lasptrain.eval.summary import epochs, gather, summarize
-from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel import replicas
-from lasptrain.parallel.autotune import fastest_scan
-from lasptrain.parallel.mesh import Mesh, sum_over_ranks
-from lasptrain.parallel.recurrence import Attention
-from lasptrain.parallel.scan import SCANS
-from lasptrain.parallel.shard import parallelize, reshard, set_gradient_sync, shard_optimizer
+from lasptrain.parallel.collectives import largest, sum_over_ranks
+from lasptrain.parallel.mesh import Mesh
+from lasptrain.parallel.shard import reshard, set_gradient_sync
 from lasptrain.process import signals as stop
 from lasptrain.process import watchdog as watch
-from lasptrain.recipe import Parallel, Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Parallel
 from lasptrain.run import auto as settled
 from lasptrain.run.metrics import Metrics, Value, mfu
 from lasptrain.training import segments as stream
-from lasptrain.training.guard import Guard
-from lasptrain.training.optimizer import build_optimizer, clip_gradients, jump, learning_rate, set_learning_rate
+from lasptrain.training.job import Job, build, held_out, identity, saved_with
+from lasptrain.training.optimizer import clip_gradients, jump, learning_rate, set_learning_rate
 from lasptrain.training.profiler import profiled
 from lasptrain.training.stragglers import Pace
 from lasptrain.training.validation import Validation, validate
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run is made of, on this rank."""
-
-    recipe: Recipe  # its vocabulary is a number
-    device: torch.device
-    mesh: Mesh
-    dataset: TokenDataset
-    model: LanguageModel
-    called: nn.Module  # the model as it is spread over the mesh
-    optimizer: Optimizer
-    loader: SliceLoader
-    flops_per_token: int
-    peak: float | None  # FLOP/s of this device in bf16 by its data sheet, where it is known
-    guard: Guard
-    tick: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
 
 def train(recipe: Recipe, run: Path) -> None:
@@ -83,8 +57,8 @@ def train(recipe: Recipe, run: Path) -> None:
     recipe = job.recipe
     held_out(job).validation_rounds(recipe.eval.windows)  # what is too short is refused now, not after the last step
     if speaks:
-        checkpoint.sweep(run)
-    loaded = checkpoint.load(run, job.model, job.optimizer, identity(job))
+        sweep(run)
+    loaded = load(run, job.model, job.optimizer, identity(job))
     start, there = 0, recipe.train.steps
     if loaded is not None:
         start = loaded.step
@@ -190,7 +164,7 @@ def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
 def tick(silence: float) -> None:
     """At every segment: this rank is alive, and if any rank was asked to stop, all do. Raises Stopped."""
     watch.beat(silence)
-    number = meshes.largest(stop.noted())
+    number = largest(stop.noted())
     if number:
         raise stop.stopped(number, "the newest step is saved, the same command continues")
 
@@ -205,7 +179,7 @@ def left_out(
     if guard.verdict == "rollback":
         saver.wait()
         until = step - job.recipe.guard.back
-        if checkpoint.load(run, job.model, job.optimizer, identity(job), until=until) is None:
+        if load(run, job.model, job.optimizer, identity(job), until=until) is None:
             raise NumericalError(
                 f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
                 f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
@@ -215,114 +189,6 @@ def left_out(
 
 def _due(every: int, step: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
-
-
-def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = None) -> Job:
-    """Mesh, data, model and optimizer of this rank; the model has its initial weights.
-
-    `attention` makes what takes the place of the recipe's scan, from the name of a kernel, for comparisons.
-    """
-    device = meshes.device()
-    dp, sp = recipes.resolve_mesh(recipe, meshes.world_size())
-    mesh = meshes.build(dp, sp)
-    dataset = open_dataset(recipe.data)
-    recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
-    vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
-    available = meshes.smallest(meshes.free_memory(device)) if device.type == "cuda" else None
-    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
-    segment = plan.choose_segment(recipe, vocab, dp, sp, available)
-    recipe = with_scan(recipe, mesh, segment, device)
-    kernel = ops.select(recipe.train.kernel, device)
-    scanning = attention or (lambda kernel, mesh: Attention(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device)))
-    with torch.device("meta"):
-        model = language_model(recipe, scanning(kernel, mesh))
-    called = parallelize(
-        model,
-        model.blocks,
-        mesh,
-        device,
-        kind=recipe.parallel.data_parallel,
-        mode=recipe.parallel.recompute,
-        dtype=model.dtype,
-        fuse=recipe.train.compile,
-        values=initial_values(model, recipe.train.seed, device),
-    )
-    loader = open_loader(recipe, dataset, mesh, "train", recipe.data.window, recipe.train.batch, segment)
-    return Job(
-        recipe,
-        device,
-        mesh,
-        dataset,
-        model,
-        called,
-        shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
-        loader,
-        plan.flops_per_token(recipe.model, vocab, recipe.data.window),
-        cards.of(meshes.device_name()).peak,
-        Guard(recipe.guard),
-    )
-
-
-def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) -> Recipe:
-    """The recipe with `mesh.scan: auto` decided: by trial where there are GPUs that share windows, else by rule."""
-    if recipe.mesh.scan != "auto" or mesh.length("sp") == 1 or device.type != "cuda":
-        return links.with_scan(recipe, mesh.length("sp"), segment)
-    shape = (recipe.train.micro_batch, recipe.model.heads, recipe.model.K, recipe.model.V)
-    scan = fastest_scan(mesh.sp_group, device, shape, segment < recipe.data.window)
-    return recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"scan": scan})})
-
-
-def open_loader(
-    recipe: Recipe, dataset: TokenDataset, mesh: Mesh, split: str, window: int, batch: int, segment: int
-) -> SliceLoader:
-    """This rank's slices of a split, `batch` windows of `window` tokens at a time; only training is read ahead."""
-    return SliceLoader(
-        dataset.split(split),
-        window=window,
-        batch=batch,
-        micro_batch=recipe.train.micro_batch,
-        dp=mesh.length("dp"),
-        dp_rank=mesh.rank("dp"),
-        sp=mesh.length("sp"),
-        sp_rank=mesh.rank("sp"),
-        segment=segment,
-        seed=recipe.data.seed,
-        bos=dataset.bos,
-        reset=recipe.data.reset_at_documents,
-        repeat=recipe.data.repeat and split == "train",
-        prefetch=split == "train",
-        pin=split == "train" and meshes.device().type == "cuda",
-    )
-
-
-def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
-    """The recipe's model, its parameters in at least fp32."""
-    dtype = DTYPES[recipe.train.precision]
-    model = LanguageModel(recipe.model, recipe.data.window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
-    return model.to(torch.promote_types(dtype, torch.float32))
-
-
-def saved_with(job: Job) -> dict[str, Any]:
-    """What is saved beside tensors: what a checkpoint must agree with, what the guard remembers, and of how many
-    steps this is one, which the learning rate depends on.
-    """
-    return identity(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
-
-
-def identity(job: Job) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: the data and its order, the model and its decays."""
-    recipe = job.recipe
-    return {
-        "model": recipe.model.model_dump(mode="json"),
-        "decays": job.model.decays().tolist(),
-        "dataset": job.dataset.fingerprint,
-        "order": {
-            "seed": recipe.data.seed,
-            "window": recipe.data.window,
-            "batch": recipe.train.batch,
-            "reset_at_documents": recipe.data.reset_at_documents,
-        },
-    }
 
 
 def one_step(job: Job, step: int) -> dict[str, Value]:
@@ -401,15 +267,6 @@ def ask(job: Job) -> dict[str, float]:
     """How the model does at `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
     whole = gather(job.model, True) if job.recipe.eval.tasks else None
     return {} if whole is None else while_training(whole, job.recipe, job.mesh)
-
-
-def held_out(job: Job) -> SliceLoader:
-    """This rank's slices of held-out text. Raises DataError where it is shorter than a window."""
-    recipe = job.recipe
-    window = recipe.eval.window or recipe.data.window
-    segment = window if window % job.loader.segment else job.loader.segment
-    batch = job.mesh.length("dp") * recipe.train.micro_batch
-    return open_loader(recipe, job.dataset, job.mesh, "validation", window, batch, segment)
 
 
 def evaluate(job: Job) -> Validation:

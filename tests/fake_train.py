@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lasptrain.errors import LaspError, NumericalError, Stopped
 from lasptrain.process import signals as stop
-from lasptrain.recipe import Recipe, load
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
 
 
 def agree(recipe: Recipe, run: Path) -> None:
@@ -151,7 +152,8 @@ def wait(recipe: Recipe, run: Path) -> None:
 
 def main() -> int:
     """Launches a target of this file; prints errors as the command line does."""
-    from lasptrain.process.launcher import USUAL, Nodes, launch
+    from lasptrain.process.launcher import Nodes, launch
+    from lasptrain.process.location import USUAL
 
     target, recipe, nproc, *rest = sys.argv[1:]
     nodes = Nodes(int(rest[0]), int(rest[1]), rest[2]) if len(rest) >= 3 else None

@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lasptrain import checkpoint, train
+from lasptrain import train
+from lasptrain.checkpoint import steps as checkpoint
 from lasptrain.errors import Stopped
 from lasptrain.process import signals as stop
-from lasptrain.recipe import Recipe, load
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
 from lasptrain.run.metrics import read_metrics
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"

@@ -21,7 +21,7 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import Ring
 from lasptrain.process import local_ranks as ranks
-from lasptrain.recipe import load
+from lasptrain.recipe.loading import load
 from tests.gloo import spawn
 from tests.test_recipe import RECIPES
 from tests.trial import trial

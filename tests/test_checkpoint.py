@@ -28,12 +28,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lasptrain import checkpoint
-from lasptrain.checkpoint import committed, latest, load, save, sweep
+from lasptrain.checkpoint import steps
+from lasptrain.checkpoint import tensors as checkpoint
+from lasptrain.checkpoint.load import load
+from lasptrain.checkpoint.saver import Saver, save
+from lasptrain.checkpoint.steps import committed, latest, sweep
 from lasptrain.errors import CheckpointError
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.shard import shard_optimizer
-from lasptrain.recipe import Checkpoint, Optim
+from lasptrain.recipe.sections import Checkpoint, Optim
 from lasptrain.training.optimizer import build_optimizer, clip_gradients
 from tests.disk import Disk, build, dark, killed, mixed
 from tests.gloo import CONTEXT, spawn
@@ -368,8 +371,8 @@ def _rewrite(folder: Path, **changes: Any) -> None:
     del manifest["sha256"]
     for name, entry in manifest["files"].items():
         path = folder / name
-        entry |= {"size": path.stat().st_size, "sha256": checkpoint._sha256(path)}
-    manifest["sha256"] = checkpoint._digest(manifest)
+        entry |= {"size": path.stat().st_size, "sha256": steps.sha256(path)}
+    manifest["sha256"] = steps._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -543,9 +546,9 @@ def _survived(run: Path, unsynced: Callable[[Path], bool] = lambda path: False) 
             if good and state not in seen:
                 seen.add(state)
                 build(tree, run.parent / "state")
-                steps = list(checkpoint.inspect(run.parent / "state", thorough=True))
-                intact = [step.step for step in steps if not step.problems]
-                good = len(intact) == len(steps) and max(intact, default=0) >= acknowledged
+                found = list(steps.inspect(run.parent / "state", thorough=True))
+                intact = [step.step for step in found if not step.problems]
+                good = len(intact) == len(found) and max(intact, default=0) >= acknowledged
                 shutil.rmtree(run.parent / "state")
 
     for step in (1, 2, 3):
@@ -587,7 +590,7 @@ def _rank_of_trial(rank: int, run: Path, store: Path, acknowledged: Path) -> Non
     done = loaded.step if loaded else 0
     assert done >= said, f"step {done} is the newest, {said} was acknowledged"
     assert loaded is None or all(bool((part == done).all()) for part in _full(net, optimizer).values())
-    saver = checkpoint.Saver(run, net, optimizer, Checkpoint(keep=2), done)
+    saver = Saver(run, net, optimizer, Checkpoint(keep=2), done)
     state = [
         *net.parameters(),
         *net.buffers(),
@@ -677,7 +680,7 @@ def _load_late(rank: int, world: int, run: Path) -> tuple[int, str]:
         loaded = load(run, net, optimizer)
         assert loaded is not None and _same(_full(net, optimizer), saved)
         shown = 1e9
-        patch.setattr(checkpoint, "LAG", 0.3)
+        patch.setattr(steps, "LAG", 0.3)
         try:
             load(run, net, optimizer)
         except CheckpointError as error:

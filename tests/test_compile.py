@@ -14,7 +14,9 @@ from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model, load
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.sections import Model
+from lasptrain.training.job import build
 from tests.gloo import spawn
 from tests.kernel_cases import Case, Inputs, backward, error, inputs
 from tests.test_recipe import RECIPES
@@ -122,5 +124,5 @@ def graphs(rank: int, world: int, kind: str) -> int:
     recipe = load(RECIPES / "quickstart.yaml", [*model, *place, f"parallel.data_parallel={kind}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-        train.one_step(train.build(recipe), 0)
+        train.one_step(build(recipe), 0)
     return len(made)

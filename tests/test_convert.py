@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import checkpoint
-from lasptrain import recipe as recipes
+from lasptrain.checkpoint import single as checkpoint
+from lasptrain.checkpoint import steps
 from lasptrain.convert import tables, targets, tokenizer, verify
 from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
@@ -31,6 +31,8 @@ from lasptrain.eval.load import load_model
 from lasptrain.eval.runner import Asked
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import Attention
+from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.sections import Model
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -83,7 +85,7 @@ def value(name: str, tensor: Tensor) -> Tensor:
 
 @cache
 def values(text: str) -> dict[str, Tensor]:
-    cfg = recipes.Model.model_validate(json.loads(text))
+    cfg = Model.model_validate(json.loads(text))
     with torch.device("meta"):
         model = LanguageModel(cfg, 512, Attention("reference"))
     return {name: value(name, tensor).float() for name, tensor in initial_values(model, 0, CPU)}
@@ -420,13 +422,13 @@ def test_a_step_that_training_deletes_meanwhile_is_no_error(tmp_path: Path, monk
             return [7]
         return found(run)
 
-    found = checkpoint.committed
+    found = steps.committed
     monkeypatch.setattr(checkpoint.Opened, "read", vanishing)
     with pytest.raises(CheckpointError, match=r"each step is replaced while it is read; expected a larger"):
         monkeypatch.setattr("lasptrain.convert.export.TRIES", 1)
         export(run, tmp_path / "out", "safetensors", check=False)
     monkeypatch.setattr("lasptrain.convert.export.TRIES", 5)
-    monkeypatch.setattr(checkpoint, "committed", committed)
+    monkeypatch.setattr(steps, "committed", committed)
     assert export(run, tmp_path / "out", "safetensors", check=False).folder == tmp_path / "out"
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
@@ -650,7 +652,7 @@ LATE = "it counts cached tokens in layer 0, model.softmax = [1] leaves it out"
 
 
 def reason(target: str, **model: Any) -> str | None:
-    return targets.refusals(recipes.Model.model_validate({**SIZES, "vocab": 64, **model}))[target]
+    return targets.refusals(Model.model_validate({**SIZES, "vocab": 64, **model}))[target]
 
 
 def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
@@ -714,7 +716,7 @@ def test_a_fast_tokenizer_alone_is_read(tmp_path: Path) -> None:
 
 
 def test_every_tensor_is_in_one_rule() -> None:
-    cfg = recipes.Model.model_validate({**SIZES, "arch": "tnl", "vocab": 64})
+    cfg = Model.model_validate({**SIZES, "arch": "tnl", "vocab": 64})
     table = tables.transnormer(cfg, {"embed.weight"})
     with pytest.raises(ConvertError, match=r"has no layers\.0\.mixer\.gate.*more; has unknown strange"):
         tables.check_sources(table, {"strange", "embed.weight"}, "here")

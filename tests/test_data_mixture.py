@@ -15,7 +15,8 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, Mixture, mix, shares
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.recipe import dump, load
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.yaml12 import dump
 from tests.test_recipe import RECIPES
 
 WINDOW, WEIGHTS, BLOCK = 32, (0.6, 0.3, 0.1), 10

@@ -40,8 +40,8 @@ from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
 from lasptrain.eval.tasks.files import rows
-from lasptrain.process.launcher import resolve
-from lasptrain.recipe import load
+from lasptrain.process.location import resolve
+from lasptrain.recipe.loading import load
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from lasptrain import recipe as recipes
 from lasptrain.cli import eval as commands
 from lasptrain.cli.eval import parse_lengths
 from lasptrain.errors import DataError, RecipeError, SetupError
@@ -29,7 +28,9 @@ from lasptrain.eval.tasks.sample import Ask, Sample
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model, find_file
+from lasptrain.recipe import sections as recipes
+from lasptrain.recipe.loading import find_file
+from lasptrain.recipe.sections import Model
 from lasptrain.run.metrics import read_metrics
 from tests import program
 

@@ -25,19 +25,27 @@ from typer.testing import CliRunner
 
 from data_tools import windows
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import checkpoint, train
-from lasptrain import recipe as recipes
+from lasptrain import train
 from lasptrain.bench import saving
+from lasptrain.checkpoint import saver
+from lasptrain.checkpoint import steps as checkpoint
+from lasptrain.checkpoint.load import load
+from lasptrain.checkpoint.saver import Saver, save
 from lasptrain.cli import main as cli
 from lasptrain.data.loader import SliceLoader
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.parallel.replicas import outvoted
 from lasptrain.process import signals as stop
-from lasptrain.recipe import Guard as Policy
+from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Checkpoint
+from lasptrain.recipe.sections import Guard as Policy
+from lasptrain.recipe.yaml12 import dump
 from lasptrain.run.metrics import read_metrics
 from lasptrain.training import segments as stream
 from lasptrain.training import stragglers as pace
 from lasptrain.training.guard import ENOUGH, Guard
+from lasptrain.training.job import Job
 from tests.gloo import spawn
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +101,7 @@ STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
     ("backward", torch.autograd, "backward", 10, 4),
     ("evaluation", train, "validate", 1, 8),
     ("update", train, "set_learning_rate", 2, 10),
-    ("saving", checkpoint, "_commit", 1, 12),
+    ("saving", saver, "commit", 1, 12),
 )
 
 
@@ -104,7 +112,7 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
     ended = []
     for place, owner, name, number, _ in STOPS:
         stop._noted = 0
-        mine = rank == (0 if name == "_commit" else world - 1)
+        mine = rank == (0 if name == "commit" else world - 1)
         signalled = signal.SIGUSR1 if name == "backward" else signal.SIGTERM
         with at_call(owner, name, number if mine else 0, partial(os.kill, os.getpid(), signalled)):
             try:
@@ -122,11 +130,11 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
     return ended
 
 
-def flipped(rank: int, recipe: recipes.Recipe, run: Path) -> None:
+def flipped(rank: int, recipe: Recipe, run: Path) -> None:
     """A bit of rank 1's parameters flips in step 5; step 6 is not saved."""
     one_step = train.one_step
 
-    def flipping(job: train.Job, step: int) -> Any:
+    def flipping(job: Job, step: int) -> Any:
         values = one_step(job, step)
         if rank == 1 and step == 4:
             next(job.model.parameters()).detach().view(torch.int32).view(-1)[0] ^= 1
@@ -209,14 +217,14 @@ def poisoned(steps: tuple[int, ...], loss: float, norm: float) -> Iterator[list[
     one_step, accumulate = train.one_step, train.accumulate
     now, read = [-1], list[str]()
 
-    def poisoning(job: train.Job, micro_batches: Any) -> Any:
+    def poisoning(job: Job, micro_batches: Any) -> Any:
         found = accumulate(job, micro_batches)
         if now[0] not in steps:
             return found
         read.extend(bytes_of(row) for m in micro_batches for row in torch.cat([piece.tokens for piece in m], 1))
         return found[0] * loss, found[1] * norm
 
-    def stepping(job: train.Job, step: int) -> Any:
+    def stepping(job: Job, step: int) -> Any:
         now[0] = step
         return one_step(job, step)
 
@@ -256,7 +264,7 @@ def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, 
     assert skip[4] is None and None not in skip[:4] + skip[5:]
     (record,) = read_metrics(tmp_path / "skip", "skip")
     assert record["step"] == 5
-    (tmp_path / "skip" / "recipe.yaml").write_text(recipes.dump(recipes.load(recipe)))
+    (tmp_path / "skip" / "recipe.yaml").write_text(dump(recipes.load(recipe)))
     shown = [windows.show_windows(tmp_path / "skip", at=place)[0] for place in record["windows"]]
     texts = ["".join(text for _, _, text in one.documents) for one in shown]
     assert texts == json.loads((tmp_path / "skip" / "read").read_text()) and len(texts) == 4
@@ -356,7 +364,7 @@ def small(seed: int) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
 def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     torch.nn.init.zeros_(model.weight)
-    saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(keep=1, milestone=2), None)
+    saver = Saver(tmp_path, model, optimizer, Checkpoint(keep=1, milestone=2), None)
     for step in range(1, 6):
         saver.save(step, {"step": step})
         with torch.no_grad():
@@ -367,7 +375,7 @@ def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, 
     assert checkpoint.committed(tmp_path) == [5, 4, 2]
     for step in (2, 4, 5):
         again, states = small(1)
-        loaded = checkpoint.load(tmp_path, again, states, until=step)
+        loaded = load(tmp_path, again, states, until=step)
         assert loaded is not None and (loaded.step, loaded.meta) == (step, {"step": step})
         assert bool((again.weight == step - 1).all())
 
@@ -388,7 +396,7 @@ def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) ->
 @pytest.mark.fault("a disk that refuses to write", times=2)
 def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
-    saver = checkpoint.Saver(tmp_path, model, optimizer, recipes.Checkpoint(patience=1), None)
+    saver = Saver(tmp_path, model, optimizer, Checkpoint(patience=1), None)
     saver.save(1, {})
     saver.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -416,7 +424,7 @@ def ckpt(*arguments: str) -> tuple[int, str]:
 def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     for step in range(1, 5):
-        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=9)
+        save(tmp_path, step, model, optimizer, {}, keep=9)
     (tmp_path / "recipe.yaml").touch()
     damaged = tmp_path / "checkpoints" / "step-4" / "__0_0.distcp"
     data = bytearray(damaged.read_bytes())

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain import ops
-from lasptrain.bench.steps import largest
 from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.collectives import largest
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.p2p import Posted, between
 from lasptrain.parallel.recurrence import Attention, Memory

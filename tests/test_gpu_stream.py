@@ -9,7 +9,7 @@ from torch import Tensor
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill, recompute
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 from lasptrain.training import segments as stream
 from tests.test_layouts import BOS, pieces
 

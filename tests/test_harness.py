@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_tools.tokenizer import ByteTokenizer
 from lasptrain.eval.load import Trained
-from lasptrain.recipe import load
+from lasptrain.recipe.loading import load
 from tests.test_eval import tiny
 from tests.test_recipe import RECIPES
 

@@ -14,7 +14,7 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 from tests.gloo import spawn
 
 VOCAB = 61

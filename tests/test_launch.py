@@ -20,8 +20,13 @@ from hypothesis import strategies as st
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from lasptrain.errors import CheckpointError, NumericalError, SetupError, Stopped
-from lasptrain.process.launcher import Failure, _no_signal_lost, cause, failure_of, first_host, launch, resolve
-from lasptrain.recipe import Recipe, dump, load
+from lasptrain.process.environment import first_host
+from lasptrain.process.failure import Failure, cause, failure_of
+from lasptrain.process.launcher import _no_signal_lost, launch
+from lasptrain.process.location import resolve
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
 from tests import program
 from tests.program import PATIENCE, Started

@@ -26,7 +26,7 @@ from lasptrain.parallel.autotune import fastest_scan
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize
-from lasptrain.recipe import Model, Parallel
+from lasptrain.recipe.sections import Model, Parallel
 from lasptrain.training import segments as stream
 from tests.gloo import spawn
 

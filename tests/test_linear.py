@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.linear import Linear, products
-from lasptrain.recipe import Optim
+from lasptrain.recipe.sections import Optim
 from lasptrain.training.optimizer import build_optimizer
 from tests.kernel_cases import error
 

@@ -19,7 +19,7 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops import softmax
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 CPU = torch.device("cpu")
 DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lasptrain.recipe import Optim
+from lasptrain.recipe.sections import Optim
 from lasptrain.training.optimizer import (
     build_optimizer,
     clip_gradients,

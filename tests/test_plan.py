@@ -17,7 +17,8 @@ from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan, rates
 from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.parallel.scan import AllScan
-from lasptrain.recipe import load
+from lasptrain.recipe.loading import load
+from lasptrain.training.job import Job
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GIB = 2**30
@@ -232,7 +233,7 @@ def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> N
         loader=SimpleNamespace(segment=65536),
         device=torch.device("cpu"),
     )
-    with pytest.raises(ResourceError) as refusal, train.told_of_memory(cast(train.Job, job)):
+    with pytest.raises(ResourceError) as refusal, train.told_of_memory(cast(Job, job)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert "GiB: CUDA out of memory. Tried to allocate 2 GiB. expected on" in str(refusal.value)
     assert str(refusal.value).endswith(told)

@@ -15,7 +15,11 @@ from pydantic import ValidationError
 
 from lasptrain.cost import plan
 from lasptrain.errors import RecipeError, SetupError
-from lasptrain.recipe import SECTIONS, Model, Recipe, dump, load, resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.schema import SECTIONS, Recipe
+from lasptrain.recipe.sections import Model
+from lasptrain.recipe.yaml12 import dump
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GOOD = """\
@@ -471,7 +475,7 @@ def test_layout(write: Write) -> None:
 
 
 def test_a_recipe_is_read_without_torch() -> None:
-    program = "import sys; from lasptrain.recipe import load; import lasptrain.cost.plan, lasptrain.cli.main; " + (
+    program = "import sys; from lasptrain.recipe.loading import load; import lasptrain.cost.plan, lasptrain.cli.main; " + (
         "load(sys.argv[1]); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(RECIPES / "quickstart.yaml")], check=True)

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasptrain import train
 from lasptrain.bench.left_product import LeftProduct
 from lasptrain.bench.megatron import Local, reduce_gradients, share, shares, split_model
 from lasptrain.bench.ring_attention import RingAttention
@@ -19,7 +18,9 @@ from lasptrain.models.language_model import initial_values
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import Ring
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Recipe, load
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training import job as train
 from tests.gloo import spawn
 from tests.kernel_cases import error
 from tests.test_recipe import RECIPES

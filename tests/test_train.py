@@ -25,7 +25,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from data_tools.dataset import open_dataset
-from lasptrain import recipe as recipes
 from lasptrain import train
 from lasptrain.cli.main import app
 from lasptrain.console import stdio as streams
@@ -34,9 +33,13 @@ from lasptrain.data.loader import Slice
 from lasptrain.errors import NumericalError, RecipeError
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.recipe import Parallel, Recipe, load
+from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Parallel
 from lasptrain.run import auto as settled
 from lasptrain.run.metrics import Metrics, read_metrics
+from lasptrain.training.job import build
 from tests import program
 from tests.gloo import spawn
 from tests.program import Started
@@ -191,7 +194,7 @@ def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> 
 
 
 def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
-    job = train.build(recipe)
+    job = build(recipe)
     train.one_step(job, 0)
     with torch.no_grad():
         job.model.blocks[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
@@ -233,7 +236,7 @@ def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
 
 def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: None, tmp_path: Path) -> None:
     """In segments as of whole windows; the same in JSON lines and in TensorBoard."""
-    job = train.build(recipes.load(folder / "tiny.yaml", ["train.segment=60"]))
+    job = build(recipes.load(folder / "tiny.yaml", ["train.segment=60"]))
     found = train.evaluate(job)
     job.loader.close()
     by_position, sizes = defaultdict[int, list[float]](list), 0

@@ -20,7 +20,8 @@ from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe import Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import build
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
     def attention(kernel: str, mesh: Mesh) -> Attention:
         return made(kernel, SCANS["ring"](mesh.sp_group, device))
 
-    job = train.build(one, attention)
+    job = build(one, attention)
     seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), device, turns(tokens))
     job.loader.close()
     return Row(kernel, kept, tokens / seconds, memory)

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lasptrain import ops, train
+from lasptrain import ops
 from lasptrain.architectures.decay import slopes
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
-from lasptrain.bench.steps import largest
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import largest
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.process.local_ranks import Failure, on_ranks, trials
-from lasptrain.recipe import Model, Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Model
+from lasptrain.training import job as train
 
 LEAST = 0.05  # seconds of a turn
 TURNS, HOST_TURNS = 11, 5
@@ -206,7 +208,7 @@ def _times_replayed(calls: Mapping[str, Callable[[], object]], tokens: int, devi
     graphs = {}
     for name, call in calls.items():
         graphs[name], failure = _captured(call, device)
-        if mesh.largest(int(bool(failure))):
+        if largest(int(bool(failure))):
             raise SetupError(f"{name}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
     times = _times({name: graph.replay for name, graph in graphs.items()}, device, CAPTURED_TURNS)
     for graph in graphs.values():

@@ -20,13 +20,16 @@ from rich.table import Table
 
 from data_tools.dataset import open_dataset
 from lasptrain import train
-from lasptrain.bench.steps import alone, clear, largest, shared
+from lasptrain.bench.steps import alone, clear, shared
 from lasptrain.cost import plan
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import largest
 from lasptrain.parallel.mesh import device_name
 from lasptrain.process.local_ranks import Failure, trials
-from lasptrain.recipe import Recipe, resolve_vocabulary
+from lasptrain.recipe.resolve import resolve_vocabulary
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import build
 
 KINDS = ("ddp", "zero3")
 MODES = ("none", "full")
@@ -133,7 +136,7 @@ def _trial(
     laid, window = laid_out(recipe, kind, vocab, mesh.world_size(), share, most, limit)
     if device.type == "cpu" and not _fits(laid, vocab, window, limit):
         raise ResourceError(f"{window:,} tokens: predicted not to fit")
-    job = train.build(laid)
+    job = build(laid)
     for step in range(UPDATES):
         train.one_step(job, step)
     job.loader.close()

@@ -18,18 +18,23 @@ from torch import Tensor
 from torch.autograd import Function
 
 from data_tools.dataset import open_dataset
-from lasptrain import ops, train
+from lasptrain import ops
 from lasptrain.bench.rivals import Traffic, whole_windows
 from lasptrain.data.loader import Slice
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.models.layers import Mlp, Phases
-from lasptrain.models.mixers import State, TransNormer, Undecayed
+from lasptrain.models.linear_transformer import Undecayed
+from lasptrain.models.mixer import State
+from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model, Recipe, with_vocabulary
+from lasptrain.recipe.resolve import with_vocabulary
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Model
+from lasptrain.training import job as train
 from lasptrain.training.optimizer import build_optimizer
 
 # Which dim of a parameter or buffer of a mixer or MLP is split; what is not named here is whole on every rank.

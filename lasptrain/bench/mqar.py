@@ -21,12 +21,13 @@ from lasptrain.eval.tasks.recall import associations
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.mesh import Mesh, sum_over_ranks
+from lasptrain.parallel.collectives import sum_over_ranks
+from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe import Recipe
+from lasptrain.recipe.schema import Recipe
 from lasptrain.training import segments as stream
 from lasptrain.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 

@@ -18,7 +18,9 @@ from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
 from lasptrain.process.local_ranks import Failure, trials
-from lasptrain.recipe import Recipe, resolve_mesh
+from lasptrain.recipe.resolve import resolve_mesh
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import build
 
 KINDS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
 
@@ -104,7 +106,7 @@ def _curve(recipe: Recipe, steps: int) -> tuple[str, list[float]]:
 
 
 def _losses(recipe: Recipe, steps: int) -> list[float]:
-    job = train.build(recipe)
+    job = build(recipe)
     losses = [float(train.one_step(job, step)["loss"] or 0.0) for step in range(steps)]
     job.loader.close()
     return losses

@@ -19,18 +19,19 @@ import torch
 from rich.table import Table
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import ops, train
-from lasptrain import recipe as recipes
-from lasptrain.bench.steps import largest
+from lasptrain import ops
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel.collectives import largest
 from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import resolve as recipes
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training import job as train
 
 SCAN = "all_gather"
 TURNS = 3
@@ -123,7 +124,7 @@ def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
 
 def _seconds(call: Callable[[], object]) -> float:
     """Of the slowest rank, the work of its GPU included."""
-    meshes.largest(0)
+    largest(0)
     began = time.perf_counter()
     call()
     if torch.cuda.is_available():

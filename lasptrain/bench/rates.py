@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
-from lasptrain.bench.steps import largest
 from lasptrain.cost.links import Link
 from lasptrain.cost.plan import Rates
 from lasptrain.cost.rates import Measured
 from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import largest
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.p2p import between
 from lasptrain.parallel.scan import all_gather

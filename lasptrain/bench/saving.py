@@ -10,11 +10,14 @@ from statistics import median
 from rich.table import Table
 
 from lasptrain import train
-from lasptrain.checkpoint import Saver, committed
+from lasptrain.checkpoint.saver import Saver
+from lasptrain.checkpoint.steps import committed
 from lasptrain.console.tables import figures
-from lasptrain.parallel.mesh import device_name, largest
+from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.mesh import device_name
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe import Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import build, saved_with
 
 WARM = 3  # steps that compile, allocate and tune
 QUIET = 5  # steps without a save, whose median the others are compared with
@@ -48,7 +51,7 @@ def measure(recipe: Recipe, run: Path, ranks: int, saves: int) -> Results:
 
 
 def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[tuple[float, float, float]]]:
-    job = train.build(recipe)
+    job = build(recipe)
     done = 0
 
     def step() -> float:
@@ -65,7 +68,7 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
     rows = []
     for _ in range(saves):
         began, at = time.perf_counter(), done
-        saver.save(done, train.saved_with(job))
+        saver.save(done, saved_with(job))
         stall, slower = saver.stall(), 0.0
         while not largest(saver.newest == at):
             slower += step() - usual

@@ -21,16 +21,18 @@ from rich.table import Table
 from lasptrain import train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
-from lasptrain.bench.steps import Turns, alone, clear, largest, shared, timed, turns
+from lasptrain.bench.steps import Turns, alone, clear, shared, timed, turns
 from lasptrain.console.tables import number
 from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import largest
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import Failure, trials
-from lasptrain.recipe import Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import Job, build
 
 Kind = Literal["weak", "strong", "long"]
 LONGEST = 300.0  # seconds that one case may take
@@ -138,7 +140,7 @@ def _row(case: Case, deadline: float) -> Row:
     if largest(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
         return row(failure="no time left")
     clear(mesh.device())
-    job = train.build(one)
+    job = build(one)
     seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), mesh.device(), made)
     job.loader.close()
     predicted = None if rates is None else _predicted(job, method, tokens, ranks, rates)
@@ -151,7 +153,7 @@ def _least(recipe: Recipe, tokens: int, rates: plan.Rates | None) -> float:
     return 0.0 if rates is None or vocab == "auto" else tokens * plan.seconds_per_token(recipe, vocab, 1, rates)
 
 
-def _predicted(job: train.Job, method: str, tokens: int, ranks: int, rates: plan.Rates) -> float | None:
+def _predicted(job: Job, method: str, tokens: int, ranks: int, rates: plan.Rates) -> float | None:
     """Seconds of a step."""
     recipe, vocab = job.recipe, job.recipe.model.vocab
     assert isinstance(vocab, int)

@@ -25,17 +25,20 @@ from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import METHODS, NONE, RIVALS, SPLIT
-from lasptrain.bench.steps import alone, clear, largest, shared, timed, turns
+from lasptrain.bench.steps import alone, clear, shared, timed, turns
 from lasptrain.console.tables import number
 from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan
 from lasptrain.cost.rates import Measured
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import largest, smallest
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.process.local_ranks import SILENCE, Failure, trials
-from lasptrain.recipe import Recipe, resolve_vocabulary
+from lasptrain.recipe.resolve import resolve_vocabulary
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import build
 
 ROOM = 1.25  # free memory that a second model needs, in its own
 
@@ -139,7 +142,7 @@ def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[s
 def _ratio(recipe: Recipe, update: Callable[[int], float], tokens: int, memory: int) -> float | None:
     """How much longer an update takes than one with a window for each rank; None where `memory` for that is lacking."""
     device = mesh.device()
-    if device.type == "cuda" and mesh.smallest(mesh.free_memory(device)) < ROOM * memory:
+    if device.type == "cuda" and smallest(mesh.free_memory(device)) < ROOM * memory:
         return None
     beside, close, _ = _trainer(recipe, NONE, tokens, dist.get_world_size())
     warmup, count = turns(tokens)
@@ -160,12 +163,12 @@ def _trainer(
         rival = Megatron(whole, mesh.world(), SPLIT[method])
         return rival.step, rival.loader.close, lambda: rival.traffic.bytes_sent
     if method == NONE:
-        job = train.build(alone(recipe, tokens, ranks))
+        job = build(alone(recipe, tokens, ranks))
     elif method in RIVALS:
         make, whole = RIVALS[method], _in_one_segment(recipe, method, tokens, ranks)
-        job = train.build(whole, lambda kernel, mesh: cast(Attention, make(kernel, mesh.sp_group)))
+        job = build(whole, lambda kernel, mesh: cast(Attention, make(kernel, mesh.sp_group)))
     else:
-        job = train.build(shared(recipe, tokens, ranks, method))
+        job = build(shared(recipe, tokens, ranks, method))
     scan = job.model.blocks[0].mixer.attention.scan
     return lambda step: float(train.one_step(job, step)["step_time"] or 0), job.loader.close, lambda: scan.bytes_sent
 
@@ -180,7 +183,7 @@ def _in_one_segment(recipe: Recipe, method: str, tokens: int, ranks: int) -> Rec
     device = mesh.device()
     if device.type == "cuda":
         vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
-        available = mesh.smallest(mesh.free_memory(device))
+        available = smallest(mesh.free_memory(device))
         needed = plan.memory(whole, vocab, 1, ranks, tokens * ranks)
         least = needed["activations"] + needed["one block"]
         if least > available:

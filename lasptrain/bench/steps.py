@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from lasptrain.parallel import mesh
-from lasptrain.recipe import Recipe
+from lasptrain.parallel.collectives import largest
+from lasptrain.recipe.schema import Recipe
 
 SHORT = 65_536  # tokens per rank; of longer steps fewer are timed
 
@@ -66,10 +66,3 @@ def timed(update: Callable[[int], float], device: torch.device, turns: Turns) ->
         update(step)
     seconds = median(largest(update(turns.warmup + step)) for step in range(turns.timed))
     return seconds, int(largest(mesh.peak_memory(device)))
-
-
-def largest(value: float) -> float:
-    """The largest over ranks."""
-    found = torch.tensor(value, dtype=torch.float64, device=mesh.device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found)

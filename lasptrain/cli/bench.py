@@ -10,7 +10,7 @@ from lasptrain.cli.options import Numbers, Overrides, RecipeFile, in_a_folder, t
 from lasptrain.console.tables import show
 from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
-from lasptrain.recipe import load
+from lasptrain.recipe.loading import load
 
 app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.command("saving")(cli_checkpoint.bench_saving)

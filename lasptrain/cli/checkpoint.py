@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lasptrain import recipe as recipes
 from lasptrain.console.tables import show
 from lasptrain.errors import CheckpointError
+from lasptrain.recipe import loading as recipes
 from lasptrain.run import folder as runs
 
 app = typer.Typer(help="Checkpoints of a run.", rich_markup_mode=None, no_args_is_help=True)
@@ -38,7 +38,7 @@ def prune(
     really: Annotated[bool, typer.Option("--really", help="Delete; without it only say what.")] = False,
 ) -> None:
     """Delete steps, all but the newest and the milestones. The newest step that is whole always stays."""
-    from lasptrain import checkpoint
+    from lasptrain.checkpoint import steps as checkpoint
 
     with runs.lock(_existing(run)):
         steps = checkpoint.surplus(run, keep, milestone)
@@ -77,7 +77,7 @@ def _existing(run: Path) -> Path:
 
 def _show(run: Path, *, thorough: bool) -> bool:
     """Print the steps; whether all are whole."""
-    from lasptrain import checkpoint
+    from lasptrain.checkpoint import steps as checkpoint
 
     good = True
     for step in checkpoint.inspect(_existing(run), thorough=thorough):

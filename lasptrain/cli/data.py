@@ -7,7 +7,7 @@ import typer
 
 from lasptrain.cli.options import Overrides, RecipeFile
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.recipe import load
+from lasptrain.recipe.loading import load
 from lasptrain.run.folder import RECIPE
 
 app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mode=None, no_args_is_help=True)

@@ -4,29 +4,28 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
 
 from lasptrain import __version__
-from lasptrain.cli import bench as cli_bench
-from lasptrain.cli import checkpoint as cli_checkpoint
-from lasptrain.cli import data as cli_data
+from lasptrain.cli import bench, checkpoint, data
 from lasptrain.cli import eval as eval_commands
-from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
+from lasptrain.cli.options import Overrides, RecipeFile
+from lasptrain.cli.plan import plan_command
 from lasptrain.console import stdio as streams
 from lasptrain.console.tables import figures, show
 from lasptrain.convert import targets
 from lasptrain.convert.commands import convert
-from lasptrain.cost import gpus as cards
-from lasptrain.cost import links, plan, rates
-from lasptrain.cost.links import ASSUMED, Links
+from lasptrain.cost import links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
 from lasptrain.process import signals as stop
-from lasptrain.recipe import Model, Recipe, load, resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Model
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",
@@ -106,7 +105,8 @@ def pretrain(
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
     stop.listen()
     streams.outlive()
-    from lasptrain.process.launcher import Nodes, Place, launch
+    from lasptrain.process.launcher import Nodes, launch
+    from lasptrain.process.location import Place
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None
     raise typer.Exit(launch(loaded, Place(run, fresh), nproc, nodes, max_restarts=max_restarts))
@@ -186,99 +186,6 @@ def _times(count: int, word: str, plural: str = "s") -> str:
     return f"{count:,} {word}{plural if count != 1 else ''}"
 
 
-@app.command("plan")
-def plan_command(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs.")] = 1,
-    gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="Which: rates and memory.")] = "h100",
-    memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Of each GPU, if it differs.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="This machine's GPUs and links instead.")] = False,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that measure; one per GPU.")] = None,
-    file: Annotated[
-        Path | None, typer.Option("--rates", metavar="FILE", help="Read what was measured; with --measure, write it.")
-    ] = None,
-) -> None:
-    """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
-    loaded = load(recipe, overrides)
-    measured = _measured(measure, nproc, file)
-    known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, cards.PLANNED[gpu])
-    predicted = list(_plan(loaded, gpus, known, memory))
-    show(_rates(known, measured, links=measured is not None or gpus > 1), *predicted)
-
-
-def _lasting(seconds: float) -> str:
-    """Days, hours or minutes, whichever is the first that is not less than one."""
-    for length, unit in ((86400, "days"), (3600, "hours")):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 60:.1f} minutes"
-
-
-class Known(NamedTuple):
-    """What a plan predicts from."""
-
-    name: str
-    rates: plan.Rates
-    links: Links = ASSUMED
-
-
-def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Measured | None:
-    """What this machine does, or what a file says that one did."""
-    if not measure:
-        return None if file is None else rates.read(file)
-    import torch
-
-    from lasptrain.bench import rates as measuring
-
-    if nproc is None and not torch.cuda.is_available():
-        raise SetupError("--measure: found no CUDA device; expected one, or --nproc for a dry run on the CPU")
-    found = measuring.measure(nproc or torch.cuda.device_count())
-    if file is not None:
-        rates.write(file, found)
-    return found
-
-
-def _rates(known: Known, measured: rates.Measured | None, *, links: bool) -> Table:
-    table = Table(title="predicted from", show_header=False)
-    for row in rates.told(known.rates, known.links, measured)[: None if links else len(known.rates)]:
-        table.add_row(*row)
-    return table
-
-
-def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterator[Table]:
-    from data_tools.tokenizer import load_tokenizer
-
-    available = known.rates.memory if given is None else to_bytes(given)
-    dp, sp = resolve_mesh(recipe, gpus, "--gpus")
-    vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
-    cut = plan.layout(recipe, dp, sp, vocab, available)
-    scan = links.with_scan(recipe, sp, cut.segment, known.links).mesh.scan
-    parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
-    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, known.rates)
-    tokens = cut.tokens_per_step
-    step = seconds * tokens / gpus
-    sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
-    table = Table(title=f"{recipe.name}: predicted for {gpus} × {known.name}", show_header=False)
-    for name, size in parts.items():
-        table.add_row(name, f"{size / 2**30:.2f} GiB")
-    table.add_section()
-    table.add_row("peak memory", f"{sum(parts.values()) / 2**30:.1f} of {available / 2**30:.1f} GiB on each")
-    host = plan.host_memory(recipe, vocab, dp, sp, cut.segment)
-    held = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in host.items() if size)
-    table.add_row("host memory", f"{sum(host.values()) / 2**30:.1f} GiB per rank, page-locked: {held}")
-    table.add_row("gradients", f"summed over ranks once per {recipe.parallel.reduce}")
-    table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
-    table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
-    table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
-    table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
-    yield table
-    if gpus > 1:
-        yield _sharing(recipe, vocab, cut.slice, gpus, known)
-    yield _memory_horizon(recipe)
-
-
 def _softmax(model: Model) -> str:
     layers = ", ".join(map(str, model.softmax))
     reach = "all tokens before" if model.sliding is None else f"the last {model.sliding:,} tokens"
@@ -286,37 +193,9 @@ def _softmax(model: Model) -> str:
     return f"layers {layers}: {model.kv_heads or model.heads} key heads, over {reach}, {turned}"
 
 
-def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Known) -> Table:
-    """What sharing windows costs by method, on ever more GPUs."""
-    counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
-    found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
-    table = Table(title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens")
-    for column in ("GPUs", *found[gpus]):
-        table.add_column(column, justify="right")
-    for n, methods in found.items():
-        table.add_row(str(n), *("" if s is None else f"{1e-3 * tokens / s:.1f}" for s in methods.values()))
-    return table
-
-
-def _memory_horizon(recipe: Recipe) -> Table:
-    heads = plan.horizon(recipe.model, recipe.data.window)
-    far, window = plan.sees(recipe.model, recipe.data.window), recipe.data.window
-    warning = (
-        f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
-        if window > 4 * far
-        else None
-    )
-    table = Table(title="heads to which a token still matters", caption=warning)
-    table.add_column("layer")
-    for distance in plan.DISTANCES:
-        table.add_column(f"after {distance:,}", justify="right")
-    for layer, counts in enumerate(heads):
-        table.add_row(str(layer), *(str(count) for count in counts))
-    return table
-
-
+app.command("plan")(plan_command)
 eval_commands.register(app)
 app.command()(convert)
-app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_bench.app, name="bench")
-app.add_typer(cli_checkpoint.app, name="ckpt")
+app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
+app.add_typer(checkpoint.app, name="ckpt")

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from lasptrain import __version__
-from lasptrain import recipe as recipes
-from lasptrain.checkpoint import Opened
+from lasptrain.checkpoint.single import Opened
 from lasptrain.convert.targets import RUNS_IN
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import yaml12 as recipes
+from lasptrain.recipe.schema import Recipe
 
 ADVICE = {
     "granitemoehybrid": "Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "

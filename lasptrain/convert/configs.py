@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lasptrain.errors import ConvertError
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 Json = dict[str, Any]
 UNBOUNDED = 1 << 24  # positions of a model that counts none; other runtimes refuse longer prompts

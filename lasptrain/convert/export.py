@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from data_tools.tokenizer import BYTES
-from lasptrain import __version__, checkpoint
-from lasptrain import recipe as recipes
+from lasptrain import __version__
+from lasptrain.checkpoint import steps as checkpoint
+from lasptrain.checkpoint.single import Opened
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.errors import CheckpointError
-from lasptrain.recipe import Model, Recipe
+from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Model
+from lasptrain.recipe.yaml12 import dump
 
 RECORD = "lasptrain_export.json"
 TRIES = 5  # of a run that goes on training, and deletes what is read
@@ -66,7 +70,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 
 def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool) -> Exported:
     recipe = recipes.load(_recipe(run))
-    step = checkpoint.Opened(run)
+    step = Opened(run)
     model = Model.model_validate(step.meta["model"])
     target = targets.resolve(to, model)
     table = tables.TABLES[target](model, step.shapes)
@@ -101,7 +105,7 @@ def _json(file: Path, value: Any) -> None:
 
 
 def _record(
-    step: checkpoint.Opened,
+    step: Opened,
     recipe: Recipe,
     model: Model,
     target: str,
@@ -117,7 +121,7 @@ def _record(
         "step": step.step,
         "checkpoint": json.loads((step.folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))["sha256"],
         "meta": step.meta,
-        "recipe": recipes.dump(recipe),
+        "recipe": dump(recipe),
         "slopes": slopes,
         "parity": parity if isinstance(parity, str) else parity._asdict(),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from lasptrain.convert.configs import Json
 from lasptrain.convert.tables import Rule, Shapes, rows
 from lasptrain.errors import ConvertError
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of minimax, made from its configuration
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embeddings.weight", "embed.weight")

@@ -15,14 +15,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import checkpoint
-from lasptrain import recipe as recipes
+from lasptrain.checkpoint import single as checkpoint
 from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.recurrence import Attention
-from lasptrain.recipe import Model, Recipe
+from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.resolve import with_vocabulary
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Model
+from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
 
 WINDOW = 4096  # tokens of the windows of a run that begins without a recipe
@@ -62,7 +65,7 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     origin = weights.origin
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
     with files.whole_folder(out, force, runs.RECIPE) as new:
-        runs.write(new / runs.RECIPE, recipes.dump(origin.recipe))
+        runs.write(new / runs.RECIPE, dump(origin.recipe))
         checkpoint.write(new, origin.step, weights.empty, weights.read, meta)
     return out
 
@@ -173,7 +176,7 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
     if recipe is None:
         recipe = described(folder)
     else:
-        recipe = recipes.with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
+        recipe = with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
         if recipe.model.arch != theirs.arch:
             raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
         configs.agree(target, theirs, recipe.model, where)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lasptrain.convert.files import Form
 from lasptrain.errors import ConvertError
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 Shapes = Mapping[str, tuple[int, ...]]
 Forward = Callable[[list[Tensor]], list[Tensor]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lasptrain.errors import ConvertError, RecipeError
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid", "minimax": "minimax"}  # what `hf` means for an architecture
 RUNS_IN = {

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lasptrain import checkpoint
+from lasptrain.checkpoint import single as checkpoint
 from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
 CHUNK = 128  # tokens that a target computes at once where its configuration names none: 64 of fla, 128 of transnormer

@@ -6,7 +6,8 @@ import math
 from typing import NamedTuple
 
 from lasptrain.cost.plan import Rates, parameters, seconds_per_token, state_bytes
-from lasptrain.recipe import REPLICATED, Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import REPLICATED
 
 
 class Link(NamedTuple):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from lasptrain.architectures.decay import slopes
 from lasptrain.errors import ResourceError
-from lasptrain.recipe import REPLICATED, Model, Parallel, Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import REPLICATED, Model, Parallel
 
 
 def parameters(model: Model, vocab: int) -> dict[str, int]:

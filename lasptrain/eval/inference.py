@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.language_model import LanguageModel
-from lasptrain.models.mixers import State
+from lasptrain.models.mixer import State
 from lasptrain.ops.cross_entropy import IGNORED
-from lasptrain.parallel.mesh import Mesh, from_rank_0, sum_over_ranks
+from lasptrain.parallel.collectives import from_rank_0, sum_over_ranks
+from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
 

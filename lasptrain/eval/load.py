@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from lasptrain import checkpoint, ops
-from lasptrain import recipe as recipes
+from lasptrain import ops
+from lasptrain.checkpoint import load as checkpoint
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.restore import open_weights
 from lasptrain.errors import CheckpointError
@@ -17,7 +17,9 @@ from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Model, Recipe
+from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"

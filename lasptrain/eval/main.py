@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools.dataset import open_dataset
-from data_tools.tokenizer import load_tokenizer
 from lasptrain import __version__
 from lasptrain.console.progress import asking
 from lasptrain.data.dataset import TokenDataset
@@ -22,11 +21,10 @@ from lasptrain.eval.inference import Reader, join
 from lasptrain.eval.load import Trained, load_model
 from lasptrain.eval.runner import PERPLEXITY, Asked, Key, Ledger, Questions, Record, settings
 from lasptrain.eval.tasks import TASKS
-from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.mesh import Mesh
+from lasptrain.parallel.collectives import smallest
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe import Data, Recipe
+from lasptrain.recipe.sections import Data
 from lasptrain.run.metrics import write_scalars
 
 
@@ -62,7 +60,7 @@ def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, ruler: Pa
         if ruler is not None:
             predictions.check(ruler, asked.files, ledger.records)
         done = ledger.done
-        meshes.smallest(0)  # all have read what there is before anyone writes
+        smallest(0)  # all have read what there is before anyone writes
         notes: list[str] = []
         dataset = _dataset(trained.recipe.data, notes) if set(PERPLEXITY) & set(asked.tasks) else None
         began, peak = time.perf_counter(), meshes.peak_memory(reader.device)
@@ -126,15 +124,6 @@ def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
     except DataError as error:
         notes.append(f"no perplexity: {error}")
         return None
-
-
-def while_training(model: LanguageModel, recipe: Recipe, mesh: Mesh) -> dict[str, float]:
-    """Results of the recipe's `eval.tasks` by name, on rank 0 of each sp group; the model is whole on every rank."""
-    lengths = recipe.eval.lengths or (recipe.data.window,)
-    asked = Asked(recipe.eval.tasks, lengths, samples=recipe.eval.samples)
-    questions = Questions(asked, load_tokenizer(recipe.data.tokenizer))
-    records = questions.answers(Reader(model, mesh), set(), mesh.rank("sp") == 0, lambda _: None)
-    return report.scalars(report.cells(record for record in records if "tokens" in record))
 
 
 def _header(trained: Trained, asked: Asked, reader: Reader, dataset: TokenDataset | None) -> Record:

@@ -22,7 +22,8 @@ from lasptrain.models.language_model import LanguageModel
 from lasptrain.ops import select
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import Optim, Recipe
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Optim
 from lasptrain.training.validation import Validation
 
 PROMPT = 48  # tokens of held-out text that the sample continues

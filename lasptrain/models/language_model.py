@@ -16,14 +16,16 @@ from lasptrain.architectures.decay import slopes
 from lasptrain.models.convolution import Convolution
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
+from lasptrain.models.linear_transformer import Undecayed
 from lasptrain.models.minimax import Lightning
-from lasptrain.models.mixers import State, TransNormer, Undecayed
+from lasptrain.models.mixer import State
 from lasptrain.models.retnet import Retention
 from lasptrain.models.softmax import Softmax
 from lasptrain.models.ssd import EPS, StateSpace, Step
+from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
 from lasptrain.parallel.recurrence import Attention, Memory
-from lasptrain.recipe import Model
+from lasptrain.recipe.sections import Model
 
 INIT_STD = 0.02
 

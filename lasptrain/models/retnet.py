@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lasptrain.models.layers import Phases, RMSNorm, Rotary
 from lasptrain.models.linear import Linear, products
-from lasptrain.models.mixers import Recurrence
+from lasptrain.models.mixer import Recurrence
 from lasptrain.parallel.recurrence import Attention
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lasptrain.models.layers import Rotary
 from lasptrain.models.linear import Linear, products
-from lasptrain.models.mixers import State
+from lasptrain.models.mixer import State
 from lasptrain.ops import softmax
 from lasptrain.parallel.all_gather import gather
 from lasptrain.parallel.halo import halo

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lasptrain.models.convolution import Convolution, Taps
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, products
-from lasptrain.models.mixers import COMPILED, State
+from lasptrain.models.mixer import COMPILED, State
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Attention, Memory, Pending
 

@@ -11,14 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-T = TypeVar("T")
 
 
 def quiet() -> None:
@@ -104,41 +102,6 @@ def free_memory(on: torch.device) -> int:
     """Bytes of GPU memory that this process could still take."""
     free, _ = torch.cuda.mem_get_info(on)
     return free + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
-
-
-def smallest(value: int) -> int:
-    """The smallest of a number over all ranks."""
-    found = torch.tensor(value, device=device())
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return int(found)
-
-
-def largest(value: int) -> int:
-    """The largest of a number over all ranks, through host memory: does not wait for a GPU."""
-    found = torch.tensor(value)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
-
-
-def told_by_all(what: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What every rank, or every one of a group, has to say, by rank: small objects."""
-    told: list[T | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, what, group=group)
-    return cast("list[T]", told)
-
-
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x over all ranks, in its own dtype."""
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x
-
-
-def from_rank_0(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The x that rank 0 of the group holds, on all of its ranks; what the others give has its shape and dtype."""
-    x = x.detach().contiguous().clone()
-    dist.broadcast(x, group=group, group_src=0)
-    return x
 
 
 @contextmanager

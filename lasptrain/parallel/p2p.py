@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import told_by_all
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 SMALLEST = 1 << 15  # bytes: four parts, whose flags are aligned as Triton expects it
@@ -78,7 +79,7 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
         memory = SharedMemory(group, device, size)
     except RuntimeError:  # a driver or a container that does not let processes share memory
         memory = None
-    if not all(mesh.told_by_all(memory is not None, group)):
+    if not all(told_by_all(memory is not None, group)):
         return _line(group)
     assert memory is not None
     return Direct(memory, dist.get_rank(group), dist.get_world_size(group))
@@ -88,11 +89,11 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether all ranks of the group are on one machine, each with a GPU that can write the memory of the others."""
     machine = socket.gethostname(), BOOT.read_text() if BOOT.exists() else ""
-    told = mesh.told_by_all((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
+    told = told_by_all((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
     others = [index for rank, (_, index, _) in enumerate(told) if rank != dist.get_rank(group)]
     reach = device.index not in others and all(torch.cuda.can_device_access_peer(device, other) for other in others)
     alike = {(found, off) for found, _, off in told} == {(machine, "0")}
-    return all(mesh.told_by_all(reach and alike, group))
+    return all(told_by_all(reach and alike, group))
 
 
 @lru_cache

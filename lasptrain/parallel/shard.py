@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lasptrain import ops
 from lasptrain.parallel.host import to_device, to_host
 from lasptrain.parallel.mesh import Mesh
-from lasptrain.recipe import REPLICATED
+from lasptrain.recipe.sections import REPLICATED
 
 T = TypeVar("T", bound=Optimizer)
 

@@ -22,8 +22,8 @@ def main(launcher: str, recipe: str, run: str, records: str, target: str) -> Non
     faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
     stop.listen(lambda number: record_stop(Path(records), number))
     die_with(int(launcher))
-    from lasptrain.process.launcher import rank_process
-    from lasptrain.recipe import load
+    from lasptrain.process.ranks import rank_process
+    from lasptrain.recipe.loading import load
 
     rank_process(load(recipe), target, run=Path(run) if run else None, records=Path(records))
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lasptrain.recipe import Recipe
+from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 
 FILE = "auto.json"

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lasptrain import recipe as recipes
 from lasptrain.errors import CheckpointError, SetupError
-from lasptrain.recipe import Recipe
+from lasptrain.recipe import yaml12 as recipes
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
 
@@ -78,7 +79,7 @@ def adopt(run: Path, recipe: Recipe) -> None:
     """Writes the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
     file = run / RECIPE
     if file.exists() and any((run / CHECKPOINTS).glob("step-*")):
-        changed = differences(recipes.load(file), recipe)
+        changed = differences(load(file), recipe)
         if changed:
             raise CheckpointError(
                 f"{run}: belongs to a different recipe: {'; '.join(changed)}; use --fresh for a new run"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, Literal
 
-from lasptrain.recipe import Guard as Policy
+from lasptrain.recipe.sections import Guard as Policy
 
 Verdict = Literal["take", "warn", "skip", "rollback", "stop"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lasptrain.parallel.shard import telling
-from lasptrain.recipe import Optim
+from lasptrain.recipe.sections import Optim
 
 FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lasptrain.data.loader import Slice
-from lasptrain.models.mixers import State
+from lasptrain.models.mixer import State
 from lasptrain.parallel.host import to_device, to_host, unread
 from lasptrain.parallel.recurrence import Memory
 

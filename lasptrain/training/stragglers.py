@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from lasptrain.parallel import mesh
+from lasptrain.parallel import collectives as mesh
 
 PERIOD = 20.0  # seconds of training between looks
 BETWEEN = 4.0  # seconds between pieces of work

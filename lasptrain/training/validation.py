@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lasptrain.data.loader import MicroBatch
 from lasptrain.ops.cross_entropy import IGNORED
-from lasptrain.parallel.mesh import Mesh, sum_over_ranks
+from lasptrain.parallel.collectives import sum_over_ranks
+from lasptrain.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)

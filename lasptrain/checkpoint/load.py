@@ -1,0 +1,71 @@
+"""Loading the newest intact step on any mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from lasptrain.checkpoint.steps import FOLDER, Json, committed, compare_meta, log, problems_of, survey, wait_visible
+from lasptrain.checkpoint.tensors import restore
+from lasptrain.checkpoint.votes import first, vote
+from lasptrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded besides tensors: the step, what `save` was given as `meta`, and the folder it came from."""
+
+    step: int
+    meta: Json
+    folder: Path
+
+
+def load(
+    run: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    expect: Json | None = None,
+    group: dist.ProcessGroup | None = None,
+    until: int | None = None,
+) -> Loaded | None:
+    """Load the newest intact step of RUN, not after `until`, into `model` and `optimizer`, on any mesh; None if none.
+
+    Collective over `group` (default: all ranks). A damaged step is named in a warning and the next older one is taken.
+    Without an optimizer only the model is read. Nothing on disk changes, and nothing in memory before all checks
+    have passed. Raises CheckpointError if there are steps but none is intact, if what was saved as `meta` differs from
+    `expect` in a key that `expect` has, or if names, shapes or dtypes of tensors differ.
+    """
+    rank = dist.get_rank(group)
+    steps = first(vote(f"{run}: cannot list checkpoints", lambda: committed(run) if rank == 0 else None, group))
+    steps = [step for step in steps if until is None or step <= until]
+    for step in steps:
+        folder = run / FOLDER / f"step-{step}"
+        manifest, problems = _verify(folder, step, group)
+        if not problems:
+            compare_meta(folder, expect or {}, manifest["meta"])
+            restore(folder, manifest["files"], model, optimizer, group)
+            return Loaded(step, manifest["meta"], folder)
+        if rank == 0:
+            log.warning("%s is damaged and not used: %s", folder, "; ".join(problems))
+    if steps:
+        raise CheckpointError(
+            f"{run / FOLDER}: none of the steps {steps} is intact; move the folder away to start over"
+        )
+    return None
+
+
+def _verify(folder: Path, step: int, group: dist.ProcessGroup | None) -> tuple[Json, list[str]]:
+    """Return (manifest, what is wrong with the step), the same on every rank; ranks share the hashing."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    what = f"{folder} cannot be read"
+    manifest, problem, seen = first(vote(what, lambda: survey(folder, step) if rank == 0 else None, group))
+    if problem:
+        return manifest, [problem]
+    wait_visible(folder, seen)
+    own = sorted(manifest["files"].items())[rank::world]
+    found = vote(what, lambda: [p for name, entry in own for p in problems_of(folder / name, entry)], group)
+    return manifest, [problem for problems in found for problem in problems]

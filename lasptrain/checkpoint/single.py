@@ -1,0 +1,112 @@
+"""Steps read and written by one process without a process group."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, committed, problems_of, read_manifest, sha256
+from lasptrain.checkpoint.tensors import Form, Planner, Reader, Writer
+from lasptrain.errors import CheckpointError
+from lasptrain.training.optimizer import initial_state
+
+# One process, one tensor at a time
+
+
+class Opened:
+    """The newest step of a run, read by one process tensor by tensor. CheckpointError where it is not intact."""
+
+    def __init__(self, run: Path) -> None:
+        steps = committed(run)
+        if not steps:
+            raise CheckpointError(f"{run / FOLDER}: holds no checkpoint; expected the folder of a run that has saved")
+        self.step, self.folder = steps[0], run / FOLDER / f"step-{steps[0]}"
+        manifest, problem = read_manifest(self.folder, self.step)
+        files: Json = manifest.get("files", {})
+        problems = (
+            [problem] if problem else [p for name, e in files.items() for p in problems_of(self.folder / name, e)]
+        )
+        if problems:
+            raise CheckpointError(f"{self.folder}: damaged, {'; '.join(problems)}")
+        self.meta: Json = manifest["meta"]
+        self._reader = _OnceRead(self.folder, files)
+        table = self._reader.read_metadata().state_dict_metadata
+        self._forms = {key.removeprefix("model."): Form.of(e) for key, e in table.items() if key.startswith("model.")}
+        self.shapes = {name: form.shape for name, form in self._forms.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model by its name there."""
+        tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
+        with _alone():
+            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=Planner(), no_dist=True)
+        return tensor
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns where there is no process group, even if told so, and cloaks errors in one that is no Exception."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            raise error.failures[0][0] from None
+
+
+class _OnceRead(Reader):
+    """Reads the table of tensors once."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        self.kept: Metadata = getattr(self, "kept", None) or super().read_metadata()
+        return self.kept
+
+
+def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:
+    """Commit a step of one process: fp32 tensors of `model`, which is on meta, as `read` gives them, no moments yet.
+
+    Tensors are asked for one at a time; DCP holds what is in a file until it is whole, so each has a file of its own.
+    """
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in initial_state(parameter).items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def value(name: str) -> Tensor:
+        if name.startswith("model."):
+            return read(name.removeprefix("model.")).to(tensors[name].dtype)
+        return torch.zeros(tensors[name].shape, dtype=tensors[name].dtype)
+
+    folder = run / FOLDER / begin(run, step, size)
+    try:
+        with _alone():
+            writer = Writer(folder, single_file_per_rank=False, thread_count=1, sync_files=True)
+            save_state(tensors, storage_writer=writer, planner=_Lazily(value), no_dist=True)
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in folder.iterdir()}
+        commit(folder, step, meta, files, 1)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class _Lazily(DefaultSavePlanner):
+    """DCP's planner, which makes each tensor when its turn to be written comes."""
+
+    def __init__(self, value: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.value = value
+
+    def lookup_object(self, index: metadata.MetadataIndex) -> Tensor:
+        return self.value(index.fqn)

@@ -1,0 +1,240 @@
+"""Steps on disk: listed, verified, committed, deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lasptrain import __version__
+from lasptrain.checkpoint.votes import reason_of
+from lasptrain.errors import CheckpointError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+METADATA = ".metadata"  # DCP's own table of tensors
+SPARE = 1.1  # free space asked for, as a multiple of what is written
+LAG = 60.0  # seconds for which a network file system may show one machine what another no longer sees
+Json = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+def committed(run: Path) -> list[int]:
+    """The steps in RUN/checkpoints, newest first, intact or not."""
+    folder = run / FOLDER
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
+    return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
+
+
+def latest(run: Path) -> Path | None:
+    """The folder of the newest step whose manifest is intact; its other files are not looked at."""
+    for step in committed(run):
+        folder = run / FOLDER / f"step-{step}"
+        if not read_manifest(folder, step)[1]:
+            return folder
+    return None
+
+
+class Step(NamedTuple):
+    """A step on disk: bytes of its files, ranks that wrote it, Unix time of its commit, what is wrong with it."""
+
+    step: int
+    size: int
+    world: int | None
+    time: float
+    problems: list[str]
+
+
+def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
+    """The steps of RUN, newest first; `thorough` reads all their bytes, otherwise sizes are compared. One process."""
+    for step in committed(run):
+        folder = run / FOLDER / f"step-{step}"
+        try:
+            manifest, problem = read_manifest(folder, step)
+        except CheckpointError as error:
+            manifest, problem = {}, str(error)
+        files = manifest.get("files", {})
+        problems = [problem] if problem else []
+        for name, entry in files.items():
+            problems += problems_of(folder / name, entry, thorough=thorough)
+        size = sum(path.lstat().st_size for path in folder.iterdir())
+        yield Step(step, size, manifest.get("world"), folder.stat().st_mtime, problems)
+
+
+def surplus(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
+    """The steps up to `newest` (default: all) that neither the newest `keep` nor multiples of `milestone` are.
+
+    A folder without a manifest of ours is not among them.
+    """
+    steps = [step for step in committed(run) if newest is None or step <= newest]
+    doomed = [step for step in steps[max(keep, 1) :] if not (milestone and step % milestone == 0)]
+    return [step for step in doomed if _ours(run / FOLDER / f"step-{step}", step)]
+
+
+def _ours(folder: Path, step: int) -> bool:
+    try:
+        return read_manifest(folder, step)[1] is None
+    except CheckpointError:
+        return False
+
+
+def delete(run: Path, steps: list[int]) -> None:
+    """Delete steps. For one process that alone may write RUN."""
+    for step in steps:
+        folder, gone = run / FOLDER / f"step-{step}", run / FOLDER / f".step-{step}.del"
+        try:
+            folder.rename(gone)
+            _sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
+            shutil.rmtree(gone)
+        except OSError as error:
+            log.warning("cannot delete %s: %s", folder, reason_of(error))
+
+
+def sweep(run: Path) -> None:
+    """Delete what killed saves and deletions left. For one process that alone may write RUN."""
+    folder = run / FOLDER
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if re.fullmatch(r"\.step-\d+\.(tmp-[0-9a-f]+|del)", path.name):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # such as a file that a network file system keeps for whoever has it open
+                log.warning("cannot delete %s: %s", path, reason_of(error))
+
+
+def begin(run: Path, step: int, size: int) -> str:
+    """Make the folder to write into and return its name."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    _sync(run)
+    free = shutil.disk_usage(folder).free
+    if free < SPARE * size:
+        raise CheckpointError(f"{folder} has {free:,} bytes free, a checkpoint needs {int(SPARE * size):,}")
+    name = f".step-{step}.tmp-{secrets.token_hex(4)}"
+    (folder / name).mkdir()
+    return name
+
+
+def commit(folder: Path, step: int, meta: Json, files: Json, world: int) -> None:
+    """Write the manifest, then give the folder its final name; everything is on disk when this returns."""
+    if set(files) != (found := {path.name for path in folder.iterdir()}):
+        raise CheckpointError(f"{folder} should hold {sorted(files)}, found {sorted(found)}")
+    versions = {"lasptrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    meta = json.loads(json.dumps(meta, allow_nan=False))  # as a reader will see it
+    manifest = {"format": FORMAT, "step": step, "meta": meta, "world": world, "versions": versions, "files": files}
+    text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1, sort_keys=True)
+    with (folder / MANIFEST).open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync(folder)
+    parent = folder.parent
+    for other in committed(parent.parent):
+        # Training starts from the newest intact step, so a step from here on belongs to a timeline that was given up.
+        if other >= step:
+            (parent / f"step-{other}").rename(parent / f"step-{other}.bad-{time.time_ns() // 10**6}")
+    folder.rename(parent / f"step-{step}")
+    _sync(parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(manifest: Json) -> str:
+    """SHA-256 of a manifest without its own digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
+    """Return (manifest, None), or ({}, what is wrong with it). Raises CheckpointError if a newer lasptrain wrote it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256", None)
+    except FileNotFoundError:
+        return {}, f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {}, f"{MANIFEST}: {reason_of(error)}"
+    if digest != _digest(manifest):
+        return {}, f"{MANIFEST} does not match its own SHA-256"
+    if manifest["format"] > FORMAT:
+        version = manifest["versions"]["lasptrain"]
+        raise CheckpointError(
+            f"{folder} has format {manifest['format']}, written by lasptrain {version}; {FORMAT} fits"
+        )
+    if manifest["step"] != step:
+        return {}, f"{MANIFEST} is of step {manifest['step']}"
+    if strange := [name for name in manifest["files"] if not _plain(name)]:
+        return {}, f"{MANIFEST} lists {strange}, which are no plain file names"
+    return manifest, None
+
+
+def _plain(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def survey(folder: Path, step: int) -> tuple[Json, str | None, Json]:
+    """`read_manifest`, and those of its files that are here with their size."""
+    manifest, problem = read_manifest(folder, step)
+    return manifest, problem, {n: e for n, e in manifest.get("files", {}).items() if _here(folder / n, e)}
+
+
+def wait_visible(folder: Path, seen: Json) -> None:
+    """Until this rank sees what rank 0 has seen, which another machine may show later; not for longer than LAG."""
+    deadline = time.monotonic() + LAG
+    while not all(_here(folder / name, entry) for name, entry in seen.items()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _here(path: Path, entry: Json) -> bool:
+    try:
+        return bool(path.stat(follow_symlinks=False).st_size == entry["size"])
+    except OSError:
+        return False
+
+
+def problems_of(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[str]:
+    """What is wrong with a file that the manifest describes as `entry`."""
+    if path.is_symlink() or not path.is_file():
+        yield f"{path.name} is missing"
+    elif (size := path.stat().st_size) != entry["size"]:
+        yield f"{path.name} has {size} bytes instead of {entry['size']}"
+    elif thorough and sha256(path) != entry["sha256"]:
+        yield f"{path.name} does not match its SHA-256"
+
+
+def compare_meta(folder: Path, expect: Json, meta: Json) -> None:
+    """Raise CheckpointError listing the keys of `expect` whose value in the checkpoint is another one."""
+    saved, now = dict(_leaves(meta)), dict(_leaves(json.loads(json.dumps(expect))))
+    lines = [f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+    if lines:
+        raise CheckpointError("\n  ".join([f"{folder} is of another run:", *lines]))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value

@@ -1,0 +1,189 @@
+"""Tensors of a step: torch's distributed checkpoint (DCP), which reads and writes them."""
+
+from __future__ import annotations
+
+import pickle  # noqa: TID251  only to restrict it
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lasptrain.checkpoint.steps import METADATA, Json, sha256
+from lasptrain.checkpoint.votes import vote
+from lasptrain.errors import CheckpointError
+from lasptrain.training.optimizer import initial_state, initialise_state
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Every tensor of the state by its name in a checkpoint, sharing memory with the live state; tied ones once.
+
+    What only another rank has is on the meta device: a name, a shape and a dtype.
+    """
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    states = {} if optimizer is None else _states(optimizer)
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        name = key.replace("_orig_mod.", "")  # put there by torch.compile
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensors[f"model.{name}"] = tensor.detach()
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in states.get(tensor, {}).items()}
+    return tensors
+
+
+def _states(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
+    """AdamW's state by parameter; with ZeRO-1 that of most parameters is on other ranks, and here on meta."""
+    own = getattr(optimizer, "optim", optimizer)  # a ZeroRedundancyOptimizer's, of the parameters that it updates here
+    initialise_state(own)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        parameter: own.state[parameter]
+        if parameter in own.state
+        else initial_state(torch.empty_like(parameter, device="meta"))
+        for parameter in parameters
+    }
+
+
+def present(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that this rank has. Every other one is present on some rank, and is saved and loaded there."""
+    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+def write_files(folder: Path, tensors: dict[str, Tensor], rank: int, group: dist.ProcessGroup | None) -> Json:
+    """Write this rank's files, synced, and return their sizes and digests by name."""
+    save_state(tensors, storage_writer=Writer(folder, thread_count=1, sync_files=True), process_group=group)
+    own = list(folder.glob(f"__{rank}_*")) + ([folder / METADATA] if rank == 0 else [])
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in own}
+
+
+class Writer(FileSystemWriter):
+    """DCP's writer, which tells why the disk refused: its serialiser hides that behind an error of its own.
+
+    To be used with one thread: errors of further ones would be lost.
+    """
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # the folder's name would be the temporary one
+
+
+def restore(
+    folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: dist.ProcessGroup | None
+) -> None:
+    """Compare the stored tensors with the live ones, then overwrite the live ones."""
+    tensors = tensors_of(model, optimizer)
+    reader = Reader(folder, files)
+    what = f"{folder} not loaded"
+    vote(what, lambda: _compare_tensors(reader.read_metadata(), tensors, partial=optimizer is None), group)
+    own = present(tensors)
+    vote(what, lambda: load_state(own, storage_reader=reader, planner=Planner(), process_group=group), group)
+
+
+def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool) -> None:
+    """Raise CheckpointError listing all names, shapes and dtypes that differ; `partial` leaves the optimizer out."""
+    live = {key: Form(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    stored = {
+        key: Form.of(entry)
+        for key, entry in table.state_dict_metadata.items()
+        if not (partial and key.startswith("optimizer."))
+    }
+    lines = [
+        f"{key}: checkpoint {stored.get(key, 'has none')}, model {live.get(key, 'has none')}"
+        for key in sorted(stored.keys() | live.keys())
+        if stored.get(key) != live.get(key)
+    ]
+    if lines:
+        raise CheckpointError("\n  ".join([f"{len(lines)} tensors differ:", *lines]))
+
+
+class Form(NamedTuple):
+    """Shape and dtype of a tensor; what is no tensor has none."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, entry: object) -> Form:
+        if isinstance(entry, TensorStorageMetadata):
+            return cls(tuple(entry.size), entry.properties.dtype)
+        return cls((), None)
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Reader(FileSystemReader):
+    """DCP's reader, which runs nothing it finds in the table of tensors and follows it to `files` only."""
+
+    def __init__(self, folder: Path, files: Json) -> None:
+        super().__init__(folder)
+        self.table = folder / METADATA
+        self.files = files
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with self.table.open("rb") as stream:
+            table = _Unpickler(stream).load()
+        if not isinstance(table, Metadata):
+            raise CheckpointError(f"{METADATA} holds {type(table).__name__} instead of a table of tensors")
+        for place in table.storage_data.values():
+            if place.relative_path not in self.files:
+                raise CheckpointError(f"{METADATA} points at {place.relative_path!r}, which is not in the manifest")
+        return table
+
+
+class Planner(DefaultLoadPlanner):
+    """DCP's planner, which never unpickles objects: we store tensors only."""
+
+    def load_bytes(self, read_item: Any, value: object) -> NoReturn:
+        raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes that DCP's table of tensors consists of, and no other global."""
+
+    CLASSES: tuple[type, ...] = (
+        Metadata,
+        metadata.MetadataIndex,
+        TensorStorageMetadata,
+        metadata.TensorProperties,
+        metadata.ChunkStorageMetadata,
+        metadata.BytesStorageMetadata,
+        StorageMeta,
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+        torch.Size,
+        OrderedDict,
+    )
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+        self.known: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in self.CLASSES}
+        self.known["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.known:
+            return self.known[module, name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        raise CheckpointError(f"{METADATA} refers to {module}.{name}, which no checkpoint needs; refused")

@@ -1,0 +1,49 @@
+"""One rank's error becomes the same error on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lasptrain.errors import CheckpointError
+from lasptrain.parallel.collectives import told_by_all
+
+T = TypeVar("T")
+
+
+def vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Run `action` on every rank and return all results by rank, or raise the same CheckpointError on every rank."""
+    ballot: tuple[dict[int, str], T | None]
+    try:
+        ballot = {}, action()
+    except CheckpointException as error:  # DCP has gathered it: every rank has the errors of all
+        ballot = {rank: reason_of(cause) for rank, (cause, _) in error.failures.items()}, None
+    except Exception as error:
+        ballot = {dist.get_rank(group): reason_of(error)}, None
+    ballots: list[Any] = told_by_all(ballot, group)
+    ranks: dict[str, set[int]] = {}
+    for reasons, _ in ballots:
+        for rank, reason in reasons.items():
+            ranks.setdefault(reason, set()).add(rank)
+    if ranks:
+        told = (f"rank {', '.join(map(str, sorted(who)))}: {reason}" for reason, who in ranks.items())
+        raise CheckpointError(f"{what}: {'; '.join(told)}")
+    return [value for _, value in ballots]
+
+
+def first(values: list[T | None]) -> T:
+    """The value of rank 0, which alone has one."""
+    assert values[0] is not None
+    return values[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """One error in the words of a message: no class for what is plain without it."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"

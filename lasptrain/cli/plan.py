@@ -1,0 +1,139 @@
+"""`lasptrain plan`: what a recipe will cost."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import typer
+from rich.table import Table
+
+from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
+from lasptrain.console.tables import show
+from lasptrain.cost import gpus as cards
+from lasptrain.cost import links, plan, rates
+from lasptrain.cost.links import ASSUMED, Links
+from lasptrain.errors import SetupError
+from lasptrain.recipe.loading import load
+from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.schema import Recipe
+
+
+def plan_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs.")] = 1,
+    gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="Which: rates and memory.")] = "h100",
+    memory: Annotated[str | None, typer.Option(metavar="80GiB", help="Of each GPU, if it differs.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="This machine's GPUs and links instead.")] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks that measure; one per GPU.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--rates", metavar="FILE", help="Read what was measured; with --measure, write it.")
+    ] = None,
+) -> None:
+    """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
+    loaded = load(recipe, overrides)
+    measured = _measured(measure, nproc, file)
+    known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, cards.PLANNED[gpu])
+    predicted = list(_plan(loaded, gpus, known, memory))
+    show(_rates(known, measured, links=measured is not None or gpus > 1), *predicted)
+
+
+def _lasting(seconds: float) -> str:
+    """Days, hours or minutes, whichever is the first that is not less than one."""
+    for length, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.1f} minutes"
+
+
+class Known(NamedTuple):
+    """What a plan predicts from."""
+
+    name: str
+    rates: plan.Rates
+    links: Links = ASSUMED
+
+
+def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Measured | None:
+    """What this machine does, or what a file says that one did."""
+    if not measure:
+        return None if file is None else rates.read(file)
+    import torch
+
+    from lasptrain.bench import rates as measuring
+
+    if nproc is None and not torch.cuda.is_available():
+        raise SetupError("--measure: found no CUDA device; expected one, or --nproc for a dry run on the CPU")
+    found = measuring.measure(nproc or torch.cuda.device_count())
+    if file is not None:
+        rates.write(file, found)
+    return found
+
+
+def _rates(known: Known, measured: rates.Measured | None, *, links: bool) -> Table:
+    table = Table(title="predicted from", show_header=False)
+    for row in rates.told(known.rates, known.links, measured)[: None if links else len(known.rates)]:
+        table.add_row(*row)
+    return table
+
+
+def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterator[Table]:
+    from data_tools.tokenizer import load_tokenizer
+
+    available = known.rates.memory if given is None else to_bytes(given)
+    dp, sp = resolve_mesh(recipe, gpus, "--gpus")
+    vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
+    cut = plan.layout(recipe, dp, sp, vocab, available)
+    scan = links.with_scan(recipe, sp, cut.segment, known.links).mesh.scan
+    parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
+    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, known.rates)
+    tokens = cut.tokens_per_step
+    step = seconds * tokens / gpus
+    sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
+    table = Table(title=f"{recipe.name}: predicted for {gpus} × {known.name}", show_header=False)
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 2**30:.2f} GiB")
+    table.add_section()
+    table.add_row("peak memory", f"{sum(parts.values()) / 2**30:.1f} of {available / 2**30:.1f} GiB on each")
+    host = plan.host_memory(recipe, vocab, dp, sp, cut.segment)
+    held = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in host.items() if size)
+    table.add_row("host memory", f"{sum(host.values()) / 2**30:.1f} GiB per rank, page-locked: {held}")
+    table.add_row("gradients", f"summed over ranks once per {recipe.parallel.reduce}")
+    table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
+    table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
+    table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
+    table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
+    yield table
+    if gpus > 1:
+        yield _sharing(recipe, vocab, cut.slice, gpus, known)
+    yield _memory_horizon(recipe)
+
+
+def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Known) -> Table:
+    """What sharing windows costs by method, on ever more GPUs."""
+    counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
+    found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
+    table = Table(title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens")
+    for column in ("GPUs", *found[gpus]):
+        table.add_column(column, justify="right")
+    for n, methods in found.items():
+        table.add_row(str(n), *("" if s is None else f"{1e-3 * tokens / s:.1f}" for s in methods.values()))
+    return table
+
+
+def _memory_horizon(recipe: Recipe) -> Table:
+    heads = plan.horizon(recipe.model, recipe.data.window)
+    far, window = plan.sees(recipe.model, recipe.data.window), recipe.data.window
+    warning = (
+        f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
+        if window > 4 * far
+        else None
+    )
+    table = Table(title="heads to which a token still matters", caption=warning)
+    table.add_column("layer")
+    for distance in plan.DISTANCES:
+        table.add_column(f"after {distance:,}", justify="right")
+    for layer, counts in enumerate(heads):
+        table.add_row(str(layer), *(str(count) for count in counts))
+    return table

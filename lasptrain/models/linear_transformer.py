@@ -1,0 +1,60 @@
+"""The Linear Transformer's mixer (arXiv:2006.16236)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasptrain.models.layers import RMSNorm
+from lasptrain.models.linear import Linear, products
+from lasptrain.models.mixer import Recurrence, split_heads
+from lasptrain.parallel.recurrence import Attention
+
+
+class Undecayed(Recurrence):
+    """The linear transformer's attention (arXiv:2006.16236): φ(x) = elu(x) + 1, no decay, no gate.
+
+    Without normaliser o = rms(q S / √K) per head; with it o = rms(q S / (q z + 1e-10)), where z, the sum of keys, is
+    one more column of the state because v gets a column of ones.
+    """
+
+    def __init__(self, dim: int, heads: int, key_dim: int, value_dim: int, *, normalizer: bool, attention: Attention):
+        super().__init__()
+        self.heads, self.normalizer, self.attention = heads, normalizer, attention
+        self.scale = key_dim**-0.5
+        self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
+        self.v, self.out = Linear(dim, heads * value_dim), Linear(heads * value_dim, dim)
+        self.norm = RMSNorm(value_dim)
+        self.slope = None
+
+    def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
+        """k and v, [B, T, H, ·]; v with its column of ones."""
+        k, v = products(h, self.k, self.v)
+        return self._feature(k), self._value(v)
+
+    def queries(self, h: Tensor, phases: None) -> tuple[Tensor]:
+        """q [B, T, H, K], scaled where nothing normalises it."""
+        return (self._query(self.q(h)),)
+
+    def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor]:
+        """`keys` and `queries` at once."""
+        k, v, q = products(h, self.k, self.v, self.q)
+        return self._feature(k), self._value(v), self._query(q)
+
+    def _feature(self, x: Tensor) -> Tensor:
+        return split_heads(F.elu(x) + 1, self.heads)
+
+    def _value(self, v: Tensor) -> Tensor:
+        v = split_heads(v, self.heads)
+        return F.pad(v, (0, 1), value=1.0) if self.normalizer else v
+
+    def _query(self, q: Tensor) -> Tensor:
+        q = self._feature(q)
+        return q if self.normalizer else q * self.scale
+
+    def output(self, o: Tensor) -> Tensor:
+        """y [B, T, D] from o [B, T, H, ·]."""
+        if self.normalizer:
+            o = o[..., :-1] / (o[..., -1:] + 1e-10)
+        y: Tensor = self.out(self.norm(o).flatten(2))
+        return y

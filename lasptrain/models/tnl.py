@@ -1,0 +1,57 @@
+"""TransNormerLLM's mixer (arXiv:2307.14995)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasptrain.models.layers import Lrpe, Phases, srms
+from lasptrain.models.linear import Linear, products
+from lasptrain.models.mixer import Recurrence, split_heads
+from lasptrain.parallel.recurrence import Attention
+
+
+class TransNormer(Recurrence):
+    """Linear attention of TransNormerLLM (arXiv:2307.14995).
+
+    q, k = silu(W h), with LRPE in flagged layers; v and the gate u are linear; y = W (u ⊙ srms(o)) over all heads.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, key_dim: int, value_dim: int, *, lrpe: bool, decayed: bool, attention: Attention
+    ):
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
+        self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
+        self.out = Linear(heads * value_dim, dim)
+        self.lrpe = Lrpe(heads, key_dim) if lrpe else None
+        self.register_buffer("slope", torch.empty(heads) if decayed else None)
+
+    def phases(self, length: int) -> Phases | None:
+        return None if self.lrpe is None else self.lrpe(length)
+
+    def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
+        """k and v, [B, T, H, ·]."""
+        k, v = products(h, self.k, self.v)
+        return self._features(k, phases), split_heads(v, self.heads)
+
+    def queries(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, ·] and the gate [B, T, H·V]."""
+        q, gate = products(h, self.q, self.gate)
+        return self._features(q, phases), gate
+
+    def project(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`keys` and `queries` at once."""
+        k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
+        return self._features(k, phases), split_heads(v, self.heads), self._features(q, phases), gate
+
+    def _features(self, x: Tensor, phases: Phases | None) -> Tensor:
+        x = split_heads(F.silu(x), self.heads)
+        return x if phases is None else phases.features(x)
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        y: Tensor = self.out(gate * srms(o.flatten(2)))
+        return y

@@ -1,0 +1,141 @@
+"""How ranks end: records of failures, their cause, exit codes."""
+
+import errno
+import json
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lasptrain.errors import (
+    INTERNAL,
+    INTERRUPTED,
+    STOPPED,
+    TERMINATED,
+    LaspError,
+    RankLostError,
+    ResourceError,
+    Stopped,
+)
+from lasptrain.process import watchdog as watch
+from lasptrain.run import folder as runs
+from lasptrain.run.metrics import STATUS
+
+
+class Failure(NamedTuple):
+    """How a rank ended: its exit code, the kind of error, its message (for code 70 a traceback), when (Unix time)."""
+
+    rank: int
+    code: int
+    kind: str
+    message: str
+    time: float
+
+
+def conclude(run: Path, failure: Failure | None, restarts: int = 0) -> None:
+    """Adds to status.json how the run has ended, for schedulers and people."""
+    file = run / STATUS
+    try:
+        status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {}
+    status |= {"state": "finished", "code": 0, "restarts": restarts, "time": round(time.time(), 3)}
+    if failure is not None:
+        state = "stopped" if failure.code in (STOPPED, INTERRUPTED) else "failed"
+        status |= {"state": state, "code": failure.code, "rank": failure.rank, "last_error": failure.message.strip()}
+    with suppress(OSError):  # the disk may be what has failed
+        runs.write(file, json.dumps(status))
+
+
+def cause(codes: dict[int, int], records: Path) -> Failure:
+    """Who failed first: the earliest record of one that did not just lose a peer, else a rank killed by a signal."""
+    found = sorted(read_records(records), key=lambda failure: failure.time)
+    # The agent asks the others to stop when one has failed, so having been stopped is a cause only if it came first.
+    own = [f for f in found if f.code != RankLostError.code and f.kind != Stopped.__name__]
+    if own:
+        return own[0]
+    if hung := [failure for failure in found if failure.kind == watch.HUNG]:
+        return hung[0]
+    recorded = {failure.rank for failure in found}
+    silent = {rank: code for rank, code in codes.items() if rank not in recorded}
+    if forced := [rank for rank, code in silent.items() if code == TERMINATED]:
+        return Failure(forced[0], TERMINATED, "Killed", f"rank {forced[0]} was told twice to stop: not saved", 0.0)
+    killed = {rank: -code for rank, code in silent.items() if code < 0}
+    # The agent ends the others by SIGTERM, NCCL by SIGABRT, so a rank that died of anything else comes first.
+    late = (0, signal.SIGABRT, signal.SIGTERM)
+    for rank, number in sorted(killed.items(), key=lambda item: late.index(item[1] if item[1] in late else 0)):
+        if number != signal.SIGTERM or not found:
+            name = signal.Signals(number).name
+            hint = ": out of host memory?" if number == signal.SIGKILL else ""
+            return Failure(rank, RankLostError.code, "killed", f"rank {rank} was killed by {name}{hint}", 0.0)
+    if found:
+        return found[0]
+    rank, code = min(silent.items(), default=(0, INTERNAL))
+    return Failure(rank, INTERNAL, "ended", f"rank {rank} ended with exit code {code}, see above", 0.0)
+
+
+def read_records(folder: Path) -> Iterator[Failure]:
+    for file in folder.glob("*.json"):
+        try:
+            yield Failure(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+
+
+def report(failure: Failure) -> int:
+    """Prints a failure on stderr and returns its code."""
+    if failure.kind != KeyboardInterrupt.__name__:
+        end = "" if failure.message.endswith("\n") else "\n"
+        plain = failure.code in (STOPPED, INTERRUPTED) or (failure.code == INTERNAL and failure.kind != "ended")
+        prefix = "" if plain else "error: "
+        sys.stderr.write(f"{prefix}{failure.message}{end}")
+    return failure.code
+
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out waiting", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
+
+
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """What kind of end an exception is."""
+    name = f"rank {rank} on {socket.gethostname()}"
+    kind = type(error).__name__
+    match error:
+        case LaspError():
+            code, message = error.code, str(error)
+        case KeyboardInterrupt():
+            code, message = INTERRUPTED, "interrupted"
+        case _ if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+            hint = "lower train.segment, or set parallel.recompute to full"
+            code, message = ResourceError.code, f"{name}: out of memory: {first_line(error)}; {hint}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            code, message = ResourceError.code, f"{name}: {error.filename or 'a file'}: no space left; expected some"
+        case RuntimeError() if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            code, message = RankLostError.code, f"{name}: lost the other ranks: {first_line(error)}"
+        case _:
+            code, message = INTERNAL, f"{name}: {''.join(traceback.format_exception(error))}"
+    return Failure(rank, code, kind, message, time.time())
+
+
+def first_line(error: BaseException) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(
+        r"^\[\S+\] |\. This is typically .*", "", line
+    )  # where in torch it was raised, and what torch guesses
+
+
+def record(folder: Path, failure: Failure) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write(folder / f"{failure.rank}.json", json.dumps(failure._asdict()))
+    except OSError:
+        report(failure)  # nobody could read it there

@@ -1,0 +1,107 @@
+"""The life of one rank inside the process group."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from lasptrain.errors import (
+    INTERRUPTED,
+    STOPPED,
+    NumericalError,
+    RankLostError,
+    SetupError,
+)
+from lasptrain.parallel import mesh
+from lasptrain.parallel.collectives import told_by_all
+from lasptrain.process import watchdog as watch
+from lasptrain.process.failure import conclude, failure_of, record, report
+from lasptrain.process.location import USUAL, Place, adopted, resolve
+from lasptrain.recipe.schema import Recipe
+from lasptrain.run import folder as runs
+
+
+def rank_process(
+    recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: Place = USUAL
+) -> NoReturn:
+    """Joins the process group, calls the target and ends the process with its code.
+
+    Without `records` no launcher of ours is there to print what happens: rank 0 takes the run folder itself.
+    """
+    launched = records is not None
+    folders = {records} if records else set()
+    code, failure = 0, None
+    try:
+        digest = runs.digest(recipe)
+        with ExitStack() as stack:
+            if not launched and os.environ["LOCAL_RANK"] == "0":
+                recipe = resolve(recipe, int(os.environ["WORLD_SIZE"]))
+            _join_group(recipe)
+            _agree(digest)
+            run, recipe = _share(run, recipe, lambda: stack.enter_context(adopted(recipe, place)))
+            folders.add(run / runs.RANKS)  # other machines' launchers look there too
+            _function(target)(recipe, run)
+            dist.destroy_process_group()
+    except BaseException as error:
+        failure = failure_of(int(os.environ["RANK"]), error)
+        code = failure.code
+        for folder in folders:
+            record(folder, failure)
+        if not launched:
+            report(failure)
+    if not launched and run is not None and os.environ["RANK"] == "0":
+        conclude(run, failure)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may have more to do
+        watch.leave()
+    os._exit(code)  # an interpreter that takes down a group which others still hold may abort
+
+
+def _join_group(recipe: Recipe) -> None:
+    """The process group of all ranks: NCCL for what is on GPUs, gloo for the rest."""
+    device = mesh.device()
+    timeout = timedelta(seconds=recipe.launch.timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def _agree(digest: str) -> None:
+    """SetupError on every rank, naming those that were given another recipe than rank 0."""
+    digests = told_by_all(digest)
+    others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise SetupError(
+            f"recipe: rank {', '.join(others)} has another one than rank 0; give all the same file and --set"
+        )
+
+
+def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
+    """Rank 0's run folder and recipe, on every rank. Where rank 0 fails, the others raise RankLostError."""
+    box: list[Any] = [None]
+    try:
+        if dist.get_rank() == 0:
+            run = run or find()
+            box = [(str(run), recipe.model_dump())]
+    finally:
+        dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        raise RankLostError("rank 0 could not open the run folder")
+    folder, values = box[0]
+    return Path(folder), Recipe.model_validate(values)
+
+
+def _function(target: str) -> Callable[[Recipe, Path], None]:
+    module, _, name = target.partition(":")
+    function: Callable[[Recipe, Path], None] = getattr(importlib.import_module(module), name)
+    return function

@@ -1,0 +1,284 @@
+"""From a file and `--set` overrides to a recipe, or to all that does not fit at once, one line each:
+
+`FILE:LINE: section.key: what was found; what fits`.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from lasptrain.errors import RecipeError
+from lasptrain.recipe.schema import SECTIONS, Recipe
+from lasptrain.recipe.sections import Problem
+from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, shown
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe and applies overrides (`section.key=value`). RecipeError holds every problem, one per line."""
+    file = find_file(Path(path))
+    source = _Source(file if file is not None else Path(path))
+    for override in overrides or []:
+        source.override(override)
+    recipe = source.validate()
+    tokenizer = recipe.data.tokenizer
+    if tokenizer != "bytes":
+        found = find_file(Path(tokenizer), source.file.absolute().parent.parent)
+        if found is not None:
+            data = recipe.data.model_copy(update={"tokenizer": str(found)})
+            recipe = recipe.model_copy(update={"data": data})
+    return recipe
+
+
+def find_file(path: Path, beside: Path | None = None) -> Path | None:
+    """`path` as it stands, under `beside`, or the copy that came with the package; None if there is none."""
+    package = Path(__file__).parent.parent
+    roots = [Path(), *([beside] if beside else []), package.parent, package / "_files"]
+    return next((root / path for root in roots if _exists(root / path)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name no file can have
+        return False
+
+
+class _Source:
+    """A recipe's file on its way to a Recipe: raw values, where each came from, and every problem so far."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.origins: dict[Path_, str] = {}
+        self.written: dict[Path_, str] = {}
+        self.problems: list[tuple[str, Path_, str]] = []
+        reader = Reader()
+        try:
+            raw = reader.read(_read_text(file))
+        except NotYaml as error:
+            raise RecipeError(f"{file}:{error.line}: {error}") from None
+        self.written.update(reader.written)
+        self.origins.update({path: f"{file}:{line}" for path, line in reader.lines.items()})
+        self.problems += [(f"{file}:{line}", path, text) for line, path, text in reader.problems]
+        if not isinstance(raw, dict):
+            found = "nothing" if raw is None else f"a {_kind(raw)}"
+            raise RecipeError(f"{file}:1: found {found}; expected sections such as model:, data:, train:")
+        self.raw: dict[str, object] = raw
+        if raw.get("mesh") == "auto":
+            raw["mesh"] = {}
+
+    def override(self, text: str) -> None:
+        """Applies one `section.key=value`; its value is read by the rules of the file."""
+        key, equals, value = text.partition("=")
+        path = tuple(key.strip().split("."))
+        origin = f"--set {text}"
+        if not equals or not all(path) or len(path) > 2:
+            self.problems.append((origin, (), "expected section.key=value"))
+            return
+        reader = Reader()
+        try:
+            parsed = reader.read(value)
+        except NotYaml as error:
+            self.problems.append((origin, path, str(error)))
+            return
+        self.problems += [(origin, path + inner, problem) for _, inner, problem in reader.problems]
+        self.written = {k: v for k, v in self.written.items() if k[: len(path)] != path}
+        self.written.update({path + inner: written for inner, written in reader.written.items()})
+        self.origins = {k: v for k, v in self.origins.items() if k[: len(path)] != path or k == path}
+        self.origins[path] = origin
+        if len(path) == 1:
+            self.raw[path[0]] = {} if path == ("mesh",) and parsed == "auto" else parsed
+        else:
+            section = self.raw.setdefault(path[0], {})
+            if isinstance(section, dict):
+                section[path[1]] = parsed
+
+    def validate(self) -> Recipe:
+        """The recipe, or RecipeError with every problem in the order of the file."""
+        broken = [path for _, path, _ in self.problems]
+        sections: dict[str, Any] = {"name": self.raw.get("name", self.file.stem)}
+        self._unknown_sections()
+        self._name(sections["name"])
+        for name, section in SECTIONS.items():
+            try:
+                sections[name] = section.model_validate(self.raw.get(name, {}))
+            except ValidationError as error:
+                self._invalid(name, error.errors(include_url=False), broken)
+            else:
+                self._add(sections[name].problems())
+        if len(sections) == len(SECTIONS) + 1:
+            self._add(Recipe.model_construct(**sections).problems())
+        if self.problems:
+            raise RecipeError("\n".join(self._report()))
+        return Recipe(**sections)
+
+    def _add(self, problems: Iterator[Problem]) -> None:
+        self.problems += [(self._origin(path := tuple(key.split("."))), path, text) for key, text in problems]
+
+    def _origin(self, path: Path_) -> str:
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins[path] if path else str(self.file)
+
+    def _report(self) -> list[str]:
+        def place(problem: tuple[str, Path_, str]) -> tuple[bool, int]:
+            line = problem[0].rpartition(":")[2]
+            return problem[0].startswith("--set"), int(line) if line.isdigit() else 0
+
+        return [
+            f"{origin}: {'.'.join(map(str, path))}{': ' if path else ''}{text}"
+            for origin, path, text in sorted(self.problems, key=place)
+        ]
+
+    def _unknown_sections(self) -> None:
+        known = [*SECTIONS, "name"]
+        for key in self.raw:
+            if key not in known and key != "<<":
+                inner = [path for path in self.origins if path[:1] == (key,)]  # of --set key.name=…, which has no other
+                origin = self._origin((key,) if (key,) in self.origins or not inner else inner[0])
+                self.problems.append((origin, (key,), f"no such section; {_suggest(key, known)}"))
+
+    def _name(self, name: object) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            shown = repr(name if not isinstance(name, str) or len(name) < 60 else name[:56] + "…")
+            self.problems.append(
+                (
+                    self._origin(("name",)),
+                    ("name",),
+                    f"found {shown}; expected 1 to 100 letters, digits, dots, dashes or underscores"
+                    + ("" if "name" in self.raw else " (rename the file or write name: …)"),
+                )
+            )
+
+    def _invalid(self, section: str, errors: list[ErrorDetails], broken: list[Path_]) -> None:
+        fields = SECTIONS[section].model_fields
+        grouped: dict[Path_, list[ErrorDetails]] = {}
+        for error in errors:
+            path = (section, *_location(error))
+            if not any(path[: len(b)] == b for b in broken if b):
+                grouped.setdefault(path, []).append(error)
+        for path, same in grouped.items():
+            match same[0]["type"]:
+                case "extra_forbidden":
+                    key = str(path[-1])
+                    text = f"no such key; {_suggest(key, list(fields), _elsewhere(section, key))}"
+                case "missing":
+                    text = f"missing; expected {_EXPECTED.get(path, 'a value')}"
+                case _:
+                    text = self._mismatch(path, same)
+            self.problems.append((self._origin(path), path, text))
+
+    def _mismatch(self, path: Path_, errors: list[ErrorDetails]) -> str:
+        value = errors[0]["input"]
+        written = self.written.get(path)
+        expected = " or ".join(dict.fromkeys(_expectation(error) for error in errors))
+        text = f"found {shown(value, written)}; expected {expected}"
+        if any(error["type"] == "string_type" for error in errors) and written:
+            text += f', quote it: "{written}"'
+        elif any(error["type"] == "int_type" for error in errors) and isinstance(value, float) and value.is_integer():
+            text += f", write {int(value)}"
+        return text
+
+
+_EXPECTED: dict[Path_, str] = {
+    ("model", "arch"): "tnl, ssd, retnet, minimax or linear_transformer",
+    ("model", "dim"): "the width of the model, such as 256",
+    ("model", "layers"): "the number of layers, such as 4",
+    ("model", "heads"): "the number of heads, such as 4",
+    ("model", "mlp"): "the width of the MLP, such as 704",
+    ("data", "window"): "tokens of a training sequence, such as 8192",
+    ("optim", "lr"): "a learning rate, such as 5e-4",
+    ("train", "steps"): "the number of optimizer steps, such as 1000",
+}
+
+
+def _location(error: ErrorDetails) -> Path_:
+    """Where the value stands: pydantic appends the branch of a union, which is no key of ours."""
+    place = error["loc"][:1]
+    for part in error["loc"][1:]:
+        if isinstance(part, int) or isinstance(place[-1], int):  # an item of a list, or a key of an item
+            place += (part,)
+    return place
+
+
+def _expectation(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "an integer"
+        case "float_type":
+            return "a number"
+        case "finite_number":
+            return "a finite number"
+        case "bool_type":
+            return "true or false"
+        case "string_type" | "string_unicode":
+            return "text"
+        case "literal_error":
+            return str(context["expected"]).replace("'", "")
+        case "greater_than_equal":
+            return f"at least {context['ge']:g}"
+        case "greater_than":
+            return f"more than {context['gt']:g}"
+        case "less_than_equal":
+            return f"at most {context['le']:g}"
+        case "less_than":
+            return f"less than {context['lt']:g}"
+        case "tuple_type":
+            return "a list such as [0]"
+        case "missing":
+            return "one more value"
+        case "too_long":
+            return f"{context['max_length']} values"
+        case "string_too_short" | "string_too_long" | "string_pattern_mismatch":
+            return "1 to 4096 printable characters"
+        case "model_type" | "model_attributes_type":
+            return "keys and values"
+        case _:
+            return error["msg"]
+
+
+def _kind(value: object) -> str:
+    return "list" if isinstance(value, list) else "single value"
+
+
+@functools.cache
+def _sections_with(key: str) -> tuple[str, ...]:
+    return tuple(name for name, section in SECTIONS.items() if key in section.model_fields)
+
+
+def _elsewhere(section: str, key: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{key}" for name in _sections_with(key) if name != section)
+
+
+def _suggest(word: str, known: list[str], elsewhere: tuple[str, ...] = ()) -> str:
+    close = elsewhere or difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
+
+
+def _read_text(file: Path) -> str:
+    """The file as text. RecipeError where it is missing, too large or not UTF-8; a byte order mark is allowed."""
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else "; expected a recipe, a .yaml file"
+        raise RecipeError(f"{file}: no such file{hint}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{file}: {getattr(error, 'strerror', None) or error}; expected a recipe, a .yaml file"
+        ) from None
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{file}: larger than 1 MiB; expected a recipe, a .yaml file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None

@@ -1,0 +1,64 @@
+"""What `auto` means on so many ranks and with a tokenizer of so many pieces."""
+
+from lasptrain.errors import RecipeError, SetupError
+from lasptrain.recipe.nearest import nearest_fits
+from lasptrain.recipe.schema import Recipe, ragged_slices
+from lasptrain.recipe.sections import Model
+
+
+def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[int, int]:
+    """(dp, sp) for `world` ranks; auto × auto takes as many as train.batch keeps busy for dp, and the rest for sp.
+
+    Raises SetupError, naming what fits, where the recipe's mesh is for another number of ranks, and RecipeError, as
+    `load` does where it knows sp, where only the length of windows or segments is in the way.
+    """
+    dp, sp = recipe.mesh.dp, recipe.mesh.sp
+    micro_batches = recipe.train.batch // recipe.train.micro_batch
+    tokens = recipe.data.window if recipe.train.segment == "auto" else recipe.train.segment
+
+    lengths = (tokens, recipe.eval.window or tokens)
+
+    def pair(world: int, lengths: tuple[int, ...]) -> tuple[int, int] | None:
+        for ranks in range(min(world, micro_batches), 0, -1):
+            split = world // ranks
+            if (
+                world % ranks == 0
+                and dp in ("auto", ranks)
+                and sp in ("auto", split)
+                and micro_batches % ranks == 0
+                and all(length % split == 0 for length in lengths)
+            ):
+                return ranks, split
+        return None
+
+    found = pair(world, lengths)
+    if found is not None:
+        return found
+    largest = world + 1024 if world < 4096 else None
+    fits = nearest_fits(world, lambda n: pair(n, lengths) is not None, largest).replace(", ", " or ")
+    ragged = pair(world, ())
+    if ragged is not None:
+        other = f"; or {option} {fits}" if fits else ""
+        raise RecipeError("\n".join(f"{key}: {text}{other}" for key, text in ragged_slices(recipe, ragged[1])))
+    raise SetupError(
+        f"mesh: {world} process{'es do' if world > 1 else ' does'} not make dp = {dp} × sp = {sp} "
+        f"with {micro_batches} micro-batches and slices of {tokens} tokens; "
+        + (f"nearest: {option} {fits}" if fits else "no nearby number of processes does")
+    )
+
+
+def resolve_vocabulary(model: Model, pieces: int) -> int:
+    """Rows of the embedding for a tokenizer of `pieces`; auto rounds up to 64. RecipeError where they are too few."""
+    if model.vocab == "auto":
+        return -(-pieces // 64) * 64
+    if model.vocab < pieces:
+        raise RecipeError(
+            f"model.vocab: {model.vocab} rows for a tokenizer of {pieces} pieces; expected at least {pieces}"
+        )
+    return model.vocab
+
+
+def with_vocabulary(recipe: Recipe, pieces: int) -> Recipe:
+    """The recipe with its vocabulary as a number, see `resolve_vocabulary`."""
+    model = recipe.model.model_copy(update={"vocab": resolve_vocabulary(recipe.model, pieces)})
+    return recipe.model_copy(update={"model": model})

@@ -1,0 +1,132 @@
+"""A whole recipe, and what must fit between keys of different sections."""
+
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import (
+    model_validator,
+)
+
+from lasptrain.recipe.nearest import multiples, nearest_fits
+from lasptrain.recipe.sections import (
+    Checkpoint,
+    Data,
+    Eval,
+    Guard,
+    Launch,
+    Mesh,
+    Model,
+    Name,
+    Optim,
+    Parallel,
+    Problem,
+    Section,
+    Train,
+)
+
+
+class Recipe(Section):
+    """A whole run. `name` is the file's stem unless written out; it names the run folder."""
+
+    name: Name = "run"
+    model: Model
+    data: Data
+    mesh: Mesh = Mesh()
+    parallel: Parallel = Parallel()
+    optim: Optim
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    eval: Eval = Eval()
+    launch: Launch = Launch()
+
+    def problems(self) -> Iterator[Problem]:
+        """Keys of different sections that do not fit each other."""
+        yield from _window(self)
+        yield from _batch(self)
+        yield from _schedule(self)
+        if self.train.compile and self.parallel.recompute == "selective":
+            yield "parallel.recompute", "found 'selective' with train.compile = true; expected none or full"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        found = [
+            problem for section in (self, *(getattr(self, name) for name in SECTIONS)) for problem in section.problems()
+        ]
+        if found:
+            raise ValueError("\n".join(f"{key}: {text}" for key, text in found))
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def _window(recipe: Recipe) -> Iterator[Problem]:
+    window, segment = recipe.data.window, recipe.train.segment
+    if window < 2:
+        yield "data.window", "1 token has no next one to learn; expected at least 2"
+    if segment != "auto" and window % segment:
+        nearest = nearest_fits(segment, lambda tokens: window % tokens == 0, window)
+        yield "train.segment", f"{segment} tokens do not divide data.window = {window}; nearest: {nearest}"
+    elif recipe.mesh.sp != "auto":
+        yield from ragged_slices(recipe, recipe.mesh.sp)
+    if segment not in ("auto", window) and recipe.model.softmax and recipe.model.sliding is None:
+        yield (
+            "train.segment",
+            f"{segment} tokens with softmax layers that see all of data.window = {window}; expected {window} or auto, "
+            "or a window for them to slide over: model.sliding",
+        )
+
+
+def ragged_slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
+    """Windows and segments that `sp` ranks cannot share equally."""
+    window, segment = recipe.data.window, recipe.train.segment
+    if recipe.eval.window is not None and recipe.eval.window % sp:
+        yield (
+            "eval.window",
+            f"{recipe.eval.window} tokens do not split into mesh.sp = {sp} equal slices; "
+            f"nearest: {multiples(recipe.eval.window, sp)}",
+        )
+    if segment != "auto" and segment % sp:
+        nearest = nearest_fits(segment, lambda tokens: window % tokens == 0 and tokens % sp == 0, window)
+        yield (
+            "train.segment",
+            f"{segment} tokens do not split into mesh.sp = {sp} equal slices"
+            + (
+                f"; nearest that divide data.window: {nearest}"
+                if nearest
+                else f", nor does data.window = {window}; nearest windows: {multiples(window, sp)}"
+            ),
+        )
+    elif window % sp:
+        yield (
+            "data.window",
+            f"{window} tokens do not split into mesh.sp = {sp} equal slices; nearest: {multiples(window, sp)}",
+        )
+
+
+def _batch(recipe: Recipe) -> Iterator[Problem]:
+    batch, micro, dp = recipe.train.batch, recipe.train.micro_batch, recipe.mesh.dp
+    ranks = 1 if dp == "auto" else dp
+    if batch % (ranks * micro):
+        parts = f"micro-batches of {micro}" if ranks == 1 else f"mesh.dp = {ranks} × micro_batch = {micro}"
+        yield (
+            "train.batch",
+            f"{batch} windows do not split into {parts}; nearest: {multiples(batch, ranks * micro)}",
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    steps, optim = recipe.train.steps, recipe.optim
+    if optim.warmup >= steps:
+        yield "optim.warmup", f"{optim.warmup} of train.steps = {steps} steps; expected at most {steps - 1}"
+    elif optim.decay is not None and optim.warmup + optim.decay > steps:
+        yield (
+            "optim.decay",
+            f"{optim.decay} steps after optim.warmup = {optim.warmup} exceed train.steps = {steps}; "
+            f"expected at most {steps - optim.warmup}",
+        )
