@@ -235,7 +235,7 @@ def test_a_signal_while_data_is_prepared_ends_at_once(
 
         yield progress
 
-    monkeypatch.setattr("lasptrain.process.launcher.preparing", preparing)
+    monkeypatch.setattr("lasptrain.process.location.preparing", preparing)
     with pytest.raises(Stopped, match="stopped by SIGTERM; training had not begun") as stopped:
         launch(load("tiny.yaml"), nproc=1)
     assert stopped.value.code == 75 and stages == ["encode", "write"]
