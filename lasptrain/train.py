@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from data_tools.prepared import sources
 from lasptrain.checkpoint import saver as checkpoint
 from lasptrain.checkpoint.load import load
-from lasptrain.checkpoint.steps import sweep
+from lasptrain.checkpoint.steps import remove_partial
 from lasptrain.console.tables import show
 from lasptrain.cost import plan
 from lasptrain.data.loader import MicroBatch
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
-from lasptrain.eval.during_training import while_training
+from lasptrain.eval.during_training import evaluate_in_training
 from lasptrain.eval.summary import epochs, gather, summarize
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel import replicas
-from lasptrain.parallel.collectives import largest, sum_over_ranks
+from lasptrain.parallel.collectives import all_reduce_max, all_reduce_sum
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.shard import reshard, set_gradient_sync
 from lasptrain.process import signals as stop
@@ -35,10 +35,10 @@ from lasptrain.recipe.sections import Parallel
 from lasptrain.run import auto as settled
 from lasptrain.run.metrics import Metrics, Value, mfu
 from lasptrain.training import segments as stream
-from lasptrain.training.job import Job, build, held_out, identity, saved_with
+from lasptrain.training.job import Job, build, checkpoint_meta, fingerprint_of, validation_loader
 from lasptrain.training.optimizer import clip_gradients, jump, learning_rate, set_learning_rate
 from lasptrain.training.profiler import profiled
-from lasptrain.training.stragglers import Pace
+from lasptrain.training.stragglers import StragglerDetector
 from lasptrain.training.validation import Validation, validate
 
 
@@ -50,15 +50,17 @@ def train(recipe: Recipe, run: Path) -> None:
     """
     place = f"{recipe.mesh.dp} × {recipe.mesh.sp} × {meshes.device_name()}"
     job = build(settled.recall(recipe, run, place))
-    speaks = job.mesh.flat.get_rank() == 0
-    if speaks:
+    is_main = job.mesh.flat.get_rank() == 0
+    if is_main:
         auto = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
         settled.note(recipe, run, place, auto)
     recipe = job.recipe
-    held_out(job).validation_rounds(recipe.eval.windows)  # what is too short is refused now, not after the last step
-    if speaks:
-        sweep(run)
-    loaded = load(run, job.model, job.optimizer, identity(job))
+    validation_loader(job).validation_rounds(
+        recipe.eval.windows
+    )  # what is too short is refused now, not after the last step
+    if is_main:
+        remove_partial(run)
+    loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
     start, there = 0, recipe.train.steps
     if loaded is not None:
         start = loaded.step
@@ -66,15 +68,17 @@ def train(recipe: Recipe, run: Path) -> None:
         job.guard.restore(loaded.meta.get("guard", {}))
     saver = checkpoint.Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
     steps = recipe.train.steps
-    if speaks:
+    if is_main:
         show(*beginning(job, start, there))
         if start >= steps:
             show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
-    with stop.unsaved(), Metrics(run, steps=steps, start=start, speaks=speaks) as metrics, told_of_memory(job):
-        validation = run_steps(replace(job, tick=partial(tick, watch.SLOW)), run, start, saver, metrics)
-    watch.beat(watch.SLOW)
+    with stop.deferred(), Metrics(run, steps=steps, start=start, is_main=is_main) as metrics, explain_oom(job):
+        validation = run_steps(
+            replace(job, on_segment=partial(on_segment, watch.STARTUP_GRACE)), run, start, saver, metrics
+        )
+    watch.heartbeat(watch.STARTUP_GRACE)
     job.loader.close()
-    summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), speaks)
+    summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), is_main)
 
 
 def beginning(job: Job, start: int, there: int) -> Iterator[str]:
@@ -89,13 +93,13 @@ def beginning(job: Job, start: int, there: int) -> Iterator[str]:
 
 
 @contextmanager
-def told_of_memory(job: Job) -> Iterator[None]:
+def explain_oom(job: Job) -> Iterator[None]:
     """A GPU out of memory becomes ResourceError, with what takes it and what would need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         vocab, (dp, sp) = job.dataset.vocab_size, (job.mesh.length("dp"), job.mesh.length("sp"))
-        advice = plan.short_of_memory(job.recipe, vocab, dp, sp, job.loader.segment)
+        advice = plan.oom_advice(job.recipe, vocab, dp, sp, job.loader.segment)
         first = str(error).splitlines()[0]
         peak = meshes.peak_memory(job.device) / 2**30
         raise ResourceError(f"out of memory after {peak:.1f} GiB: {first} {advice}") from error
@@ -105,28 +109,28 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
     """Every step from `start` on; the last validation, if there was one. Ends with the newest step saved."""
     recipe, done, validation = job.recipe, start, None
     steps = recipe.train.steps
-    speaks = job.mesh.flat.get_rank() == 0
-    pace = Pace(job.device)
+    is_main = job.mesh.flat.get_rank() == 0
+    stragglers = StragglerDetector(job.device)
     try:
         for step in range(start, steps):
-            if speaks:
+            if is_main:
                 begun = job.loader.epochs_begun(step)
                 metrics.epochs(step + 1, {sources(recipe.data)[number][0]: epoch for number, epoch in begun.items()})
-            chosen = speaks and step + 1 in recipe.train.profile
+            chosen = is_main and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
-                values = one_step(job, step) | {"checkpoint_stall": saver.stall()}
+                values = train_step(job, step) | {"checkpoint_stall": saver.stall()}
             done = step + 1
-            job = replace(job, tick=partial(tick, recipe.launch.hang))
-            slowest = pace.look(float(values["data_wait"] or 0), float(values["step_time"] or 0))
+            job = replace(job, on_segment=partial(on_segment, recipe.launch.hang))
+            slowest = stragglers.observe(float(values["data_wait"] or 0), float(values["step_time"] or 0))
             if slowest is not None:
                 values |= {"slowest_rank": slowest.rank, "slowest_ratio": slowest.ratio}
-                metrics.straggler(done, pace.straggler(slowest))
+                metrics.straggler(done, stragglers.straggler(slowest))
             metrics.log(done, **values)
             if job.guard.verdict != "take":
-                left_out(job, run, done, values, saver, metrics)
+                handle_bad_step(job, run, done, values, saver, metrics)
             if _due(recipe.eval.every, done, steps):
                 validation = evaluate(job)
-                watch.beat(watch.SLOW)
+                watch.heartbeat(watch.STARTUP_GRACE)
                 metrics.log_eval(done, **validation.scalars(), **ask(job))
             if _due(recipe.checkpoint.every, done, steps):
                 save(job, saver, done)
@@ -136,7 +140,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
         finish(saver, metrics)
         raise
     except (Stopped, NumericalError):
-        watch.beat(watch.SLOW)
+        watch.heartbeat(watch.STARTUP_GRACE)
         reshard(job.model)
         saver.wait()
         if saver.newest != done:
@@ -150,36 +154,36 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
 def save(job: Job, saver: checkpoint.Saver, step: int) -> None:
     """Begin to save the state after `step` updates. Raises ReplicasError where ranks do not agree on it."""
     replicas.compare(job.model, job.mesh, job.recipe.parallel.data_parallel, step)
-    saver.save(step, saved_with(job))
+    saver.save(step, checkpoint_meta(job))
 
 
 def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
     """Let the last save end."""
-    watch.beat(watch.SLOW)
+    watch.heartbeat(watch.STARTUP_GRACE)
     saver.wait(last=True)
     saver.close()
     metrics.committed(saver.newest)
 
 
-def tick(silence: float) -> None:
+def on_segment(silence: float) -> None:
     """At every segment: this rank is alive, and if any rank was asked to stop, all do. Raises Stopped."""
-    watch.beat(silence)
-    number = largest(stop.noted())
+    watch.heartbeat(silence)
+    number = all_reduce_max(stop.pending())
     if number:
-        raise stop.stopped(number, "the newest step is saved, the same command continues")
+        raise stop.interruption(number, "the newest step is saved, the same command continues")
 
 
-def left_out(
+def handle_bad_step(
     job: Job, run: Path, step: int, values: dict[str, Value], saver: checkpoint.Saver, metrics: Metrics
 ) -> None:
     """Record what the guard says about a step, and go back to older weights if it says so."""
     guard = job.guard
     numbers = {key: values[key] for key in ("loss", "grad_norm")}
-    metrics.left_out(step, guard.verdict, guard.reason, job.loader.window_starts(step - 1), **numbers)
+    metrics.log_bad_step(step, guard.verdict, guard.reason, job.loader.window_starts(step - 1), **numbers)
     if guard.verdict == "rollback":
         saver.wait()
         until = step - job.recipe.guard.back
-        if load(run, job.model, job.optimizer, identity(job), until=until) is None:
+        if load(run, job.model, job.optimizer, fingerprint_of(job), until=until) is None:
             raise NumericalError(
                 f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
                 f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
@@ -191,10 +195,10 @@ def _due(every: int, step: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def one_step(job: Job, step: int) -> dict[str, Value]:
+def train_step(job: Job, step: int) -> dict[str, Value]:
     """Update number `step` (0 is the first), if the guard lets it pass, and its metrics.
 
-    Raises NumericalError or, from `job.tick`, Stopped before anything has changed.
+    Raises NumericalError or, from `job.on_segment`, Stopped before anything has changed.
     """
     recipe, began = job.recipe, time.perf_counter()
     micro_batches = [tuple(piece.to(job.device, non_blocking=True) for piece in m) for m in job.loader.step(step)]
@@ -230,19 +234,19 @@ def one_step(job: Job, step: int) -> dict[str, Value]:
 def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
     """Gradients of the global batch, clipped. Returns its mean loss and the norm the gradients had, on every rank."""
     recipe = job.recipe
-    loss = gradients(job.called, recipe.model.layers, job.mesh, recipe.parallel, micro_batches, job.tick)
+    loss = gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, micro_batches, job.on_segment)
     return loss, clip_gradients(job.model, recipe.optim.clip)
 
 
 def gradients(
-    called: nn.Module,
+    wrapped: nn.Module,
     layers: int,
     mesh: Mesh,
     parallel: Parallel,
     micro_batches: list[MicroBatch],
-    tick: Callable[[], None] = lambda: None,
+    on_segment: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Add the gradients of the global batch's mean loss to the parameters of `called`; return that loss, fp64.
+    """Add the gradients of the global batch's mean loss to the parameters of `wrapped`; return that loss, fp64.
 
     The loss is the sum over all valid labels of the global batch divided by their number, whatever the layout;
     gradients are averaged over ranks, so each rank scales its part by their number. Collective over all ranks.
@@ -251,36 +255,36 @@ def gradients(
     valid = torch.zeros((), dtype=torch.int64, device=device)
     for piece in (piece for micro_batch in micro_batches for piece in micro_batch):
         valid += (piece.labels != IGNORED).sum()
-    total = sum_over_ranks(valid).double()  # an integer divided by an integer would be fp32
+    total = all_reduce_sum(valid).double()  # an integer divided by an integer would be fp32
     loss = torch.zeros((), dtype=torch.float64, device=device)
     always, gathered = parallel.reduce == "segment", parallel.data_parallel == "zero2"
-    synchronise = partial(set_gradient_sync, called, always=always, gathered=gathered)
+    synchronise = partial(set_gradient_sync, wrapped, always=always, gathered=gathered)
     for number, micro_batch in enumerate(micro_batches):
         synchronise(False)
         last = number == len(micro_batches) - 1
         before_last = (lambda: synchronise(True)) if last else (lambda: None)
-        loss += stream.backward(called, layers, micro_batch, mesh.size / total, before_last, tick)
-    return sum_over_ranks(loss) / total
+        loss += stream.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment)
+    return all_reduce_sum(loss) / total
 
 
 def ask(job: Job) -> dict[str, float]:
     """How the model does at `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
     whole = gather(job.model, True) if job.recipe.eval.tasks else None
-    return {} if whole is None else while_training(whole, job.recipe, job.mesh)
+    return {} if whole is None else evaluate_in_training(whole, job.recipe, job.mesh)
 
 
 def evaluate(job: Job) -> Validation:
     """Loss on the held-out windows of `eval.windows`."""
-    loader, windows = held_out(job), job.recipe.eval.windows
+    loader, windows = validation_loader(job), job.recipe.eval.windows
     rounds = loader.validation_rounds(windows)
 
     def slices() -> Iterator[MicroBatch]:
         for index in range(rounds):
-            job.tick()
+            job.on_segment()
             yield tuple(piece.to(job.device) for piece in loader.validation_slices(index, windows))
 
     found = validate(
-        job.called,
+        job.wrapped,
         slices(),
         job.mesh,
         loader.window,

@@ -77,10 +77,10 @@ def die_in_a_message(recipe: Recipe, run: Path) -> None:
 def trade(x: Tensor) -> None:
     from lasptrain.parallel import mesh
     from lasptrain.parallel.p2p import between
-    from lasptrain.parallel.p2p_symmetric import Direct
+    from lasptrain.parallel.p2p_symmetric import SymmetricP2P
 
     messages = between(mesh.world(), x.device, x.nbytes)
-    assert isinstance(messages, Direct)
+    assert isinstance(messages, SymmetricP2P)
     other = 1 - dist.get_rank()
     messages.send(x, other)()
     messages.expect(x, other)()
@@ -100,7 +100,7 @@ def pause(recipe: Recipe, run: Path) -> None:
     from lasptrain import train
 
     for segment in range(10**6):
-        train.tick(recipe.launch.hang)
+        train.on_segment(recipe.launch.hang)
         if segment == 3 and dist.get_rank() == dist.get_world_size() - 1:
             (run / "fault").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -115,7 +115,7 @@ def pause_in_nccl(recipe: Recipe, run: Path, meet: Callable[[Tensor], object] = 
     meet(x)
     torch.cuda.synchronize()
     for segment in range(10**6):
-        train.tick(recipe.launch.hang)
+        train.on_segment(recipe.launch.hang)
         if segment == 3 and dist.get_rank() == dist.get_world_size() - 1:
             (run / "fault").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -132,11 +132,11 @@ def heed(recipe: Recipe, run: Path) -> None:
     """Stops where training would, after a moment of saving."""
     from lasptrain import train
 
-    with stop.unsaved():
+    with stop.deferred():
         (run / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
         try:
             while True:
-                train.tick(recipe.launch.hang)
+                train.on_segment(recipe.launch.hang)
                 time.sleep(0.01)
         except Stopped:
             (run / f"saving-{dist.get_rank()}").touch()
@@ -153,7 +153,7 @@ def wait(recipe: Recipe, run: Path) -> None:
 def main() -> int:
     """Launches a target of this file; prints errors as the command line does."""
     from lasptrain.process.launcher import Nodes, launch
-    from lasptrain.process.location import USUAL
+    from lasptrain.process.location import DEFAULT
 
     target, recipe, nproc, *rest = sys.argv[1:]
     nodes = Nodes(int(rest[0]), int(rest[1]), rest[2]) if len(rest) >= 3 else None
@@ -161,7 +161,7 @@ def main() -> int:
     restarts = int(os.environ.get("RESTARTS", "0"))
     try:
         return launch(
-            load(recipe, overrides), USUAL, int(nproc), nodes, f"tests.fake_train:{target}", max_restarts=restarts
+            load(recipe, overrides), DEFAULT, int(nproc), nodes, f"tests.fake_train:{target}", max_restarts=restarts
         )
     except LaspError as error:
         sys.stderr.write(f"error: {error}\n")

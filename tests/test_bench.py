@@ -72,7 +72,7 @@ def test_methods_are_compared_turn_by_turn() -> None:
 
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
     given = [("fine", 1), ("short", 1), ("short", 2), ("fine", 2)]
-    found = dict(ranks.trials(2, trial, given, hopeless=lambda failed, other: failed[0] == other[0]))
+    found = dict(ranks.trials(2, trial, given, skip_after=lambda failed, other: failed[0] == other[0]))
     lacking = ranks.Failure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
     assert found == dict(zip(given, [1, lacking, lacking, 2], strict=True))
 
@@ -94,7 +94,7 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
 
 def test_texts_are_read_beside_the_forward_of_training() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
-    with meshes.alone():
+    with meshes.single_process_group():
         device, fused, parameters, rate, reads = prefill._rank(load(RECIPES / "quickstart.yaml", small), [100, 600], 64)
     found = prefill.Results(device, 1, 64, fused, parameters, rate, [prefill.Read(*row) for row in reads])
     assert [row.tokens for row in found.reads] == [100, 600] and not found.fused
@@ -140,7 +140,7 @@ def test_states_that_are_not_kept_are_made_again() -> None:
 def forgotten(rank: int, world: int) -> float:
     """How far gradients are from those of kept states; the exchanges must be twice the forward's."""
     found = {}
-    for kind in (Attention, ablation.Forgetful):
+    for kind in (Attention, ablation.Recomputing):
         scan = Ring(dist.group.WORLD, torch.device("cpu"))
         x = torch.randn(3, 1, 8, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
         q, k, v = (part.requires_grad_() for part in x)

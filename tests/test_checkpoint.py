@@ -32,7 +32,7 @@ from lasptrain.checkpoint import steps
 from lasptrain.checkpoint import tensors as checkpoint
 from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import Saver, save
-from lasptrain.checkpoint.steps import committed, latest, sweep
+from lasptrain.checkpoint.steps import committed, latest, remove_partial
 from lasptrain.errors import CheckpointError
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.shard import shard_optimizer
@@ -254,7 +254,7 @@ def _names(run: Path) -> set[str]:
 def test_no_checkpoint(run: Path) -> None:
     assert _load_state(run) is None
     assert latest(run) is None
-    sweep(run)
+    remove_partial(run)
 
 
 def test_state_before_the_first_step(run: Path) -> None:
@@ -284,7 +284,7 @@ def test_keep_prunes_only_our_own(run: Path) -> None:
     _save_steps(run, [2, 4, 6, 8], keep=2)
     strangers = {"step-1", "step-01", "step-2.bak", "notes"}
     assert _names(run) == strangers | {".step-7.tmp-0123abcd", ".step-8.del", "step-6", "step-8"}
-    sweep(run)
+    remove_partial(run)
     assert _names(run) == strangers | {"step-6", "step-8"}
     assert committed(run) == [8, 6, 1]
     assert latest(run) == checkpoints / "step-8"
@@ -518,7 +518,7 @@ def test_a_save_that_dies_in_any_call_hurts_nothing(
         found = _load_state(trial)
         assert found is not None
         assert _same(found[1], states[found[0]])
-        sweep(trial)
+        remove_partial(trial)
         assert _names(trial) <= {"step-2", "step-4"}
         if outcomes[-1] == "saved":
             assert _names(trial) == {"step-4"}
@@ -585,7 +585,7 @@ def _rank_of_trial(rank: int, run: Path, store: Path, acknowledged: Path) -> Non
     net, optimizer = _build("plain")
     said = int(acknowledged.read_text())
     if rank == 0:
-        sweep(run)
+        remove_partial(run)
     loaded = load(run, net, optimizer)
     done = loaded.step if loaded else 0
     assert done >= said, f"step {done} is the newest, {said} was acknowledged"
@@ -703,5 +703,5 @@ def test_a_leftover_that_cannot_be_deleted_is_named(
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path / ".nfs0001"))
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    sweep(tmp_path)
+    remove_partial(tmp_path)
     assert "cannot delete" in caplog.text and ".nfs0001" in caplog.text

@@ -124,5 +124,5 @@ def graphs(rank: int, world: int, kind: str) -> int:
     recipe = load(RECIPES / "quickstart.yaml", [*model, *place, f"parallel.data_parallel={kind}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-        train.one_step(build(recipe), 0)
+        train.train_step(build(recipe), 0)
     return len(made)

@@ -28,7 +28,7 @@ from lasptrain.convert.restore import open_weights, restore
 from lasptrain.errors import CheckpointError, ConvertError, DataError, RecipeError, SetupError
 from lasptrain.eval import load, main
 from lasptrain.eval.load import load_model
-from lasptrain.eval.runner import Asked
+from lasptrain.eval.runner import EvalConfig
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.recipe import loading as recipes
@@ -135,7 +135,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 
 def equal(one: Path, other: Path) -> bool:
-    a, b = checkpoint.Opened(one), checkpoint.Opened(other)
+    a, b = checkpoint.CheckpointReader(one), checkpoint.CheckpointReader(other)
     assert (a.step, a.meta, a.shapes) == (b.step, b.meta, b.shapes)
     return all(torch.equal(a.read(name), b.read(name)) for name in a.shapes)
 
@@ -165,7 +165,7 @@ def test_an_export_is_evaluated_as_its_run(tmp_path: Path, exports: Exports) -> 
     ours, theirs = a.model.state_dict(), b.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert main.generate(run, ["import os"], 8, 0, 1, 0) == main.generate(out, ["import os"], 8, 0, 1, 0)
-    asked = Asked(("passkey",), (512,), samples=1)
+    asked = EvalConfig(("passkey",), (512,), samples=1)
 
     def nll(folder: Path, name: str) -> float:
         (cell,) = main.evaluate(folder, asked, tmp_path / name, 4096, 1)["cells"]
@@ -211,7 +211,7 @@ def test_a_run_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.Monk
     _, out = exports("ssd")
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    lookup = checkpoint._Lazily.lookup_object
+    lookup = checkpoint.LazyPlanner.lookup_object
 
     def counted(self: Any, index: Any) -> Tensor:
         nonlocal most
@@ -220,7 +220,7 @@ def test_a_run_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.Monk
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(checkpoint._Lazily, "lookup_object", counted)
+    monkeypatch.setattr(checkpoint.LazyPlanner, "lookup_object", counted)
     restore(out, tmp_path / "back")
     assert len(alive) > 50 and most <= 2
 
@@ -232,7 +232,7 @@ def loaded(folder: Path) -> Any:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
     )
-    assert not verify.strangers(info)
+    assert not verify.unexpected_keys(info)
     return model.eval()
 
 
@@ -267,7 +267,7 @@ def test_what_goes_wrong_behind_the_window_is_seen(tmp_path: Path, monkeypatch: 
     """transformers counts cached tokens of minimax in layer 0: masks are wrong where that is linear."""
     model = {"arch": "minimax", "softmax": [1], "sliding": 200}
     with pytest.raises(ConvertError, match=r"--to hf: it counts cached tokens in layer 0"):
-        targets.resolve("hf", recipes.Model.model_validate({**SIZES, "vocab": 4096, **model}))
+        targets.resolve("hf", Model.model_validate({**SIZES, "vocab": 4096, **model}))
     monkeypatch.setattr(targets, "refusals", lambda _: dict.fromkeys(targets.RUNS_IN))
     run = make_run(tmp_path, model)
     export(run, tmp_path / "out", "minimax", check=False)
@@ -398,7 +398,7 @@ def test_shards_precision_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exact = {name for name in folder.shapes if folder.read(name).dtype == torch.float32}
     assert {name.rsplit(".", 1)[1] for name in exact} == {"A_log", "dt_bias", "D"}
     record = json.loads((tmp_path / "out" / RECORD).read_text())
-    step = checkpoint.Opened(run)
+    step = checkpoint.CheckpointReader(run)
     assert (
         record["step"] == 7 and record["slopes"]["layers.0.mixer.slope"] == step.read("layers.0.mixer.slope").tolist()
     )
@@ -407,9 +407,9 @@ def test_shards_precision_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_step_that_training_deletes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, MODELS["tnl-untied"][1])
     step, aside = run / "checkpoints" / "step-7", tmp_path / "aside"
-    read, reads = checkpoint.Opened.read, 0
+    read, reads = checkpoint.CheckpointReader.read, 0
 
-    def vanishing(self: checkpoint.Opened, name: str) -> Tensor:
+    def vanishing(self: checkpoint.CheckpointReader, name: str) -> Tensor:
         nonlocal reads
         reads += 1
         if reads == 3:
@@ -423,7 +423,7 @@ def test_a_step_that_training_deletes_meanwhile_is_no_error(tmp_path: Path, monk
         return found(run)
 
     found = steps.committed
-    monkeypatch.setattr(checkpoint.Opened, "read", vanishing)
+    monkeypatch.setattr(checkpoint.CheckpointReader, "read", vanishing)
     with pytest.raises(CheckpointError, match=r"each step is replaced while it is read; expected a larger"):
         monkeypatch.setattr("lasptrain.convert.export.TRIES", 1)
         export(run, tmp_path / "out", "safetensors", check=False)
@@ -523,8 +523,8 @@ def test_weights_of_others_begin_a_run(tmp_path: Path, exports: Exports) -> None
     recipe = json.loads(recipe_text(MODELS["tnl"][1]))
     recipe["data"] |= {"source": str(tmp_path / "text.txt"), "cache": str(tmp_path / "cache"), "validation": 0}
     (tmp_path / "next.yaml").write_text(json.dumps(recipe))
-    back = checkpoint.Opened(restore(folder, tmp_path / "back", tmp_path / "next.yaml"))
-    first = checkpoint.Opened(run)
+    back = checkpoint.CheckpointReader(restore(folder, tmp_path / "back", tmp_path / "next.yaml"))
+    first = checkpoint.CheckpointReader(run)
     assert back.step == 0 and back.meta["dataset"] != first.meta["dataset"]
     assert back.shapes == first.shapes
     assert all(torch.equal(back.read(name), first.read(name)) for name in back.shapes)
@@ -689,7 +689,7 @@ def test_a_folder_of_others_begins_a_run_without_a_recipe(tmp_path: Path, monkey
     shutil.copy(ROOT / "tokenizers/python-4k.model", tmp_path / "my model/tokenizer.model")
     monkeypatch.setattr("lasptrain.convert.restore._fingerprint", lambda recipe: "0" * 64)  # preparing data takes long
     run = restore(tmp_path / "my model", tmp_path / "back")
-    recipe, step = recipes.load(run / "recipe.yaml"), checkpoint.Opened(run)
+    recipe, step = recipes.load(run / "recipe.yaml"), checkpoint.CheckpointReader(run)
     assert recipe.name == "my-model" and recipe.data.tokenizer == str(tmp_path / "my model/tokenizer.model")
     assert (recipe.model.arch, recipe.model.softmax, recipe.model.decay) == ("ssd", (1,), "learned")
     assert step.step == 0 and step.meta["model"] == recipe.model.model_dump(mode="json")

@@ -105,12 +105,12 @@ def test_epochs_begin_where_tokens_are_read_again(parts: list[TokenDataset]) -> 
 
 
 def test_held_out_windows_come_from_every_source_in_turn(parts: list[TokenDataset]) -> None:
-    held_out = loader(parts, "validation")
-    windows = sum(len(part.whole("validation").held_out(WINDOW)) for part in parts)
-    found = [kind(held_out.validation_slices(i, windows)[0].tokens) for i in range(windows)]
-    assert found[:3] == [0, 1, 2] and held_out.validation_rounds(windows) == windows
+    validation_starts = loader(parts, "validation")
+    windows = sum(len(part.whole("validation").validation_starts(WINDOW)) for part in parts)
+    found = [kind(validation_starts.validation_slices(i, windows)[0].tokens) for i in range(windows)]
+    assert found[:3] == [0, 1, 2] and validation_starts.validation_rounds(windows) == windows
     with pytest.raises(DataError, match=f"{windows + 1} validation windows"):
-        held_out.validation_rounds(windows + 1)
+        validation_starts.validation_rounds(windows + 1)
 
 
 @settings(deadline=None)

@@ -19,12 +19,12 @@ from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.eval import main, perplexity, predictions, report
 from lasptrain.eval.generate import decode
 from lasptrain.eval.inference import Reader
-from lasptrain.eval.runner import Asked, Ledger, Questions, answer
+from lasptrain.eval.runner import EvalConfig, EvalRunner, ResultsLog, answer
 from lasptrain.eval.score import METRICS, bootstrap, interval, wilson
 from lasptrain.eval.tasks import TASKS
 from lasptrain.eval.tasks.files import open_files, rows, samples, task_name
 from lasptrain.eval.tasks.recall import associations
-from lasptrain.eval.tasks.sample import Ask, Sample
+from lasptrain.eval.tasks.sample import Sample, SampleRequest
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.shard import fill
@@ -56,12 +56,12 @@ TEXT = ("It rains today.", "The harbour is quiet!", "Who has seen the third boat
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "pieces"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_is_as_long_as_asked_and_always_the_same(task: str, tokenizer: Tokenizer) -> None:
-    ask = Ask(tokenizer, LENGTH, index=4, text=TEXT)
+    ask = SampleRequest(tokenizer, LENGTH, index=4, text=TEXT)
     sample = TASKS[task](ask)
     random.seed(7)
     assert sample == TASKS[task](ask)
-    assert sample.prompt != TASKS[task](Ask(tokenizer, LENGTH, index=5, text=TEXT)).prompt
-    assert sample.prompt != TASKS[task](Ask(tokenizer, LENGTH, index=4, seed=1, text=TEXT)).prompt
+    assert sample.prompt != TASKS[task](SampleRequest(tokenizer, LENGTH, index=5, text=TEXT)).prompt
+    assert sample.prompt != TASKS[task](SampleRequest(tokenizer, LENGTH, index=4, seed=1, text=TEXT)).prompt
     assert len(sample.labels) == len(sample.inputs) + 1
     assert sample.prompt[0] == tokenizer.bos and tokenizer.bos not in sample.prompt[1:]
     total = len(sample.prompt) + max(sample.budget, len(sample.inputs))
@@ -84,7 +84,7 @@ def test_a_sample_is_as_long_as_asked_and_always_the_same(task: str, tokenizer: 
 @pytest.mark.parametrize("index", range(10))
 def test_a_single_needle_stands_at_its_depth(index: int) -> None:
     for task in ("passkey", "niah_single_1", "niah_multikey_2", "kv_retrieval"):
-        sample = TASKS[task](Ask(ByteTokenizer(), LENGTH, index))
+        sample = TASKS[task](SampleRequest(ByteTokenizer(), LENGTH, index))
         place = ByteTokenizer().decode(sample.prompt).rindex(sample.references[0])
         assert sample.depth == pytest.approx(ORDER[index] / 9)
         assert sample.depth == pytest.approx(place / len(sample.prompt), abs=0.06)
@@ -95,29 +95,31 @@ def test_a_single_needle_stands_at_its_depth(index: int) -> None:
 def test_the_first_few_needles_lie_everywhere() -> None:
     for places in (2, 3, 10, 64):
         for count in range(2, places + 1):
-            depths = sorted(Ask(ByteTokenizer(), LENGTH, index, depths=places).depth for index in range(count))
+            depths = sorted(
+                SampleRequest(ByteTokenizer(), LENGTH, index, depths=places).depth for index in range(count)
+            )
             assert depths[0] == 0 and depths[-1] == 1 and len(set(depths)) == count
             assert max(b - a for a, b in pairwise(depths)) < 2 / (count - 1) + 1 / (places - 1)
-    asked = Asked(("passkey",), (512,), samples=5)
-    records = Questions(asked, ByteTokenizer()).answers(Reader(tiny()), set(), True, print)
+    asked = EvalConfig(("passkey",), (512,), samples=5)
+    records = EvalRunner(asked, ByteTokenizer()).answers(Reader(tiny()), set(), True, print)
     assert [record["depth"] for record in records] == pytest.approx([place / 9 for place in ORDER[:5]])
 
 
 def test_a_question_is_asked_and_counted_once(tmp_path: Path) -> None:
     for window, lengths in ((256, {512, 256}), (512, {512}), (1024, {512, 1024}), (65536, {16384, 65536})):
         assert set(commands._usual_lengths(window)) == lengths and len(commands._usual_lengths(window)) == len(lengths)
-    questions = Questions(Asked(("copy", "copy"), (128, 128), samples=2), ByteTokenizer())
+    questions = EvalRunner(EvalConfig(("copy", "copy"), (128, 128), samples=2), ByteTokenizer())
     records = list(questions.answers(Reader(tiny()), set(), True, print))
     assert [record["index"] for record in records] == [0, 1]
     lines = [{"identity": {}}, *records, *records]  # as earlier versions left them
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (cell,) = report.cells(Ledger(tmp_path, {}).records)
+    (cell,) = report.cells(ResultsLog(tmp_path, {}).records)
     assert cell["n"] == 2
 
 
 def test_pairs_stand_in_noise_and_one_is_asked() -> None:
     for index in (0, 1, 4, 9):
-        sample = TASKS["pairs"](Ask(ByteTokenizer(), 4096, index))
+        sample = TASKS["pairs"](SampleRequest(ByteTokenizer(), 4096, index))
         *text, key = ByteTokenizer().decode(sample.prompt).split(" ")
         facts = [(i, word) for i, word in enumerate(text) if re.fullmatch("[a-z]{2}[A-Z]", word)]
         assert len(facts) == 64 and facts[-1][0] - facts[0][0] == 63
@@ -126,7 +128,7 @@ def test_pairs_stand_in_noise_and_one_is_asked() -> None:
 
 
 def test_the_needle_prompt_is_rulers() -> None:
-    text = ByteTokenizer().decode(TASKS["niah_single_1"](Ask(ByteTokenizer(), 1024, 0)).prompt)
+    text = ByteTokenizer().decode(TASKS["niah_single_1"](SampleRequest(ByteTokenizer(), 1024, 0)).prompt)
     pattern = (
         r"A special magic number is hidden within the following text\. Make sure to memorize it\. "
         r"I will quiz you about the number afterwards\.\nOne of the special magic numbers for (\S+) is: \d{7}\.\n"
@@ -135,13 +137,13 @@ def test_the_needle_prompt_is_rulers() -> None:
         r"The special magic number for \1 mentioned in the provided text is"
     )
     assert re.fullmatch(pattern, text)
-    several = ByteTokenizer().decode(TASKS["niah_multiquery"](Ask(ByteTokenizer(), 2048, 0)).prompt)
+    several = ByteTokenizer().decode(TASKS["niah_multiquery"](SampleRequest(ByteTokenizer(), 2048, 0)).prompt)
     assert several.startswith("Some special magic numbers are hidden") and several.count("numbers for") == 6
     assert re.search(r"What are all the special magic numbers for \S+, \S+, \S+, and \S+ mentioned", several)
 
 
 def test_variables_form_one_chain() -> None:
-    sample = TASKS["vt"](Ask(ByteTokenizer(), LENGTH, 3))
+    sample = TASKS["vt"](SampleRequest(ByteTokenizer(), LENGTH, 3))
     text = ByteTokenizer().decode(sample.prompt).split("Memorize and track")[-1]
     found = re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", text)
     assert [name for name, _ in found] == list(sample.references)
@@ -150,12 +152,12 @@ def test_variables_form_one_chain() -> None:
 
 
 def test_words_are_as_frequent_as_defined() -> None:
-    sample = TASKS["cwe"](Ask(TOKENIZERS[1], LENGTH, 0))
+    sample = TASKS["cwe"](SampleRequest(TOKENIZERS[1], LENGTH, 0))
     listed = re.findall(r"\d+\. (\w+)", TOKENIZERS[1].decode(sample.prompt).split("Below is")[-1])
     counts = {word: listed.count(word) for word in listed}
     assert {word for word, count in counts.items() if count == 30} == set(sample.references)
     assert set(counts.values()) == {30, 3}
-    sample = TASKS["fwe"](Ask(ByteTokenizer(), LENGTH, 0))
+    sample = TASKS["fwe"](SampleRequest(ByteTokenizer(), LENGTH, 0))
     body = ByteTokenizer().decode(sample.prompt).split("coded words. ")[1].split("\n")[0].split()
     ranked = [body.count(word) for word in ("...", *sample.references)]
     assert (
@@ -225,7 +227,7 @@ def test_the_map_shows_where_a_blind_model_fails() -> None:
     records = []
     for length in (1024, 2048, 4096):
         for index in range(20):
-            sample = TASKS["passkey"](Ask(ByteTokenizer(), length, index, depths=5))
+            sample = TASKS["passkey"](SampleRequest(ByteTokenizer(), length, index, depths=5))
             assert sample.distance is not None
             right = float(sample.distance <= 1024)
             records.append(
@@ -244,29 +246,29 @@ def test_the_map_shows_where_a_blind_model_fails() -> None:
 
 def test_exact_is_what_greedy_generation_finds_and_answers_are_kept(tmp_path: Path) -> None:
     reader, tokenizer = Reader(tiny()), ByteTokenizer()
-    asked = Asked(("passkey", "copy"), (512,), samples=3, control=True)
+    asked = EvalConfig(("passkey", "copy"), (512,), samples=3, control=True)
     identity = asked.identity()
-    ledger = Ledger(tmp_path, identity)
+    ledger = ResultsLog(tmp_path, identity)
     notes: list[str] = []
-    answers = Questions(asked, tokenizer).answers(reader, ledger.done, True, notes.append)
+    answers = EvalRunner(asked, tokenizer).answers(reader, ledger.done, True, notes.append)
     for record in [next(answers) for _ in range(2)]:
         ledger.add(record)
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"task": "passkey", "len')  # killed while it wrote
-    continued = Ledger(tmp_path, identity)
+    continued = ResultsLog(tmp_path, identity)
     assert continued.records == json.loads(json.dumps(ledger.records))
-    for record in Questions(asked, tokenizer).answers(reader, continued.done, True, notes.append):
+    for record in EvalRunner(asked, tokenizer).answers(reader, continued.done, True, notes.append):
         continued.add(record)
-    whole = list(Questions(asked, tokenizer).answers(reader, set(), True, notes.append))
+    whole = list(EvalRunner(asked, tokenizer).answers(reader, set(), True, notes.append))
     assert len(whole) == 6 and not notes
 
     def timeless(records: list[dict[str, object]]) -> list[dict[str, object]]:
         return [{key: value for key, value in json.loads(json.dumps(r)).items() if key != "seconds"} for r in records]
 
-    assert timeless(Ledger(tmp_path, identity).records) == timeless(whole)
+    assert timeless(ResultsLog(tmp_path, identity).records) == timeless(whole)
     assert all("control_nll" in record for record in whole)
     with pytest.raises(SetupError, match="--out"):
-        Ledger(tmp_path, identity | {"seed": 1})
+        ResultsLog(tmp_path, identity | {"seed": 1})
     found = report.cells(whole)
     report.write(tmp_path, found, {"name": "tiny", "step": 1})
     assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["n"] == 3
@@ -279,21 +281,21 @@ def test_a_right_answer_is_seen_as_right() -> None:
     prompt = [tokenizer.bos, *tokenizer.encode("a prompt")]
     row = decode(reader.model, reader.read(torch.tensor([prompt])), 8)[0]
     sample = Sample(prompt, row[:-1], row, (tokenizer.decode(row),), 8)
-    record = answer(reader, tokenizer, sample, control=False, speaks=True)
+    record = answer(reader, tokenizer, sample, control=False, is_main=True)
     assert record["exact"] == record["accuracy"] == 1
     wrong = [(row[0] + 1) % 256, *row[1:]]
-    record = answer(reader, tokenizer, Sample(prompt, wrong[:-1], wrong), control=False, speaks=True)
+    record = answer(reader, tokenizer, Sample(prompt, wrong[:-1], wrong), control=False, is_main=True)
     assert record["exact"] == 0 and record["accuracy"] < 1 and "score" not in record
 
 
 def test_what_does_not_fit_is_said_and_the_rest_is_asked() -> None:
     notes: list[str] = []
-    questions = Questions(Asked(("cwe", "copy", "ppl_by_position"), (256,), samples=1), ByteTokenizer())
+    questions = EvalRunner(EvalConfig(("cwe", "copy", "ppl_by_position"), (256,), samples=1), ByteTokenizer())
     found = list(questions.answers(Reader(tiny()), set(), True, notes.append))
     assert [record["task"] for record in found] == ["copy"]
     assert len(notes) == 2 and re.search(r"cwe not run: .*256 tokens are too few.*at least \d+", notes[0])
     with pytest.raises(RecipeError, match="expected some of passkey"):
-        Asked(("niah",), (256,))
+        EvalConfig(("niah",), (256,))
 
 
 def test_losses_by_position_and_against_context() -> None:
@@ -410,15 +412,15 @@ def test_a_file_has_one_score_beside_a_task_of_its_name(tmp_path: Path) -> None:
     rows_of(tmp_path / "passkey" / "validation.jsonl", 500, 400, 200)
     rows_of(tmp_path / "passkey.jsonl", None, None, budget=4)
 
-    def asked(most: int | None) -> Asked:
+    def asked(most: int | None) -> EvalConfig:
         files = open_files([tmp_path / "passkey" / "validation.jsonl", tmp_path / "passkey.jsonl"], ByteTokenizer())
-        return Asked(("passkey",), (512,), samples=1, files=files, rows=most)
+        return EvalConfig(("passkey",), (512,), samples=1, files=files, rows=most)
 
     def answers(most: int | None) -> list[str]:
-        ledger = Ledger(tmp_path / "out", {})
+        ledger = ResultsLog(tmp_path / "out", {})
         questions = asked(most)
         ledger.check(questions.files)
-        made = list(Questions(questions, ByteTokenizer()).answers(Reader(tiny()), ledger.done, True, print))
+        made = list(EvalRunner(questions, ByteTokenizer()).answers(Reader(tiny()), ledger.done, True, print))
         for record in made:
             ledger.add(record)
         found = report.cells(ledger.records)
@@ -435,21 +437,21 @@ def test_a_file_has_one_score_beside_a_task_of_its_name(tmp_path: Path) -> None:
     assert answers(2) == ["0 new", *rest]
     assert answers(9)[0] == "1 new" and answers(None)[0] == "0 new"
     assert answers(None)[3] == "passkey/validation.jsonl |  | 3"
-    (of_file,) = (c for c in report.cells(Ledger(tmp_path / "out", {}).records) if c["task"].startswith("passkey/"))
+    (of_file,) = (c for c in report.cells(ResultsLog(tmp_path / "out", {}).records) if c["task"].startswith("passkey/"))
     assert [(part["length"], part["n"]) for part in of_file["by_length"]] == [(256, 1), (512, 2)]
     assert len(report.by_length([of_file])) == 1
     for lengths in ((500, 400, 201), (500, 400, 200, 100), (600, 400, 200)):  # the last has another column
         rows_of(tmp_path / "passkey" / "validation.jsonl", *lengths)
         with pytest.raises(SetupError, match=r"other rows than .*passkey/validation\.jsonl has now.*--out"):
             answers(None)
-    assert len(Ledger(tmp_path / "out", {}).records) == 6
+    assert len(ResultsLog(tmp_path / "out", {}).records) == 6
 
 
 def test_predictions_are_what_rulers_evaluator_reads(tmp_path: Path) -> None:
     file = rows_of(tmp_path / "data" / "niah_single_1" / "validation.jsonl", 300, None, 200, others={"id": 5}, budget=3)
     files = open_files([file], ByteTokenizer())
-    asked = Asked((), (512,), files=files)
-    records = list(Questions(asked, ByteTokenizer()).answers(Reader(tiny()), set(), True, print))
+    asked = EvalConfig((), (512,), files=files)
+    records = list(EvalRunner(asked, ByteTokenizer()).answers(Reader(tiny()), set(), True, print))
     pred = tmp_path / "pred"
     predictions.begin(pred, files)
     predictions.check(pred, files, [])
@@ -514,7 +516,7 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(
     assert logged["passkey@512/score"] in (0, 0.5, 1)
     monkeypatch.chdir(tmp_path)
     run = Path("runs", "tiny")
-    asked = Asked(("passkey", "copy", "ppl_by_position", "ppl_vs_context"), (512, 1024), samples=2)
+    asked = EvalConfig(("passkey", "copy", "ppl_by_position", "ppl_vs_context"), (512, 1024), samples=2)
     main.evaluate(run, asked, None, 4096, 1)
     first = json.loads((run / "eval" / "step-2" / "results.json").read_text())
     output = lasptrain(

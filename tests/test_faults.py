@@ -43,7 +43,7 @@ from lasptrain.recipe.sections import Guard as Policy
 from lasptrain.recipe.yaml12 import dump
 from lasptrain.run.metrics import read_metrics
 from lasptrain.training import segments as stream
-from lasptrain.training import stragglers as pace
+from lasptrain.training import stragglers
 from lasptrain.training.guard import ENOUGH, Guard
 from lasptrain.training.job import Job
 from tests.gloo import spawn
@@ -132,18 +132,18 @@ def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: st
 
 def flipped(rank: int, recipe: Recipe, run: Path) -> None:
     """A bit of rank 1's parameters flips in step 5; step 6 is not saved."""
-    one_step = train.one_step
+    train_step = train.train_step
 
     def flipping(job: Job, step: int) -> Any:
-        values = one_step(job, step)
+        values = train_step(job, step)
         if rank == 1 and step == 4:
             next(job.model.parameters()).detach().view(torch.int32).view(-1)[0] ^= 1
         return values
 
-    train.one_step = flipping
+    train.train_step = flipping
     with pytest.raises(ReplicasError, match="step 6: the parameters of rank 0, 1 differ"):
         train.train(recipe, run)
-    train.one_step = one_step
+    train.train_step = train_step
 
 
 @pytest.mark.fault("a signal, wherever a run is", times=5)
@@ -174,10 +174,10 @@ def test_a_signal_while_the_first_step_is_compiled(
     compiled = recipes.load(recipe, ["model.vocab=320", "model.layers=1", "train.compile=true"])
     with (
         at_call(convert_frame, "_compile", 1, partial(os.kill, os.getpid(), signal.SIGTERM)),
-        pytest.raises(Stopped, match="the newest step is saved") as stopped,
+        pytest.raises(Stopped, match="the newest step is saved") as interruption,
     ):
         train.train(compiled, tmp_path)
-    assert stopped.value.code == 75 and checkpoint.committed(tmp_path) == [0]
+    assert interruption.value.code == 75 and checkpoint.committed(tmp_path) == [0]
 
 
 @pytest.mark.fault("kill -9 or a signal at a random time of a whole run", times=4)
@@ -214,7 +214,7 @@ def test_what_the_guard_says() -> None:
 @contextmanager
 def poisoned(steps: tuple[int, ...], loss: float, norm: float) -> Iterator[list[str]]:
     """Within, loss and gradient norm of these updates (0 is the first) are multiplied; yields what those read."""
-    one_step, accumulate = train.one_step, train.accumulate
+    train_step, accumulate = train.train_step, train.accumulate
     now, read = [-1], list[str]()
 
     def poisoning(job: Job, micro_batches: Any) -> Any:
@@ -226,13 +226,13 @@ def poisoned(steps: tuple[int, ...], loss: float, norm: float) -> Iterator[list[
 
     def stepping(job: Job, step: int) -> Any:
         now[0] = step
-        return one_step(job, step)
+        return train_step(job, step)
 
-    train.one_step, train.accumulate = stepping, poisoning
+    train.train_step, train.accumulate = stepping, poisoning
     try:
         yield read
     finally:
-        train.one_step, train.accumulate = one_step, accumulate
+        train.train_step, train.accumulate = train_step, accumulate
 
 
 def bytes_of(tokens: torch.Tensor) -> str:
@@ -311,22 +311,22 @@ def test_a_spike_is_told_or_left_out(group: None, recipe: Path, tmp_path: Path) 
 
 def test_the_slowest_is_measured_by_the_median() -> None:
     even = [(1.0, 0.2)] * 4
-    assert pace.slowest([*even, (1.1, 0.2)])[:2] == (4, 1.1)
-    assert pace.slowest([(3.0, 0.0), (1.0, 0.0)])[:2] == (0, 3.0)
-    rank, ratio, why = pace.slowest([*even, (1.0, 0.6), (1.0, 0.2)])
+    assert stragglers.slowest([*even, (1.1, 0.2)])[:2] == (4, 1.1)
+    assert stragglers.slowest([(3.0, 0.0), (1.0, 0.0)])[:2] == (0, 3.0)
+    rank, ratio, why = stragglers.slowest([*even, (1.0, 0.6), (1.0, 0.2)])
     assert rank == 4 and ratio == pytest.approx(2.0) and why == "it waits for data in 60% of the time"
-    assert pace.slowest([(1.0, 0.9)] * 3).ratio == 1
+    assert stragglers.slowest([(1.0, 0.9)] * 3).ratio == 1
 
 
-SLOW = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.01)}  # before which rank 1 sleeps, seconds
+STARTUP_GRACE = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.01)}  # before which rank 1 sleeps, seconds
 
 
 def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
     """Train while rank 1 reads slowly, then while it computes slowly."""
-    pace.PERIOD = 0
+    stragglers.PERIOD = 0
     small = ["model.vocab=320", "train.micro_batch=2", "train.segment=64", "train.steps=3", "eval.every=0"]
     recipe = recipes.load(file, small)
-    for name, (owner, function, seconds) in SLOW.items():
+    for name, (owner, function, seconds) in STARTUP_GRACE.items():
         fast = getattr(owner, function)
 
         def slow(*args: Any, fast: Any = fast, seconds: float = seconds, **kwargs: Any) -> Any:
@@ -340,7 +340,7 @@ def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
 
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed", times=2)
 def test_a_slow_rank_is_named(recipe: Path, tmp_path: Path) -> None:
-    for name in SLOW:
+    for name in STARTUP_GRACE:
         (tmp_path / name).mkdir()
     spawn(2, slowed, recipe, tmp_path)
     for name, why in (("data", "it waits for data in"), ("work", "matrix products take")):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lasptrain import ops
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.halo import halo
-from lasptrain.parallel.p2p import Posted, between
+from lasptrain.parallel.p2p import ProcessGroupP2P, between
 from lasptrain.parallel.recurrence import Attention, Memory
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
@@ -80,7 +80,7 @@ def shared(sp: int, kernel: str) -> dict[str, float]:
                 for one, whole in zip(got, want, strict=True)
                 for a, b in zip(one, whole, strict=True)
             ]
-            found[f"{name}, {segments} segments, {'token' if per_token else 'head'}"] = largest(max(errors))
+            found[f"{name}, {segments} segments, {'token' if per_token else 'head'}"] = all_reduce_max(max(errors))
     return found
 
 
@@ -106,7 +106,7 @@ def reached() -> dict[str, float]:
         errors = [error(rows.detach(), padded[:, start : start + n]) for rows, start in zip(seen, starts, strict=True)]
         for grad, start in zip(grads, starts, strict=True):
             errors.append(float((grad[0, :, 0] - readers[n + start : n + start + length]).abs().max()))
-        found[name] = largest(max(errors))
+        found[name] = all_reduce_max(max(errors))
     return found
 
 
@@ -116,7 +116,7 @@ def exchanged() -> dict[str, float]:
     rank, ranks = mesh.rank("sp"), meshes.world_size()
     sizes = 1 << 18, 5000, 7  # numbers
     ends = between(mesh.sp_group, device, 4 * max(sizes))
-    if isinstance(ends, Posted):
+    if isinstance(ends, ProcessGroupP2P):
         return {"Posted": 0.0}
     after, before = (rank + 1) % ranks, (rank - 1) % ranks
     likes = [torch.empty(size, dtype=dtype, device=device) for size in sizes for dtype in (torch.float32, torch.half)]
@@ -146,7 +146,7 @@ def exchanged() -> dict[str, float]:
             check(coming[::-1])
             coming = []
     check(coming)
-    return {"Direct": largest(float(wrong))}
+    return {"Direct": all_reduce_max(float(wrong))}
 
 
 def on(ranks: int) -> pytest.MarkDecorator:

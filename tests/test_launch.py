@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from lasptrain.errors import CheckpointError, NumericalError, SetupError, Stopped
 from lasptrain.process.environment import first_host
-from lasptrain.process.failure import Failure, cause, failure_of
+from lasptrain.process.failure import Failure, failure_of, root_cause
 from lasptrain.process.launcher import _no_signal_lost, launch
 from lasptrain.process.location import resolve
 from lasptrain.recipe.loading import load
@@ -236,9 +236,9 @@ def test_a_signal_while_data_is_prepared_ends_at_once(
         yield progress
 
     monkeypatch.setattr("lasptrain.process.location.preparing", preparing)
-    with pytest.raises(Stopped, match="stopped by SIGTERM; training had not begun") as stopped:
+    with pytest.raises(Stopped, match="stopped by SIGTERM; training had not begun") as interruption:
         launch(load("tiny.yaml"), nproc=1)
-    assert stopped.value.code == 75 and stages == ["encode", "write"]
+    assert interruption.value.code == 75 and stages == ["encode", "write"]
     assert not list((folder / "cache").rglob("dataset.json")) and not (folder / "runs").exists()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -359,31 +359,31 @@ def test_the_cause_is_the_earliest_that_did_not_just_lose_a_peer(tmp_path: Path)
     lost = Failure(0, 7, "RuntimeError", "lost", 1.0)
     own = Failure(1, 3, "DataError", "own", 3.0)
     later = Failure(2, 70, "KeyError", "later", 4.0)
-    assert cause({0: 7, 1: 3, 2: 70}, _records(tmp_path, lost, own, later)) == own
+    assert root_cause({0: 7, 1: 3, 2: 70}, _records(tmp_path, lost, own, later)) == own
     (tmp_path / "9.json").write_text("{")
-    assert cause({0: 7}, tmp_path) == own
+    assert root_cause({0: 7}, tmp_path) == own
 
 
 def test_a_killed_rank_is_the_cause_and_one_that_the_agent_ended_is_not(tmp_path: Path) -> None:
     lost = Failure(0, 7, "RuntimeError", "lost", 1.0)
-    assert cause({2: -15, 1: -9}, tmp_path).rank == 1
-    assert cause({2: -15, 0: 7}, _records(tmp_path, lost)) == lost
-    assert cause({2: -11, 0: 7}, tmp_path)[:2] == (2, 7)
-    assert cause({0: -6, 1: -9, 2: -15}, tmp_path)[:2] == (1, 7)
+    assert root_cause({2: -15, 1: -9}, tmp_path).rank == 1
+    assert root_cause({2: -15, 0: 7}, _records(tmp_path, lost)) == lost
+    assert root_cause({2: -11, 0: 7}, tmp_path)[:2] == (2, 7)
+    assert root_cause({0: -6, 1: -9, 2: -15}, tmp_path)[:2] == (1, 7)
 
 
 def test_a_hung_rank_is_the_cause_and_one_that_was_forced_to_leave_says_so(tmp_path: Path) -> None:
-    assert cause({1: 143, 0: 7}, _records(tmp_path, Failure(0, 7, "RuntimeError", "lost", 1.0)))[:2] == (1, 143)
-    stopped = Failure(0, 75, "Stopped", "stopped by SIGTERM", 1.0)
-    assert cause({0: 75, 1: -9}, _records(tmp_path, stopped))[:2] == (1, 7)
-    assert cause({0: 75, 1: 7}, _records(tmp_path, Failure(1, 7, "RuntimeError", "lost", 2.0))) == stopped
+    assert root_cause({1: 143, 0: 7}, _records(tmp_path, Failure(0, 7, "RuntimeError", "lost", 1.0)))[:2] == (1, 143)
+    interruption = Failure(0, 75, "Stopped", "stopped by SIGTERM", 1.0)
+    assert root_cause({0: 75, 1: -9}, _records(tmp_path, interruption))[:2] == (1, 7)
+    assert root_cause({0: 75, 1: 7}, _records(tmp_path, Failure(1, 7, "RuntimeError", "lost", 2.0))) == interruption
     (tmp_path / "1.json").unlink()
     hung = Failure(1, 7, "hung", "rank 1 hung", 2.0)
-    assert cause({1: -9, 0: 7}, _records(tmp_path, hung)) == hung
+    assert root_cause({1: -9, 0: 7}, _records(tmp_path, hung)) == hung
 
 
 def test_a_rank_that_left_no_record_is_a_bug(tmp_path: Path) -> None:
-    assert cause({3: 1}, tmp_path).code == 70
+    assert root_cause({3: 1}, tmp_path).code == 70
 
 
 # The run folder

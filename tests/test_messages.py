@@ -55,9 +55,9 @@ def message(source: int, n: int, side: int) -> Tensor:
 
 def exchanged(rank: int, ranks: int, folder: Path) -> bool:
     """Whether messages from both sides are whole, in the order in which they are expected."""
-    from lasptrain.parallel.p2p_symmetric import SLOTS, Direct
+    from lasptrain.parallel.p2p_symmetric import SLOTS, SymmetricP2P
 
-    ends = Direct(Host(folder, ranks), rank, ranks)
+    ends = SymmetricP2P(Host(folder, ranks), rank, ranks)
     after, before = (rank + 1) % ranks, (rank - 1) % ranks
     right = True
     for n in range(2 * SLOTS + 1):
@@ -74,9 +74,9 @@ def exchanged(rank: int, ranks: int, folder: Path) -> bool:
 
 def out_of_order(rank: int, ranks: int, folder: Path) -> bool:
     """Whether what was expected early may be taken late, and what was expected late, early."""
-    from lasptrain.parallel.p2p_symmetric import SLOTS, Direct
+    from lasptrain.parallel.p2p_symmetric import SLOTS, SymmetricP2P
 
-    ends = Direct(Host(folder, ranks), rank, ranks)
+    ends = SymmetricP2P(Host(folder, ranks), rank, ranks)
     if rank == 0:
         for n in range(SLOTS):
             ends.send(message(0, n, 0), 1)()
@@ -87,10 +87,10 @@ def out_of_order(rank: int, ranks: int, folder: Path) -> bool:
 
 def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
     """Whether a message for which there is no box left is not sent before one was taken, and then is."""
-    from lasptrain.parallel.p2p_symmetric import SLOTS, Direct
+    from lasptrain.parallel.p2p_symmetric import SLOTS, SymmetricP2P
 
     host, sent = Host(folder, ranks), folder / "sent"
-    ends = Direct(host, rank, ranks)
+    ends = SymmetricP2P(host, rank, ranks)
     if rank == 0:
         for n in range(SLOTS + 1):
             ends.send(message(0, n, 0), 1)()
@@ -108,9 +108,9 @@ def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     """Scans that do not give the same through this memory as through the process group."""
     from lasptrain.parallel import mesh, scan
     from lasptrain.parallel import p2p as messages
-    from lasptrain.parallel.p2p_symmetric import Direct
+    from lasptrain.parallel.p2p_symmetric import SymmetricP2P
 
-    ends, world, monkeypatch = Direct(Host(folder, ranks), rank, ranks), mesh.world(), pytest.MonkeyPatch()
+    ends, world, monkeypatch = SymmetricP2P(Host(folder, ranks), rank, ranks), mesh.world(), pytest.MonkeyPatch()
     generator = torch.Generator().manual_seed(rank)
     state, carry = (torch.randn(1, 2, 8, 13, generator=generator) for _ in range(2))
     decay = torch.rand(1, 2, generator=generator)
@@ -118,7 +118,7 @@ def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     for name, (reverse, carried, leave, fades) in product(("ring", "all_scan"), product((False, True), repeat=4)):
         transition = scan.Transition(decay if fades else None)
         found = []
-        for way in (messages.Posted(world), ends):
+        for way in (messages.ProcessGroupP2P(world), ends):
             monkeypatch.setattr(scan, "between", lambda *_, way=way: way)
             one = scan.SCANS[name](world, torch.device("cpu"))
             got = one.start(state, transition, carry if carried else None, reverse=reverse, leave=leave).wait()

@@ -131,7 +131,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
     console, text = _console()
-    with Metrics(tmp_path, steps=2, speaks=False, console=console) as metrics:
+    with Metrics(tmp_path, steps=2, is_main=False, console=console) as metrics:
         metrics.log(1, **_values(2.0))
         metrics.log_eval(1, loss=1.0)
         metrics.committed(1)

@@ -33,8 +33,8 @@ def test_the_sizes_of_the_released_models() -> None:
 
 def test_the_horizon_of_the_paper_model() -> None:
     model = load(RECIPES / "1b_4096k.yaml").model
-    assert [sum(column) for column in zip(*plan.horizon(model, 1 << 22), strict=True)] == [33, 16, 16, 15, 11]
-    assert 8_000 < plan.sees(model, 1 << 22) < 10_000
+    assert [sum(column) for column in zip(*plan.memory_horizon(model, 1 << 22), strict=True)] == [33, 16, 16, 15, 11]
+    assert 8_000 < plan.effective_context(model, 1 << 22) < 10_000
 
 
 @pytest.mark.parametrize("sp", [1, 2, 4])
@@ -65,7 +65,7 @@ def test_a_window_that_softmax_layers_see_all_of_is_one_segment() -> None:
     keys = ["data.window=131072", "model.sliding=null"]
     recipe = load(RECIPES / "hybrid_1b_4096k.yaml", keys)
     assert plan.choose_segment(recipe, 64000, 1, 2, None) == 131072
-    assert plan.sees(recipe.model, 131072) == float("inf")
+    assert plan.effective_context(recipe.model, 131072) == float("inf")
     with pytest.raises(ResourceError, match="no segment of the 131,072-token window"):
         plan.choose_segment(recipe, 64000, 1, 2, 40 * GIB)
     part = plan.memory(recipe, 64000, 1, 2, 131072)["keys of all ranks"]
@@ -221,7 +221,7 @@ def test_a_card_is_known_by_its_whole_name() -> None:
 
 def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=ddp"])
-    told = plan.short_of_memory(recipe, 64000, 1, 2, 65536)
+    told = plan.oom_advice(recipe, 64000, 1, 2, 65536)
     parts = plan.memory(recipe, 64000, 1, 2, 65536)
     assert told.startswith(f"expected on each rank: activations {parts['activations'] / 2**30:.1f} GiB, optimizer ")
     for key in ("train.segment below 65536", "recompute: full", "zero3 instead of ddp", "loss_chunk below 8192"):
@@ -233,11 +233,11 @@ def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> N
         loader=SimpleNamespace(segment=65536),
         device=torch.device("cpu"),
     )
-    with pytest.raises(ResourceError) as refusal, train.told_of_memory(cast(Job, job)):
+    with pytest.raises(ResourceError) as refusal, train.explain_oom(cast(Job, job)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert "GiB: CUDA out of memory. Tried to allocate 2 GiB. expected on" in str(refusal.value)
     assert str(refusal.value).endswith(told)
-    alone = plan.short_of_memory(load(RECIPES / "quickstart.yaml", ["train.loss_chunk=512"]), 4096, 1, 1, 512)
+    alone = plan.oom_advice(load(RECIPES / "quickstart.yaml", ["train.loss_chunk=512"]), 4096, 1, 1, 512)
     assert alone.endswith("less would need: parallel.recompute: full, more GPUs")
 
 

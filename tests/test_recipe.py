@@ -475,7 +475,8 @@ def test_layout(write: Write) -> None:
 
 
 def test_a_recipe_is_read_without_torch() -> None:
-    program = "import sys; from lasptrain.recipe.loading import load; import lasptrain.cost.plan, lasptrain.cli.main; " + (
-        "load(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from lasptrain.recipe.loading import load; import lasptrain.cost.plan, lasptrain.cli.main; "
+        + ("load(sys.argv[1]); sys.exit('torch' in sys.modules)")
     )
     subprocess.run([sys.executable, "-c", program, str(RECIPES / "quickstart.yaml")], check=True)

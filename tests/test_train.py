@@ -195,12 +195,12 @@ def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> 
 
 def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
     job = build(recipe)
-    train.one_step(job, 0)
+    train.train_step(job, 0)
     with torch.no_grad():
         job.model.blocks[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
     before = [p.detach().clone() for p in job.model.parameters()]
     with pytest.raises(NumericalError, match="step 2"):
-        train.one_step(job, 1)
+        train.train_step(job, 1)
     return all(
         torch.equal(a, b.detach()) or a.isnan().any() for a, b in zip(before, job.model.parameters(), strict=True)
     )

@@ -34,7 +34,7 @@ class Row:
     memory: int  # peak, bytes
 
 
-class Forgetful(Attention):
+class Recomputing(Attention):
     """Attention that keeps no states for the backward, and so summarises and exchanges again there."""
 
     def begin(
@@ -83,13 +83,13 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
     clear(device)
     one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
     one = one.model_copy(update={"train": one.train.model_copy(update={"kernel": kernel})})
-    made = Attention if kept else Forgetful
+    made = Attention if kept else Recomputing
 
     def attention(kernel: str, mesh: Mesh) -> Attention:
         return made(kernel, SCANS["ring"](mesh.sp_group, device))
 
     job = build(one, attention)
-    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), device, turns(tokens))
+    seconds, memory = timed(lambda step: float(train.train_step(job, step)["step_time"] or 0), device, turns(tokens))
     job.loader.close()
     return Row(kernel, kept, tokens / seconds, memory)
 

@@ -22,7 +22,7 @@ from lasptrain.architectures.decay import slopes
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.process.local_ranks import Failure, on_ranks, trials
@@ -142,7 +142,7 @@ def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, in
 def _sent(attention: Attention, call: Callable[[], None]) -> int:
     before = attention.scan.bytes_sent
     call()
-    return int(largest(attention.scan.bytes_sent - before))
+    return int(all_reduce_max(attention.scan.bytes_sent - before))
 
 
 def compared(times: Times, name: str) -> float | None:
@@ -156,11 +156,11 @@ def _times(calls: Mapping[str, Callable[[], object]], device: torch.device, turn
     for name, call in calls.items():
         for _ in range(3):
             call()
-        counts[name] = min(200, int(LEAST / largest(_elapsed(call, 2, device)[0])) + 1)
+        counts[name] = min(200, int(LEAST / all_reduce_max(_elapsed(call, 2, device)[0])) + 1)
     times: Times = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
-            times[name].append(largest(_elapsed(call, counts[name], device)[0]))
+            times[name].append(all_reduce_max(_elapsed(call, counts[name], device)[0]))
     return times
 
 
@@ -168,7 +168,7 @@ def _host(call: Callable[[], object], device: torch.device) -> float | None:
     """Milliseconds that the slowest rank takes to launch a call; a few calls, which no queue is too short for."""
     if device.type != "cuda":
         return None
-    return 1e3 * median(largest(_elapsed(call, 3, device)[1]) for _ in range(HOST_TURNS))
+    return 1e3 * median(all_reduce_max(_elapsed(call, 3, device)[1]) for _ in range(HOST_TURNS))
 
 
 def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
@@ -208,7 +208,7 @@ def _times_replayed(calls: Mapping[str, Callable[[], object]], tokens: int, devi
     graphs = {}
     for name, call in calls.items():
         graphs[name], failure = _captured(call, device)
-        if largest(int(bool(failure))):
+        if all_reduce_max(int(bool(failure))):
             raise SetupError(f"{name}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
     times = _times({name: graph.replay for name, graph in graphs.items()}, device, CAPTURED_TURNS)
     for graph in graphs.values():

@@ -24,7 +24,7 @@ from lasptrain.bench.steps import alone, clear, shared
 from lasptrain.cost import plan
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.process.local_ranks import Failure, trials
 from lasptrain.recipe.resolve import resolve_vocabulary
@@ -99,7 +99,7 @@ def measure(
 
 def _tried(found: Results, given: Sequence[tuple[Any, ...]], until: float) -> Iterator[Results]:
     """What is found with more windows, of each form from short to long until one fails."""
-    tried = trials(found.ranks, _trial, given, hopeless=lambda failed, other: bool(failed[1] == other[1]))
+    tried = trials(found.ranks, _trial, given, skip_after=lambda failed, other: bool(failed[1] == other[1]))
     for number, ((_, form, *_), result) in enumerate(tried, 1):
         over = isinstance(result, Failure)
         cut = time.monotonic() > until and any(not (over and other[1] == form) for other in given[number:])
@@ -138,9 +138,9 @@ def _trial(
         raise ResourceError(f"{window:,} tokens: predicted not to fit")
     job = build(laid)
     for step in range(UPDATES):
-        train.one_step(job, step)
+        train.train_step(job, step)
     job.loader.close()
-    return device_name(), window, int(largest(mesh.peak_memory(device)))
+    return device_name(), window, int(all_reduce_max(mesh.peak_memory(device)))
 
 
 def _limit(device: torch.device, capacity: int | None) -> int:

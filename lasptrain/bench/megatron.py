@@ -24,7 +24,7 @@ from lasptrain.data.loader import Slice
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.models.layers import Mlp, Phases
-from lasptrain.models.linear_transformer import Undecayed
+from lasptrain.models.linear_transformer import LinearTransformer
 from lasptrain.models.mixer import State
 from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import IGNORED
@@ -70,13 +70,13 @@ class _Exchange(Function):
 
 def _gather(x: Tensor, traffic: Traffic) -> Tensor:
     """[B, T, …] of a slice → [B, n·T, …] of the window."""
-    whole: Tensor = _Exchange.apply(x, traffic.gather, traffic.scatter)  # type: ignore[no-untyped-call]
+    whole: Tensor = _Exchange.apply(x, traffic.gather, traffic.reduce_scatter)  # type: ignore[no-untyped-call]
     return whole
 
 
 def _scatter(x: Tensor, traffic: Traffic) -> Tensor:
     """[B, n·T, …] on every rank → their sum, of this rank's slice."""
-    mine: Tensor = _Exchange.apply(x, traffic.scatter, traffic.gather)  # type: ignore[no-untyped-call]
+    mine: Tensor = _Exchange.apply(x, traffic.reduce_scatter, traffic.gather)  # type: ignore[no-untyped-call]
     return mine
 
 
@@ -128,7 +128,7 @@ class _TransNormer(_Whole, TransNormer):
         return y
 
 
-class _Undecayed(_Whole, Undecayed):
+class _Undecayed(_Whole, LinearTransformer):
     """Nothing but its heads."""
 
 

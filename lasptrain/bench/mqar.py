@@ -21,7 +21,7 @@ from lasptrain.eval.tasks.recall import associations
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.collectives import sum_over_ranks
+from lasptrain.parallel.collectives import all_reduce_sum
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
@@ -82,7 +82,9 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
         attention = Attention(ops.select(recipe.train.kernel, device), SCANS["all_gather"](mesh.sp_group, device))
         model = LanguageModel(cfg, length, attention)
     values = initial_values(model, recipe.train.seed, device)
-    called = parallelize(model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=torch.float32, values=values)
+    wrapped = parallelize(
+        model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=torch.float32, values=values
+    )
     optimizer = build_optimizer(model, recipe.optim)
     generator = torch.Generator(device).manual_seed(recipe.train.seed)
     learnt, batch = sizes(length, pairs), recipe.train.batch
@@ -91,7 +93,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
     for step in range(steps):
         size = learnt[step % len(learnt)]
         piece = _slice(associations(batch, *size, vocab, generator), mesh, device)
-        loss = stream.backward(called, cfg.layers, (piece,), world / (batch * size[1]))
+        loss = stream.backward(wrapped, cfg.layers, (piece,), world / (batch * size[1]))
         losses.append(loss / (batch * size[1]))
         clip_gradients(model, recipe.optim.clip)
         set_learning_rate(optimizer, learning_rate(recipe.optim, steps, step))
@@ -114,7 +116,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
         "steps": curve[-1][0],
         "seconds": time.perf_counter() - began,
         "curve": curve,
-        "losses": sum_over_ranks(torch.stack(losses)).tolist(),
+        "losses": all_reduce_sum(torch.stack(losses)).tolist(),
         "harder": [(*size, accuracy(model, _unseen(recipe, size, vocab, mesh, device))) for size in harder],
     }
 
@@ -140,7 +142,7 @@ def accuracy(model: LanguageModel, piece: Slice) -> float:
         asked = labels != IGNORED
         hits = (model.logits(x[asked]).argmax(-1) == labels[asked]).sum()
         counts += torch.stack([hits, asked.sum()])
-    right, all_asked = sum_over_ranks(counts).tolist()
+    right, all_asked = all_reduce_sum(counts).tolist()
     return float(right / all_asked)
 
 

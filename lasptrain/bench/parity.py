@@ -107,7 +107,7 @@ def _curve(recipe: Recipe, steps: int) -> tuple[str, list[float]]:
 
 def _losses(recipe: Recipe, steps: int) -> list[float]:
     job = build(recipe)
-    losses = [float(train.one_step(job, step)["loss"] or 0.0) for step in range(steps)]
+    losses = [float(train.train_step(job, step)["loss"] or 0.0) for step in range(steps)]
     job.loader.close()
     return losses
 

@@ -23,7 +23,7 @@ from lasptrain import ops
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max, barrier
 from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
@@ -119,17 +119,17 @@ def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(reader.device)
     seconds = _seconds(lambda: reader.read(text))
-    return tokens, tokens / seconds, int(largest(meshes.peak_memory(reader.device)))
+    return tokens, tokens / seconds, int(all_reduce_max(meshes.peak_memory(reader.device)))
 
 
 def _seconds(call: Callable[[], object]) -> float:
     """Of the slowest rank, the work of its GPU included."""
-    largest(0)
+    barrier()
     began = time.perf_counter()
     call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return largest(time.perf_counter() - began)
+    return all_reduce_max(time.perf_counter() - began)
 
 
 def report(results: Results) -> Table:

@@ -15,9 +15,9 @@ from torch import Tensor
 from lasptrain.bench.kernels import measure_rates
 from lasptrain.cost.links import Link
 from lasptrain.cost.plan import Rates
-from lasptrain.cost.rates import Measured
+from lasptrain.cost.rates import MeasuredHardware
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.p2p import between
 from lasptrain.parallel.scan import all_gather
@@ -28,11 +28,11 @@ COUNT = 20  # messages in a row
 TURNS = 5
 
 
-def measure(ranks: int) -> Measured:
+def measure(ranks: int) -> MeasuredHardware:
     """Starts processes, one per rank, on this machine; without GPUs a dry run through gloo."""
     found = on_ranks(ranks, _rank)
     links = [found[name] and Link(**found[name]) for name in ("hop", "gather")]
-    return Measured(found["device"], Rates(**found["rates"]), *links)
+    return MeasuredHardware(found["device"], Rates(**found["rates"]), *links)
 
 
 def _rank() -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _message(send: Callable[[Tensor], None], x: Tensor) -> float:
         for _ in range(COUNT):
             send(x)
         _wait(x)
-        return largest((time.perf_counter() - began) / COUNT)
+        return all_reduce_max((time.perf_counter() - began) / COUNT)
 
     turn()
     return median(turn() for _ in range(TURNS))

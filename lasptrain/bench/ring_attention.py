@@ -100,7 +100,7 @@ class _Round(Function):
         size, rank = ring.scan.size, ring.scan.rank
         o = torch.zeros_like(v, dtype=state_dtype(v))
         for distance in range(size):
-            coming = ring.scan.shift(k, v) if distance + 1 < size else None
+            coming = ring.scan.ring_exchange(k, v) if distance + 1 < size else None
             if distance <= rank:
                 o += ring.part(q, k, v, log_decay, angle, distance)
             if coming is not None:
@@ -119,7 +119,7 @@ class _Round(Function):
         sums = [torch.zeros_like(x, dtype=wide) for x in (k, v)]
         travelling = None
         for distance in range(size):
-            coming = ring.scan.shift(k, v) if distance + 1 < size else None
+            coming = ring.scan.ring_exchange(k, v) if distance + 1 < size else None
             found = _gradients(ring, (q, k, v, angle), log_decay, do, distance) if distance <= rank else None
             if travelling is not None:
                 sums = travelling.wait()
@@ -128,7 +128,7 @@ class _Round(Function):
                 sums = [total + part for total, part in zip(sums, found[1:3], strict=True)]
                 if dangle is not None:
                     dangle += found[3]
-            travelling = ring.scan.shift(*sums)  # with its block; after the last rank, home
+            travelling = ring.scan.ring_exchange(*sums)  # with its block; after the last rank, home
             if coming is not None:
                 k, v = coming.wait()
         assert travelling is not None

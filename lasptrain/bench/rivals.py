@@ -23,7 +23,7 @@ class Traffic:
         self.bytes_sent = 0
         self.calls = 0
 
-    def trade(self, x: Tensor) -> Tensor:
+    def all_to_all(self, x: Tensor) -> Tensor:
         """x [n, …] by receiver → the same shape by sender."""
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=self.group)
@@ -40,7 +40,7 @@ class Traffic:
         whole: Tensor = parts.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
         return whole
 
-    def scatter(self, x: Tensor) -> Tensor:
+    def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [B, n·T, …], of which each rank gets its T."""
         if self.size == 1:
             return x
@@ -63,7 +63,7 @@ class Traffic:
         self.calls += 1
         self.bytes_sent += sent
 
-    def shift(self, *tensors: Tensor) -> Shifting:
+    def ring_exchange(self, *tensors: Tensor) -> Shifting:
         """Start to hand tensors to the next rank, the last one's to the first."""
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]

@@ -13,11 +13,11 @@ from lasptrain import train
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import committed
 from lasptrain.console.tables import figures
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training.job import build, saved_with
+from lasptrain.training.job import build, checkpoint_meta
 
 WARM = 3  # steps that compile, allocate and tune
 QUIET = 5  # steps without a save, whose median the others are compared with
@@ -57,7 +57,7 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
     def step() -> float:
         nonlocal done
         began = time.perf_counter()
-        train.one_step(job, done)
+        train.train_step(job, done)
         done += 1
         return time.perf_counter() - began
 
@@ -68,9 +68,9 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
     rows = []
     for _ in range(saves):
         began, at = time.perf_counter(), done
-        saver.save(done, saved_with(job))
+        saver.save(done, checkpoint_meta(job))
         stall, slower = saver.stall(), 0.0
-        while not largest(saver.newest == at):
+        while not all_reduce_max(saver.newest == at):
             slower += step() - usual
             saver.poll()
         rows.append((stall, time.perf_counter() - began, slower))

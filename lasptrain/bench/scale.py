@@ -21,13 +21,13 @@ from rich.table import Table
 from lasptrain import train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
-from lasptrain.bench.steps import Turns, alone, clear, shared, timed, turns
+from lasptrain.bench.steps import Repeats, alone, clear, shared, timed, turns
 from lasptrain.console.tables import number
 from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import Failure, trials
@@ -136,12 +136,12 @@ def _row(case: Case, deadline: float) -> Row:
     one = alone(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
     rates = cards.of(device_name()).sustained
     tokens = window if method == NONE else window // ranks
-    made = Turns(1, 1) if kind == "long" else turns(tokens)
-    if largest(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
+    made = Repeats(1, 1) if kind == "long" else turns(tokens)
+    if all_reduce_max(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
         return row(failure="no time left")
     clear(mesh.device())
     job = build(one)
-    seconds, memory = timed(lambda step: float(train.one_step(job, step)["step_time"] or 0), mesh.device(), made)
+    seconds, memory = timed(lambda step: float(train.train_step(job, step)["step_time"] or 0), mesh.device(), made)
     job.loader.close()
     predicted = None if rates is None else _predicted(job, method, tokens, ranks, rates)
     return row(segment=job.loader.segment, seconds=seconds, predicted=predicted, memory=memory)

@@ -29,10 +29,10 @@ from lasptrain.bench.steps import alone, clear, shared, timed, turns
 from lasptrain.console.tables import number
 from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan
-from lasptrain.cost.rates import Measured
+from lasptrain.cost.rates import MeasuredHardware
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import largest, smallest
+from lasptrain.parallel.collectives import all_reduce_max, all_reduce_min
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.process.local_ranks import SILENCE, Failure, trials
@@ -76,7 +76,7 @@ def measure(
     names: Sequence[str],
     tokens: Sequence[int],
     steps: Sequence[int],
-    known: Measured | None = None,
+    known: MeasuredHardware | None = None,
     limit: float = SILENCE,
 ) -> Iterator[Results]:
     """Layers at each of `tokens` per rank, whole steps of the recipe's model at each of `steps` tokens per rank.
@@ -94,7 +94,7 @@ def measure(
         yield (found := replace(found, device=device, layers=rows))
     given = [(recipe, name, length) for length in steps for name in names]
     step_of = partial(_step, compare=NONE in names)
-    for (_, name, length), row in trials(ranks, step_of, given, hopeless=_hopeless, silence=limit):
+    for (_, name, length), row in trials(ranks, step_of, given, skip_after=_hopeless, silence=limit):
         if isinstance(row, Failure):
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
@@ -113,7 +113,7 @@ def _hopeless(failed: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _predicted(
-    recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: Measured | None
+    recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: MeasuredHardware | None
 ) -> float | None:
     """Tokens per second and rank; None for methods and devices of which nothing is known."""
     rates = known.rates if known else cards.of(device).sustained
@@ -132,7 +132,7 @@ def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[s
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic()
     seconds, memory = timed(update, mesh.device(), turns(tokens))
-    sent = int(largest(traffic() - before)) // sum(turns(tokens))
+    sent = int(all_reduce_max(traffic() - before)) // sum(turns(tokens))
     ratio = _ratio(recipe, update, tokens, memory) if compare and method != NONE else None
     close()
     vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
@@ -142,14 +142,14 @@ def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[s
 def _ratio(recipe: Recipe, update: Callable[[int], float], tokens: int, memory: int) -> float | None:
     """How much longer an update takes than one with a window for each rank; None where `memory` for that is lacking."""
     device = mesh.device()
-    if device.type == "cuda" and smallest(mesh.free_memory(device)) < ROOM * memory:
+    if device.type == "cuda" and all_reduce_min(mesh.free_memory(device)) < ROOM * memory:
         return None
     beside, close, _ = _trainer(recipe, NONE, tokens, dist.get_world_size())
     warmup, count = turns(tokens)
     for step in range(warmup):
         beside(step)
     steps = range(warmup + count, warmup + 3 * count)
-    ratios = [largest(update(step)) / largest(beside(step)) for step in steps]
+    ratios = [all_reduce_max(update(step)) / all_reduce_max(beside(step)) for step in steps]
     close()
     return median(ratios)
 
@@ -170,7 +170,7 @@ def _trainer(
     else:
         job = build(shared(recipe, tokens, ranks, method))
     scan = job.model.blocks[0].mixer.attention.scan
-    return lambda step: float(train.one_step(job, step)["step_time"] or 0), job.loader.close, lambda: scan.bytes_sent
+    return lambda step: float(train.train_step(job, step)["step_time"] or 0), job.loader.close, lambda: scan.bytes_sent
 
 
 def _in_one_segment(recipe: Recipe, method: str, tokens: int, ranks: int) -> Recipe:
@@ -183,7 +183,7 @@ def _in_one_segment(recipe: Recipe, method: str, tokens: int, ranks: int) -> Rec
     device = mesh.device()
     if device.type == "cuda":
         vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
-        available = smallest(mesh.free_memory(device))
+        available = all_reduce_min(mesh.free_memory(device))
         needed = plan.memory(whole, vocab, 1, ranks, tokens * ranks)
         least = needed["activations"] + needed["one block"]
         if least > available:

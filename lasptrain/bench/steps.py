@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 import torch
 
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import largest
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.recipe.schema import Recipe
 
 SHORT = 65_536  # tokens per rank; of longer steps fewer are timed
 
 
-class Turns(NamedTuple):
+class Repeats(NamedTuple):
     """How many steps are made and how many of them, the last, are timed."""
 
     warmup: int
     timed: int
 
 
-def turns(tokens: int) -> Turns:
+def turns(tokens: int) -> Repeats:
     """For steps of so many tokens per rank; the first two compile, allocate and tune."""
-    return Turns(3, 5) if tokens <= SHORT else Turns(2, 3)
+    return Repeats(3, 5) if tokens <= SHORT else Repeats(2, 3)
 
 
 def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
@@ -58,11 +58,11 @@ def clear(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def timed(update: Callable[[int], float], device: torch.device, turns: Turns) -> tuple[float, int]:
+def timed(update: Callable[[int], float], device: torch.device, turns: Repeats) -> tuple[float, int]:
     """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(turns.warmup):
         update(step)
-    seconds = median(largest(update(turns.warmup + step)) for step in range(turns.timed))
-    return seconds, int(largest(mesh.peak_memory(device)))
+    seconds = median(all_reduce_max(update(turns.warmup + step)) for step in range(turns.timed))
+    return seconds, int(all_reduce_max(mesh.peak_memory(device)))

@@ -75,8 +75,8 @@ class _Trade(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, traffic: Traffic) -> Tensor:
         ctx.traffic = traffic
-        return traffic.trade(x.contiguous())
+        return traffic.all_to_all(x.contiguous())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.traffic.trade(grad.contiguous()), None
+        return ctx.traffic.all_to_all(grad.contiguous()), None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, delete, log, surplus
+from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, delete, expired, log
 from lasptrain.checkpoint.tensors import present, tensors_of, write_files
 from lasptrain.checkpoint.votes import first, vote
 from lasptrain.errors import CheckpointError, ResourceError
@@ -66,7 +66,7 @@ def _save(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if rank == 0:
-        delete(run, surplus(run, keep, milestone, step))
+        delete(run, expired(run, keep, milestone, step))
 
 
 class Saver:

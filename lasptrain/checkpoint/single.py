@@ -19,14 +19,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, committed, problems_of, read_manifest, sha256
-from lasptrain.checkpoint.tensors import Form, Planner, Reader, Writer
+from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer
 from lasptrain.errors import CheckpointError
 from lasptrain.training.optimizer import initial_state
 
 # One process, one tensor at a time
 
 
-class Opened:
+class CheckpointReader:
     """The newest step of a run, read by one process tensor by tensor. CheckpointError where it is not intact."""
 
     def __init__(self, run: Path) -> None:
@@ -44,19 +44,21 @@ class Opened:
         self.meta: Json = manifest["meta"]
         self._reader = _OnceRead(self.folder, files)
         table = self._reader.read_metadata().state_dict_metadata
-        self._forms = {key.removeprefix("model."): Form.of(e) for key, e in table.items() if key.startswith("model.")}
+        self._forms = {
+            key.removeprefix("model."): TensorSpec.of(e) for key, e in table.items() if key.startswith("model.")
+        }
         self.shapes = {name: form.shape for name, form in self._forms.items()}
 
     def read(self, name: str) -> Tensor:
         """A tensor of the model by its name there."""
         tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
-        with _alone():
+        with without_process_group():
             load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=Planner(), no_dist=True)
         return tensor
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def without_process_group() -> Iterator[None]:
     """DCP warns where there is no process group, even if told so, and cloaks errors in one that is no Exception."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -91,9 +93,9 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
 
     folder = run / FOLDER / begin(run, step, size)
     try:
-        with _alone():
+        with without_process_group():
             writer = Writer(folder, single_file_per_rank=False, thread_count=1, sync_files=True)
-            save_state(tensors, storage_writer=writer, planner=_Lazily(value), no_dist=True)
+            save_state(tensors, storage_writer=writer, planner=LazyPlanner(value), no_dist=True)
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in folder.iterdir()}
         commit(folder, step, meta, files, 1)
     except BaseException:
@@ -101,7 +103,7 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
         raise
 
 
-class _Lazily(DefaultSavePlanner):
+class LazyPlanner(DefaultSavePlanner):
     """DCP's planner, which makes each tensor when its turn to be written comes."""
 
     def __init__(self, value: Callable[[str], Tensor]) -> None:

@@ -74,7 +74,7 @@ def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
         yield Step(step, size, manifest.get("world"), folder.stat().st_mtime, problems)
 
 
-def surplus(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
+def expired(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
     """The steps up to `newest` (default: all) that neither the newest `keep` nor multiples of `milestone` are.
 
     A folder without a manifest of ours is not among them.
@@ -103,7 +103,7 @@ def delete(run: Path, steps: list[int]) -> None:
             log.warning("cannot delete %s: %s", folder, reason_of(error))
 
 
-def sweep(run: Path) -> None:
+def remove_partial(run: Path) -> None:
     """Delete what killed saves and deletions left. For one process that alone may write RUN."""
     folder = run / FOLDER
     for path in list(folder.iterdir()) if folder.is_dir() else []:
@@ -197,17 +197,19 @@ def _plain(name: object) -> bool:
 def survey(folder: Path, step: int) -> tuple[Json, str | None, Json]:
     """`read_manifest`, and those of its files that are here with their size."""
     manifest, problem = read_manifest(folder, step)
-    return manifest, problem, {n: e for n, e in manifest.get("files", {}).items() if _here(folder / n, e)}
+    return manifest, problem, {n: e for n, e in manifest.get("files", {}).items() if _present_on_disk(folder / n, e)}
 
 
 def wait_visible(folder: Path, seen: Json) -> None:
     """Until this rank sees what rank 0 has seen, which another machine may show later; not for longer than LAG."""
     deadline = time.monotonic() + LAG
-    while not all(_here(folder / name, entry) for name, entry in seen.items()) and time.monotonic() < deadline:
+    while (
+        not all(_present_on_disk(folder / name, entry) for name, entry in seen.items()) and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
 
 
-def _here(path: Path, entry: Json) -> bool:
+def _present_on_disk(path: Path, entry: Json) -> bool:
     try:
         return bool(path.stat(follow_symlinks=False).st_size == entry["size"])
     except OSError:

@@ -102,9 +102,9 @@ def restore(
 
 def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool) -> None:
     """Raise CheckpointError listing all names, shapes and dtypes that differ; `partial` leaves the optimizer out."""
-    live = {key: Form(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    live = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     stored = {
-        key: Form.of(entry)
+        key: TensorSpec.of(entry)
         for key, entry in table.state_dict_metadata.items()
         if not (partial and key.startswith("optimizer."))
     }
@@ -117,14 +117,14 @@ def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool)
         raise CheckpointError("\n  ".join([f"{len(lines)} tensors differ:", *lines]))
 
 
-class Form(NamedTuple):
+class TensorSpec(NamedTuple):
     """Shape and dtype of a tensor; what is no tensor has none."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, entry: object) -> Form:
+    def of(cls, entry: object) -> TensorSpec:
         if isinstance(entry, TensorStorageMetadata):
             return cls(tuple(entry.size), entry.properties.dtype)
         return cls((), None)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lasptrain.errors import CheckpointError
-from lasptrain.parallel.collectives import told_by_all
+from lasptrain.parallel.collectives import all_gather_object
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) ->
         ballot = {rank: reason_of(cause) for rank, (cause, _) in error.failures.items()}, None
     except Exception as error:
         ballot = {dist.get_rank(group): reason_of(error)}, None
-    ballots: list[Any] = told_by_all(ballot, group)
+    ballots: list[Any] = all_gather_object(ballot, group)
     ranks: dict[str, set[int]] = {}
     for reasons, _ in ballots:
         for rank, reason in reasons.items():

@@ -41,11 +41,11 @@ def prune(
     from lasptrain.checkpoint import steps as checkpoint
 
     with runs.lock(_existing(run)):
-        steps = checkpoint.surplus(run, keep, milestone)
+        steps = checkpoint.expired(run, keep, milestone)
         whole = next((step.step for step in checkpoint.inspect(run, thorough=True) if not step.problems), None)
         doomed = [step for step in steps if step != whole]
         if really:
-            checkpoint.sweep(run)
+            checkpoint.remove_partial(run)
             checkpoint.delete(run, doomed)
     verb = "deleted" if really else "would delete"
     typer.echo(f"{verb} {', '.join(f'step-{step}' for step in doomed) or 'nothing'}")

@@ -12,7 +12,7 @@ from lasptrain.errors import RecipeError
 
 LONGEST = 1 << 30  # tokens of a text
 USUAL_SAMPLES = 5
-USUAL = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
+DEFAULT = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an export, or a folder of others.")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks that read each text together; one per GPU, or 1.")]
@@ -52,18 +52,18 @@ def evaluate(
 ) -> None:
     """Ask a trained model long-context tasks; the same command again continues where it stopped."""
     from lasptrain.eval import load, main
-    from lasptrain.eval.runner import PERPLEXITY, Asked
+    from lasptrain.eval.runner import PERPLEXITY, EvalConfig
     from lasptrain.eval.tasks import TASKS
     from lasptrain.eval.tasks.files import open_files
 
-    chosen = USUAL if tasks is None else tuple(part.strip() for part in tasks.split(",") if part.strip())
+    chosen = DEFAULT if tasks is None else tuple(part.strip() for part in tasks.split(",") if part.strip())
     if tasks == "all":
         chosen = (*TASKS, *PERPLEXITY)
     if files and tasks is None:
         chosen = ()
         if lengths is not None:
             raise RecipeError("--lengths: the rows of files have lengths of their own; expected it with --tasks")
-    asked = Asked(
+    asked = EvalConfig(
         tasks=chosen,
         lengths=_usual_lengths(load.window(run)) if lengths is None else parse_lengths(lengths),
         samples=samples or USUAL_SAMPLES,

@@ -38,7 +38,7 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
-    streams.forgive()
+    streams.replace_unencodable()
     stop.interrupt()
     # Read when torch is loaded, by ranks too. Threads that spin while they wait for one another halve the speed of
     # training on cores that are shared, and cut that of generation to a tenth; results are the same.
@@ -104,12 +104,12 @@ def pretrain(
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
     stop.listen()
-    streams.outlive()
+    streams.ignore_broken_pipe()
     from lasptrain.process.launcher import Nodes, launch
-    from lasptrain.process.location import Place
+    from lasptrain.process.location import RunLocation
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None
-    raise typer.Exit(launch(loaded, Place(run, fresh), nproc, nodes, max_restarts=max_restarts))
+    raise typer.Exit(launch(loaded, RunLocation(run, fresh), nproc, nodes, max_restarts=max_restarts))
 
 
 def _check_nodes(nnodes: int, node_rank: int, rdzv: str | None) -> None:

@@ -33,7 +33,7 @@ def plan_command(
     """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
     loaded = load(recipe, overrides)
     measured = _measured(measure, nproc, file)
-    known = Known(measured.device, measured.rates, measured.links) if measured else Known(gpu, cards.PLANNED[gpu])
+    known = Hardware(measured.device, measured.rates, measured.links) if measured else Hardware(gpu, cards.PLANNED[gpu])
     predicted = list(_plan(loaded, gpus, known, memory))
     show(_rates(known, measured, links=measured is not None or gpus > 1), *predicted)
 
@@ -46,7 +46,7 @@ def _lasting(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes"
 
 
-class Known(NamedTuple):
+class Hardware(NamedTuple):
     """What a plan predicts from."""
 
     name: str
@@ -54,7 +54,7 @@ class Known(NamedTuple):
     links: Links = ASSUMED
 
 
-def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Measured | None:
+def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.MeasuredHardware | None:
     """What this machine does, or what a file says that one did."""
     if not measure:
         return None if file is None else rates.read(file)
@@ -70,14 +70,14 @@ def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Meas
     return found
 
 
-def _rates(known: Known, measured: rates.Measured | None, *, links: bool) -> Table:
+def _rates(known: Hardware, measured: rates.MeasuredHardware | None, *, links: bool) -> Table:
     table = Table(title="predicted from", show_header=False)
     for row in rates.told(known.rates, known.links, measured)[: None if links else len(known.rates)]:
         table.add_row(*row)
     return table
 
 
-def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterator[Table]:
+def _plan(recipe: Recipe, gpus: int, known: Hardware, given: str | None) -> Iterator[Table]:
     from data_tools.tokenizer import load_tokenizer
 
     available = known.rates.memory if given is None else to_bytes(given)
@@ -110,7 +110,7 @@ def _plan(recipe: Recipe, gpus: int, known: Known, given: str | None) -> Iterato
     yield _memory_horizon(recipe)
 
 
-def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Known) -> Table:
+def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Hardware) -> Table:
     """What sharing windows costs by method, on ever more GPUs."""
     counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
     found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
@@ -123,8 +123,8 @@ def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Known) -
 
 
 def _memory_horizon(recipe: Recipe) -> Table:
-    heads = plan.horizon(recipe.model, recipe.data.window)
-    far, window = plan.sees(recipe.model, recipe.data.window), recipe.data.window
+    heads = plan.memory_horizon(recipe.model, recipe.data.window)
+    far, window = plan.effective_context(recipe.model, recipe.data.window), recipe.data.window
     warning = (
         f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
         if window > 4 * far

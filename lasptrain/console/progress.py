@@ -40,16 +40,16 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def asking(total: int, done: int, speaks: bool) -> Iterator[Callable[[str, int], None]]:
+def asking(total: int, done: int, is_main: bool) -> Iterator[Callable[[str, int], None]]:
     """Yields a function `(what is done now, questions answered by it)`: a bar on stderr, lines where it is no terminal.
 
     Args:
         total, done: questions in all, and those answered before.
-        speaks: whether this rank shows anything.
+        is_main: whether this rank shows anything.
     """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    quiet = not (speaks and console.is_terminal)
+    quiet = not (is_main and console.is_terminal)
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
     task, said = bar.add_task("", total=total, completed=done), -PAUSE
 
@@ -57,7 +57,7 @@ def asking(total: int, done: int, speaks: bool) -> Iterator[Callable[[str, int],
         nonlocal done, said
         done += answered
         bar.update(task, advance=answered, description=what)
-        if quiet and speaks and time.monotonic() - said >= PAUSE:
+        if quiet and is_main and time.monotonic() - said >= PAUSE:
             said = time.monotonic()
             console.print(f"{done}{f'/{total}' if done < total else ''}  {what}", soft_wrap=True)
 

@@ -10,14 +10,14 @@ from typing import Any
 from lasptrain.errors import RecipeError
 
 
-def forgive() -> None:
+def replace_unencodable() -> None:
     """Print `?` for what a stream's encoding lacks, such as the lines of a table in locale C, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
-class _Careless(io.FileIO):
+class _BestEffort(io.FileIO):
     """A file whose reader may leave, or whose disk may be full."""
 
     def write(self, data: Any) -> int:
@@ -26,14 +26,14 @@ class _Careless(io.FileIO):
         return len(data)
 
 
-def outlive() -> None:
+def ignore_broken_pipe() -> None:
     """Go on when nobody reads any more what this process prints: for work that matters more."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  as long as this process
         elif isinstance(stream, io.TextIOWrapper):
-            raw = io.BufferedWriter(_Careless(number, "w", closefd=False))
+            raw = io.BufferedWriter(_BestEffort(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
 
 

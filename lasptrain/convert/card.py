@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lasptrain import __version__
-from lasptrain.checkpoint.single import Opened
+from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert.targets import RUNS_IN
 from lasptrain.recipe import yaml12 as recipes
 from lasptrain.recipe.schema import Recipe
@@ -24,7 +24,7 @@ ADVICE["linear_attn"] = ADVICE["retnet"] = (
 )
 
 
-def text(run: Path, recipe: Recipe, step: Opened, target: str, parity: str) -> str:
+def text(run: Path, recipe: Recipe, step: CheckpointReader, target: str, parity: str) -> str:
     """README.md of the export of `step`."""
     order = step.meta["order"]
     tokens = step.step * order["batch"] * order["window"]

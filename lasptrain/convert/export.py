@@ -14,7 +14,7 @@ import torch
 from data_tools.tokenizer import BYTES
 from lasptrain import __version__
 from lasptrain.checkpoint import steps as checkpoint
-from lasptrain.checkpoint.single import Opened
+from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.errors import CheckpointError
 from lasptrain.recipe import loading as recipes
@@ -70,13 +70,13 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 
 def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool) -> Exported:
     recipe = recipes.load(_recipe(run))
-    step = Opened(run)
+    step = CheckpointReader(run)
     model = Model.model_validate(step.meta["model"])
     target = targets.resolve(to, model)
     table = tables.TABLES[target](model, step.shapes)
     tables.check_sources(table, step.shapes, str(step.folder))
     forms = tables.forms(table, step.shapes, DTYPES[dtype])
-    with files.whole_folder(out, force, RECORD) as folder:
+    with files.atomic_folder(out, force, RECORD) as folder:
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
         special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
@@ -105,7 +105,7 @@ def _json(file: Path, value: Any) -> None:
 
 
 def _record(
-    step: Opened,
+    step: CheckpointReader,
     recipe: Recipe,
     model: Model,
     target: str,

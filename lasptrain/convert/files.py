@@ -27,7 +27,7 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
-class Form:
+class TensorSpec:
     """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Form:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
+def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
     """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
 
     SetupError where `out` exists and is no empty folder, unless `force`, which replaces it at the end if it holds the
@@ -80,9 +80,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(folder: Path, forms: Mapping[str, Form], tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD) -> None:
+def write(
+    folder: Path, forms: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD
+) -> None:
     """Write `tensors`, which come in the order of `forms`, into shards of at most `limit` bytes, and their index."""
-    shards: list[dict[str, Form]] = [{}]
+    shards: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, form in forms.items():
         if shards[-1] and size + form.bytes > limit:
@@ -103,7 +105,7 @@ def write(folder: Path, forms: Mapping[str, Form], tensors: Iterable[tuple[str, 
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(file: BinaryIO, shard: Mapping[str, Form], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _write_shard(file: BinaryIO, shard: Mapping[str, TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
     """The safetensors format: the length of a JSON header in 8 bytes, the header, the bytes of the tensors in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -64,7 +64,7 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     weights = open_weights(source, given)
     origin = weights.origin
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
-    with files.whole_folder(out, force, runs.RECIPE) as new:
+    with files.atomic_folder(out, force, runs.RECIPE) as new:
         runs.write(new / runs.RECIPE, dump(origin.recipe))
         checkpoint.write(new, origin.step, weights.empty, weights.read, meta)
     return out

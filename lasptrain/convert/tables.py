@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lasptrain.convert.files import Form
+from lasptrain.convert.files import TensorSpec
 from lasptrain.errors import ConvertError
 from lasptrain.recipe.sections import Model
 
@@ -319,13 +319,13 @@ def check_sources(table: Sequence[Rule], names: Collection[str], where: str) -> 
     _compare({source for rule in table for source in rule.sources}, set(names), where)
 
 
-def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str, Form]:
+def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor of the target, in the table's order."""
-    found: dict[str, Form] = {}
+    found: dict[str, TensorSpec] = {}
     for rule in table:
         made = rule.to([torch.empty(shapes[source], device="meta") for source in rule.sources])
         kept = torch.float32 if rule.full_precision else dtype
-        found |= {name: Form(tuple(y.shape), kept) for name, y in zip(rule.targets, made, strict=True)}
+        found |= {name: TensorSpec(tuple(y.shape), kept) for name, y in zip(rule.targets, made, strict=True)}
     return found
 
 

@@ -93,7 +93,7 @@ Reference = Callable[..., Tensor]  # (tokens [B, T], keep = T) → logits [B, ke
 
 def reference(run: Path) -> Reference:
     """Ours in float64, token by token."""
-    step = checkpoint.Opened(run)
+    step = checkpoint.CheckpointReader(run)
     cfg = Model.model_validate(step.meta["model"])
     with torch.device("meta"):
         model = LanguageModel(cfg, step.meta["order"]["window"], Attention("reference"), dtype=torch.float64).double()
@@ -210,7 +210,7 @@ def _without(logits: Tensor, ids: list[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
 
 
-def strangers(info: dict[str, Any]) -> dict[str, list[str]]:
+def unexpected_keys(info: dict[str, Any]) -> dict[str, list[str]]:
     """Keys that are missing, unexpected or mismatched, of what transformers says about loading."""
     found = {kind: [str(name) for name in names if not str(name).endswith(COMPUTED)] for kind, names in info.items()}
     return {kind: sorted(names) for kind, names in found.items() if names}
@@ -228,7 +228,7 @@ def main(folder: str, run: str) -> None:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=custom
     )
-    if strange := strangers(info):
+    if strange := unexpected_keys(info):
         raise ConvertError(f"keys: {strange}")
     if kind in OF_FLA:
         model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -158,7 +158,7 @@ def _gathered(recipe: Recipe) -> int:
     return 0 if model.sliding else 2 * _key_channels(model) * _size(recipe) * len(model.softmax)
 
 
-def short_of_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
+def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
     """What takes how much memory of a rank, largest first, and which keys of the recipe would need less."""
     parts = sorted(memory(recipe, vocab, dp, sp, segment).items(), key=lambda part: -part[1])
     used = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts if size >= 2**26)
@@ -280,7 +280,7 @@ def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -
 DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
 
 
-def horizon(model: Model, window: int) -> list[list[int]]:
+def memory_horizon(model: Model, window: int) -> list[list[int]]:
     """Per layer, at how many heads a token weighs more than 1/1000, or in a softmax layer is seen, after each of
     DISTANCES.
     """
@@ -294,7 +294,7 @@ def horizon(model: Model, window: int) -> list[list[int]]:
     ]
 
 
-def sees(model: Model, window: int) -> float:
+def effective_context(model: Model, window: int) -> float:
     """The largest distance in tokens at which at least one head in a quarter of the recurrent layers, or a softmax
     layer, still sees; may be inf.
     """

@@ -14,7 +14,7 @@ from lasptrain.errors import RecipeError
 LINKS = ("hop", "gather")
 
 
-class Measured(NamedTuple):
+class MeasuredHardware(NamedTuple):
     """One kind of GPU, and the links between those of one machine, where it has several."""
 
     device: str
@@ -29,27 +29,27 @@ class Measured(NamedTuple):
         return ASSUMED._replace(inside=inside, gather=self.gather)
 
 
-def write(file: Path, measured: Measured) -> None:
+def write(file: Path, measured: MeasuredHardware) -> None:
     """As JSON."""
     links = {name: link and link._asdict() for name, link in zip(LINKS, measured[2:], strict=True)}
     file.write_text(json.dumps({"device": measured.device, **measured.rates._asdict(), **links}, indent=1))
 
 
-def read(file: Path) -> Measured:
+def read(file: Path) -> MeasuredHardware:
     """What `write` wrote. RecipeError where it is something else."""
     expected = "expected a file of plan --measure --rates FILE"
     try:
         found = json.loads(file.read_text())
         hop, gather = (found[name] and Link(*(float(found[name][key]) for key in Link._fields)) for name in LINKS)
         rates = Rates(float(found["products"]), float(found["copies"]), int(found["memory"]))
-        return Measured(str(found["device"]), rates, hop, gather)
+        return MeasuredHardware(str(found["device"]), rates, hop, gather)
     except OSError as error:
         raise RecipeError(f"--rates: {file}: {error.strerror}; {expected}") from None
     except (ValueError, KeyError, TypeError):
         raise RecipeError(f"--rates: {file}: holds no rates; {expected}") from None
 
 
-def told(rates: Rates, links: Links, measured: Measured | None) -> list[tuple[str, str, str]]:
+def told(rates: Rates, links: Links, measured: MeasuredHardware | None) -> list[tuple[str, str, str]]:
     """Each number that predictions come from: its name, its value, and whether it was measured."""
     gpu = "assumed" if measured is None else f"measured, {measured.device}"
     hop = "assumed" if measured is None or measured.hop is None else f"measured, {measured.device}"

@@ -42,7 +42,7 @@ class Split:
         """The number of the epoch in which a sample ends; 1 before the first one too."""
         return max(1, math.ceil(epochs(self.tokens, window, sample + 1)))
 
-    def held_out(self, window: int) -> Sequence[int]:
+    def validation_starts(self, window: int) -> Sequence[int]:
         """Where windows start that are cut from the start of the split, without shift or shuffle."""
         return range(0, self.tokens // window * window, window)
 
@@ -81,7 +81,7 @@ class Windows(Protocol):
     def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
         """Number of the source of which a sample begins to read tokens again, and of the epoch that begins, if so."""
 
-    def held_out(self, window: int) -> Sequence[int]:
+    def validation_starts(self, window: int) -> Sequence[int]:
         """Places of fixed windows, for validation."""
 
     def read(self, start: int, count: int) -> torch.Tensor:

@@ -125,7 +125,7 @@ class SliceLoader:
 
     @cached_property
     def _held_out(self) -> Sequence[int]:
-        return self.split.held_out(self.window)
+        return self.split.validation_starts(self.window)
 
     def validation_rounds(self, windows: int) -> int:
         """How many times `validation_slices` is asked, by every rank, to cover the first `windows` windows."""

@@ -81,9 +81,9 @@ class Mixture:
         begun = any(source == number and split.epoch(window, other) >= epoch for source, other in before)
         return None if begun else (number, epoch)
 
-    def held_out(self, window: int) -> list[int]:
+    def validation_starts(self, window: int) -> list[int]:
         """Places of windows from the starts of the splits, the datasets' first ones first."""
-        places = [split.held_out(window) for split in self.splits]
+        places = [split.validation_starts(window) for split in self.splits]
         longest = max(map(len, places))
         return [k * SPAN + p[i] for i in range(longest) for k, p in enumerate(places) if i < len(p)]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.models.mixer import State
 from lasptrain.ops.cross_entropy import IGNORED
-from lasptrain.parallel.collectives import from_rank_0, sum_over_ranks
+from lasptrain.parallel.collectives import all_reduce_sum, broadcast
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
@@ -123,7 +123,7 @@ class Reader:
             assert out.loss is not None
             found[own] = out.loss.double()
         if self.sp > 1 and self.mesh is not None:
-            found = sum_over_ranks(found) / self.mesh.length("dp")
+            found = all_reduce_sum(found) / self.mesh.length("dp")
         if shared < count:
             carry = self._everywhere(carry) if shared else carry
             tail = (inputs[:, shared:].to(self.device), labels[:, shared:].to(self.device))
@@ -173,7 +173,7 @@ class Reader:
         if carry is None or self.mesh is None or self.sp == 1:
             return carry
         mesh = self.mesh
-        return [tuple(None if s is None else from_rank_0(s, mesh.sp_group) for s in state) for state in carry]
+        return [tuple(None if s is None else broadcast(s, mesh.sp_group) for s in state) for state in carry]
 
 
 def twin(model: LanguageModel, attention: Attention) -> LanguageModel:

@@ -77,7 +77,7 @@ def _is_run(path: Path) -> bool:
 def _of_run(path: Path) -> Trained:
     recipe = recipes.load(path / runs.RECIPE)
     model = _empty(recipe, recipe.model, recipe.data.window)
-    with meshes.alone():
+    with meshes.single_process_group():
         loaded = checkpoint.load(path, model, None)
     if loaded is None:
         raise CheckpointError(f"{path}: found no checkpoint; expected a run that has saved one")

@@ -19,17 +19,17 @@ from lasptrain.eval import predictions, report
 from lasptrain.eval.generate import Sampling, decode
 from lasptrain.eval.inference import Reader, join
 from lasptrain.eval.load import Trained, load_model
-from lasptrain.eval.runner import PERPLEXITY, Asked, Key, Ledger, Questions, Record, settings
+from lasptrain.eval.runner import PERPLEXITY, EvalConfig, EvalRunner, Key, Record, ResultsLog, settings
 from lasptrain.eval.tasks import TASKS
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.collectives import smallest
+from lasptrain.parallel.collectives import barrier
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.sections import Data
 from lasptrain.run.metrics import write_scalars
 
 
 def evaluate(
-    run: Path, asked: Asked, out: Path | None, segment: int, nproc: int | None, ruler: Path | None = None
+    run: Path, asked: EvalConfig, out: Path | None, segment: int, nproc: int | None, ruler: Path | None = None
 ) -> Record:
     """Ask everything that has no answer yet, write the report, and return what results.json holds, and `folder`.
 
@@ -44,37 +44,37 @@ def evaluate(
     return _evaluate(run, asked, out, segment, ruler)
 
 
-def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, ruler: Path | None) -> Record:
+def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, ruler: Path | None) -> Record:
     """On every rank."""
-    with meshes.alone():
+    with meshes.single_process_group():
         world = meshes.world_size()
         mesh = meshes.build(1, world)
-        speaks = mesh.rank("sp") == 0
+        is_main = mesh.rank("sp") == 0
         trained = load_model(run)
         fuse = trained.recipe.train.compile and meshes.device().type == "cuda"
         reader = Reader(trained.model, mesh, segment, fuse=fuse)
         folder = out or run / "eval" / f"step-{trained.step}"
         identity = asked.identity() | {"step": trained.step, "tokenizer": trained.tokenizer.sha256}
-        ledger = Ledger(folder, identity, speaks)
+        ledger = ResultsLog(folder, identity, is_main)
         ledger.check(asked.files)
         if ruler is not None:
             predictions.check(ruler, asked.files, ledger.records)
         done = ledger.done
-        smallest(0)  # all have read what there is before anyone writes
+        barrier()  # all have read what there is before anyone writes
         notes: list[str] = []
         dataset = _dataset(trained.recipe.data, notes) if set(PERPLEXITY) & set(asked.tasks) else None
         began, peak = time.perf_counter(), meshes.peak_memory(reader.device)
-        with asking(*_counts(asked, done), speaks) as show:
-            answers = Questions(asked, trained.tokenizer, dataset, _told(reader, show))
-            for record in answers.answers(reader, done, speaks, notes.append):
-                if speaks:
+        with asking(*_counts(asked, done), is_main) as show:
+            answers = EvalRunner(asked, trained.tokenizer, dataset, _told(reader, show))
+            for record in answers.answers(reader, done, is_main, notes.append):
+                if is_main:
                     ledger.add(record)
                     show(_answered(record), 1)
         peak = max(peak, meshes.peak_memory(reader.device))
         header = _header(trained, asked, reader, dataset) | {"notes": notes, "peak_bytes": peak}
         header["seconds"] = time.perf_counter() - began
         found = report.cells(ledger.records)
-        if speaks:
+        if is_main:
             report.write(folder, found, header)
             write_scalars(folder, trained.step, report.scalars(found))
             if ruler is not None:
@@ -82,7 +82,7 @@ def _evaluate(run: Path, asked: Asked, out: Path | None, segment: int, ruler: Pa
     return {**header, "cells": found, "folder": str(folder)}
 
 
-def _counts(asked: Asked, done: set[Key]) -> tuple[int, int]:
+def _counts(asked: EvalConfig, done: set[Key]) -> tuple[int, int]:
     """Questions asked, as far as their number is known, and how many of them are answered."""
     tasks = [task for task in asked.tasks if task in TASKS]
     cells = {(task, length): asked.samples for task in tasks for length in asked.lengths}
@@ -126,7 +126,7 @@ def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
         return None
 
 
-def _header(trained: Trained, asked: Asked, reader: Reader, dataset: TokenDataset | None) -> Record:
+def _header(trained: Trained, asked: EvalConfig, reader: Reader, dataset: TokenDataset | None) -> Record:
     return {
         "name": trained.recipe.name,
         "step": trained.step,

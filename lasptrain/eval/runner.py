@@ -25,7 +25,7 @@ from lasptrain.eval.inference import Reader
 from lasptrain.eval.score import METRICS
 from lasptrain.eval.tasks import TASKS
 from lasptrain.eval.tasks.files import File, asked_of, rows
-from lasptrain.eval.tasks.sample import Ask, Sample
+from lasptrain.eval.tasks.sample import Sample, SampleRequest
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ SHOWN = 200  # characters of a prompt's end that are kept
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalConfig:
     """What is asked of a model."""
 
     tasks: tuple[str, ...]
@@ -71,28 +71,30 @@ Key = tuple[str, int, int]  # task or file, length, index
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalRunner:
     """All that is asked, in order; `dataset` has the documents for perplexity, of its validation split.
 
     `told` is called before each question.
     """
 
-    asked: Asked
+    asked: EvalConfig
     tokenizer: Tokenizer
     dataset: TokenDataset | None = None
     told: Callable[[Key], None] = lambda key: None
 
-    def answers(self, reader: Reader, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
+    def answers(self, reader: Reader, done: set[Key], is_main: bool, say: Say) -> Iterator[Record]:
         """Records of what is not `done` yet, on the rank that speaks; empty ones on others. Collective over ranks."""
         for task in dict.fromkeys(self.asked.tasks):
             for length in dict.fromkeys(self.asked.lengths) if task in TASKS else ():
-                yield from self._cell(reader, task, length, done, speaks, say)
+                yield from self._cell(reader, task, length, done, is_main, say)
             if task in PERPLEXITY:
                 yield from self._perplexity(reader, task, done, say)
         for file in self.asked.files:
-            yield from self._file(reader, file, done, speaks)
+            yield from self._file(reader, file, done, is_main)
 
-    def _cell(self, reader: Reader, task: str, length: int, done: set[Key], speaks: bool, say: Say) -> Iterator[Record]:
+    def _cell(
+        self, reader: Reader, task: str, length: int, done: set[Key], is_main: bool, say: Say
+    ) -> Iterator[Record]:
         asked = self.asked
         for index in range(asked.samples):
             key = (task, length, index)
@@ -100,13 +102,13 @@ class Questions:
                 continue
             self.told(key)
             try:
-                sample = TASKS[task](Ask(self.tokenizer, length, index, asked.seed, asked.depths, asked.text))
+                sample = TASKS[task](SampleRequest(self.tokenizer, length, index, asked.seed, asked.depths, asked.text))
             except RecipeError as error:
                 say(f"{task} not run: {error}")
                 return
-            yield _record(key) | answer(reader, self.tokenizer, sample, asked.control, speaks)
+            yield _record(key) | answer(reader, self.tokenizer, sample, asked.control, is_main)
 
-    def _file(self, reader: Reader, file: File, done: set[Key], speaks: bool) -> Iterator[Record]:
+    def _file(self, reader: Reader, file: File, done: set[Key], is_main: bool) -> Iterator[Record]:
         source = {"file": str(file.path), "sha256": file.sha256, "rows": file.rows}
         for index, row in enumerate(islice(rows(file.path), self.asked.rows)):
             key = (file.name, file.length, index)
@@ -114,7 +116,7 @@ class Questions:
                 continue
             self.told(key)
             size, sample = asked_of(row, self.tokenizer)
-            found = answer(reader, self.tokenizer, sample, self.asked.control, speaks)
+            found = answer(reader, self.tokenizer, sample, self.asked.control, is_main)
             yield _record(key) | source | {"up_to": file.length if file.is_target else size} | found
 
     def _perplexity(self, reader: Reader, task: str, done: set[Key], say: Say) -> Iterator[Record]:
@@ -151,7 +153,7 @@ def _key(record: Record) -> Key:
     return record["task"], record["length"], record["index"]
 
 
-def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, speaks: bool) -> Record:
+def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, is_main: bool) -> Record:
     """What the model makes of a sample. Every rank reads; the one that speaks scores and generates."""
     began = time.perf_counter()
     past = reader.read(torch.tensor([sample.prompt]))
@@ -159,7 +161,7 @@ def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, 
     other = None
     if control and sample.control:
         other = reader.read(torch.tensor([sample.control]))
-    if not speaks:
+    if not is_main:
         return {}
     nats, hits = reader.score(past, sample.inputs, sample.labels)
     record: Record = {
@@ -181,10 +183,10 @@ def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, 
     return record
 
 
-class Ledger:
+class ResultsLog:
     """The answers so far, in FOLDER/samples.jsonl, under a first line that says what they are answers of."""
 
-    def __init__(self, folder: Path, identity: Record, speaks: bool = True):
+    def __init__(self, folder: Path, identity: Record, is_main: bool = True):
         """Raises SetupError where the folder has answers of another model or other questions."""
         self.file = folder / SAMPLES
         present = self._read()
@@ -193,8 +195,8 @@ class Ledger:
                 f"{self.file}: holds answers under {present[0].get('identity')}, now {identity}; use another --out"
             )
         self._answers = {_key(record): record for record in present[1:]}
-        self._speaks = speaks
-        if speaks:
+        self._speaks = is_main
+        if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             lines = [{"identity": identity}, *self.records]
             new = self.file.with_suffix(".new")  # without a line that a kill has torn
@@ -243,6 +245,6 @@ class Ledger:
                 file.write(json.dumps(record) + "\n")
 
 
-def settings(asked: Asked) -> Record:
+def settings(asked: EvalConfig) -> Record:
     """What was asked, as JSON has it; of the user's text only its digest."""
     return asdict(asked) | asked.identity() | {"files": [str(file.path) for file in asked.files]}

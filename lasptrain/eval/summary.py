@@ -30,10 +30,10 @@ PROMPT = 48  # tokens of held-out text that the sample continues
 
 
 def summarize(
-    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation, speaks: bool
+    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation, is_main: bool
 ) -> None:
     """Print the summary on the rank that speaks. Collective over all ranks, because the weights are gathered."""
-    whole = gather(model, speaks)
+    whole = gather(model, is_main)
     if whole is None:
         return
     show(_losses(validation, dataset, recipe))

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Taps(NamedTuple):
+class ConvWeights(NamedTuple):
     """The weights of a convolution over n + 1 tokens, in full precision."""
 
     weight: Tensor  # [C, n + 1], the present token's last
     bias: Tensor  # [C]
 
-    def split(self, *channels: int) -> list[Taps]:
+    def split(self, *channels: int) -> list[ConvWeights]:
         """Those of consecutive channels."""
-        return [Taps(w, b) for w, b in zip(self.weight.split(channels), self.bias.split(channels), strict=True)]
+        return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), self.bias.split(channels), strict=True)]
 
     def __call__(self, x: Tensor, before: Tensor, doc: Tensor | None) -> Tensor:
         """silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.
@@ -62,6 +62,6 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(channels, width)), nn.Parameter(torch.empty(channels))
 
-    def forward(self) -> Taps:
+    def forward(self) -> ConvWeights:
         """Copies: where parameters are sharded, these are here only while this runs."""
-        return Taps(self.weight.clone(), self.bias.clone())
+        return ConvWeights(self.weight.clone(), self.bias.clone())

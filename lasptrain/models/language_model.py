@@ -16,7 +16,7 @@ from lasptrain.architectures.decay import slopes
 from lasptrain.models.convolution import Convolution
 from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
-from lasptrain.models.linear_transformer import Undecayed
+from lasptrain.models.linear_transformer import LinearTransformer
 from lasptrain.models.minimax import Lightning
 from lasptrain.models.mixer import State
 from lasptrain.models.retnet import Retention
@@ -29,7 +29,7 @@ from lasptrain.recipe.sections import Model
 
 INIT_STD = 0.02
 
-Mixer: TypeAlias = TransNormer | Undecayed | StateSpace | Retention | Lightning | Softmax
+Mixer: TypeAlias = TransNormer | LinearTransformer | StateSpace | Retention | Lightning | Softmax
 
 
 class Output(NamedTuple):
@@ -228,7 +228,7 @@ def _block(cfg: Model, index: int, attention: Attention) -> Block:
         case "tnl":
             mixer = TransNormer(*sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention)
         case "linear_transformer":
-            mixer = Undecayed(*sizes, normalizer=cfg.normalizer, attention=attention)
+            mixer = LinearTransformer(*sizes, normalizer=cfg.normalizer, attention=attention)
         case "ssd":
             mixer = StateSpace(
                 *sizes,

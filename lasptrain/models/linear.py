@@ -39,7 +39,7 @@ class Linear(nn.Linear):
         return products(x, self)[0]
 
 
-class Weighted(Protocol):
+class HasWeight(Protocol):
     """A weight [out, in], and if it was made before the same in the precision of products."""
 
     @property
@@ -49,7 +49,7 @@ class Weighted(Protocol):
     def operand(self) -> Tensor | None: ...
 
 
-def products(x: Tensor, *layers: Weighted) -> tuple[Tensor, ...]:
+def products(x: Tensor, *layers: HasWeight) -> tuple[Tensor, ...]:
     """x Wᵀ for each layer [..., out], of one x [..., in] whose gradient is summed inside of the products."""
     weights = [layer.weight for layer in layers]
     operands = [layer.weight if layer.operand is None else layer.operand for layer in layers]

@@ -11,7 +11,7 @@ from lasptrain.models.mixer import Recurrence, split_heads
 from lasptrain.parallel.recurrence import Attention
 
 
-class Undecayed(Recurrence):
+class LinearTransformer(Recurrence):
     """The linear transformer's attention (arXiv:2006.16236): φ(x) = elu(x) + 1, no decay, no gate.
 
     Without normaliser o = rms(q S / √K) per head; with it o = rms(q S / (q z + 1e-10)), where z, the sum of keys, is

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lasptrain.models.convolution import Convolution, Taps
+from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, products
 from lasptrain.models.mixer import COMPILED, State
@@ -61,11 +61,11 @@ class GatedNorm(nn.Module):
         return srms(o, EPS).flatten(2) * self.weight.to(o.dtype)
 
 
-class Small(NamedTuple):
+class SsdWeights(NamedTuple):
     """The weights of a mixer that are small and stay in full precision, where it has them."""
 
     step: StepWeights | None
-    taps: Taps | None
+    taps: ConvWeights | None
 
     @property
     def steps(self) -> list[StepWeights]:
@@ -106,11 +106,11 @@ class StateSpace(nn.Module):
         self.slope: Tensor
         self.register_buffer("slope", None if learned else torch.empty(heads))
 
-    def phases(self, length: int) -> Small:
-        return Small(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
+    def phases(self, length: int) -> SsdWeights:
+        return SsdWeights(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
 
     def forward(
-        self, h: Tensor, small: Small, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self, h: Tensor, small: SsdWeights, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, State]:
         rows = None
         if small.taps is not None:
@@ -125,7 +125,7 @@ class StateSpace(nn.Module):
         o, leaving = self.attention.finish(pending, q)
         return self.output(o, gate), (leaving, rows)
 
-    def state(self, h: Tensor, small: Small, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(self, h: Tensor, small: SsdWeights, doc: Tensor | None, carry: State, memory: Memory) -> State:
         """What leaves the segment, without outputs."""
         rows = None
         if small.taps is None:
@@ -139,23 +139,23 @@ class StateSpace(nn.Module):
     ) -> Pending:
         return self.attention.begin(k, v, decay, doc, carry=carry[0], memory=memory, leave=leave)
 
-    def keys(self, h: Tensor, small: Small) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
         """k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
         k, v, *dt = products(h, self.k, self.v, *small.steps)
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small)
 
-    def queries(self, h: Tensor, small: Small) -> tuple[Tensor, Tensor]:
+    def queries(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = products(h, self.q, self.gate)
         return self._heads(F.silu(q)), gate
 
-    def project(self, h: Tensor, small: Small) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
         k, v, q, gate, *dt = products(h, self.k, self.v, self.q, self.gate, *small.steps)
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small), self._heads(F.silu(q)), gate
 
     def _with_neighbours(
-        self, h: Tensor, small: Small, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self, h: Tensor, small: SsdWeights, doc: Tensor | None, carry: State, memory: Memory, leave: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What `project` makes, convolved, and the rows that enter the next segment."""
         assert small.taps is not None
@@ -171,7 +171,7 @@ class StateSpace(nn.Module):
         q: Tensor,
         before: Tensor,
         dt: list[Tensor],
-        small: Small,
+        small: SsdWeights,
         doc: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, log decay and q of the products and the rows before them."""
@@ -186,7 +186,7 @@ class StateSpace(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1)
 
     def _stepped(
-        self, v: Tensor, dt: list[Tensor], small: Small, dtype: torch.dtype | None = None
+        self, v: Tensor, dt: list[Tensor], small: SsdWeights, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Values times their steps, and the log decay, of what `products` made; steps are in at least fp32."""
         dtype = dtype or v.dtype

@@ -13,35 +13,40 @@ T = TypeVar("T")
 N = TypeVar("N", int, float)
 
 
-def smallest(value: int) -> int:
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_reduce_min(0)
+
+
+def all_reduce_min(value: int) -> int:
     """The smallest of a number over all ranks."""
     found = torch.tensor(value, device=device())
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     return int(found)
 
 
-def largest(value: N) -> N:
+def all_reduce_max(value: N) -> N:
     """The largest of a number over all ranks, through host memory: does not wait for a GPU."""
     found = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return type(value)(found)
 
 
-def told_by_all(what: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def all_gather_object(what: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """What every rank, or every one of a group, has to say, by rank: small objects."""
     told: list[T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, what, group=group)
     return cast("list[T]", told)
 
 
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all ranks, in its own dtype."""
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
 
 
-def from_rank_0(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def broadcast(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The x that rank 0 of the group holds, on all of its ranks; what the others give has its shape and dtype."""
     x = x.detach().contiguous().clone()
     dist.broadcast(x, group=group, group_src=0)

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def quiet() -> None:
+def silence_torch_logs() -> None:
     """Have the processes that this one starts keep torch's notes on its own workings to themselves."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
@@ -105,7 +105,7 @@ def free_memory(on: torch.device) -> int:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process_group() -> Iterator[None]:
     """A process group of this process only, where there is none yet: for what is collective by nature."""
     if dist.is_initialized():
         yield

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import told_by_all
+from lasptrain.parallel.collectives import all_gather_object
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 SMALLEST = 1 << 15  # bytes: four parts, whose flags are aligned as Triton expects it
@@ -35,7 +35,7 @@ class Messages(Protocol):
         ...
 
 
-class Posted:
+class ProcessGroupP2P:
     """Through the process group. Over NCCL a message is a kernel on a stream of its own, at both ends."""
 
     def __init__(self, group: dist.ProcessGroup):
@@ -70,34 +70,34 @@ def between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messag
 @lru_cache
 def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messages:
     if device.type != "cuda":
-        return Posted(group)
+        return ProcessGroupP2P(group)
     if not _reach_each_other(group, device):
         return _line(group)
-    from lasptrain.parallel.p2p_symmetric import Direct, SharedMemory  # here, because Triton is not everywhere
+    from lasptrain.parallel.p2p_symmetric import SharedMemory, SymmetricP2P  # here, because Triton is not everywhere
 
     try:
         memory = SharedMemory(group, device, size)
     except RuntimeError:  # a driver or a container that does not let processes share memory
         memory = None
-    if not all(told_by_all(memory is not None, group)):
+    if not all(all_gather_object(memory is not None, group)):
         return _line(group)
     assert memory is not None
-    return Direct(memory, dist.get_rank(group), dist.get_world_size(group))
+    return SymmetricP2P(memory, dist.get_rank(group), dist.get_world_size(group))
 
 
 @lru_cache
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether all ranks of the group are on one machine, each with a GPU that can write the memory of the others."""
     machine = socket.gethostname(), BOOT.read_text() if BOOT.exists() else ""
-    told = told_by_all((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
+    told = all_gather_object((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
     others = [index for rank, (_, index, _) in enumerate(told) if rank != dist.get_rank(group)]
     reach = device.index not in others and all(torch.cuda.can_device_access_peer(device, other) for other in others)
     alike = {(found, off) for found, _, off in told} == {(machine, "0")}
-    return all(told_by_all(reach and alike, group))
+    return all(all_gather_object(reach and alike, group))
 
 
 @lru_cache
-def _line(group: dist.ProcessGroup) -> Posted:
+def _line(group: dist.ProcessGroup) -> ProcessGroupP2P:
     """The ranks of an NCCL group, in one for messages that hide behind kernels; all of them call it together.
 
     A message on its way takes whole multiprocessors from a kernel that was cut to fill them. From a few it leaves what
@@ -109,4 +109,4 @@ def _line(group: dist.ProcessGroup) -> Posted:
     ranks = [*range(dist.get_world_size(group))]
     line = dist.split_group(group, [ranks], timeout=options._timeout, pg_options=options)
     assert line is not None  # every rank is in it
-    return Posted(line)
+    return ProcessGroupP2P(line)

@@ -32,7 +32,7 @@ class Memory(Protocol):
     def busy(self, rank: int, cell: int) -> Tensor: ...
 
 
-class Direct:
+class SymmetricP2P:
     """Cell `side · SLOTS + n % SLOTS` is for message n of those that go on (side 0) or back (side 1) in the circle.
 
     Its box and `full` are the receiver's, `busy` is the sender's. They say yes or no: counts would not be those of the

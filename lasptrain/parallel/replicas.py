@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lasptrain.errors import ReplicasError
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import told_by_all
+from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.parallel.mesh import Mesh
 
 
@@ -26,7 +26,7 @@ def compare(model: nn.Module, layout: Mesh, kind: str, step: int) -> None:
             same = layout.rank("sp")
         case _:
             return
-    if layout.size > 1 and (odd := outvoted(told_by_all((same, checksum(model))))):
+    if layout.size > 1 and (odd := outvoted(all_gather_object((same, checksum(model))))):
         ranks = ", ".join(map(str, odd))
         raise ReplicasError(
             f"step {step}: the parameters of rank {ranks} differ from their replicas; expected the same bits: memory "

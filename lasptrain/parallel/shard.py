@@ -165,7 +165,7 @@ def parallelize(
     return _replicate(model, flat, device) if replicated and not lone else model
 
 
-def telling(optimizer: T) -> T:
+def bump_parameter_versions(optimizer: T) -> T:
     """The optimizer, made to count up its parameters' versions, which fused kernels forget. Whoever keeps what is made
     of a parameter sees by it that the parameter has changed.
     """
@@ -187,7 +187,9 @@ def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
         from torch.distributed.optim import ZeroRedundancyOptimizer
     groups = [dict(group) for group in optimizer.param_groups]  # they hold all options, which go before any default
     group = mesh.flat.get_group()
-    return telling(ZeroRedundancyOptimizer(groups, AdamW, process_group=group, parameters_as_bucket_view=True))
+    return bump_parameter_versions(
+        ZeroRedundancyOptimizer(groups, AdamW, process_group=group, parameters_as_bucket_view=True)
+    )
 
 
 def reshard(model: nn.Module) -> None:

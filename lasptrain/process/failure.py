@@ -41,7 +41,7 @@ class Failure(NamedTuple):
     time: float
 
 
-def conclude(run: Path, failure: Failure | None, restarts: int = 0) -> None:
+def write_final_status(run: Path, failure: Failure | None, restarts: int = 0) -> None:
     """Adds to status.json how the run has ended, for schedulers and people."""
     file = run / STATUS
     try:
@@ -56,7 +56,7 @@ def conclude(run: Path, failure: Failure | None, restarts: int = 0) -> None:
         runs.write(file, json.dumps(status))
 
 
-def cause(codes: dict[int, int], records: Path) -> Failure:
+def root_cause(codes: dict[int, int], records: Path) -> Failure:
     """Who failed first: the earliest record of one that did not just lose a peer, else a rank killed by a signal."""
     found = sorted(read_records(records), key=lambda failure: failure.time)
     # The agent asks the others to stop when one has failed, so having been stopped is a cause only if it came first.

@@ -39,9 +39,9 @@ from lasptrain.parallel import mesh
 from lasptrain.process import signals as stop
 from lasptrain.process import watchdog as watch
 from lasptrain.process.environment import joined_ranks
-from lasptrain.process.failure import Failure, cause, conclude, first_line, read_records, record, report
-from lasptrain.process.location import USUAL, Place, adopted, resolve
-from lasptrain.process.ranks import rank_process
+from lasptrain.process.failure import Failure, first_line, read_records, record, report, root_cause, write_final_status
+from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
+from lasptrain.process.ranks import run_worker
 from lasptrain.recipe import resolve as recipes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.yaml12 import dump
@@ -61,7 +61,7 @@ class Nodes(NamedTuple):
 
 def launch(
     recipe: Recipe,
-    place: Place = USUAL,
+    place: RunLocation = DEFAULT,
     nproc: int | None = None,
     nodes: Nodes | None = None,
     target: str = TRAIN,
@@ -78,12 +78,12 @@ def launch(
         stop.listen()
         recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
-        rank_process(recipe, target, place=place)
+        run_worker(recipe, target, place=place)
     _stop_at_once()
     with _no_signal_lost():
         nproc = _processes(nproc)
         recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
-        with adopted(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
+        with open_run(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
             failure = _attempts(recipe, run, nproc, nodes, target, max_restarts)
     return report(failure) if failure else 0
 
@@ -96,7 +96,7 @@ def _attempts(
     while True:
         failure = _attempt(recipe, run, nproc, nodes, target)
         if run is not None:
-            conclude(run, failure, restarts)
+            write_final_status(run, failure, restarts)
         if failure is None or failure.code != RankLostError.code or restarts >= max_restarts:
             return failure
         restarts += 1
@@ -107,7 +107,7 @@ def _stop_at_once() -> None:
     """Until there are ranks, signals end this process by an exception: nothing has been done that could be lost."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise stop.stopped(number, "training had not begun")
+        raise stop.interruption(number, "training had not begun")
 
     for number in stop.CODES:
         signal.signal(number, leave)
@@ -159,7 +159,7 @@ def _agent(
 ) -> Failure | None:
     """Runs this machine's ranks under the elastic agent."""
     _silence("torch.distributed.elastic")
-    mesh.quiet()
+    mesh.silence_torch_logs()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     if nodes is None and Path("/sys/class/net/lo").exists():
@@ -167,16 +167,16 @@ def _agent(
     here = sys.path[0] in ("", str(Path.cwd()))
     entry = ["-m", "lasptrain.process.worker"] if here else ["-P", "-m", "lasptrain.process.worker"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
-    watching = watch.Watch(folder, partial(_record_ended, records))
+    watching = watch.Watchdog(folder, partial(_record_ended, records))
     watching.start()
     try:
         elastic_launch(_config(folder, nproc, nodes, grace), sys.executable)("-u", *entry, *arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return cause(codes, records)
+        return root_cause(codes, records)
     except SignalException as error:
         began = any(folder.glob(f"{watch.PULSE}*"))
-        return _stopped_by(stop.stopped(error.sigval, "training had not begun"), began, records)
+        return _stopped_by(stop.interruption(error.sigval, "training had not begun"), began, records)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
@@ -198,13 +198,13 @@ def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:
         record(records, Failure(rank, RankLostError.code, kind, f"{name} {what}", time.time()))
 
 
-def _stopped_by(stopped: Stopped, began: bool, records: Path) -> Failure:
+def _stopped_by(interruption: Stopped, began: bool, records: Path) -> Failure:
     """How a run ended that a signal to the launcher has ended: as its ranks say, where they had begun."""
     if not began:
-        return Failure(0, stopped.code, type(stopped).__name__, str(stopped), time.time())
+        return Failure(0, interruption.code, type(interruption).__name__, str(interruption), time.time())
     found = sorted(read_records(records), key=lambda failure: (failure.code == RankLostError.code, failure.time))
     if found and found[0].code != RankLostError.code:
-        return found[0]._replace(code=stopped.code) if found[0].kind == type(stopped).__name__ else found[0]
+        return found[0]._replace(code=interruption.code) if found[0].kind == type(interruption).__name__ else found[0]
     return Failure(0, TERMINATED, "Killed", "stopped before the newest step could be saved", time.time())
 
 

@@ -51,13 +51,13 @@ def trials(
     measure: Callable[..., Any],
     given: Sequence[Args],
     *,
-    hopeless: Callable[[Args, Args], bool] = lambda failed, other: False,
+    skip_after: Callable[[Args, Args], bool] = lambda failed, other: False,
     silence: float | None = SILENCE,
 ) -> Generator[tuple[Args, Any | Failure], None, None]:
     """Each of `given` with what rank 0 gets from `measure(*args)`, which all ranks call, or with why it got nothing.
 
     They are calls in one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job,
-    since ranks that wait for a lost one never return; what follows is called in a new one. Others that are `hopeless`
+    since ranks that wait for a lost one never return; what follows is called in a new one. Others that are `skip_after`
     after a failed one fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
     """
     gpus = torch.cuda.device_count()
@@ -70,7 +70,7 @@ def trials(
                 args = waiting.pop(0)
                 yield args, found
         if isinstance(found, Failure):
-            for other in [other for other in waiting if hopeless(args, other)]:
+            for other in [other for other in waiting if skip_after(args, other)]:
                 waiting.remove(other)
                 yield other, found
 
@@ -79,7 +79,7 @@ def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | Failure]:
     """Results as they come; the last may be why there are no more."""
-    mesh.quiet()
+    mesh.silence_torch_logs()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells of each rank it ends
     # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
     start = "spawn" if torch.cuda.is_available() else "forkserver"

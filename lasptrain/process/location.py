@@ -13,14 +13,14 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 
 
-class Place(NamedTuple):
+class RunLocation(NamedTuple):
     """Which run folder is asked for: `folder` instead of runs/NAME; `fresh`: one that does not exist yet."""
 
     folder: Path | None = None
     fresh: bool = False
 
 
-USUAL = Place()
+DEFAULT = RunLocation()
 
 
 def resolve(recipe: Recipe, world: int) -> Recipe:
@@ -34,7 +34,7 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
 
 
 @contextmanager
-def adopted(recipe: Recipe, place: Place) -> Iterator[Path]:
+def open_run(recipe: Recipe, place: RunLocation) -> Iterator[Path]:
     """The run folder, locked, holding the recipe and no records of failures past."""
     run = runs.choose(recipe.name, place.folder, place.fresh).absolute()
     with runs.lock(run):

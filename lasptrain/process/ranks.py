@@ -20,16 +20,16 @@ from lasptrain.errors import (
     SetupError,
 )
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import told_by_all
+from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.process import watchdog as watch
-from lasptrain.process.failure import conclude, failure_of, record, report
-from lasptrain.process.location import USUAL, Place, adopted, resolve
+from lasptrain.process.failure import failure_of, record, report, write_final_status
+from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 
 
-def rank_process(
-    recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: Place = USUAL
+def run_worker(
+    recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: RunLocation = DEFAULT
 ) -> NoReturn:
     """Joins the process group, calls the target and ends the process with its code.
 
@@ -45,7 +45,7 @@ def rank_process(
                 recipe = resolve(recipe, int(os.environ["WORLD_SIZE"]))
             _join_group(recipe)
             _agree(digest)
-            run, recipe = _share(run, recipe, lambda: stack.enter_context(adopted(recipe, place)))
+            run, recipe = _share(run, recipe, lambda: stack.enter_context(open_run(recipe, place)))
             folders.add(run / runs.RANKS)  # other machines' launchers look there too
             _function(target)(recipe, run)
             dist.destroy_process_group()
@@ -57,7 +57,7 @@ def rank_process(
         if not launched:
             report(failure)
     if not launched and run is not None and os.environ["RANK"] == "0":
-        conclude(run, failure)
+        write_final_status(run, failure)
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may have more to do
@@ -78,7 +78,7 @@ def _join_group(recipe: Recipe) -> None:
 
 def _agree(digest: str) -> None:
     """SetupError on every rank, naming those that were given another recipe than rank 0."""
-    digests = told_by_all(digest)
+    digests = all_gather_object(digest)
     others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         raise SetupError(

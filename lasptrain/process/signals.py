@@ -1,6 +1,6 @@
 """The signals that ask a rank to stop. Light: `rank` listens before it imports torch.
 
-While nothing would be lost a rank leaves at once. Inside `unsaved` a signal is only noted: the loop asks at every
+While nothing would be lost a rank leaves at once. Inside `deferred` a signal is only noted: the loop asks at every
 segment what any rank has noted, saves the newest step and leaves by itself. The second signal leaves at once, unsaved.
 """
 
@@ -55,7 +55,7 @@ def listen(leave: Callable[[int], None] = lambda number: None) -> None:
 
 
 @contextmanager
-def unsaved() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """While this lasts there is something to save, and signals are only noted."""
     global _unsaved
     _unsaved = True
@@ -65,11 +65,11 @@ def unsaved() -> Iterator[None]:
         _unsaved = False
 
 
-def noted() -> int:
+def pending() -> int:
     """The signal that this process has received, 0 if none."""
     return _noted
 
 
-def stopped(number: int, what: str) -> Stopped:
+def interruption(number: int, what: str) -> Stopped:
     """How a process ends by a signal: `what` says what has become of its work."""
     return Stopped(f"stopped by {signal.Signals(number).name}; {what}", CODES[signal.Signals(number)])

@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-SLOW = 1800.0  # seconds granted to what has no segments: starting, compiling, saving
+STARTUP_GRACE = 1800.0  # seconds granted to what has no segments: starting, compiling, saving
 PERIOD = 0.25  # seconds between looks
 LOST = 1.5  # seconds in which ranks notice by themselves that another one has died
-HUNG, BEREFT = "hung", "bereft"  # why a rank was ended
+HUNG, ORPHANED = "hung", "bereft"  # why a rank was ended
 DYING = "dying"  # the state of a process between its end and the word of it
 PULSE = "pulse-"
 
@@ -28,7 +28,7 @@ _file: int | None = None
 _count = 0
 
 
-class Pulse(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a rank has said last."""
 
     rank: int
@@ -41,10 +41,10 @@ def begin(folder: Path, rank: int) -> None:
     """From now on this process beats as `rank` into a file in `folder`."""
     global _file
     _file = os.open(folder / f"{PULSE}{rank}", os.O_WRONLY | os.O_CREAT, 0o666)
-    beat(SLOW)
+    heartbeat(STARTUP_GRACE)
 
 
-def beat(silence: float) -> None:
+def heartbeat(silence: float) -> None:
     """Say that this rank goes on, and will say so again within `silence` seconds."""
     global _count
     _count += 1
@@ -61,12 +61,12 @@ def _say(pid: int, until: float) -> None:
         os.pwrite(_file, f"{pid} {_count} {until:.3f}".ljust(64).encode(), 0)
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """Looks after the ranks whose pulses are in `folder` until it is told to `end`.
 
     Of ranks that wait for each other none goes on: hung is the one that is stopped, else the one that has done least.
     `tell(rank, HUNG, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed.
-    Ranks that are there `LOST` seconds after another one has died are killed after `tell(rank, BEREFT, message)`.
+    Ranks that are there `LOST` seconds after another one has died are killed after `tell(rank, ORPHANED, message)`.
     """
 
     def __init__(self, folder: Path, tell: Callable[[int, str, str], None]) -> None:
@@ -94,16 +94,16 @@ class Watch(threading.Thread):
         self._over.set()
         self.join()
 
-    def _pulses(self) -> list[Pulse]:
+    def _pulses(self) -> list[Heartbeat]:
         """Of the ranks that have begun and not left."""
         found = []
         for file in self._folder.glob(f"{PULSE}*"):
             pid, count, until = file.read_text().split() or ("0", "0", "inf")
             if int(pid):
-                found.append(Pulse(int(file.name.removeprefix(PULSE)), int(pid), int(count), float(until)))
+                found.append(Heartbeat(int(file.name.removeprefix(PULSE)), int(pid), int(count), float(until)))
         return found
 
-    def _end_hung(self, pulses: list[Pulse]) -> None:
+    def _end_hung(self, pulses: list[Heartbeat]) -> None:
         paused = [pulse for pulse in pulses if _state(pulse.pid) in ("T", "t")]
         least = min(pulse.signs for pulse in pulses)
         hung = paused or [pulse for pulse in pulses if pulse.signs == least]
@@ -116,13 +116,13 @@ class Watch(threading.Thread):
         _send(signal.SIGKILL, hung)
         time.sleep(PERIOD)
 
-    def _end_bereft(self, pulses: list[Pulse]) -> None:
+    def _end_bereft(self, pulses: list[Heartbeat]) -> None:
         for pulse in pulses:
-            self._tell(pulse.rank, BEREFT, "lost the other ranks and did not notice")
+            self._tell(pulse.rank, ORPHANED, "lost the other ranks and did not notice")
         _send(signal.SIGKILL, pulses)
 
 
-def _send(number: int, pulses: list[Pulse]) -> None:
+def _send(number: int, pulses: list[Heartbeat]) -> None:
     for pulse in pulses:
         with suppress(ProcessLookupError):
             os.kill(pulse.pid, number)

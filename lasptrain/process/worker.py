@@ -16,21 +16,21 @@ from lasptrain.process import watchdog as watch
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
-    """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.rank_process`."""
-    streams.outlive()
+    """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.run_worker`."""
+    streams.ignore_broken_pipe()
     watch.begin(Path(recipe).parent, int(os.environ["RANK"]))
     faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
     stop.listen(lambda number: record_stop(Path(records), number))
     die_with(int(launcher))
-    from lasptrain.process.ranks import rank_process
+    from lasptrain.process.ranks import run_worker
     from lasptrain.recipe.loading import load
 
-    rank_process(load(recipe), target, run=Path(run) if run else None, records=Path(records))
+    run_worker(load(recipe), target, run=Path(run) if run else None, records=Path(records))
 
 
 def record_stop(records: Path, number: int) -> None:
     """Leave word that this rank was stopped by a signal and has lost nothing; as `launch.Failure`, without torch."""
-    end = stop.stopped(number, "nothing was unsaved")
+    end = stop.interruption(number, "nothing was unsaved")
     rank = int(os.environ["RANK"])
     told = {"rank": rank, "code": end.code, "kind": "Stopped", "message": str(end), "time": time.time()}
     (records / f".{rank}.stop").write_text(json.dumps(told))

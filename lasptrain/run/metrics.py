@@ -31,15 +31,15 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """Writes the metrics of one run from step `start` on, as a context manager; silent unless it `speaks`."""
+    """Writes the metrics of one run from step `start` on, as a context manager; silent unless it `is_main`."""
 
     def __init__(
-        self, run: Path, *, steps: int, start: int = 0, speaks: bool = True, console: Console | None = None
+        self, run: Path, *, steps: int, start: int = 0, is_main: bool = True, console: Console | None = None
     ) -> None:
-        self._run, self._steps, self._speaks = run, steps, speaks
+        self._run, self._steps, self._speaks = run, steps, is_main
         self._status: Record = {"state": "running", "step": start, "steps": steps, "committed": start or None}
         self._renewed = -math.inf
-        if not speaks:
+        if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
@@ -78,7 +78,7 @@ class Metrics:
         for source, number in begun.items():
             self._display.say(f"epoch {number} begins at step {step}: {source}")
 
-    def left_out(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
+    def log_bad_step(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
         """Report what the guard has done about update `step`, whose `windows` start at these tokens."""
         if not self._speaks:
             return

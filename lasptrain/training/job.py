@@ -19,7 +19,7 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.autotune import fastest_scan
-from lasptrain.parallel.collectives import smallest
+from lasptrain.parallel.collectives import all_reduce_min
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import Attention
 from lasptrain.parallel.scan import SCANS
@@ -41,13 +41,13 @@ class Job:
     mesh: Mesh
     dataset: TokenDataset
     model: LanguageModel
-    called: nn.Module  # the model as it is spread over the mesh
+    wrapped: nn.Module  # the model as it is spread over the mesh
     optimizer: Optimizer
     loader: SliceLoader
     flops_per_token: int
     peak: float | None  # FLOP/s of this device in bf16 by its data sheet, where it is known
     guard: Guard
-    tick: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
+    on_segment: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
 
 def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = None) -> Job:
@@ -61,7 +61,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
     dataset = open_dataset(recipe.data)
     recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
     vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
-    available = smallest(meshes.free_memory(device)) if device.type == "cuda" else None
+    available = all_reduce_min(meshes.free_memory(device)) if device.type == "cuda" else None
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     recipe = with_scan(recipe, mesh, segment, device)
@@ -69,7 +69,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
     scanning = attention or (lambda kernel, mesh: Attention(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device)))
     with torch.device("meta"):
         model = language_model(recipe, scanning(kernel, mesh))
-    called = parallelize(
+    wrapped = parallelize(
         model,
         model.blocks,
         mesh,
@@ -87,7 +87,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
         mesh,
         dataset,
         model,
-        called,
+        wrapped,
         shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
         loader,
         plan.flops_per_token(recipe.model, vocab, recipe.data.window),
@@ -135,14 +135,14 @@ def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
     return model.to(torch.promote_types(dtype, torch.float32))
 
 
-def saved_with(job: Job) -> dict[str, Any]:
+def checkpoint_meta(job: Job) -> dict[str, Any]:
     """What is saved beside tensors: what a checkpoint must agree with, what the guard remembers, and of how many
     steps this is one, which the learning rate depends on.
     """
-    return identity(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
+    return fingerprint_of(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
 
 
-def identity(job: Job) -> dict[str, Any]:
+def fingerprint_of(job: Job) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued: the data and its order, the model and its decays."""
     recipe = job.recipe
     return {
@@ -158,7 +158,7 @@ def identity(job: Job) -> dict[str, Any]:
     }
 
 
-def held_out(job: Job) -> SliceLoader:
+def validation_loader(job: Job) -> SliceLoader:
     """This rank's slices of held-out text. Raises DataError where it is shorter than a window."""
     recipe = job.recipe
     window = recipe.eval.window or recipe.data.window

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lasptrain.parallel.shard import telling
+from lasptrain.parallel.shard import bump_parameter_versions
 from lasptrain.recipe.sections import Optim
 
 FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
@@ -31,7 +31,7 @@ def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
     ]
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
     groups = [group for group in groups if group["params"]]
-    return telling(AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused))
+    return bump_parameter_versions(AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused))
 
 
 def initialise_state(optimizer: Optimizer) -> None:

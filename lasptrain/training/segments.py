@@ -25,14 +25,14 @@ def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
 
 
 def _forward_states(
-    model: nn.Module, layers: int, segments: Sequence[Slice], tick: Callable[[], None] = lambda: None
+    model: nn.Module, layers: int, segments: Sequence[Slice], on_segment: Callable[[], None] = lambda: None
 ) -> tuple[list[list[Memory]], list[State] | None]:
     """What entered this rank's slice of each segment, per layer, and the states that enter the last segment."""
     kept: list[list[Memory]] = []
     carry: list[State] | None = None
     with torch.no_grad():
         for segment in segments:
-            tick()
+            on_segment()
             kept.append([Memory() for _ in range(layers)])
             carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
             for part in (part for memory in kept[-1] for part in memory.parts):
@@ -48,7 +48,7 @@ def backward(
     segments: Sequence[Slice],
     scale: Tensor | float,
     before_last_backward: Callable[[], None] = lambda: None,
-    tick: Callable[[], None] = lambda: None,
+    on_segment: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Add the gradient of scale · (sum of this window's losses) to the parameters; return that sum, detached.
 
@@ -56,15 +56,15 @@ def backward(
         model: a `LanguageModel`, or what `parallelize` made of one.
         segments: this rank's slice of each segment, in order.
         before_last_backward: called before the forward that precedes the last backward, to turn gradient reduction on.
-        tick: called before each forward, on all ranks equally often; what it raises leaves gradients unfinished.
+        on_segment: called before each forward, on all ranks equally often; what it raises leaves gradients unfinished.
     """
-    kept, carry = _forward_states(model, layers, segments[:-1], tick)
+    kept, carry = _forward_states(model, layers, segments[:-1], on_segment)
     kept.append([Memory() for _ in range(layers)])
     total: Tensor | None = None
     grads: list[Tensor | None] = []
     for index in reversed(range(len(segments))):
         segment, last = segments[index], index == len(segments) - 1
-        tick()
+        on_segment()
         if index == 0:
             before_last_backward()
         entered = None

@@ -17,7 +17,7 @@ from lasptrain.parallel import collectives as mesh
 
 PERIOD = 20.0  # seconds of training between looks
 BETWEEN = 4.0  # seconds between pieces of work
-LATE = 1.5  # times as slow as the median is a straggler
+THRESHOLD = 1.5  # times as slow as the median is a straggler
 LOOKS = 2  # in a row at which a rank has to be one before it is told
 
 
@@ -29,12 +29,12 @@ class Slowest(NamedTuple):
     why: str
 
 
-class Pace:
+class StragglerDetector:
     """Looks at the ranks of a run now and then. Collective over all of them, which find the same."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._hosts = mesh.told_by_all(socket.gethostname())
+        self._hosts = mesh.all_gather_object(socket.gethostname())
         self._worked = -math.inf  # when this rank did so last
         self._next = 1  # steps until the next look
         self._rank, self._looks = -1, 0
@@ -44,7 +44,7 @@ class Pace:
         self._work: list[float] = []
         self._waited, self._spent, self._steps = 0.0, 0.0, 0
 
-    def look(self, data_wait: float, step_time: float) -> Slowest | None:
+    def observe(self, data_wait: float, step_time: float) -> Slowest | None:
         """After a step that took `step_time` seconds, `data_wait` of it for data: the slowest rank, at some steps."""
         if len(self._hosts) == 1:
             return None
@@ -54,12 +54,12 @@ class Pace:
             self._worked = time.monotonic()
         if self._steps < self._next:
             return None
-        rows = mesh.told_by_all((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
+        rows = mesh.all_gather_object((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
         found = slowest([(seconds, share) for seconds, share, _ in rows])
         self._next = max(1, int(PERIOD / max(step for *_, step in rows)))
         self._start()
-        again = found.ratio > LATE and found.rank == self._rank
-        self._rank, self._looks = found.rank, self._looks + 1 if again else int(found.ratio > LATE)
+        again = found.ratio > THRESHOLD and found.rank == self._rank
+        self._rank, self._looks = found.rank, self._looks + 1 if again else int(found.ratio > THRESHOLD)
         return found
 
     def straggler(self, found: Slowest) -> str | None:

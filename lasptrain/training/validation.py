@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lasptrain.data.loader import MicroBatch
 from lasptrain.ops.cross_entropy import IGNORED
-from lasptrain.parallel.collectives import sum_over_ranks
+from lasptrain.parallel.collectives import all_reduce_sum
 from lasptrain.parallel.mesh import Mesh
 
 
@@ -63,7 +63,7 @@ def validate(
             counted = torch.zeros(3, buckets, dtype=torch.float64, device=labels.device).index_add_(1, bucket, rows)
             table = counted if table is None else table + counted
     assert table is not None
-    sums = sum_over_ranks(table)
+    sums = all_reduce_sum(table)
     loss, tokens, size_total = (float(row.sum()) for row in sums)
     return Validation(
         loss=loss / tokens,

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 
 from lasptrain.eval.tasks import counting, needle, recall, tracing
-from lasptrain.eval.tasks.sample import Ask, Sample
+from lasptrain.eval.tasks.sample import Sample, SampleRequest
 
-Task = Callable[[Ask], Sample]
+Task = Callable[[SampleRequest], Sample]
 
 TASKS: dict[str, Task] = {
     "passkey": recall.passkey,

@@ -6,7 +6,7 @@ import math
 import random
 import string
 
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing
+from lasptrain.eval.tasks.sample import PromptDraft, Question, Sample, SampleRequest, fill, growing
 from lasptrain.eval.tasks.words import distinct, endless
 
 COMMON = 10
@@ -27,7 +27,7 @@ FWE = (
 )
 
 
-def common_words(ask: Ask) -> Sample:
+def common_words(ask: SampleRequest) -> Sample:
     """Ten words 30 times each among others 3 times each (6 and 1 below 4,096 tokens), after a worked example."""
     draw = ask.random("cwe")
     often, seldom = (30, 3) if ask.length >= 4096 else (6, 1)
@@ -37,8 +37,8 @@ def common_words(ask: Ask) -> Sample:
     words, order = growing(endless(random.Random(draw.random()))), draw.random()
     answers = words(COMMON)
 
-    def draft(units: int) -> Draft:
-        return Draft(shown + _list(order, words(COMMON + units), often, seldom), "")
+    def draft(units: int) -> PromptDraft:
+        return PromptDraft(shown + _list(order, words(COMMON + units), often, seldom), "")
 
     return fill(ask, draft, Question(" " + _numbered(answers), tuple(answers), 120))
 
@@ -53,7 +53,7 @@ def _numbered(words: list[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
-def frequent_words(ask: Ask) -> Sample:
+def frequent_words(ask: SampleRequest) -> Sample:
     """Coded words; the one of rank r appears ⌊N r⁻² / ζ(2)⌋ times, rank 1 is written `...`; asked are ranks 2 to 4."""
     draw = ask.random("fwe")
     vocabulary: list[str] = ["..."]
@@ -65,11 +65,11 @@ def frequent_words(ask: Ask) -> Sample:
             vocabulary.append(word)
     order = draw.random()
 
-    def draft(units: int) -> Draft:
+    def draft(units: int) -> PromptDraft:
         counts = [int(units / (rank * rank) / ZETA_2) for rank in range(1, len(vocabulary) + 1)]
         words = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
         random.Random(order).shuffle(words)
-        return Draft(FWE.format(context=" ".join(words)), "")
+        return PromptDraft(FWE.format(context=" ".join(words)), "")
 
     answers = vocabulary[1:4]
     return fill(ask, draft, Question(" " + ", ".join(answers), tuple(answers), 50), least=64)

@@ -17,7 +17,7 @@ from data_tools.tokenizer import Tokenizer
 from lasptrain.console.stdio import argument
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.eval.score import METRICS
-from lasptrain.eval.tasks.sample import Draft, Encoder, Question, Sample, written
+from lasptrain.eval.tasks.sample import Encoder, PromptDraft, Question, Sample, written
 
 BUDGETS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # RULER's, by the start of a task's name
 SQUAD_BUDGET, USUAL_BUDGET = 32, 64
@@ -227,7 +227,7 @@ def asked_of(row: Row, tokenizer: Tokenizer) -> tuple[int, Sample]:
     gap = row.gap
     shown = row.references if row.metric == "match_all" else row.references[:1]
     question = Question(gap + ", ".join(shown), row.references, row.budget, row.metric)
-    sample = written(Encoder(tokenizer), Draft(row.prompt, ""), question)
+    sample = written(Encoder(tokenizer), PromptDraft(row.prompt, ""), question)
     return _power(row.length or len(sample.prompt) + row.budget), sample
 
 

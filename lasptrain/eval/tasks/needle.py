@@ -9,7 +9,7 @@ from itertools import cycle
 from typing import Literal
 
 from data_tools.synthetic import NOISE
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
+from lasptrain.eval.tasks.sample import PromptDraft, Question, Sample, SampleRequest, fill, growing, haystack
 from lasptrain.eval.tasks.words import key
 
 DEPTHS = [round(i * 100 / 39) / 100 for i in range(40)]
@@ -20,7 +20,7 @@ Kind = Literal["words", "numbers", "uuids"]
 
 def niah(
     task: str,
-    ask: Ask,
+    ask: SampleRequest,
     *,
     hay: Literal["noise", "text", "needles"] = "noise",
     names: Kind = "words",
@@ -49,7 +49,7 @@ def niah(
         _distractors(random.Random(draw.random()), names, values, asked) if hay == "needles" else cycle(text)
     )
 
-    def draft(units: int) -> Draft:
+    def draft(units: int) -> PromptDraft:
         items = hay_of(units)
         marks = set()
         for number, (place, (name, value)) in enumerate(zip(places, needles, strict=True)):

@@ -12,7 +12,7 @@ import torch
 
 from data_tools import synthetic
 from data_tools.synthetic import NOISE
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, growing, haystack
+from lasptrain.eval.tasks.sample import PromptDraft, Question, Sample, SampleRequest, fill, growing, haystack
 from lasptrain.ops.cross_entropy import IGNORED
 
 COPIED = 512
@@ -20,7 +20,7 @@ KEYS, SHOWN = 16, 4  # of pairs
 ALPHA = 0.01
 
 
-def passkey(ask: Ask) -> Sample:
+def passkey(ask: SampleRequest) -> Sample:
     """Five digits in noise (landmark attention, arXiv:2305.16300)."""
     key = ask.random("passkey").randint(10_000, 99_999)
     head = (
@@ -31,7 +31,7 @@ def passkey(ask: Ask) -> Sample:
 
     hay = growing(cycle(sentences))
 
-    def draft(units: int) -> Draft:
+    def draft(units: int) -> PromptDraft:
         at = round(ask.depth * units)
         noise = hay(units)
         needle = f"The pass key is {key}. Remember it. {key} is the pass key."
@@ -41,7 +41,7 @@ def passkey(ask: Ask) -> Sample:
     return fill(ask, draft, Question(f" {key}", (str(key),), 6, "first_int", ask.depth))
 
 
-def key_values(ask: Ask) -> Sample:
+def key_values(ask: SampleRequest) -> Sample:
     """One JSON object of uuids and the value of one key (InfiniteBench, arXiv:2402.13718)."""
     draw = ask.random("kv_retrieval")
     key, value, source = _uuid(draw), _uuid(draw), random.Random(draw.random())
@@ -49,7 +49,7 @@ def key_values(ask: Ask) -> Sample:
     head = "Extract the value corresponding to the specified key in the JSON object below.\n\n{"
     tail = f'}}\n\nKey: "{key}"\nThe value associated with the specified key is:'
 
-    def draft(units: int) -> Draft:
+    def draft(units: int) -> PromptDraft:
         pairs = others(units)
         at = round(ask.depth * units)
         pairs.insert(at, _pair(key, value))
@@ -66,7 +66,7 @@ def _pair(key: str, value: str) -> str:
     return f"{json.dumps(key)}: {json.dumps(value)}"
 
 
-def pairs(ask: Ask) -> Sample:
+def pairs(ask: SampleRequest) -> Sample:
     """Keys with their capitals, as `data synth --kind pairs` makes them, in noise: one of 16, each shown four times."""
     draw = ask.random("pairs")
     found = synthetic.pairs(draw, KEYS)
@@ -74,14 +74,14 @@ def pairs(ask: Ask) -> Sample:
     draw.shuffle(stream)
     asked, facts = draw.choice(stream), " ".join(key + found[key] for key in stream)
 
-    def draft(units: int) -> Draft:
+    def draft(units: int) -> PromptDraft:
         at = round(ask.depth * units)
         return haystack("", [*[NOISE] * at, facts, *[NOISE] * (units - at)], {at}, " ", f" {asked}")
 
     return fill(ask, draft, Question(found[asked], (found[asked],), 1, depth=ask.depth))
 
 
-def copy(ask: Ask) -> Sample:
+def copy(ask: SampleRequest) -> Sample:
     """Random tokens R, other random tokens, R again: 512 of them, or an eighth of a short length."""
     draw = ask.random("copy")
     ids = _ordinary(ask)
@@ -99,7 +99,7 @@ def copy(ask: Ask) -> Sample:
     )
 
 
-def mqar(ask: Ask) -> Sample:
+def mqar(ask: SampleRequest) -> Sample:
     """Multi-query associative recall of length / 16, at most 64, pairs."""
     pairs = min(64, ask.length // 16)
     ids = _ordinary(ask)
@@ -111,7 +111,7 @@ def mqar(ask: Ask) -> Sample:
     return Sample(prompt=[bos, *tokens[:context]], inputs=tokens[context:], labels=[IGNORED, *answers])
 
 
-def _ordinary(ask: Ask) -> list[int]:
+def _ordinary(ask: SampleRequest) -> list[int]:
     """All ids but BOS."""
     return [i for i in range(ask.tokenizer.vocab_size) if i != ask.tokenizer.bos]
 

@@ -35,7 +35,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SampleRequest:
     """What a task is asked to make: sample `index` of `count`, at most `length` tokens with its answer."""
 
     tokenizer: Tokenizer
@@ -68,7 +68,7 @@ def spread(count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Draft:
+class PromptDraft:
     """Text of a sample: up to the end of what answers it, what follows that, and the whole without that."""
 
     before: str
@@ -136,7 +136,7 @@ def growing(items: Iterable[str]) -> Callable[[int], list[str]]:
     return first
 
 
-def fill(ask: Ask, draft: Callable[[int], Draft], question: Question, least: int = 1) -> Sample:
+def fill(ask: SampleRequest, draft: Callable[[int], PromptDraft], question: Question, least: int = 1) -> Sample:
     """The sample whose draft has as many units of haystack as fit: BOS + prompt + budget ≤ length (RULER's rule).
 
     `draft(n)` has n units. Raises RecipeError where not even `least` fit.
@@ -163,7 +163,7 @@ def fill(ask: Ask, draft: Callable[[int], Draft], question: Question, least: int
     return written(encoder, draft(units), question)
 
 
-def written(encoder: Encoder, draft: Draft, question: Question) -> Sample:
+def written(encoder: Encoder, draft: PromptDraft, question: Question) -> Sample:
     """A draft in tokens. Prompt and answer are encoded as one text and split where the prompt's own ids end."""
     own = encoder(draft.text)
     joint = encoder(draft.text + question.answer)
@@ -186,9 +186,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def haystack(head: str, items: Sequence[str], needles: Collection[int], separator: str, tail: str) -> Draft:
+def haystack(head: str, items: Sequence[str], needles: Collection[int], separator: str, tail: str) -> PromptDraft:
     """The items as one text between head and tail; those at the indices `needles` hold the answer."""
     first = min(needles)
     rest = separator.join(["", *items[first + 1 :]])
     without = [item for i, item in enumerate(items) if i not in needles]
-    return Draft(head + separator.join(items[: first + 1]), rest + tail, head + separator.join(without) + tail)
+    return PromptDraft(head + separator.join(items[: first + 1]), rest + tail, head + separator.join(without) + tail)

@@ -7,7 +7,7 @@ import string
 from itertools import pairwise
 
 from data_tools.synthetic import NOISE
-from lasptrain.eval.tasks.sample import Ask, Draft, Question, Sample, fill, haystack
+from lasptrain.eval.tasks.sample import PromptDraft, Question, Sample, SampleRequest, fill, haystack
 
 NAMES = 5
 BUDGET = 30
@@ -21,7 +21,7 @@ TAIL = (
 )
 
 
-def variables(ask: Ask) -> Sample:
+def variables(ask: SampleRequest) -> Sample:
     """Five names, the first given a value, each further one the name before; asked is who has the value."""
     draw = ask.random("vt")
     example, names_there = _chain(draw, 3)
@@ -47,7 +47,7 @@ def _chain(draw: random.Random, letters: int) -> tuple[list[str], list[str]]:
     ], names
 
 
-def _text(shown: str, chain: list[str], names: list[str], places: list[float], lines: int) -> Draft:
+def _text(shown: str, chain: list[str], names: list[str], places: list[float], lines: int) -> PromptDraft:
     items = [NOISE] * lines
     at = [int(place * (lines + 1)) + number for number, place in enumerate(places)]
     for place, statement in zip(at, chain, strict=True):
