@@ -29,9 +29,9 @@ class Inputs(NamedTuple):
     v: Tensor
     do: Tensor
     log_decay: Tensor | None
-    doc: Tensor | None
-    entering: Tensor | None
-    dleaving: Tensor | None
+    doc_ids: Tensor | None
+    initial_state: Tensor | None
+    dfinal: Tensor | None
 
     def double(self) -> Inputs:
         """The same in float64."""
@@ -81,11 +81,11 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
             log_decay = -torch.rand(b, t, h, generator=generator, device=device) * rates
         case "closing":
             log_decay = closing(-(10 ** (-1 - 3 * torch.rand(b, t, h, generator=generator, device=device))))
-    doc = None
+    doc_ids = None
     if case.boundaries:
         begin = torch.zeros(b, t, dtype=torch.int32, device=device)
         begin[0, list(case.boundaries)] = 1
-        doc = begin.cumsum(1).int()
+        doc_ids = begin.cumsum(1).int()
     state = (b, h, case.keys, case.values)
     return Inputs(
         q=normal(b, t, h, case.keys),
@@ -93,9 +93,9 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         v=normal(b, t, h, case.values),
         do=normal(b, t, h, case.values),
         log_decay=log_decay,
-        doc=doc,
-        entering=normal(*state, kind=torch.float32) if case.edges else None,
-        dleaving=normal(*state, kind=torch.float32) if case.edges else None,
+        doc_ids=doc_ids,
+        initial_state=normal(*state, kind=torch.float32) if case.edges else None,
+        dfinal=normal(*state, kind=torch.float32) if case.edges else None,
     )
 
 
@@ -110,14 +110,14 @@ def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True, wanted: bo
         with_blocks: whether the block states of the first two are handed to the others.
         wanted: whether states are asked of the first two.
     """
-    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc, wanted)
-    o, prefix = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks if with_blocks else None)
-    dentering, dblocks = kernel.grad_entering(x.q, x.do, x.log_decay, x.doc, wanted)
-    dq, row = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
+    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc_ids, wanted)
+    o, prefix = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc_ids, x.initial_state, blocks if with_blocks else None)
+    dinitial, dblocks = kernel.grad_initial_state(x.q, x.do, x.log_decay, x.doc_ids, wanted)
+    dq, row = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, prefix)
     dk, dv, dlog = kernel.grad_key_value(
-        x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks if with_blocks else None, prefix, row
+        x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, x.dfinal, dblocks if with_blocks else None, prefix, row
     )
-    found = {"state": state, "decay": decay, "o": o, "dentering": dentering, "dq": dq, "dk": dk, "dv": dv}
+    found = {"state": state, "decay": decay, "o": o, "dentering": dinitial, "dq": dq, "dk": dk, "dv": dv}
     if dlog is not None:
         found["dlog_decay"] = dlog
     return found if wanted else {name: x for name, x in found.items() if name not in STATES}

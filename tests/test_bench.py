@@ -18,7 +18,7 @@ from lasptrain.bench.kernels import Row, floors, report
 from lasptrain.cost.plan import Rates
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import Ring
 from lasptrain.process import local_ranks as ranks
 from lasptrain.recipe.loading import load
@@ -140,7 +140,7 @@ def test_states_that_are_not_kept_are_made_again() -> None:
 def forgotten(rank: int, world: int) -> float:
     """How far gradients are from those of kept states; the exchanges must be twice the forward's."""
     found = {}
-    for kind in (Attention, ablation.Recomputing):
+    for kind in (ShardedRecurrence, ablation.Recomputing):
         scan = Ring(dist.group.WORLD, torch.device("cpu"))
         x = torch.randn(3, 1, 8, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
         q, k, v = (part.requires_grad_() for part in x)

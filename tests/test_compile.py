@@ -12,7 +12,7 @@ from torch import Tensor
 from lasptrain import ops, train
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.sections import Model
@@ -25,12 +25,12 @@ from tests.test_recipe import RECIPES
 def everything(x: Inputs) -> tuple[Tensor, ...]:
     """All five operators, on the plain PyTorch kernel."""
     kernel = "chunked"
-    state, decay, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc, True)
-    o, prefix = ops.attend(kernel, x.q, x.k, x.v, x.log_decay, x.doc, x.entering, blocks)
-    dentering, dblocks = ops.grad_entering(kernel, x.q, x.do, x.log_decay, x.doc, True)
-    dq, row = ops.grad_query(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc, prefix)
-    rest = ops.grad_key_value(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc, x.dleaving, dblocks, prefix, row)
-    return state, decay, o, dentering, dq, *rest
+    state, decay, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc_ids, True)
+    o, prefix = ops.attend(kernel, x.q, x.k, x.v, x.log_decay, x.doc_ids, x.initial_state, blocks)
+    dinitial, dblocks = ops.grad_initial_state(kernel, x.q, x.do, x.log_decay, x.doc_ids, True)
+    dq, row = ops.grad_query(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, prefix)
+    rest = ops.grad_key_value(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, x.dfinal, dblocks, prefix, row)
+    return state, decay, o, dinitial, dq, *rest
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "token"])
@@ -52,12 +52,12 @@ def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypa
     tokens = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def measured(fuse: bool) -> dict[str, Tensor]:
-        model = LanguageModel(cfg, 40, Attention("chunked"), dtype=torch.bfloat16, loss_chunk=16)
+        model = LanguageModel(cfg, 40, ShardedRecurrence("chunked"), dtype=torch.bfloat16, loss_chunk=16)
         fill(model, initial_values(model, 0, torch.device("cpu")))
         for block in model.blocks if fuse else ():
-            block.fuse()
+            block.compile_parts()
         with torch.no_grad():
-            state = model(tokens, leave=True).leaving[-1][0]
+            state = model(tokens, output_final_state=True).final_state[-1][0]
         model(tokens, tokens).loss.backward()
         return {"state": state} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -70,7 +70,7 @@ def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypa
 def test_a_reader_compiles_what_reads_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     cfg = Model.model_validate({"arch": "ssd", "dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": 4})
-    model = LanguageModel(cfg, 40, Attention("chunked"))
+    model = LanguageModel(cfg, 40, ShardedRecurrence("chunked"))
     fill(model.requires_grad_(False), initial_values(model, 0, torch.device("cpu")))
     tokens = torch.randint(64, (1, 100), generator=torch.Generator().manual_seed(0))
     told: list[tuple[int, int]] = []
@@ -88,9 +88,9 @@ def test_a_compiled_convolution_keeps_no_more_than_none(monkeypatch: pytest.Monk
         """Bytes that a block keeps of its tokens for the backward."""
         own = {"dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": conv}
         cfg = Model.model_validate({"arch": "ssd", "data_dependent": True, **own})
-        model = LanguageModel(cfg, length, Attention("chunked"), dtype=torch.bfloat16, loss_chunk=64)
+        model = LanguageModel(cfg, length, ShardedRecurrence("chunked"), dtype=torch.bfloat16, loss_chunk=64)
         fill(model, initial_values(model, 0, torch.device("cpu")))
-        model.blocks[0].fuse()
+        model.blocks[0].compile_parts()
         found: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from lasptrain.eval import load, main
 from lasptrain.eval.load import load_model
 from lasptrain.eval.runner import EvalConfig
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.sections import Model
 
@@ -87,7 +87,7 @@ def value(name: str, tensor: Tensor) -> Tensor:
 def values(text: str) -> dict[str, Tensor]:
     cfg = Model.model_validate(json.loads(text))
     with torch.device("meta"):
-        model = LanguageModel(cfg, 512, Attention("reference"))
+        model = LanguageModel(cfg, 512, ShardedRecurrence("reference"))
     return {name: value(name, tensor).float() for name, tensor in initial_values(model, 0, CPU)}
 
 
@@ -99,7 +99,7 @@ def make_run(folder: Path, model: dict[str, Any]) -> Path:
     recipe = recipes.load(run / "recipe.yaml")
     tensors = values(json.dumps(recipe.model.model_dump(mode="json")))
     with torch.device("meta"):
-        empty = LanguageModel(recipe.model, 512, Attention("reference"))
+        empty = LanguageModel(recipe.model, 512, ShardedRecurrence("reference"))
     meta = {
         "model": recipe.model.model_dump(mode="json"),
         "decays": empty.decays().tolist(),
@@ -607,7 +607,7 @@ def test_folders_of_others_compute_the_same_here(tmp_path: Path, name: str, tie:
     shutil.copy(ROOT / "tokenizers/python-4k.model", folder / "tokenizer.model")
     assert len(list(folder.glob("*.safetensors"))) > 1
     weights = open_weights(folder)
-    model = LanguageModel(weights.origin.model, 64, Attention("reference"))
+    model = LanguageModel(weights.origin.model, 64, ShardedRecurrence("reference"))
     model.load_state_dict({key: weights.read(key) for key in weights.empty.state_dict()})
     tokens = torch.randint(4096, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -191,8 +191,8 @@ def test_any_epoch_on_any_mesh_sees_every_token_once(
             assert torch.equal(torch.cat([slice_.tokens[0] for slice_ in line]), stream[place[:-1]])
             assert torch.equal(torch.cat([slice_.labels[0] for slice_ in line]), stream[place[1:]])
             for slice_ in line:
-                assert slice_.doc is not None
-                assert torch.equal(slice_.doc[0], (slice_.tokens[0] == BOS).cumsum(0).int())
+                assert slice_.doc_ids is not None
+                assert torch.equal(slice_.doc_ids[0], (slice_.tokens[0] == BOS).cumsum(0).int())
     assert len(seen) == total // window * window and set(seen.values()) == {1}
 
 
@@ -216,10 +216,10 @@ def test_best_fit_cuts_only_what_does_not_fit(long_documents: LongDocuments, mon
 def test_doc_counts_the_starts_within_the_slice(split: Split) -> None:
     loader = make(split, window=96, segment=32, sp=2, sp_rank=1)
     for piece in loader.step(3)[0]:
-        assert piece.doc is not None and piece.doc.dtype == torch.int32
-        for row, doc in zip(piece.tokens.tolist(), piece.doc.tolist(), strict=True):
-            assert doc == [row[: i + 1].count(BOS) for i in range(len(row))]
-    assert make(split, reset=False).step(0)[0][0].doc is None
+        assert piece.doc_ids is not None and piece.doc_ids.dtype == torch.int32
+        for row, doc_ids in zip(piece.tokens.tolist(), piece.doc_ids.tolist(), strict=True):
+            assert doc_ids == [row[: i + 1].count(BOS) for i in range(len(row))]
+    assert make(split, reset=False).step(0)[0][0].doc_ids is None
 
 
 def same(left: object, right: object) -> bool:
@@ -267,7 +267,9 @@ def test_a_gpu_copies_slices_while_its_host_goes_on(split: Split) -> None:
     loader, plain = make(split, prefetch=True, pin=True), make(split)
     for step in range(3):
         (piece,) = loader.step(step)[0]
-        assert piece.doc is not None and all(part.is_pinned() for part in (piece.tokens, piece.labels, piece.doc))
+        assert piece.doc_ids is not None and all(
+            part.is_pinned() for part in (piece.tokens, piece.labels, piece.doc_ids)
+        )
         assert same(loader.step(step), plain.step(step))
     loader.close()
 

@@ -26,7 +26,7 @@ from lasptrain.eval.tasks.files import open_files, rows, samples, task_name
 from lasptrain.eval.tasks.recall import associations
 from lasptrain.eval.tasks.sample import Sample, SampleRequest
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import sections as recipes
 from lasptrain.recipe.loading import find_file
@@ -217,7 +217,7 @@ def test_intervals() -> None:
 
 def tiny(vocab: int = 257) -> LanguageModel:
     cfg = Model(arch="tnl", dim=16, layers=2, heads=2, mlp=16, vocab=vocab, decay="window")
-    model = LanguageModel(cfg, 512, Attention("chunked"))
+    model = LanguageModel(cfg, 512, ShardedRecurrence("chunked"))
     with torch.no_grad():
         fill(model, initial_values(model, 0, torch.device("cpu")))
     return model

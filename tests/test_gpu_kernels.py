@@ -91,10 +91,10 @@ def test_more_than_two_to_the_31_elements() -> None:
         return torch.randn(1, t, h, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     q, k, v, do = normal(), normal(), normal(), normal()
-    doc = torch.zeros(1, t, dtype=torch.int32, device="cuda")
-    doc[:, -tail:] = 1
+    doc_ids = torch.zeros(1, t, dtype=torch.int32, device="cuda")
+    doc_ids[:, -tail:] = 1
     log_decay = -torch.rand(1, t, h, generator=generator, device="cuda") * 0.1
-    whole = backward(triton_kernels, Inputs(q, k, v, do, log_decay, doc, None, None))
+    whole = backward(triton_kernels, Inputs(q, k, v, do, log_decay, doc_ids, None, None))
     end = Inputs(q, k, v, do, log_decay, None, None, None).map(lambda x: x[:, -tail:].contiguous())
     alone = backward(chunked, end.double())
     for name in ("o", "dq", "dk", "dv", "dlog_decay"):

@@ -17,7 +17,7 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.p2p import ProcessGroupP2P, between
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
 from tests.kernel_cases import error
@@ -28,7 +28,7 @@ SLICE = 2048  # tokens of a rank in a segment
 MESSAGES = 1600
 
 
-def pass_through(attention: Attention, layers: list[list[Tensor]], segments: int) -> list[list[Tensor]]:
+def pass_through(attention: ShardedRecurrence, layers: list[list[Tensor]], segments: int) -> list[list[Tensor]]:
     """Outputs and gradients of layers that know nothing of each other, all begun before any is looked at."""
     found = []
     for q, k, v, log_decay, do in layers:
@@ -38,7 +38,9 @@ def pass_through(attention: Attention, layers: list[list[Tensor]], segments: int
         decays = decay.chunk(segments, 1) if decay.dim() == 3 else [decay] * segments
         outputs, carry = [], None
         for i in range(segments):
-            pending = attention.begin(cut[1][i], cut[2][i], decays[i], None, carry=carry, leave=i < segments - 1)
+            pending = attention.begin(
+                cut[1][i], cut[2][i], decays[i], None, carry=carry, output_final_state=i < segments - 1
+            )
             o, carry = attention.finish(pending, cut[0][i])
             outputs.append(o)
         o = torch.cat(outputs, 1)
@@ -71,10 +73,10 @@ def shared(sp: int, kernel: str) -> dict[str, float]:
     found = {}
     for per_token, segments in product((False, True), (1, 3)):
         layers = drawn(SLICE * sp * segments, per_token, device)
-        want = pass_through(Attention(kernel), layers, 1)
+        want = pass_through(ShardedRecurrence(kernel), layers, 1)
         slices = [[mine(x, segments).contiguous() for x in layer] for layer in layers]
         for name, scan in SCANS.items():
-            got = pass_through(Attention(kernel, scan(mesh.sp_group, device)), slices, segments)
+            got = pass_through(ShardedRecurrence(kernel, scan(mesh.sp_group, device)), slices, segments)
             errors = [
                 error(a, mine(b, segments))
                 for one, whole in zip(got, want, strict=True)
@@ -100,7 +102,7 @@ def reached() -> dict[str, float]:
         used, carry, seen = scan(mesh.sp_group, device), None, []
         own = [x[:, start : start + length].clone().requires_grad_() for start in starts]
         for m, part in enumerate(own):
-            rows, carry = halo((part,), n, None, carry, used, Memory(), m < segments - 1)
+            rows, carry = halo((part,), n, None, carry, used, SavedStates(), m < segments - 1)
             seen.append(rows)
         grads = torch.autograd.grad(torch.cat([*seen, *own], 1).sum(), own)
         errors = [error(rows.detach(), padded[:, start : start + n]) for rows, start in zip(seen, starts, strict=True)]

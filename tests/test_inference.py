@@ -12,7 +12,7 @@ from lasptrain.eval.generate import Sampling, choose, decode, generate
 from lasptrain.eval.inference import Reader, join
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.sections import Model
 from tests.gloo import spawn
@@ -36,7 +36,7 @@ def model(arch: Arch = "tnl") -> LanguageModel:
     }
     sizes = {"dim": 24, "layers": 3, "heads": 3, "mlp": 20, "vocab": VOCAB}
     cfg = Model.model_validate({"arch": arch, **sizes, **own[arch]})
-    made = LanguageModel(cfg, 300, Attention("chunked"), dtype=torch.float64).double()
+    made = LanguageModel(cfg, 300, ShardedRecurrence("chunked"), dtype=torch.float64).double()
     with torch.no_grad():
         fill(made, initial_values(made, 0, CPU))
         for parameter in made.parameters():

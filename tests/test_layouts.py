@@ -23,7 +23,7 @@ from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.autotune import fastest_scan
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize
 from lasptrain.recipe.sections import Model, Parallel
@@ -115,7 +115,7 @@ def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 @cache
 def single(arch: Arch, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss and its gradients of one process, one segment, from the token-by-token reference."""
-    model = LanguageModel(config(arch), WINDOW, Attention("reference"), dtype=dtype, loss_chunk=32).to(dtype)
+    model = LanguageModel(config(arch), WINDOW, ShardedRecurrence("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
     loss = stream.backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
     return loss / (BATCH * WINDOW), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -134,7 +134,9 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     mesh = mesh_of(layout)
     scan = SCANS[layout.scan](mesh.sp_group, CPU)
     with torch.device("meta"):
-        model = LanguageModel(config(arch), WINDOW, Attention("chunked", scan), dtype=dtype, loss_chunk=32).to(dtype)
+        model = LanguageModel(config(arch), WINDOW, ShardedRecurrence("chunked", scan), dtype=dtype, loss_chunk=32).to(
+            dtype
+        )
     called = parallelize(
         model, model.blocks, mesh, CPU, kind=layout.kind, mode=layout.recompute, dtype=dtype, values=values(model)
     )
@@ -304,8 +306,10 @@ def noticed(rank: int, world: int) -> list[bool]:
             exchange = start(self, *args, reverse=reverse, **kwargs)
             if reverse != lost:
                 return exchange
-            entering, leaving = exchange.wait()
-            return Exchange(lambda: Scanned(None if entering is None else entering * 0, leaving), None, ())
+            initial_state, final_state = exchange.wait()
+            return Exchange(
+                lambda: Scanned(None if initial_state is None else initial_state * 0, final_state), None, ()
+            )
 
         AllGather.start = lossy  # type: ignore[method-assign]
         try:
@@ -378,7 +382,7 @@ def bytes_by_window(rank: int, world: int) -> dict[tuple[str, int], tuple[int, i
     found = {}
     for scan, window in product(SCANS, (1024, 65536)):
         used = SCANS[scan](group, CPU)
-        attention = Attention("chunked", used)
+        attention = ShardedRecurrence("chunked", used)
         q, k, v = (torch.randn(1, window // world, 2, 16, requires_grad=True) for _ in range(3))
         o, _ = attention.finish(attention.begin(k, v, torch.tensor([-0.1, -1e-5]), None), q)
         forward = used.bytes_sent
@@ -401,7 +405,9 @@ def test_bytes_sent_do_not_depend_on_the_window() -> None:
 def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arch) -> tuple[Tensor, Tensor]:
     """Losses of a window of documents A and B per token, and the gradient of B's loss at each token's embedding."""
     mesh = meshes.build(1, world)
-    model = LanguageModel(config(arch), WINDOW, Attention("chunked", AllGather(mesh.sp_group, CPU)), loss_chunk=32)
+    model = LanguageModel(
+        config(arch), WINDOW, ShardedRecurrence("chunked", AllGather(mesh.sp_group, CPU)), loss_chunk=32
+    )
     fill(model, values(model))
     tokens = windows()[:1]
     edge = 61
@@ -423,8 +429,8 @@ def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arc
     carry, losses = None, []
     with torch.no_grad():
         for piece in mine:
-            out = model(piece.tokens, piece.labels, piece.doc, carry, leave=True, per_token=True)
-            carry = out.leaving
+            out = model(piece.tokens, piece.labels, piece.doc_ids, carry, output_final_state=True, per_token=True)
+            carry = out.final_state
             losses.append(out.loss)
     return torch.cat(losses), torch.cat([x.grad[0] for x in reversed(captured)])
 

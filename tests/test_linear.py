@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.recipe.sections import Optim
 from lasptrain.training.optimizer import build_optimizer
 from tests.kernel_cases import error
@@ -19,7 +19,7 @@ def _layers() -> list[Linear]:
 
 
 def _gradients(layers: list[Linear], x: Tensor, seeds: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(products(x, *layers), (x, *(layer.weight for layer in layers)), seeds))
+    return list(torch.autograd.grad(multi_linear(x, *layers), (x, *(layer.weight for layer in layers)), seeds))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -33,7 +33,7 @@ def test_products_and_gradients_are_those_of_separate_layers(dtype: torch.dtype)
     weights = [layer.weight.detach().to(dtype).double().requires_grad_() for layer in layers]
     want = [F.linear(exact, weight) for weight in weights]
     bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
-    for found, wanted in zip(products(x, *layers), want, strict=True):
+    for found, wanted in zip(multi_linear(x, *layers), want, strict=True):
         assert found.dtype == dtype and error(found.detach(), wanted.detach()) < bound
     gradients = torch.autograd.grad(want, (exact, *weights), [seed.double() for seed in seeds])
     dx, *dweights = _gradients(layers, x, seeds)

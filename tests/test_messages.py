@@ -115,16 +115,20 @@ def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     state, carry = (torch.randn(1, 2, 8, 13, generator=generator) for _ in range(2))
     decay = torch.rand(1, 2, generator=generator)
     wrong = []
-    for name, (reverse, carried, leave, fades) in product(("ring", "all_scan"), product((False, True), repeat=4)):
+    for name, (reverse, carried, output_final_state, fades) in product(
+        ("ring", "all_scan"), product((False, True), repeat=4)
+    ):
         transition = scan.Transition(decay if fades else None)
         found = []
         for way in (messages.ProcessGroupP2P(world), ends):
             monkeypatch.setattr(scan, "between", lambda *_, way=way: way)
             one = scan.SCANS[name](world, torch.device("cpu"))
-            got = one.start(state, transition, carry if carried else None, reverse=reverse, leave=leave).wait()
-            found.append((got.entering, got.leaving if leave and rank == 0 else None))
+            got = one.start(
+                state, transition, carry if carried else None, reverse=reverse, output_final_state=output_final_state
+            ).wait()
+            found.append((got.initial_state, got.final_state if output_final_state and rank == 0 else None))
         if not all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(*found, strict=True)):
-            wrong.append(f"{name}, {reverse=}, {carried=}, {leave=}, {fades=}")
+            wrong.append(f"{name}, {reverse=}, {carried=}, {output_final_state=}, {fades=}")
     return wrong
 
 

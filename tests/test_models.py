@@ -17,7 +17,7 @@ from lasptrain.cost import plan
 from lasptrain.eval.generate import generate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops import softmax
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.sections import Model
 
@@ -95,7 +95,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
     }
     sizes = {"dim": 12, "layers": 3, "heads": 3, "key_dim": 4, "value_dim": 5, "mlp": 10, "vocab": 23, "tie": tie}
     cfg = Model.model_validate({"arch": arch.split()[-1], **sizes, **own[arch]})
-    made = LanguageModel(cfg, 64, Attention("chunked"), dtype=torch.float64).double()
+    made = LanguageModel(cfg, 64, ShardedRecurrence("chunked"), dtype=torch.float64).double()
     g = torch.Generator().manual_seed(3)
     for name, value in initial_values(made, 3, CPU):
         value = value * 20 if name.endswith("weight") and value.dim() > 1 else value
@@ -109,11 +109,11 @@ def norm(x: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def weights(slope: Tensor, doc: Tensor) -> Tensor:
+def weights(slope: Tensor, doc_ids: Tensor) -> Tensor:
     """[H, T, T]: what token j weighs in token i."""
-    place = torch.arange(len(doc))
+    place = torch.arange(len(doc_ids))
     lag = (place[:, None] - place).double()
-    visible = (lag >= 0) & (doc[:, None] == doc)
+    visible = (lag >= 0) & (doc_ids[:, None] == doc_ids)
     return torch.where(visible, torch.exp(-slope[:, None, None] * lag), 0.0)
 
 
@@ -126,7 +126,7 @@ def turned(x: Tensor, theta: Tensor) -> Tensor:
     return torch.cat([x * angle.cos(), x * angle.sin()], dim=-1)
 
 
-def tnl_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+def tnl_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
     """MODELS: TransNormerLLM with absolute positions that do not even start at zero."""
     p = dict(m.named_parameters())
     x = math.sqrt(12) * p["embed.weight"][tokens]
@@ -137,14 +137,14 @@ def tnl_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         v, u = h @ w["mixer.v.weight"].T, h @ w["mixer.gate.weight"].T
         if "mixer.lrpe.theta" in w:
             q, k = turned(q, w["mixer.lrpe.theta"]), turned(k, w["mixer.lrpe.theta"])
-        o = norm(attend(q, k, v.view(-1, 3, 5), weights(slope, doc)).flatten(1))
+        o = norm(attend(q, k, v.view(-1, 3, 5), weights(slope, doc_ids)).flatten(1))
         x = x + (u * o) @ w["mixer.out.weight"].T
         h = norm(x)
         x = x + (h @ w["mlp.gate.weight"].T * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
     return norm(x) @ p.get("head.weight", p["embed.weight"]).T
 
 
-def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
     p = dict(m.named_parameters())
     x = p["embed.weight"][tokens]
     for i in range(3):
@@ -152,7 +152,7 @@ def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> 
         h = norm(x) * w["norm1.weight"]
         q, k = ((F.elu(h @ w[f"mixer.{n}.weight"].T) + 1).view(-1, 3, 4) for n in "qk")
         v = (h @ w["mixer.v.weight"].T).view(-1, 3, 5)
-        visible = weights(torch.zeros(3), doc)
+        visible = weights(torch.zeros(3), doc_ids)
         o = attend(q, k, v, visible)
         o = o / attend(q, k, torch.ones_like(v[..., :1]), visible) if m.cfg.normalizer else o / 2
         x = x + (norm(o) * w["mixer.norm.weight"]).flatten(1) @ w["mixer.out.weight"].T
@@ -161,7 +161,7 @@ def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> 
     return norm(x) * p["norm.weight"] @ p.get("head.weight", p["embed.weight"]).T
 
 
-def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc: Tensor) -> Tensor:
+def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc_ids: Tensor) -> Tensor:
     """Attention with rotation as complex numbers, at absolute positions that do not even start at zero."""
     place = torch.arange(len(h))
     theta = 0.0 if m.cfg.rotary is None else m.cfg.rotary ** (-torch.arange(2).double() / 2)
@@ -169,7 +169,7 @@ def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc: Te
     q, k, v = ((h @ w[f"attn.{n}.weight"].T).view(len(h), -1, 4) for n in "qkv")
     q, k = (torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle) for x in (q, k))
     lag = place[:, None] - place
-    visible = (lag >= 0) & (lag < (m.cfg.sliding or 1000)) & (doc[:, None] == doc)
+    visible = (lag >= 0) & (lag < (m.cfg.sliding or 1000)) & (doc_ids[:, None] == doc_ids)
     heads = []
     for head in range(4):
         shared = head * k.shape[1] // 4
@@ -178,7 +178,7 @@ def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc: Te
     return torch.cat(heads, dim=1) @ w["attn.out.weight"].T
 
 
-def minimax_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+def minimax_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
     """The residual carries the normalised value."""
 
     def scaled(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -192,17 +192,17 @@ def minimax_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
         h = scaled(x, w["norm1.weight"])
         if i in m.cfg.softmax:
-            y = softmax_output(m, h, w, doc)
+            y = softmax_output(m, h, w, doc_ids)
         else:
             q, k, v = (F.silu(h @ w[f"mixer.{n}.weight"].T).view(len(h), heads, -1) for n in "qkv")
-            o = scaled(attend(q, k, v, weights(slope, doc)).flatten(1), w["mixer.norm.weight"], 1e-6)
+            o = scaled(attend(q, k, v, weights(slope, doc_ids)).flatten(1), w["mixer.norm.weight"], 1e-6)
             y = (torch.sigmoid(h @ w["mixer.gate.weight"].T) * o) @ w["mixer.out.weight"].T
         h = scaled(alpha * h + y, w["norm2.weight"])
         x = alpha * h + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
     return scaled(x, p["norm.weight"]) @ p.get("head.weight", p["embed.weight"]).T
 
 
-def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+def ssd_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
     """A token at a time: the step scales what is written and says how much is forgotten."""
 
     def scaled(x: Tensor, weight: Tensor) -> Tensor:
@@ -215,26 +215,26 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         w = {n.removeprefix(f"layers.{i}."): v for n, v in p.items() if n.startswith(f"layers.{i}.")}
         h = scaled(x, w["norm1.weight"])
         if i in m.cfg.softmax:
-            x = x + softmax_output(m, h, w, doc)
+            x = x + softmax_output(m, h, w, doc_ids)
             h = scaled(x, w["norm2.weight"])
             x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
             continue
-        products = torch.cat([h @ w[f"mixer.{n}.weight"].T for n in "vkq"], dim=1)
+        multi_linear = torch.cat([h @ w[f"mixer.{n}.weight"].T for n in "vkq"], dim=1)
         if m.cfg.conv:
-            seen = torch.zeros_like(products)
+            seen = torch.zeros_like(multi_linear)
             for t, lag in product(range(len(h)), range(3)):
-                if t >= lag and doc[t - lag] == doc[t]:
-                    seen[t] += products[t - lag] * w["mixer.conv.weight"][:, 2 - lag]
-            products = seen + w["mixer.conv.bias"]
+                if t >= lag and doc_ids[t - lag] == doc_ids[t]:
+                    seen[t] += multi_linear[t - lag] * w["mixer.conv.weight"][:, 2 - lag]
+            multi_linear = seen + w["mixer.conv.bias"]
         channels = [5 * heads, 4 * heads, 4 * heads]
-        v, k, q = (F.silu(x).view(len(h), heads, -1) for x in products.split(channels, dim=1))
+        v, k, q = (F.silu(x).view(len(h), heads, -1) for x in multi_linear.split(channels, dim=1))
         slope = w["mixer.dt.log_slope"].exp() if m.cfg.decay == "learned" else slope
         step = torch.ones(len(h), heads, dtype=torch.float64)
         if m.cfg.data_dependent:
             step = F.softplus(h @ w["mixer.dt.weight"].T + w["mixer.dt.bias"])
         state, outputs = torch.zeros(heads, 4, 5, dtype=torch.float64), []
         for t in range(len(h)):
-            kept = torch.exp(-slope * step[t]) if t and doc[t] == doc[t - 1] else torch.zeros(heads)
+            kept = torch.exp(-slope * step[t]) if t and doc_ids[t] == doc_ids[t - 1] else torch.zeros(heads)
             state = kept[:, None, None] * state + torch.einsum("hk,hv->hkv", k[t], step[t][:, None] * v[t])
             outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
         o = torch.stack(outputs) * F.silu(h @ w["mixer.gate.weight"].T).view(-1, heads, 5)
@@ -244,7 +244,7 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
     return scaled(x, p["norm.weight"]) @ p.get("head.weight", p["embed.weight"]).T
 
 
-def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
+def retnet_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
     """RetNet as complex numbers that turn, with absolute positions that do not even start at zero."""
     angle = torch.arange(1000, 1000 + len(tokens)).double()[:, None] * 10000.0 ** (-torch.arange(2).double() / 2)
 
@@ -260,7 +260,7 @@ def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
         q, k = (turning(h @ w[f"mixer.{n}.weight"].T) for n in "qk")
         score = torch.einsum("ihk,jhk->hij", q, k.conj()).real / 2
         v, gate = h @ w["mixer.v.weight"].T, h @ w["mixer.gate.weight"].T
-        o = torch.einsum("hij,hij,jhv->ihv", score, weights(slope, doc), v.view(len(h), 3, -1))
+        o = torch.einsum("hij,hij,jhv->ihv", score, weights(slope, doc_ids), v.view(len(h), 3, -1))
         o = (norm(o) * w["mixer.norm.weight"]).flatten(1) * F.silu(gate)
         x = x + o @ w["mixer.out.weight"].T
         h = norm(x) * w["norm2.weight"]
@@ -288,10 +288,10 @@ def retnet_logits(m: LanguageModel, tokens: Tensor, doc: Tensor) -> Tensor:
 def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> None:
     m = model(arch, normalizer, tie)
     tokens = torch.randint(23, (1, 90), generator=torch.Generator().manual_seed(1))
-    doc = torch.zeros(1, 90, dtype=torch.int32)
-    doc[0, 50:] = 1
+    doc_ids = torch.zeros(1, 90, dtype=torch.int32)
+    doc_ids[0, 50:] = 1
     with torch.no_grad():
-        found = m.norm(m.hidden(tokens, doc)[0])[0] @ m.head_weight.T
+        found = m.norm(m.hidden(tokens, doc_ids)[0])[0] @ m.head_weight.T
         definitions = {
             "tnl": tnl_logits,
             "ssd": ssd_logits,
@@ -299,7 +299,7 @@ def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> N
             "retnet": retnet_logits,
             "minimax": minimax_logits,
         }
-        expected = definitions[m.cfg.arch](m, tokens[0], doc[0])
+        expected = definitions[m.cfg.arch](m, tokens[0], doc_ids[0])
     assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
 
 
@@ -312,9 +312,9 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, slidi
         torch.randn(2, length, heads, 6, generator=g, dtype=torch.float64, requires_grad=True)
         for length, heads in ((40, 4), (40 + before, 2), (40 + before, 2))
     )
-    doc = torch.randint(2, (2, 40 + before), generator=g).cumsum(1) // 5
+    doc_ids = torch.randint(2, (2, 40 + before), generator=g).cumsum(1) // 5
     lag = torch.arange(40)[:, None] + before - torch.arange(40 + before)
-    for own, of_keys in ((None, None), (doc[:, before:], doc)):
+    for own, of_keys in ((None, None), (doc_ids[:, before:], doc_ids)):
         visible = (lag >= 0) & (lag < (sliding or 1000))
         if own is not None and of_keys is not None:
             visible = visible & (own[:, None, :, None] == of_keys[:, None, None])

@@ -53,29 +53,29 @@ def expected(x: dict[str, Tensor | None]) -> dict[str, Tensor]:
         names.append("log_decay")
     leaves = {n: x[n].detach().clone().requires_grad_() for n in names}  # type: ignore[union-attr]
     arguments = {**x, **leaves}
-    o, leaving = recurrence(*(arguments[n] for n in ("q", "k", "v", "log_decay", "doc", "entering")))  # type: ignore[arg-type]
-    grads = torch.autograd.grad([o, leaving], list(leaves.values()), [x["do"], x["dleaving"]])
-    return {"o": o.detach(), "leaving": leaving.detach()} | {f"d{n}": g for n, g in zip(names, grads, strict=True)}
+    o, final_state = recurrence(*(arguments[n] for n in ("q", "k", "v", "log_decay", "doc", "entering")))  # type: ignore[arg-type]
+    grads = torch.autograd.grad([o, final_state], list(leaves.values()), [x["do"], x["dleaving"]])
+    return {"o": o.detach(), "leaving": final_state.detach()} | {f"d{n}": g for n, g in zip(names, grads, strict=True)}
 
 
 def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dict[str, Tensor]:
     ops = torch.ops.lasptrain
-    q, k, v, log_decay, doc, entering, do, dleaving = x.values()
-    assert k is not None and entering is not None and dleaving is not None
-    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc, True)
-    o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, entering, blocks if with_blocks else None)
-    dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc, True)
-    dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
+    q, k, v, log_decay, doc_ids, initial_state, do, dfinal = x.values()
+    assert k is not None and initial_state is not None and dfinal is not None
+    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc_ids, True)
+    o, prefix = ops.attend(kernel, q, k, v, log_decay, doc_ids, initial_state, blocks if with_blocks else None)
+    dinitial, dblocks = ops.grad_initial_state(kernel, q, do, log_decay, doc_ids, True)
+    dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc_ids, prefix)
     dk, dv, dlog = ops.grad_key_value(
-        kernel, q, k, v, do, log_decay, doc, dleaving, dblocks if with_blocks else None, prefix, row
+        kernel, q, k, v, do, log_decay, doc_ids, dfinal, dblocks if with_blocks else None, prefix, row
     )
     found = {
         "o": o,
-        "leaving": decay[..., None, None] * entering + state,
+        "leaving": decay[..., None, None] * initial_state + state,
         "dq": dq,
         "dk": dk,
         "dv": dv,
-        "dentering": dentering + decay[..., None, None] * dleaving,
+        "dentering": dinitial + decay[..., None, None] * dfinal,
     }
     return found | ({"dlog_decay": dlog} if dlog.numel() else {})
 
@@ -131,18 +131,18 @@ def test_decay_gradient_does_not_cancel_at_64k_tokens() -> None:
 
 def test_operators_have_fake_implementations() -> None:
     x = inputs(65, "token", "middle", torch.float32)
-    q, k, v, log_decay, doc, entering, do, dleaving = x.values()
+    q, k, v, log_decay, doc_ids, initial_state, do, dfinal = x.values()
     ops = torch.ops.lasptrain
-    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc, True)
-    _, prefix = ops.attend("chunked", q, k, v, log_decay, doc, entering, blocks)
-    _, row = ops.grad_query("chunked", q, k, v, do, log_decay, doc, prefix)
-    _, dblocks = ops.grad_entering("chunked", q, do, log_decay, doc, True)
+    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc_ids, True)
+    _, prefix = ops.attend("chunked", q, k, v, log_decay, doc_ids, initial_state, blocks)
+    _, row = ops.grad_query("chunked", q, k, v, do, log_decay, doc_ids, prefix)
+    _, dblocks = ops.grad_initial_state("chunked", q, do, log_decay, doc_ids, True)
     checks = {
-        ops.summarize.default: ("chunked", k, v, log_decay, doc, True),
-        ops.attend.default: ("chunked", q, k, v, log_decay, doc, entering, blocks),
-        ops.grad_entering.default: ("chunked", q, do, log_decay, doc, True),
-        ops.grad_query.default: ("chunked", q, k, v, do, log_decay, doc, prefix),
-        ops.grad_key_value.default: ("chunked", q, k, v, do, log_decay, doc, dleaving, dblocks, prefix, row),
+        ops.summarize.default: ("chunked", k, v, log_decay, doc_ids, True),
+        ops.attend.default: ("chunked", q, k, v, log_decay, doc_ids, initial_state, blocks),
+        ops.grad_initial_state.default: ("chunked", q, do, log_decay, doc_ids, True),
+        ops.grad_query.default: ("chunked", q, k, v, do, log_decay, doc_ids, prefix),
+        ops.grad_key_value.default: ("chunked", q, k, v, do, log_decay, doc_ids, dfinal, dblocks, prefix, row),
     }
     for op, args in checks.items():
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
@@ -162,5 +162,5 @@ def test_a_document_never_sees_another() -> None:
 
 
 def test_reference_zeroes_the_state_where_a_document_starts() -> None:
-    doc = torch.tensor([[0, 1, 1]])
-    assert reference.starts(doc).tolist() == [[False, True, False]]
+    doc_ids = torch.tensor([[0, 1, 1]])
+    assert reference.starts(doc_ids).tolist() == [[False, True, False]]

@@ -15,7 +15,7 @@ from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import initial_values
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import Ring
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.loading import load
@@ -28,7 +28,9 @@ from tests.test_recipe import RECIPES
 B, T, H, K, V = 2, 24, 6, 8, 5  # T of a slice
 
 
-def gradients(attention: Attention | Ulysses | RingAttention, rank: int, turned: bool, decayed: bool) -> list[Tensor]:
+def gradients(
+    attention: ShardedRecurrence | Ulysses | RingAttention, rank: int, turned: bool, decayed: bool
+) -> list[Tensor]:
     """Output, gradients of q, k, v and, summed over ranks, of the angle."""
     generator = torch.Generator().manual_seed(rank)
     q, k = (torch.randn(B, T, H, K, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -51,7 +53,7 @@ def compare(rank: int, world: int) -> dict[str, float]:
     traded, shifted = 2 * 8 * 2 * numbers * (world - 1) // world, 8 * numbers * (2 * (world - 1) + world)
     for turned in (False, True):
         for decayed in (False, True):
-            scan = Attention("chunked", Ring(group, torch.device("cpu")))
+            scan = ShardedRecurrence("chunked", Ring(group, torch.device("cpu")))
             want = gradients(scan, rank, turned, decayed)
             rivals: dict[str, tuple[Ulysses | RingAttention, int, int]] = {
                 "ulysses": (Ulysses("chunked", group), traded, 8),
@@ -85,12 +87,12 @@ def split(rank: int, world: int) -> dict[str, float]:
         traffic = Traffic(dist.group.WORLD)
         of = recipe(arch)
         part = split_model(of, traffic, "chunked", local).to_empty(device="cpu")
-        whole = train.language_model(of, Attention("chunked"))
+        whole = train.language_model(of, ShardedRecurrence("chunked"))
         if form == "softmax":
             whole = split_model(of, Traffic(None), "chunked", softmax).to_empty(device="cpu")
         with torch.no_grad():
             fill(part, shares(of, traffic, torch.device("cpu")))
-            fill(whole, initial_values(train.language_model(of, Attention("chunked")), 0, torch.device("cpu")))
+            fill(whole, initial_values(train.language_model(of, ShardedRecurrence("chunked")), 0, torch.device("cpu")))
         want = whole(tokens, labels).loss
         want.backward()
         mine = slice(rank * 24 // world, (rank + 1) * 24 // world)

@@ -11,7 +11,7 @@ import torch
 
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.training import segments as stream
 from tests.test_layouts import CPU, config
@@ -24,15 +24,15 @@ def pieces(segments: int, length: int = 16) -> list[Slice]:
 
 
 def model() -> LanguageModel:
-    made = LanguageModel(config("tnl"), 256, Attention("chunked"))
+    made = LanguageModel(config("tnl"), 256, ShardedRecurrence("chunked"))
     fill(made, initial_values(made, 0, CPU))
     return made
 
 
 def test_a_step_leaves_no_states_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[weakref.ref[Memory]] = []
+    made: list[weakref.ref[SavedStates]] = []
 
-    class Watched(Memory):
+    class Watched(SavedStates):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(weakref.ref(self))
@@ -68,8 +68,8 @@ def saved_bytes(segments: int) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         stream.backward(trained, 3, pieces(segments), 1.0)
     kept, _ = stream._forward_states(trained, 3, pieces(segments)[:-1])
-    states = [m.entering for memories in kept for m in memories if m.entering is not None]
-    assert not any(m.leaving is not None for memories in kept for m in memories)
+    states = [m.initial_state for memories in kept for m in memories if m.initial_state is not None]
+    assert not any(m.final_state is not None for memories in kept for m in memories)
     return most, sum(s.numel() * s.element_size() for s in states)
 
 

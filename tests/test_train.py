@@ -220,7 +220,7 @@ class _Counts(nn.Module):
         self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def forward(self, tokens: Tensor, labels: Tensor, *_: Any, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(loss=self.weight * (labels != IGNORED).sum(), leaving=[])
+        return SimpleNamespace(loss=self.weight * (labels != IGNORED).sum(), final_state=[])
 
 
 def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
@@ -242,9 +242,11 @@ def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: Non
     by_position, sizes = defaultdict[int, list[float]](list), 0
     for start in (0, 240):
         row = job.dataset.whole("validation").read(start, 241)
-        doc = (row[:-1] == job.dataset.bos).cumsum(0).int()
+        doc_ids = (row[:-1] == job.dataset.bos).cumsum(0).int()
         with torch.no_grad():
-            out = job.model(row[None, :-1], row[None, 1:], doc[None], None, leave=False, per_token=True)
+            out = job.model(
+                row[None, :-1], row[None, 1:], doc_ids[None], None, output_final_state=False, per_token=True
+            )
         for position, loss in enumerate(out.loss.flatten().tolist(), 1):
             by_position[1 << (position.bit_length() - 1)].append(loss)
         sizes += int(job.dataset.token_bytes[row[1:]].sum())

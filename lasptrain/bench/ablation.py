@@ -17,7 +17,7 @@ from lasptrain.bench.rivals import Pending, whole_windows
 from lasptrain.bench.steps import clear, shared, timed, turns
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import Mesh, device_name
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.schema import Recipe
@@ -34,7 +34,7 @@ class Row:
     memory: int  # peak, bytes
 
 
-class Recomputing(Attention):
+class Recomputing(ShardedRecurrence):
     """Attention that keeps no states for the backward, and so summarises and exchanges again there."""
 
     def begin(
@@ -42,20 +42,20 @@ class Recomputing(Attention):
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
-        doc: Tensor | None,
+        doc_ids: Tensor | None,
         *,
         angle: Tensor | None = None,
         carry: Tensor | None = None,
-        memory: Memory | None = None,
-        leave: bool = False,
+        memory: SavedStates | None = None,
+        output_final_state: bool = False,
     ) -> Any:
-        whole_windows("ablation", doc, carry, leave)
+        whole_windows("ablation", doc_ids, carry, output_final_state)
         return Pending(k, v, log_decay, angle)
 
     def finish(self, pending: Any, q: Tensor) -> tuple[Tensor, Tensor | None]:
         def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None) -> Tensor:
-            begun = Attention.begin(self, k, v, log_decay, None, angle=angle)
-            return Attention.finish(self, begun, q)[0]
+            begun = ShardedRecurrence.begin(self, k, v, log_decay, None, angle=angle)
+            return ShardedRecurrence.finish(self, begun, q)[0]
 
         o: Tensor = checkpoint(run, q, *pending, use_reentrant=False, preserve_rng_state=False)
         return o, None
@@ -83,9 +83,9 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
     clear(device)
     one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
     one = one.model_copy(update={"train": one.train.model_copy(update={"kernel": kernel})})
-    made = Attention if kept else Recomputing
+    made = ShardedRecurrence if kept else Recomputing
 
-    def attention(kernel: str, mesh: Mesh) -> Attention:
+    def attention(kernel: str, mesh: Mesh) -> ShardedRecurrence:
         return made(kernel, SCANS["ring"](mesh.sp_group, device))
 
     job = build(one, attention)

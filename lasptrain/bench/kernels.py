@@ -16,7 +16,7 @@ from torch import Tensor
 from lasptrain.console.tables import number
 from lasptrain.cost.plan import Rates
 from lasptrain.errors import SetupError
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -71,17 +71,17 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
         "token": (-slope * torch.rand(1, tokens, heads, device="cuda")).requires_grad_(),
     }[decay]
     learned = [log_decay] if log_decay is not None and log_decay.requires_grad else []
-    doc, edges = None, None
+    doc_ids, edges = None, None
     if documents:
         starts = torch.zeros(1, tokens, dtype=torch.int32, device="cuda")
         starts[0, torch.randperm(tokens, device="cuda")[:documents]] = 1
-        doc = starts.cumsum(1, dtype=torch.int32)
+        doc_ids = starts.cumsum(1, dtype=torch.int32)
         inner = starts[0].nonzero().flatten()
         edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), tokens)]).unique()
-    attention = Attention("triton")
+    attention = ShardedRecurrence("triton")
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention.finish(attention.begin(k, v, log_decay, doc), q)[0]
+        return attention.finish(attention.begin(k, v, log_decay, doc_ids), q)[0]
 
     found: dict[str, Forward] = {"lasptrain": ours}
     if find_spec("fla") is None:

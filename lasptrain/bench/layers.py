@@ -24,7 +24,7 @@ from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.process.local_ranks import Failure, on_ranks, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
@@ -99,12 +99,12 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return train.DTYPES[recipe.train.precision]
 
 
-def _attention(recipe: Recipe, method: str, device: torch.device) -> Attention:
+def _attention(recipe: Recipe, method: str, device: torch.device) -> ShardedRecurrence:
     return attention(method, ops.select(recipe.train.kernel, device), mesh.world(), device)
 
 
 def _calls(
-    recipe: Recipe, attentions: Mapping[str, Attention], tokens: int, device: torch.device
+    recipe: Recipe, attentions: Mapping[str, ShardedRecurrence], tokens: int, device: torch.device
 ) -> dict[str, Callable[[], None]]:
     """Forward and backward of each, on the same numbers."""
     model = recipe.model
@@ -117,7 +117,7 @@ def _calls(
     )
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
 
-    def call(attention: Attention) -> None:
+    def call(attention: ShardedRecurrence) -> None:
         o, _ = attention.finish(attention.begin(k, v, log_decay, None), q)
         torch.autograd.grad(o, inputs, do)
 
@@ -139,7 +139,7 @@ def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, in
     return {NONE: 0, "ring": chain, "all_scan": chain, "all_gather": 2 * (state + 4 * model.heads)} | rivals
 
 
-def _sent(attention: Attention, call: Callable[[], None]) -> int:
+def _sent(attention: ShardedRecurrence, call: Callable[[], None]) -> int:
     before = attention.scan.bytes_sent
     call()
     return int(all_reduce_max(attention.scan.bytes_sent - before))

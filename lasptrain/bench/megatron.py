@@ -29,7 +29,7 @@ from lasptrain.models.mixer import State
 from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
@@ -87,12 +87,12 @@ class _Pending(NamedTuple):
 
 
 class _Heads:
-    """A drop-in for `Attention` that has whole windows of its own heads, and runs `local` over them."""
+    """A drop-in for `ShardedRecurrence` that has whole windows of its own heads, and runs `local` over them."""
 
     def __init__(self, local: Local):
         self.local, self.scan = local, Traffic(None)
 
-    def begin(self, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, **_: object) -> _Pending:
+    def begin(self, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, **_: object) -> _Pending:
         return _Pending(k, v, log_decay)
 
     def finish(self, pending: _Pending, q: Tensor) -> tuple[Tensor, None]:
@@ -105,9 +105,15 @@ class _Whole:
     traffic: Traffic
 
     def forward(
-        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        h: Tensor,
+        phases: Phases | None,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, State]:
-        whole_windows("megatron", doc, carry[0], leave)
+        whole_windows("megatron", doc_ids, carry[0], output_final_state)
         y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)  # type: ignore[misc]
         return _scatter(y, self.traffic), state
 
@@ -115,8 +121,8 @@ class _Whole:
 class _TransNormer(_Whole, TransNormer):
     """Its norm is over all heads, so their squares are summed over ranks."""
 
-    def phases(self, length: int) -> Phases | None:
-        return super().phases(length * self.traffic.size)
+    def prepare(self, length: int) -> Phases | None:
+        return super().prepare(length * self.traffic.size)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         o = o.flatten(2)
@@ -156,7 +162,7 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
             raise SetupError(f"megatron: model.{key} = {size} does not go to {n} ranks; expected a multiple")
     if model.arch not in ("tnl", "linear_transformer"):
         raise SetupError(f"megatron: model.arch = {model.arch} is not split; expected tnl or linear_transformer")
-    attention = Attention(kernel) if local is None else cast(Attention, _Heads(local))
+    attention = ShardedRecurrence(kernel) if local is None else cast(ShardedRecurrence, _Heads(local))
     with torch.device("meta"):
         whole = train.language_model(recipe, attention)
         for index, block in enumerate(whole.blocks):
@@ -170,7 +176,7 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
     return whole
 
 
-def _mixer(model: Model, index: int, ranks: int, attention: Attention) -> _TransNormer | _Undecayed:
+def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -> _TransNormer | _Undecayed:
     sizes = (model.dim, model.heads // ranks, model.K, model.V)
     if model.arch == "tnl":
         lrpe, decayed = index in model.lrpe, model.decay != "none"
@@ -181,7 +187,7 @@ def _mixer(model: Model, index: int, ranks: int, attention: Attention) -> _Trans
 def shares(recipe: Recipe, traffic: Traffic, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of the initial weights and buffers, by name."""
     with torch.device("meta"):
-        whole = train.language_model(recipe, Attention("chunked"))
+        whole = train.language_model(recipe, ShardedRecurrence("chunked"))
     for name, value in initial_values(whole, recipe.train.seed, device):
         yield name, share(name, value, traffic)
 

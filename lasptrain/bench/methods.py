@@ -14,7 +14,7 @@ from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 
 NONE = "none"  # shares nothing
@@ -38,8 +38,8 @@ def check(methods: Sequence[str]) -> None:
             raise RecipeError(f"--method: found {method!r}; expected one of {', '.join(METHODS)}")
 
 
-def attention(method: str, kernel: str, group: dist.ProcessGroup, device: torch.device) -> Attention:
-    """What takes the place of `Attention` in the model; of a method that does not split the model."""
+def attention(method: str, kernel: str, group: dist.ProcessGroup, device: torch.device) -> ShardedRecurrence:
+    """What takes the place of `ShardedRecurrence` in the model; of a method that does not split the model."""
     if method in RIVALS:
-        return cast(Attention, RIVALS[method](kernel, group))
-    return Attention(kernel, None if method == NONE else SCANS[method](group, device))
+        return cast(ShardedRecurrence, RIVALS[method](kernel, group))
+    return ShardedRecurrence(kernel, None if method == NONE else SCANS[method](group, device))

@@ -23,7 +23,7 @@ from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import all_reduce_sum
 from lasptrain.parallel.mesh import Mesh
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
@@ -79,7 +79,9 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
     mesh = meshes.build(1, world)
     cfg = recipe.model.model_copy(update={"vocab": -(-vocab // 64) * 64})
     with torch.device("meta"):
-        attention = Attention(ops.select(recipe.train.kernel, device), SCANS["all_gather"](mesh.sp_group, device))
+        attention = ShardedRecurrence(
+            ops.select(recipe.train.kernel, device), SCANS["all_gather"](mesh.sp_group, device)
+        )
         model = LanguageModel(cfg, length, attention)
     values = initial_values(model, recipe.train.seed, device)
     wrapped = parallelize(

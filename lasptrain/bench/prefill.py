@@ -25,7 +25,7 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import all_reduce_max, barrier
 from lasptrain.parallel.mesh import Mesh, device_name
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
@@ -84,7 +84,7 @@ def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> Lang
     device = meshes.device()
     kernel = ops.select(recipe.train.kernel, device)
     with torch.device("meta"):
-        attention = Attention(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
+        attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
         model = train.language_model(recipe, attention)
     values = initial_values(model, recipe.train.seed, device)
     parallelize(
@@ -102,7 +102,7 @@ def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
     def forward() -> None:
         carry = None
         for _ in range(SEGMENTS):
-            carry = model(piece, carry=carry, leave=True).leaving
+            carry = model(piece, carry=carry, output_final_state=True).final_state
 
     for _ in range(2):  # compiles, allocates and tunes
         forward()

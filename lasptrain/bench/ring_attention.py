@@ -1,7 +1,7 @@
 """Ring Attention (arXiv:2310.01889) for linear attention: keys and values go round, queries stay.
 
-A drop-in for `lasptrain.parallel.recurrence.Attention`, to compare with. Its traffic grows with the window: per layer
-and rank, for n ranks, (n − 1) times k and v forward and again backward, and n times their gradients in at least fp32.
+A drop-in for `lasptrain.parallel.recurrence.ShardedRecurrence`, to compare with. Its traffic grows with the window:
+per layer and rank, for n ranks, (n − 1) times k and v forward and again backward, and n times their gradients in at least fp32.
 The next block travels while one is worked on.
 """
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lasptrain.bench.left_product import LeftProduct
 from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.ops import state_dtype
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
 # What queries read from a block of keys and values that begins so many tokens to their left.
 Block = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
@@ -36,7 +36,7 @@ class RingAttention:
 
     def __init__(self, kernel: str, group: dist.ProcessGroup, left: bool = False):
         self.scan = Traffic(group)
-        attention = Attention(kernel)
+        attention = ShardedRecurrence(kernel)
 
         def block(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, behind: int) -> Tensor:
             if behind:
@@ -50,15 +50,15 @@ class RingAttention:
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
-        doc: Tensor | None,
+        doc_ids: Tensor | None,
         *,
         angle: Tensor | None = None,
         carry: Tensor | None = None,
-        memory: Memory | None = None,
-        leave: bool = False,
+        memory: SavedStates | None = None,
+        output_final_state: bool = False,
     ) -> Pending:
         """Keep k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
-        whole_windows("ring_attention", doc, carry, leave)
+        whole_windows("ring_attention", doc_ids, carry, output_final_state)
         return Pending(k, v, log_decay, angle)
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, None]:

@@ -34,19 +34,19 @@ class Traffic:
         """x [B, T, …] of every rank, one after the other along T."""
         if self.size == 1:
             return x
-        parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        all_gather(parts, x.contiguous(), group=self.group)
+        compiled = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        all_gather(compiled, x.contiguous(), group=self.group)
         self._count(x.numel() * x.element_size() * (self.size - 1))
-        whole: Tensor = parts.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        whole: Tensor = compiled.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
         return whole
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [B, n·T, …], of which each rank gets its T."""
         if self.size == 1:
             return x
-        parts = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
-        mine = torch.empty_like(parts[0])
-        reduce_scatter(mine, parts.flatten(0, 1), group=self.group)
+        compiled = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
+        mine = torch.empty_like(compiled[0])
+        reduce_scatter(mine, compiled.flatten(0, 1), group=self.group)
         self._count(mine.numel() * mine.element_size() * (self.size - 1))
         return mine
 
@@ -98,9 +98,9 @@ class Pending(NamedTuple):
     angle: Tensor | None
 
 
-def whole_windows(name: str, doc: Tensor | None, carry: Tensor | None, leave: bool) -> None:
+def whole_windows(name: str, doc_ids: Tensor | None, carry: Tensor | None, output_final_state: bool) -> None:
     """SetupError where a method is asked for more than a window in one segment and without documents."""
-    if doc is not None or carry is not None or leave:
+    if doc_ids is not None or carry is not None or output_final_state:
         raise SetupError(f"{name}: takes neither documents nor segments; set data.reset_at_documents=false")
 
 

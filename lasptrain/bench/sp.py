@@ -34,7 +34,7 @@ from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max, all_reduce_min
 from lasptrain.parallel.mesh import device_name
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.process.local_ranks import SILENCE, Failure, trials
 from lasptrain.recipe.resolve import resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
@@ -166,7 +166,7 @@ def _trainer(
         job = build(alone(recipe, tokens, ranks))
     elif method in RIVALS:
         make, whole = RIVALS[method], _in_one_segment(recipe, method, tokens, ranks)
-        job = build(whole, lambda kernel, mesh: cast(Attention, make(kernel, mesh.sp_group)))
+        job = build(whole, lambda kernel, mesh: cast(ShardedRecurrence, make(kernel, mesh.sp_group)))
     else:
         job = build(shared(recipe, tokens, ranks, method))
     scan = job.model.blocks[0].mixer.attention.scan

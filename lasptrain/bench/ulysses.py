@@ -1,7 +1,7 @@
 """DeepSpeed-Ulysses (arXiv:2309.14509) for linear attention: ranks trade slices of all heads for all tokens of some.
 
-A drop-in for `lasptrain.parallel.recurrence.Attention`, to compare with. It sends activations, so its traffic grows
-with the window: per layer and rank 4·B·T·H·D·(n − 1)/n elements forward and as many backward, for T tokens per rank and
+A drop-in for `lasptrain.parallel.recurrence.ShardedRecurrence`, to compare with. It sends activations, so its traffic
+grows with the window: per layer and rank 4·B·T·H·D·(n − 1)/n elements forward and as many backward, for T tokens per rank and
 n ranks; and it takes no more ranks than there are heads.
 """
 
@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.errors import SetupError
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
 Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -32,7 +32,7 @@ class Ulysses:
 
     def __init__(self, kernel: str, group: dist.ProcessGroup, local: Local | None = None):
         self.scan = Traffic(group)
-        attention = Attention(kernel)
+        attention = ShardedRecurrence(kernel)
         self.local: Local = local or (lambda q, k, v, decay: attention.finish(attention.begin(k, v, decay, None), q)[0])
 
     def begin(
@@ -40,16 +40,16 @@ class Ulysses:
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
-        doc: Tensor | None,
+        doc_ids: Tensor | None,
         *,
         angle: Tensor | None = None,
         carry: Tensor | None = None,
-        memory: Memory | None = None,
-        leave: bool = False,
+        memory: SavedStates | None = None,
+        output_final_state: bool = False,
     ) -> Pending:
         """Trade k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
         heads, ranks = k.shape[2], self.scan.size
-        whole_windows("ulysses", doc, carry, leave)
+        whole_windows("ulysses", doc_ids, carry, output_final_state)
         if heads % ranks:
             raise SetupError(f"ulysses: {heads} heads do not go to {ranks} ranks; expected a multiple")
         mine = None
@@ -66,8 +66,8 @@ class Ulysses:
 
     def _gather(self, x: Tensor) -> Tensor:
         """[B, T, H, ·] of a slice → [B, n·T, H/n, ·] of the window."""
-        parts = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
-        whole: Tensor = _Trade.apply(parts, self.scan)  # type: ignore[no-untyped-call]
+        compiled = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
+        whole: Tensor = _Trade.apply(compiled, self.scan)  # type: ignore[no-untyped-call]
         return whole.movedim(0, 1).flatten(1, 2)
 
 

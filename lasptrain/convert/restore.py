@@ -20,7 +20,7 @@ from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
@@ -92,7 +92,7 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     origin = _known(folder) if known else _given(folder, recipe)
     model = origin.model
     with torch.device("meta"):
-        empty = LanguageModel(model, origin.window, Attention("reference"))
+        empty = LanguageModel(model, origin.window, ShardedRecurrence("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     config = folder.json("config.json")
     if config is None and origin.target != "safetensors":
@@ -181,7 +181,7 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
             raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
         configs.agree(target, theirs, recipe.model, where)
     with torch.device("meta"):
-        model = LanguageModel(recipe.model, recipe.data.window, Attention("reference"))
+        model = LanguageModel(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
     meta = {
         "model": recipe.model.model_dump(mode="json"),
         "decays": model.decays().tolist(),

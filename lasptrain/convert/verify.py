@@ -22,7 +22,7 @@ from lasptrain.checkpoint import single as checkpoint
 from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.sections import Model
 
@@ -96,7 +96,9 @@ def reference(run: Path) -> Reference:
     step = checkpoint.CheckpointReader(run)
     cfg = Model.model_validate(step.meta["model"])
     with torch.device("meta"):
-        model = LanguageModel(cfg, step.meta["order"]["window"], Attention("reference"), dtype=torch.float64).double()
+        model = LanguageModel(
+            cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64
+        ).double()
     model.to_empty(device="cpu")
     with torch.no_grad():
         fill(model, ((name, step.read(name)) for name in step.shapes))

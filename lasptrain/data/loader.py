@@ -27,19 +27,21 @@ class Slice(NamedTuple):
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    doc: torch.Tensor | None
+    doc_ids: torch.Tensor | None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Slice:
         """The same slice on a device."""
-        doc = None if self.doc is None else self.doc.to(device, non_blocking=non_blocking)
+        doc_ids = None if self.doc_ids is None else self.doc_ids.to(device, non_blocking=non_blocking)
         return Slice(
-            self.tokens.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking), doc
+            self.tokens.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            doc_ids,
         )
 
     def pinned(self) -> Slice:
         """The same slice in page-locked memory, from which a GPU copies while its host goes on."""
-        doc = None if self.doc is None else self.doc.pin_memory()
-        return Slice(self.tokens.pin_memory(), self.labels.pin_memory(), doc)
+        doc_ids = None if self.doc_ids is None else self.doc_ids.pin_memory()
+        return Slice(self.tokens.pin_memory(), self.labels.pin_memory(), doc_ids)
 
 
 MicroBatch = tuple[Slice, ...]  # one slice for each segment, in the order of the window
@@ -163,8 +165,8 @@ class SliceLoader:
     def _slice(self, starts: list[int]) -> Slice:
         rows = torch.stack([self.split.read(start, self.slice + 1) for start in starts])
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        doc = (tokens == self.bos).cumsum(1, dtype=torch.int32) if self.reset else None
-        found = Slice(tokens, labels, doc)
+        doc_ids = (tokens == self.bos).cumsum(1, dtype=torch.int32) if self.reset else None
+        found = Slice(tokens, labels, doc_ids)
         return found.pinned() if self._pin else found
 
 

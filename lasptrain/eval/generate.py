@@ -51,7 +51,7 @@ def decode(
     drawn: list[Tensor] = []
     for i in range(count):
         if i:
-            x, carry = model.hidden(drawn[-1], carry=carry, leave=True)
+            x, carry = model.hidden(drawn[-1], carry=carry, output_final_state=True)
             logits = model.logits(x[:, -1])
         drawn.append(choose(logits, sampling, generator))
         if stop is not None and bool((torch.cat(drawn, 1) == stop).any(1).all()):

@@ -17,7 +17,7 @@ from lasptrain.models.mixer import State
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel.collectives import all_reduce_sum, broadcast
 from lasptrain.parallel.mesh import Mesh
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 
 
@@ -79,11 +79,11 @@ class Reader:
         self.spread = model
         if mesh is not None and self.sp > 1:
             kernel = model.attention.kernel
-            self.spread = twin(model, Attention(kernel, SCANS[scan](mesh.sp_group, self.device)))
+            self.spread = twin(model, ShardedRecurrence(kernel, SCANS[scan](mesh.sp_group, self.device)))
         self.whole = twin(model, self.spread.attention) if fuse else self.spread  # reads whole segments
         if fuse:
             for block in self.whole.blocks:
-                block.fuse()
+                block.compile_parts()
 
     @torch.no_grad()
     def read(self, tokens: Tensor, past: Snapshot | None = None) -> Snapshot:
@@ -93,12 +93,12 @@ class Reader:
         for start, length in self._segments(shared):
             self.told(start, tokens.shape[1])
             piece = self._slice(tokens, start, length)
-            carry = self._reads(length)(piece, carry=carry, leave=True).leaving
+            carry = self._reads(length)(piece, carry=carry, output_final_state=True).final_state
         if shared:
             carry = self._everywhere(carry)
-        x, leaving = self.model.hidden(tokens[:, shared:].to(self.device), carry=carry, leave=True)
+        x, final_state = self.model.hidden(tokens[:, shared:].to(self.device), carry=carry, output_final_state=True)
         logits = self.model.logits(x[:, -1])
-        return Snapshot(leaving, logits, tokens.shape[1] + (0 if past is None else past.length))
+        return Snapshot(final_state, logits, tokens.shape[1] + (0 if past is None else past.length))
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, past: Snapshot | None = None) -> Tensor:
@@ -116,10 +116,10 @@ class Reader:
                 self._slice(inputs, start, length),
                 self._slice(labels, start, length),
                 carry=carry,
-                leave=True,
+                output_final_state=True,
                 per_token=True,
             )
-            carry = out.leaving
+            carry = out.final_state
             assert out.loss is not None
             found[own] = out.loss.double()
         if self.sp > 1 and self.mesh is not None:
@@ -139,7 +139,7 @@ class Reader:
         found, carry = [past.logits[: int(labels[0] != IGNORED)]], past.carry
         for start in range(0, len(inputs), self.segment):
             piece = torch.tensor([list(inputs[start : start + self.segment])], device=self.device)
-            x, carry = self.model.hidden(piece, carry=carry, leave=True)
+            x, carry = self.model.hidden(piece, carry=carry, output_final_state=True)
             asked = torch.tensor(labels[start + 1 : start + 1 + self.segment], device=self.device) != IGNORED
             found.append(self.model.logits(x[0, asked]))
         logits = torch.cat(found)
@@ -176,7 +176,7 @@ class Reader:
         return [tuple(None if s is None else broadcast(s, mesh.sp_group) for s in state) for state in carry]
 
 
-def twin(model: LanguageModel, attention: Attention) -> LanguageModel:
+def twin(model: LanguageModel, attention: ShardedRecurrence) -> LanguageModel:
     """The same model, the same weights in memory, with another recurrence."""
     with torch.device("meta"):
         other = LanguageModel(model.cfg, model.window, attention, dtype=model.dtype, loss_chunk=model.loss_chunk)

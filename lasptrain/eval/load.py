@@ -15,7 +15,7 @@ from lasptrain.convert.restore import open_weights
 from lasptrain.errors import CheckpointError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.schema import Recipe
@@ -105,7 +105,7 @@ def _empty(recipe: Recipe, cfg: Model, window: int) -> LanguageModel:
     device = meshes.device()
     dtype = DTYPES[recipe.train.precision]
     with torch.device("meta"):
-        attention = Attention(ops.select("auto", device))
+        attention = ShardedRecurrence(ops.select("auto", device))
         model = LanguageModel(cfg, window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
         model.to(torch.promote_types(dtype, torch.float32))
     model.to_empty(device=device).requires_grad_(False)

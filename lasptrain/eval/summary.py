@@ -20,7 +20,7 @@ from lasptrain.data.mixture import MixedDataset
 from lasptrain.eval.generate import generate
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.ops import select
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Optim
@@ -71,7 +71,7 @@ def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
     alone = None
     if wanted:
         with torch.device("meta"):
-            attention = Attention(select("auto", model.embed.weight.device))
+            attention = ShardedRecurrence(select("auto", model.embed.weight.device))
             alone = LanguageModel(model.cfg, model.window, attention, dtype=model.dtype)
             alone.to(model.embed.weight.dtype)
         alone.to_empty(device=model.embed.weight.device)

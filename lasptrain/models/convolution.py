@@ -19,21 +19,21 @@ class ConvWeights(NamedTuple):
         """Those of consecutive channels."""
         return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), self.bias.split(channels), strict=True)]
 
-    def __call__(self, x: Tensor, before: Tensor, doc: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, before: Tensor, doc_ids: Tensor | None) -> Tensor:
         """silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.
 
         Args:
             x: [B, T, C].
             before: the n rows before it [B, n, C]; zeros where they are of an earlier document than token −1.
-            doc: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
+            doc_ids: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
         """
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         n = before.shape[1]
         y = self.weight[:, n] * x.to(wide) + self.bias
         for j in range(1, n + 1):
             shifted = _shifted(x, before, j)
-            if doc is not None:
-                shifted = shifted * (_shifted(doc, None, j) == doc)[..., None]
+            if doc_ids is not None:
+                shifted = shifted * (_shifted(doc_ids, None, j) == doc_ids)[..., None]
             y = y + self.weight[:, n - j] * shifted.to(wide)
         return F.silu(y)
 

@@ -24,7 +24,7 @@ from lasptrain.models.softmax import Softmax
 from lasptrain.models.ssd import EPS, StateSpace, Step
 from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.recipe.sections import Model
 
 INIT_STD = 0.02
@@ -33,10 +33,10 @@ Mixer: TypeAlias = TransNormer | LinearTransformer | StateSpace | Retention | Li
 
 
 class Output(NamedTuple):
-    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `leaving`: one state per layer."""
+    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `final_state`: one state per layer."""
 
     loss: Tensor | None
-    leaving: list[State]
+    final_state: list[State]
 
 
 class Block(nn.Module):
@@ -51,33 +51,45 @@ class Block(nn.Module):
 
     def __init__(self, norm1: nn.Module, mixer: Mixer, norm2: nn.Module, mlp: nn.Module, *, alpha: float | None = None):
         super().__init__()
-        self.called = "attn" if isinstance(mixer, Softmax) else "mixer"  # in checkpoints
+        self.mixer_name = "attn" if isinstance(mixer, Softmax) else "mixer"  # in checkpoints
         self.norm1, self.norm2, self.mlp, self.alpha = norm1, norm2, mlp, alpha
-        self.add_module(self.called, mixer)
+        self.add_module(self.mixer_name, mixer)
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
 
     def forward(
-        self, x: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool, only_state: bool = False
+        self,
+        x: Tensor,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
+        only_state: bool = False,
     ) -> tuple[Tensor, State]:
         """x [B, T, D] after the block and the mixer's leaving state; `only_state` leaves x as it is."""
-        phases: Any = self.moves.phases(x.shape[1])  # only the mixer knows what they are
+        phases: Any = self.token_mixer.prepare(x.shape[1])  # only the mixer knows what they are
         if only_state:
-            return x, self.moves.state(self.norm1(x), phases, doc, carry, memory)
-        x, leaving = self.recompute(self.mix, x, phases, doc, carry, memory, leave)
-        return x, leaving
+            return x, self.token_mixer.state(self.norm1(x), phases, doc_ids, carry, memory)
+        x, final_state = self.recompute(self.mix, x, phases, doc_ids, carry, memory, output_final_state)
+        return x, final_state
 
     @property
-    def moves(self) -> Mixer:
+    def token_mixer(self) -> Mixer:
         """The layer that moves information between tokens."""
-        mixer: Mixer = getattr(self, self.called)
+        mixer: Mixer = getattr(self, self.mixer_name)
         return mixer
 
     def mix(
-        self, x: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        x: Tensor,
+        phases: Phases | None,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, State]:
         h = self.norm1(x)
-        y, leaving = self.moves(h, phases, doc, carry, memory, leave)
-        return self.feed(x if self.alpha is None else h, y), leaving
+        y, final_state = self.token_mixer(h, phases, doc_ids, carry, memory, output_final_state)
+        return self.feed(x if self.alpha is None else h, y), final_state
 
     def feed(self, x: Tensor, y: Tensor) -> Tensor:
         """The second half: both residual additions and the MLP."""
@@ -89,14 +101,18 @@ class Block(nn.Module):
         z = self.alpha * h + self.mlp(h)
         return z
 
-    def fuse(self) -> None:
+    def compile_parts(self) -> None:
         """Compile what lies between exchanges and kernels; all blocks share the graphs.
 
         What pointwise work hands to a matrix product is made again in the backward, not kept: a quarter of all memory.
         """
         functorch.ban_recompute_materialized_backward = False
-        for owner, parts in ((self.moves, self.moves.parts), (self, ("feed",)), (self.norm1, ("forward",))):
-            for part in parts:
+        for owner, compiled in (
+            (self.token_mixer, self.token_mixer.compiled),
+            (self, ("feed",)),
+            (self.norm1, ("forward",)),
+        ):
+            for part in compiled:
                 setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
 
 
@@ -115,7 +131,7 @@ class LanguageModel(nn.Module):
         self,
         cfg: Model,
         window: int,
-        attention: Attention,
+        attention: ShardedRecurrence,
         *,
         dtype: torch.dtype = torch.float32,
         loss_chunk: int = 2048,
@@ -134,10 +150,10 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor | None = None,
-        doc: Tensor | None = None,
+        doc_ids: Tensor | None = None,
         carry: Sequence[State] | None = None,
-        memories: Sequence[Memory] | None = None,
-        leave: bool = False,
+        memories: Sequence[SavedStates] | None = None,
+        output_final_state: bool = False,
         per_token: bool = False,
     ) -> Output:
         """One slice, tokens [B, T] int64, labels [B, T] int64 (−100: ignored), doc [B, T] int32.
@@ -145,25 +161,25 @@ class LanguageModel(nn.Module):
         Args:
             carry: per layer, what entered the segment; None at a window's start.
             memories: per layer, where entering states are kept or found.
-            leave: whether the leaving states are wanted.
+            output_final_state: whether the leaving states are wanted.
             per_token: losses [B·T] without gradient instead of their sum.
         """
-        x, leaving = self.hidden(tokens, doc, carry, memories, leave, only_state=labels is None)
+        x, final_state = self.hidden(tokens, doc_ids, carry, memories, output_final_state, only_state=labels is None)
         if labels is None:
-            return Output(None, leaving)
+            return Output(None, final_state)
         x = self.norm(x).flatten(0, 1)
         loss = (token_losses if per_token else chunked_cross_entropy)(
             x, self.head_weight, labels.flatten(), self.loss_chunk
         )
-        return Output(loss, leaving)
+        return Output(loss, final_state)
 
     def hidden(
         self,
         tokens: Tensor,
-        doc: Tensor | None = None,
+        doc_ids: Tensor | None = None,
         carry: Sequence[State] | None = None,
-        memories: Sequence[Memory] | None = None,
-        leave: bool = False,
+        memories: Sequence[SavedStates] | None = None,
+        output_final_state: bool = False,
         only_state: bool = False,
     ) -> tuple[Tensor, list[State]]:
         """Activations [B, T, D] before the last norm, and the leaving states.
@@ -174,13 +190,13 @@ class LanguageModel(nn.Module):
             if isinstance(module, Linear):
                 module.cast(self.dtype)
         x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
-        leaving = []
+        final_state = []
         for i, layer in enumerate(self.blocks):
             entered = (None, None) if carry is None else carry[i]
-            memory = Memory() if memories is None else memories[i]
-            x, state = layer(x, doc, entered, memory, leave, only_state and i + 1 == len(self.layers))
-            leaving.append(state)
-        return x, leaving
+            memory = SavedStates() if memories is None else memories[i]
+            x, state = layer(x, doc_ids, entered, memory, output_final_state, only_state and i + 1 == len(self.layers))
+            final_state.append(state)
+        return x, final_state
 
     def logits(self, x: Tensor) -> Tensor:
         """fp32 logits [..., vocab] of activations x [..., D]."""
@@ -211,7 +227,7 @@ def _norm(cfg: Model) -> nn.Module:
             return RMSNorm(cfg.dim, EPS)
 
 
-def _block(cfg: Model, index: int, attention: Attention) -> Block:
+def _block(cfg: Model, index: int, attention: ShardedRecurrence) -> Block:
     sizes = (cfg.dim, cfg.heads, cfg.K, cfg.V)
     alpha = cfg.residual if cfg.arch == "minimax" else None
     mixer: Mixer
@@ -275,7 +291,7 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
         else:
             yield name, empty.normal_(0.0, INIT_STD, generator=_generator(seed, name, device))
     for layer, slope in zip(model.blocks, model.decays(), strict=True):
-        if (buffer := getattr(layer.moves, "slope", None)) is not None:
+        if (buffer := getattr(layer.token_mixer, "slope", None)) is not None:
             yield next(n for n, b in model.named_buffers() if b is buffer), slope
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 
 
 def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -44,7 +44,7 @@ class Mlp(nn.Module):
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = products(x, self.gate, self.up)
+        gate, up = multi_linear(x, self.gate, self.up)
         y: Tensor = self.down((F.silu(gate) if self.activate else gate) * up)
         return y
 

@@ -36,7 +36,7 @@ class Linear(nn.Linear):
             self._made_of = present
 
     def forward(self, x: Tensor) -> Tensor:
-        return products(x, self)[0]
+        return multi_linear(x, self)[0]
 
 
 class HasWeight(Protocol):
@@ -49,7 +49,7 @@ class HasWeight(Protocol):
     def operand(self) -> Tensor | None: ...
 
 
-def products(x: Tensor, *layers: HasWeight) -> tuple[Tensor, ...]:
+def multi_linear(x: Tensor, *layers: HasWeight) -> tuple[Tensor, ...]:
     """x Wᵀ for each layer [..., out], of one x [..., in] whose gradient is summed inside of the products."""
     weights = [layer.weight for layer in layers]
     operands = [layer.weight if layer.operand is None else layer.operand for layer in layers]

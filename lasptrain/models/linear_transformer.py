@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.layers import RMSNorm
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import Recurrence, split_heads
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
 class LinearTransformer(Recurrence):
@@ -18,7 +18,9 @@ class LinearTransformer(Recurrence):
     one more column of the state because v gets a column of ones.
     """
 
-    def __init__(self, dim: int, heads: int, key_dim: int, value_dim: int, *, normalizer: bool, attention: Attention):
+    def __init__(
+        self, dim: int, heads: int, key_dim: int, value_dim: int, *, normalizer: bool, attention: ShardedRecurrence
+    ):
         super().__init__()
         self.heads, self.normalizer, self.attention = heads, normalizer, attention
         self.scale = key_dim**-0.5
@@ -29,7 +31,7 @@ class LinearTransformer(Recurrence):
 
     def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]; v with its column of ones."""
-        k, v = products(h, self.k, self.v)
+        k, v = multi_linear(h, self.k, self.v)
         return self._feature(k), self._value(v)
 
     def queries(self, h: Tensor, phases: None) -> tuple[Tensor]:
@@ -38,7 +40,7 @@ class LinearTransformer(Recurrence):
 
     def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        k, v, q = products(h, self.k, self.v, self.q)
+        k, v, q = multi_linear(h, self.k, self.v, self.q)
         return self._feature(k), self._value(v), self._query(q)
 
     def _feature(self, x: Tensor) -> Tensor:

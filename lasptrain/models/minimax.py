@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.layers import RMSNorm
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import Recurrence
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
 class Lightning(Recurrence):
     """q, k, v = silu(W h); y = W (sigmoid(gate) ⊙ rms(o)), one mean over all heads; no scale, no positions."""
 
     def __init__(
-        self, dim: int, heads: int, key_dim: int, value_dim: int, *, decayed: bool = True, attention: Attention
+        self, dim: int, heads: int, key_dim: int, value_dim: int, *, decayed: bool = True, attention: ShardedRecurrence
     ):
         super().__init__()
         self.heads, self.attention = heads, attention
@@ -28,17 +28,17 @@ class Lightning(Recurrence):
 
     def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]."""
-        k, v = products(h, self.k, self.v)
+        k, v = multi_linear(h, self.k, self.v)
         return self._active(k), self._active(v)
 
     def queries(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and the gate [B, T, H·V]."""
-        q, gate = products(h, self.q, self.gate)
+        q, gate = multi_linear(h, self.q, self.gate)
         return self._active(q), gate
 
     def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
+        k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
         return self._active(k), self._active(v), self._active(q), gate
 
     def _active(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lasptrain.models.layers import Phases
-from lasptrain.parallel.recurrence import Attention, Memory, Pending
+from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
 State = tuple[Tensor | None, ...]  # what a mixer carries from segment to segment; only the mixer understands it
 
@@ -27,47 +27,57 @@ class Recurrence(nn.Module):
     `keys` gives k and v, `queries` q and what else `output` takes, `project` both at once. Slopes of None: no decay.
     """
 
-    parts: ClassVar[tuple[str, ...]] = COMPILED
-    attention: Attention
+    compiled: ClassVar[tuple[str, ...]] = COMPILED
+    attention: ShardedRecurrence
     slope: Tensor | None
     keys: Callable[..., tuple[Tensor, Tensor]]
     queries: Callable[..., tuple[Tensor, ...]]
     project: Callable[..., tuple[Tensor, ...]]
     output: Callable[..., Tensor]
 
-    def phases(self, length: int) -> Phases | None:
+    def prepare(self, length: int) -> Phases | None:
         return None
 
     def forward(
-        self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        h: Tensor,
+        phases: Phases | None,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, State]:
         if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, phases), phases, doc, carry, memory, leave)
+            pending = self._begin(*self.keys(h, phases), phases, doc_ids, carry, memory, output_final_state)
             q, *rest = self.queries(h, phases)
         else:
             k, v, q, *rest = self.project(h, phases)
-            pending = self._begin(k, v, phases, doc, carry, memory, leave)
-        o, leaving = self.attention.finish(pending, q)
-        return self.output(o, *rest), (leaving,)
+            pending = self._begin(k, v, phases, doc_ids, carry, memory, output_final_state)
+        o, final_state = self.attention.finish(pending, q)
+        return self.output(o, *rest), (final_state,)
 
-    def state(self, h: Tensor, phases: Phases | None, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(
+        self, h: Tensor, phases: Phases | None, doc_ids: Tensor | None, carry: State, memory: SavedStates
+    ) -> State:
         """What leaves the segment, without outputs."""
         k, v = self.keys(h, phases)
-        return (self.attention.leave(self._begin(k, v, phases, doc, carry, memory, True)),)
+        return (self.attention.final_state_of(self._begin(k, v, phases, doc_ids, carry, memory, True)),)
 
     def _begin(
         self,
         k: Tensor,
         v: Tensor,
         phases: Phases | None,
-        doc: Tensor | None,
+        doc_ids: Tensor | None,
         carry: State,
-        memory: Memory,
-        leave: bool,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> Pending:
         decay = None if self.slope is None else -self.slope
         turn = None if phases is None else phases.turn
-        return self.attention.begin(k, v, decay, doc, angle=turn, carry=carry[0], memory=memory, leave=leave)
+        return self.attention.begin(
+            k, v, decay, doc_ids, angle=turn, carry=carry[0], memory=memory, output_final_state=output_final_state
+        )
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.layers import Phases, RMSNorm, Rotary
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import Recurrence
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
 class Retention(Recurrence):
     """q, k, v linear, q and k rotated, q scaled by K^−½; y = W (rms(o) per head ⊙ silu(gate))."""
 
     def __init__(
-        self, dim: int, heads: int, key_dim: int, value_dim: int, *, decayed: bool = True, attention: Attention
+        self, dim: int, heads: int, key_dim: int, value_dim: int, *, decayed: bool = True, attention: ShardedRecurrence
     ):
         super().__init__()
         self.heads, self.attention = heads, attention
@@ -28,23 +28,23 @@ class Retention(Recurrence):
         self.rotary = Rotary(key_dim)
         self.register_buffer("slope", torch.empty(heads) if decayed else None)
 
-    def phases(self, length: int) -> Phases:
+    def prepare(self, length: int) -> Phases:
         wide = torch.promote_types(self.q.weight.dtype, torch.float32)
         return self.rotary(length, self.q.weight.device, wide)
 
     def keys(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]."""
-        k, v = products(h, self.k, self.v)
+        k, v = multi_linear(h, self.k, self.v)
         return phases.rotated(self._heads(k)), self._heads(v)
 
     def queries(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and the gate [B, T, H·V]."""
-        q, gate = products(h, self.q, self.gate)
+        q, gate = multi_linear(h, self.q, self.gate)
         return phases.rotated(self._heads(q) * self.scale), gate
 
     def project(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
+        k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
         return phases.rotated(self._heads(k)), self._heads(v), phases.rotated(self._heads(q) * self.scale), gate
 
     def _heads(self, x: Tensor) -> Tensor:

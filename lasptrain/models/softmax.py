@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lasptrain.models.layers import Rotary
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import State
 from lasptrain.ops import softmax
 from lasptrain.parallel.all_gather import gather
 from lasptrain.parallel.halo import halo
-from lasptrain.parallel.recurrence import Attention, Memory
+from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
 
 class Softmax(nn.Module):
@@ -22,7 +22,7 @@ class Softmax(nn.Module):
     segments too; without one, all rows of the segment are gathered, and what it leaves is all rows so far.
     """
 
-    parts = ("rotated",)
+    compiled = ("rotated",)
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Softmax(nn.Module):
         *,
         sliding: int | None,
         rotary: float | None,
-        attention: Attention,
+        attention: ShardedRecurrence,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.sliding, self.attention = heads, kv_heads, sliding, attention
@@ -41,69 +41,85 @@ class Softmax(nn.Module):
         self.k, self.v = Linear(dim, kv_heads * self.key_dim), Linear(dim, kv_heads * self.key_dim)
         self.rotary = None if rotary is None else Rotary(self.key_dim, rotary)
 
-    def phases(self, length: int) -> None:
+    def prepare(self, length: int) -> None:
         return None
 
     def forward(
-        self, h: Tensor, phases: None, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        h: Tensor,
+        phases: None,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, State]:
-        q, k, v = products(h, self.q, self.k, self.v)
-        keys, values, query_doc, key_doc, leaving = self._seen(k, v, doc, carry[0], memory, leave)
+        q, k, v = multi_linear(h, self.q, self.k, self.v)
+        keys, values, query_doc_ids, key_doc_ids, final_state = self._seen(
+            k, v, doc_ids, carry[0], memory, output_final_state
+        )
         q, keys = self.rotated(self._heads(q), self._heads(keys))
-        o = softmax.attend(q, keys, self._heads(values), query_doc, key_doc, self.sliding)
+        o = softmax.attend(q, keys, self._heads(values), query_doc_ids, key_doc_ids, self.sliding)
         y: Tensor = self.out(o.flatten(2))
-        return y, (leaving,)
+        return y, (final_state,)
 
-    def state(self, h: Tensor, phases: None, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(self, h: Tensor, phases: None, doc_ids: Tensor | None, carry: State, memory: SavedStates) -> State:
         """What leaves the segment, without outputs."""
-        k, v = products(h, self.k, self.v)
-        return (self._seen(k, v, doc, carry[0], memory, True)[-1],)
+        k, v = multi_linear(h, self.k, self.v)
+        return (self._seen(k, v, doc_ids, carry[0], memory, True)[-1],)
 
     def _seen(
-        self, k: Tensor, v: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        doc_ids: Tensor | None,
+        carry: Tensor | None,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Keys and values [B, J, ·] up to the last query's, documents of queries and of keys, and what leaves."""
         rows = torch.cat([k, v], dim=-1)
         see = self._all if self.sliding is None else self._near
-        rows, query_doc, key_doc, leaving = see(rows, doc, carry, memory, leave)
+        rows, query_doc_ids, key_doc_ids, final_state = see(rows, doc_ids, carry, memory, output_final_state)
         keys, values = rows.split(k.shape[-1], dim=-1)
-        return keys, values, query_doc, key_doc, leaving
+        return keys, values, query_doc_ids, key_doc_ids, final_state
 
     def _near(
-        self, rows: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
+        self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Rows with those before them that the window reaches; their last column is 0 where there are none to see."""
         assert self.sliding is not None
         n, scan = self.sliding - 1, self.attention.scan
-        if n == 0 or (scan.size == 1 and carry is None and not leave):
-            return rows, doc, doc, None
-        before, leaving = halo((rows, torch.ones_like(rows[..., :1])), n, doc, carry, scan, memory, leave)
-        own = rows.new_zeros(rows.shape[:2], dtype=torch.int32) if doc is None else doc
+        if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
+            return rows, doc_ids, doc_ids, None
+        before, final_state = halo(
+            (rows, torch.ones_like(rows[..., :1])), n, doc_ids, carry, scan, memory, output_final_state
+        )
+        own = rows.new_zeros(rows.shape[:2], dtype=torch.int32) if doc_ids is None else doc_ids
         unseen = (before[..., -1] == 0).to(own.dtype)
-        return torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), leaving
+        return torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), final_state
 
     def _all(
-        self, rows: Tensor, doc: Tensor | None, carry: Tensor | None, memory: Memory, leave: bool
+        self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """All rows up to this slice's last; while they travel, their last column is 1 where a document starts, as one
         does with a window.
         """
         scan, length = self.attention.scan, rows.shape[1]
-        if scan.size == 1 and carry is None and not leave:
-            return rows, doc, doc, None
+        if scan.size == 1 and carry is None and not output_final_state:
+            return rows, doc_ids, doc_ids, None
         starts = torch.zeros_like(rows[..., 0])
-        if doc is not None:
-            starts.copy_(torch.diff(doc, dim=1, prepend=doc[:, :1] * 0))
+        if doc_ids is not None:
+            starts.copy_(torch.diff(doc_ids, dim=1, prepend=doc_ids[:, :1] * 0))
         if carry is None and scan.rank == 0:
             starts[:, 0] = 1
         marked = gather(torch.cat([rows, starts[..., None]], dim=-1), scan, memory)
         before = 0 if carry is None else carry.shape[1]
         if carry is not None:
             marked = torch.cat([carry, marked], dim=1)
-        leaving = marked if leave else None
+        final_state = marked if output_final_state else None
         stop = before + (scan.rank + 1) * length
         numbers = marked[:, :stop, -1].int().cumsum(1)
-        return marked[:, :stop, :-1], numbers[:, stop - length :], numbers, leaving
+        return marked[:, :stop, :-1], numbers[:, stop - length :], numbers, final_state
 
     def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and k [B, J, G, K] at positions that count from the first key."""

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import COMPILED, State
 from lasptrain.parallel.halo import halo
-from lasptrain.parallel.recurrence import Attention, Memory, Pending
+from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
 # Its result is made again in the backward: a compiler would keep x moved by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -23,7 +23,7 @@ EPS = 1e-5  # of every norm of this architecture
 
 
 class StepWeights(NamedTuple):
-    """What makes a step's logit x Wᵀ + b, in full precision; takes the place of a `Linear` in `products`."""
+    """What makes a step's logit x Wᵀ + b, in full precision; takes the place of a `Linear` in `multi_linear`."""
 
     weight: Tensor  # [H, D]
     bias: Tensor  # [H]
@@ -80,7 +80,7 @@ class StateSpace(nn.Module):
     that the convolution sees; with 0 there is none, and nothing but the state crosses slices.
     """
 
-    parts = (*COMPILED, "convolved")
+    compiled = (*COMPILED, "convolved")
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class StateSpace(nn.Module):
         data_dependent: bool,
         learned: bool = False,
         conv: int,
-        attention: Attention,
+        attention: ShardedRecurrence,
     ):
         super().__init__()
         self.heads, self.attention = heads, attention
@@ -106,63 +106,86 @@ class StateSpace(nn.Module):
         self.slope: Tensor
         self.register_buffer("slope", None if learned else torch.empty(heads))
 
-    def phases(self, length: int) -> SsdWeights:
+    def prepare(self, length: int) -> SsdWeights:
         return SsdWeights(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
 
     def forward(
-        self, h: Tensor, small: SsdWeights, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        h: Tensor,
+        small: SsdWeights,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, State]:
         rows = None
         if small.taps is not None:
-            k, v, decay, q, gate, rows = self._with_neighbours(h, small, doc, carry, memory, leave)
-            pending = self._begin(k, v, decay, doc, carry, memory, leave)
+            k, v, decay, q, gate, rows = self._with_neighbours(h, small, doc_ids, carry, memory, output_final_state)
+            pending = self._begin(k, v, decay, doc_ids, carry, memory, output_final_state)
         elif self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, small), doc, carry, memory, leave)
+            pending = self._begin(*self.keys(h, small), doc_ids, carry, memory, output_final_state)
             q, gate = self.queries(h, small)
         else:
             k, v, decay, q, gate = self.project(h, small)
-            pending = self._begin(k, v, decay, doc, carry, memory, leave)
-        o, leaving = self.attention.finish(pending, q)
-        return self.output(o, gate), (leaving, rows)
+            pending = self._begin(k, v, decay, doc_ids, carry, memory, output_final_state)
+        o, final_state = self.attention.finish(pending, q)
+        return self.output(o, gate), (final_state, rows)
 
-    def state(self, h: Tensor, small: SsdWeights, doc: Tensor | None, carry: State, memory: Memory) -> State:
+    def state(self, h: Tensor, small: SsdWeights, doc_ids: Tensor | None, carry: State, memory: SavedStates) -> State:
         """What leaves the segment, without outputs."""
         rows = None
         if small.taps is None:
             k, v, decay = self.keys(h, small)
         else:
-            k, v, decay, _, _, rows = self._with_neighbours(h, small, doc, carry, memory, True)
-        return self.attention.leave(self._begin(k, v, decay, doc, carry, memory, True)), rows
+            k, v, decay, _, _, rows = self._with_neighbours(h, small, doc_ids, carry, memory, True)
+        return self.attention.final_state_of(self._begin(k, v, decay, doc_ids, carry, memory, True)), rows
 
     def _begin(
-        self, k: Tensor, v: Tensor, decay: Tensor, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> Pending:
-        return self.attention.begin(k, v, decay, doc, carry=carry[0], memory=memory, leave=leave)
+        return self.attention.begin(
+            k, v, decay, doc_ids, carry=carry[0], memory=memory, output_final_state=output_final_state
+        )
 
     def keys(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
         """k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
-        k, v, *dt = products(h, self.k, self.v, *small.steps)
+        k, v, *dt = multi_linear(h, self.k, self.v, *small.steps)
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small)
 
     def queries(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor]:
         """q [B, T, H, K] and the gate [B, T, H·V]."""
-        q, gate = products(h, self.q, self.gate)
+        q, gate = multi_linear(h, self.q, self.gate)
         return self._heads(F.silu(q)), gate
 
     def project(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        k, v, q, gate, *dt = products(h, self.k, self.v, self.q, self.gate, *small.steps)
+        k, v, q, gate, *dt = multi_linear(h, self.k, self.v, self.q, self.gate, *small.steps)
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small), self._heads(F.silu(q)), gate
 
     def _with_neighbours(
-        self, h: Tensor, small: SsdWeights, doc: Tensor | None, carry: State, memory: Memory, leave: bool
+        self,
+        h: Tensor,
+        small: SsdWeights,
+        doc_ids: Tensor | None,
+        carry: State,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What `project` makes, convolved, and the rows that enter the next segment."""
         assert small.taps is not None
         n = small.taps.weight.shape[1] - 1
-        v, k, q, gate, *dt = products(h, self.v, self.k, self.q, self.gate, *small.steps)
-        before, leaving = halo((v, k, q), n, doc, carry[1], self.attention.scan, memory.rows, leave)
-        return *self.convolved(v, k, q, before, dt, small, doc), gate, leaving
+        v, k, q, gate, *dt = multi_linear(h, self.v, self.k, self.q, self.gate, *small.steps)
+        before, final_state = halo(
+            (v, k, q), n, doc_ids, carry[1], self.attention.scan, memory.rows, output_final_state
+        )
+        return *self.convolved(v, k, q, before, dt, small, doc_ids), gate, final_state
 
     def convolved(
         self,
@@ -172,13 +195,13 @@ class StateSpace(nn.Module):
         before: Tensor,
         dt: list[Tensor],
         small: SsdWeights,
-        doc: Tensor | None,
+        doc_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, log decay and q of the products and the rows before them."""
         assert small.taps is not None
         taps = small.taps.split(*self.channels)
-        parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
-        wide_v, wide_k, wide_q = (again(tap, x, rows, doc) for x, rows, tap in parts)
+        compiled = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
+        wide_v, wide_k, wide_q = (again(tap, x, rows, doc_ids) for x, rows, tap in compiled)
         value, decay = self._stepped(wide_v, dt, small, v.dtype)
         return self._heads(wide_k.to(k.dtype)), value, decay, self._heads(wide_q.to(q.dtype))
 
@@ -188,7 +211,7 @@ class StateSpace(nn.Module):
     def _stepped(
         self, v: Tensor, dt: list[Tensor], small: SsdWeights, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Values times their steps, and the log decay, of what `products` made; steps are in at least fp32."""
+        """Values times their steps, and the log decay, of what `multi_linear` made; steps are in at least fp32."""
         dtype = dtype or v.dtype
         if small.step is None:
             return self._heads(v.to(dtype)), -self.slope

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.models.layers import Lrpe, Phases, srms
-from lasptrain.models.linear import Linear, products
+from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import Recurrence, split_heads
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
 class TransNormer(Recurrence):
@@ -19,7 +19,15 @@ class TransNormer(Recurrence):
     """
 
     def __init__(
-        self, dim: int, heads: int, key_dim: int, value_dim: int, *, lrpe: bool, decayed: bool, attention: Attention
+        self,
+        dim: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        lrpe: bool,
+        decayed: bool,
+        attention: ShardedRecurrence,
     ):
         super().__init__()
         self.heads, self.attention = heads, attention
@@ -29,22 +37,22 @@ class TransNormer(Recurrence):
         self.lrpe = Lrpe(heads, key_dim) if lrpe else None
         self.register_buffer("slope", torch.empty(heads) if decayed else None)
 
-    def phases(self, length: int) -> Phases | None:
+    def prepare(self, length: int) -> Phases | None:
         return None if self.lrpe is None else self.lrpe(length)
 
     def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
         """k and v, [B, T, H, ·]."""
-        k, v = products(h, self.k, self.v)
+        k, v = multi_linear(h, self.k, self.v)
         return self._features(k, phases), split_heads(v, self.heads)
 
     def queries(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
         """q [B, T, H, ·] and the gate [B, T, H·V]."""
-        q, gate = products(h, self.q, self.gate)
+        q, gate = multi_linear(h, self.q, self.gate)
         return self._features(q, phases), gate
 
     def project(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`keys` and `queries` at once."""
-        k, v, q, gate = products(h, self.k, self.v, self.q, self.gate)
+        k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
         return self._features(k, phases), split_heads(v, self.heads), self._features(q, phases), gate
 
     def _features(self, x: Tensor, phases: Phases | None) -> Tensor:

@@ -10,8 +10,8 @@ Arguments common to the five functions below, which every kernel offers:
 | `q`, `k` | [B, T, H, K] | |
 | `v`, `do` | [B, T, H, V] | values · gradient of the output |
 | `log_decay` | None, [H] or [B, T, H] fp32, −∞ to 0 | no decay · constant, no gradient · per token, with gradient |
-| `doc` | None or [B, T] int32 | documents that have started in the slice up to and including t |
-| `entering`, `leaving` | [B, H, K, V] | states, at least fp32 |
+| `doc_ids` | None or [B, T] int32 | documents that have started in the slice up to and including t |
+| `initial_state`, `final_state` | [B, H, K, V] | states, at least fp32 |
 
 A log decay of −∞, after which nothing is left of what came before, has a gradient of 0. A document boundary is such a
 decay: document 0 continues from the left and alone reads the entering state, the last one writes the leaving state.
@@ -88,11 +88,13 @@ def fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 @operator
-def summarize(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool) -> Triple:
+def summarize(
+    kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
+) -> Triple:
     """What a slice does to a state: the state that it leaves behind when it starts from zero, and the decay [B, H] of
     what enters it; and its block states. There may be anything in the first two if they are not wanted.
     """
-    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc, wanted)
+    state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc_ids, wanted)
     return state, decay, blocks
 
 
@@ -103,24 +105,24 @@ def attend(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    entering: Tensor | None,
+    doc_ids: Tensor | None,
+    initial_state: Tensor | None,
     blocks: Tensor | None,
 ) -> Pair:
     """Output [B, T, H, V] in the dtype of `v`, and the states entering each block, which the backward needs."""
-    o, prefix = _module(kernel).attend(q, k, v, log_decay, doc, entering, blocks)
+    o, prefix = _module(kernel).attend(q, k, v, log_decay, doc_ids, initial_state, blocks)
     return o, prefix
 
 
 @operator
-def grad_entering(
-    kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+def grad_initial_state(
+    kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> Pair:
     """Gradient that this slice's outputs alone send to the entering state, with anything in it if it is not wanted,
     and its block states.
     """
-    dentering, dblocks = _module(kernel).grad_entering(q, do, log_decay, doc, wanted)
-    return dentering, dblocks
+    dinitial, dblocks = _module(kernel).grad_initial_state(q, do, log_decay, doc_ids, wanted)
+    return dinitial, dblocks
 
 
 @operator
@@ -131,11 +133,11 @@ def grad_query(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> Pair:
     """`dq`, and where the decay is per token the sums that its gradient needs, in fp32 (else empty)."""
-    dq, row = _module(kernel).grad_query(q, k, v, do, log_decay, doc, prefix)
+    dq, row = _module(kernel).grad_query(q, k, v, do, log_decay, doc_ids, prefix)
     return dq, row
 
 
@@ -147,19 +149,19 @@ def grad_key_value(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    dleaving: Tensor | None,
+    doc_ids: Tensor | None,
+    dfinal: Tensor | None,
     dblocks: Tensor | None,
     prefix: Tensor,
     row: Tensor,
 ) -> Triple:
     """`dk`, `dv`, and the gradient of a per-token `log_decay` [B, T, H] in fp32 (else empty)."""
-    dk, dv, dlog = _module(kernel).grad_key_value(q, k, v, do, log_decay, doc, dleaving, dblocks, prefix, row)
+    dk, dv, dlog = _module(kernel).grad_key_value(q, k, v, do, log_decay, doc_ids, dfinal, dblocks, prefix, row)
     return dk, dv, (row.new_empty(0) if dlog is None else dlog)
 
 
 @fake("summarize")
-def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool) -> Triple:
+def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool) -> Triple:
     b, _, h, kdim = k.shape
     dtype = state_dtype(k)
     state, decay = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype), k.new_empty((b, h), dtype=dtype)
@@ -173,8 +175,8 @@ def _(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    entering: Tensor | None,
+    doc_ids: Tensor | None,
+    initial_state: Tensor | None,
     blocks: Tensor | None,
 ) -> Pair:
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(
@@ -182,8 +184,8 @@ def _(
     )
 
 
-@fake("grad_entering")
-def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool) -> Pair:
+@fake("grad_initial_state")
+def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool) -> Pair:
     b, _, h, kdim = q.shape
     dtype = state_dtype(q)
     return q.new_empty((b, h, kdim, do.shape[-1]), dtype=dtype), q.new_empty(
@@ -199,7 +201,7 @@ def _(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> Pair:
     shape = _module(kernel).row_shape(k, v) if per_token(log_decay) else (0,)
@@ -215,8 +217,8 @@ def _(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    dleaving: Tensor | None,
+    doc_ids: Tensor | None,
+    dfinal: Tensor | None,
     dblocks: Tensor | None,
     prefix: Tensor,
     row: Tensor,

@@ -26,22 +26,22 @@ class Chunks(NamedTuple):
     """
 
     each: Tensor  # [B, H, n, C] log a
-    doc: Tensor  # [B, 1, n, C] document numbers
+    doc_ids: Tensor  # [B, 1, n, C] document numbers
     before: Tensor  # [B, 1, n, 1] document of the token before the chunk; 0 before the slice
 
     def weights(self) -> Tensor:
         """Weight of token j in the output of token i, [B, H, n, C, C]."""
-        visible = self.doc[..., :, None] == self.doc[..., None, :]
+        visible = self.doc_ids[..., :, None] == self.doc_ids[..., None, :]
         lag = self.each[..., None].expand(*self.each.shape, CHUNK).tril(-1).cumsum_(-2)
         return lag.exp_().masked_fill_(~visible, 0.0).tril_()
 
     def from_left(self) -> Tensor:
         """Weight of the chunk's entering state in the output of token i, [B, H, n, C]."""
-        return torch.where(self.doc == self.before, self.each.cumsum(-1).exp(), 0.0)
+        return torch.where(self.doc_ids == self.before, self.each.cumsum(-1).exp(), 0.0)
 
     def to_right(self) -> Tensor:
         """Weight of token j in the chunk's leaving state, [B, H, n, C]."""
-        same = self.doc == self.doc[..., -1:]
+        same = self.doc_ids == self.doc_ids[..., -1:]
         return torch.where(same, F.pad(self.each[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp(), 0.0)
 
     def through(self) -> Tensor:
@@ -59,9 +59,9 @@ def _pad(x: Tensor) -> Tensor:
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
 
 
-def _pad_doc(doc: Tensor) -> Tensor:
-    missing = _padding(doc.shape[1])
-    return torch.cat([doc, doc[:, -1:].expand(-1, missing)], dim=1) if missing else doc
+def _pad_doc(doc_ids: Tensor) -> Tensor:
+    missing = _padding(doc_ids.shape[1])
+    return torch.cat([doc_ids, doc_ids[:, -1:].expand(-1, missing)], dim=1) if missing else doc_ids
 
 
 def _by_chunk(x: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ def _cut(x: Tensor) -> Tensor:
     return _by_chunk(x).permute(0, 3, 1, 2, 4)
 
 
-def _chunks(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Chunks:
+def _chunks(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Chunks:
     b, t, h, _ = like.shape
     dtype = state_dtype(like)
     if log_decay is None:
         log_decay = torch.zeros(h, dtype=dtype, device=like.device)
     decays = _by_chunk(_pad(log_decay.to(dtype).expand(b, t, h))).permute(0, 3, 1, 2)
-    doc = _zero_doc(like) if doc is None else doc
-    numbers = _by_chunk(_pad_doc(doc))[:, None]
+    doc_ids = _zero_doc(like) if doc_ids is None else doc_ids
+    numbers = _by_chunk(_pad_doc(doc_ids))[:, None]
     before = F.pad(numbers[:, :, :-1, -1:], (0, 0, 1, 0))
     return Chunks(decays, numbers, before)
 
@@ -106,9 +106,9 @@ def _block_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     return (k * chunks.to_right()[..., None]).transpose(-1, -2) @ v
 
 
-def _scan(blocks: Tensor, through: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan(blocks: Tensor, through: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """States that enter each block [B, H, n, K, V], and the one that leaves the last."""
-    state = torch.zeros_like(blocks[:, :, 0]) if entering is None else entering.to(blocks.dtype)
+    state = torch.zeros_like(blocks[:, :, 0]) if initial_state is None else initial_state.to(blocks.dtype)
     prefix = torch.empty_like(blocks)
     for i in range(blocks.shape[2]):
         prefix[:, :, i] = state
@@ -117,12 +117,12 @@ def _scan(blocks: Tensor, through: Tensor, entering: Tensor | None) -> tuple[Ten
 
 
 def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = _chunks(k, log_decay, doc)
+    chunks = _chunks(k, log_decay, doc_ids)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _told(state, wanted), _told(slice_decay(k, log_decay, doc), wanted), blocks
+    return _told(state, wanted), _told(slice_decay(k, log_decay, doc_ids), wanted), blocks
 
 
 def _told(x: Tensor, wanted: bool) -> Tensor:
@@ -149,28 +149,28 @@ def attend(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    entering: Tensor | None,
+    doc_ids: Tensor | None,
+    initial_state: Tensor | None,
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    chunks = _chunks(k, log_decay, doc)
+    chunks = _chunks(k, log_decay, doc_ids)
     cut_k, cut_v = _cut(k), _cut(v)
     if blocks is None:
         blocks = _block_states(cut_k, cut_v, chunks)
-    prefix, _ = _scan(blocks, chunks.through(), entering)
+    prefix, _ = _scan(blocks, chunks.through(), initial_state)
     q = _cut(q)
     o = _scores(q, cut_k, chunks.weights()) @ cut_v
     return _join(o.add_(_far(q, chunks, prefix)), v), prefix
 
 
-def _reversed_chunks(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Chunks:
+def _reversed_chunks(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Chunks:
     """The same chunks walked from the right: token t is reached through a_{t+1}, the last one through 1."""
     b, t, h, _ = like.shape
     if log_decay is None:
         log_decay = torch.zeros(h, dtype=state_dtype(like), device=like.device)
     decays = F.pad(_pad(log_decay.to(state_dtype(like)).expand(b, t, h)).flip(1)[:, :-1], (0, 0, 1, 0))
-    doc = _pad_doc(_zero_doc(like) if doc is None else doc)
-    return _chunks(decays[..., None], decays, doc[:, -1:] - doc.flip(1))
+    doc_ids = _pad_doc(_zero_doc(like) if doc_ids is None else doc_ids)
+    return _chunks(decays[..., None], decays, doc_ids[:, -1:] - doc_ids.flip(1))
 
 
 def _reversed_cut(x: Tensor) -> Tensor:
@@ -182,13 +182,13 @@ def _reversed_join(o: Tensor, like: Tensor) -> Tensor:
     return o[:, : like.shape[1]].to(like.dtype).contiguous()
 
 
-def grad_entering(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+def grad_initial_state(
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    chunks = _reversed_chunks(q, log_decay, doc)
+    chunks = _reversed_chunks(q, log_decay, doc_ids)
     blocks = _block_states(_reversed_cut(q), _reversed_cut(do), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _told(state * token_decay(q, log_decay, doc)[:, 0, :, None, None], wanted), blocks
+    return _told(state * token_decay(q, log_decay, doc_ids)[:, 0, :, None, None], wanted), blocks
 
 
 def grad_query(
@@ -197,10 +197,10 @@ def grad_query(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    chunks = _chunks(k, log_decay, doc)
+    chunks = _chunks(k, log_decay, doc_ids)
     cut_q, cut_k = _cut(q), _cut(k)
     scores = _scores(_cut(do), _cut(v), chunks.weights())
     far = _far(_cut(do), chunks, prefix.transpose(-1, -2))
@@ -229,30 +229,30 @@ def grad_key_value(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    dleaving: Tensor | None,
+    doc_ids: Tensor | None,
+    dfinal: Tensor | None,
     dblocks: Tensor | None,
     prefix: Tensor,
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    chunks = _reversed_chunks(q, log_decay, doc)
+    chunks = _reversed_chunks(q, log_decay, doc_ids)
     weights = chunks.weights()
     rq, rk, rv, rdo = (_reversed_cut(x) for x in (q, k, v, do))
     if dblocks is None:
         dblocks = _block_states(rq, rdo, chunks)
-    suffix, _ = _scan(dblocks, chunks.through(), dleaving)
+    suffix, _ = _scan(dblocks, chunks.through(), dfinal)
     dv = (_scores(rk, rq, weights) @ rdo).add_(_far(rk, chunks, suffix))
     dk = _scores(rv, rdo, weights) @ rq
     far = _far(rv, chunks, suffix.transpose(-1, -2))
     dlog = None
     if per_token(log_decay):
         sent = _reversed_join((rk * far).sum(-1, keepdim=True), row[..., None])[..., 0]
-        dlog = row + _sent_over(k, log_decay, doc, sent, prefix, suffix.flip(2))
+        dlog = row + _sent_over(k, log_decay, doc_ids, sent, prefix, suffix.flip(2))
     return _reversed_join(dk.add_(far), k), _reversed_join(dv, v), dlog
 
 
 def _sent_over(
-    k: Tensor, log_decay: Tensor, doc: Tensor | None, sent: Tensor, prefix: Tensor, suffix: Tensor
+    k: Tensor, log_decay: Tensor, doc_ids: Tensor | None, sent: Tensor, prefix: Tensor, suffix: Tensor
 ) -> Tensor:
     """What tokens behind t's chunk read from before t, [B, T, H], in units of the loss; `sent` is what they read from
     token t.
@@ -260,8 +260,8 @@ def _sent_over(
     With `_reading_over` it is the gradient of log_decay, ⟨G_t, a_t S_{t-1}⟩, as a sum over all pairs of tokens that the
     decay lies between. Σ q·dq − Σ k·dk from t to the end of the sequence is the same, but cancels.
     """
-    chunks = _chunks(k, log_decay, doc)
-    first = _by_chunk(_pad(token_decay(k, log_decay, doc)))[:, 1:, 0].transpose(1, 2)
+    chunks = _chunks(k, log_decay, doc_ids)
+    first = _by_chunk(_pad(token_decay(k, log_decay, doc_ids)))[:, 1:, 0].transpose(1, 2)
     through = chunks.through() * F.pad(first, (0, 1), value=1.0)  # the suffix lies before the next chunk's first decay
     inside = _by_chunk(_pad(sent)).permute(0, 3, 1, 2)
     over = F.pad(inside[..., :-1], (1, 0)).cumsum(-1) + (through * (prefix * suffix).sum((-1, -2)))[..., None]

@@ -11,13 +11,13 @@ from torch import Tensor
 from lasptrain.ops import per_token, state_dtype
 
 
-def starts(doc: Tensor) -> Tensor:
+def starts(doc_ids: Tensor) -> Tensor:
     """True [B, T] where a token is the first of its document."""
-    before = torch.cat([torch.zeros_like(doc[:, :1]), doc[:, :-1]], dim=1)
-    return doc != before
+    before = torch.cat([torch.zeros_like(doc_ids[:, :1]), doc_ids[:, :-1]], dim=1)
+    return doc_ids != before
 
 
-def token_decay(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
+def token_decay(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Tensor:
     """a_t [B, T, H] of `like` [B, T, H, ·]; 0 where a document starts."""
     b, t, h, _ = like.shape
     dtype = state_dtype(like)
@@ -25,10 +25,10 @@ def token_decay(like: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> T
         a = torch.ones(b, t, h, dtype=dtype, device=like.device)
     else:
         a = log_decay.to(dtype).exp().expand(b, t, h)
-    return a if doc is None else a.masked_fill(starts(doc)[..., None], 0.0)
+    return a if doc_ids is None else a.masked_fill(starts(doc_ids)[..., None], 0.0)
 
 
-def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tensor:
+def slice_decay(k: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Tensor:
     """Decay [B, H] of the whole slice k [B, T, H, K]: Π a_t, zero where a document starts inside."""
     b, t, h, _ = k.shape
     dtype = state_dtype(k)
@@ -37,18 +37,18 @@ def slice_decay(k: Tensor, log_decay: Tensor | None, doc: Tensor | None) -> Tens
     else:
         total = log_decay.to(dtype).sum(1) if log_decay.dim() == 3 else (log_decay.to(dtype) * t).expand(b, h)
     decay = total.exp()
-    return decay if doc is None else torch.where(doc[:, -1:] == 0, decay, 0.0)
+    return decay if doc_ids is None else torch.where(doc_ids[:, -1:] == 0, decay, 0.0)
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, entering: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] (at least fp32) and leaving state; differentiable in every floating argument."""
     b, t, h, kdim = k.shape
     dtype = state_dtype(k)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    a = token_decay(k, log_decay, doc)
-    state = k.new_zeros(b, h, kdim, v.shape[-1]) if entering is None else entering.to(dtype)
+    a = token_decay(k, log_decay, doc_ids)
+    state = k.new_zeros(b, h, kdim, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for i in range(t):
         state = a[:, i, :, None, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
@@ -68,10 +68,10 @@ def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, state = recurrence(k, k, v, log_decay, doc, None)
-    return state, slice_decay(k, log_decay, doc), state[:, :, None].clone()
+    _, state = recurrence(k, k, v, log_decay, doc_ids, None)
+    return state, slice_decay(k, log_decay, doc_ids), state[:, :, None].clone()
 
 
 def attend(
@@ -79,14 +79,14 @@ def attend(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    entering: Tensor | None,
+    doc_ids: Tensor | None,
+    initial_state: Tensor | None,
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    o, _ = recurrence(q, k, v, log_decay, doc, entering)
+    o, _ = recurrence(q, k, v, log_decay, doc_ids, initial_state)
     prefix = torch.zeros(block_shape(k, v), dtype=o.dtype, device=o.device)
-    if entering is not None:
-        prefix[:, :, 0] = entering
+    if initial_state is not None:
+        prefix[:, :, 0] = initial_state
     return o.to(v.dtype), prefix
 
 
@@ -96,19 +96,19 @@ def _gradients(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    entering: Tensor,
-    dleaving: Tensor | None,
+    doc_ids: Tensor | None,
+    initial_state: Tensor,
+    dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, entering and log_decay: G_t = q_tᵀ do_t + a_{t+1} G_{t+1} is the gradient of S_t."""
-    a = token_decay(k, log_decay, doc)
-    q, k, v, do, state = (x.to(a.dtype) for x in (q, k, v, do, entering))
+    a = token_decay(k, log_decay, doc_ids)
+    q, k, v, do, state = (x.to(a.dtype) for x in (q, k, v, do, initial_state))
     states = [state]
     for i in range(k.shape[1]):
         state = a[:, i, :, None, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
         states.append(state)
     dq, dk, dv, dlog = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(a)
-    grad = torch.zeros_like(state) if dleaving is None else dleaving.to(a.dtype)
+    grad = torch.zeros_like(state) if dfinal is None else dfinal.to(a.dtype)
     for i in reversed(range(k.shape[1])):
         grad = grad + q[:, i, :, :, None] * do[:, i, :, None, :]
         dq[:, i] = torch.einsum("bhv,bhkv->bhk", do[:, i], states[i + 1])
@@ -119,12 +119,12 @@ def _gradients(
     return dq, dk, dv, grad, dlog
 
 
-def grad_entering(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+def grad_initial_state(
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     zero = torch.zeros(block_shape(q, do), dtype=state_dtype(q), device=q.device)
-    dentering = _gradients(q, torch.zeros_like(q), torch.zeros_like(do), do, log_decay, doc, zero[:, :, 0], None)[3]
-    return dentering, zero
+    dinitial = _gradients(q, torch.zeros_like(q), torch.zeros_like(do), do, log_decay, doc_ids, zero[:, :, 0], None)[3]
+    return dinitial, zero
 
 
 def grad_query(
@@ -133,10 +133,10 @@ def grad_query(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    dq = _gradients(q, k, v, do, log_decay, doc, prefix[:, :, 0], None)[0]
+    dq = _gradients(q, k, v, do, log_decay, doc_ids, prefix[:, :, 0], None)[0]
     return dq.to(q.dtype), (q * dq).sum(-1) if per_token(log_decay) else dq.new_empty(0)
 
 
@@ -146,11 +146,11 @@ def grad_key_value(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    dleaving: Tensor | None,
+    doc_ids: Tensor | None,
+    dfinal: Tensor | None,
     dblocks: Tensor | None,
     prefix: Tensor,
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    _, dk, dv, _, dlog = _gradients(q, k, v, do, log_decay, doc, prefix[:, :, 0], dleaving)
+    _, dk, dv, _, dlog = _gradients(q, k, v, do, log_decay, doc_ids, prefix[:, :, 0], dfinal)
     return dk.to(k.dtype), dv.to(v.dtype), dlog if per_token(log_decay) else None

@@ -17,20 +17,20 @@ BLOCK = 1024  # queries
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, query_doc: Tensor | None, key_doc: Tensor | None, sliding: int | None
+    q: Tensor, k: Tensor, v: Tensor, query_doc_ids: Tensor | None, key_doc_ids: Tensor | None, sliding: int | None
 ) -> Tensor:
     """softmax(q kᵀ / √K) v, [B, T, H, K].
 
     Args:
         q: [B, T, H, K]. The last query stands at the last key.
         k, v: [B, J, G, K], J ≥ T; G divides H, and H / G consecutive heads of q share one of k and v.
-        query_doc, key_doc: [B, T] and [B, J] integers; a query sees keys of its own number. None: all are one.
+        query_doc_ids, key_doc_ids: [B, T] and [B, J] integers; a query sees keys of its own number. None: all are one.
         sliding: keys that a query sees at most, its own included; None: all before.
     """
-    if query_doc is None and k.shape[1] == q.shape[1] and (sliding is None or sliding >= q.shape[1]):
+    if query_doc_ids is None and k.shape[1] == q.shape[1] and (sliding is None or sliding >= q.shape[1]):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    o: Tensor = _Blocks.apply(q, k, v, query_doc, key_doc, sliding)  # type: ignore[no-untyped-call]
+    o: Tensor = _Blocks.apply(q, k, v, query_doc_ids, key_doc_ids, sliding)  # type: ignore[no-untyped-call]
     return o
 
 
@@ -43,26 +43,26 @@ class _Blocks(Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        query_doc: Tensor | None,
-        key_doc: Tensor | None,
+        query_doc_ids: Tensor | None,
+        key_doc_ids: Tensor | None,
         sliding: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, query_doc, key_doc)
+        ctx.save_for_backward(q, k, v, query_doc_ids, key_doc_ids)
         ctx.sliding = sliding
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         for queries, keys in _blocks(q.shape[1], k.shape[1], sliding):
-            mask = _visible(queries, keys, q, k, query_doc, key_doc, sliding)
+            mask = _visible(queries, keys, q, k, query_doc_ids, key_doc_ids, sliding)
             o[:, queries] = _block(q[:, queries], k[:, keys], v[:, keys], mask)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, query_doc, key_doc = ctx.saved_tensors
+        q, k, v, query_doc_ids, key_doc_ids = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for queries, keys in _blocks(q.shape[1], k.shape[1], ctx.sliding):
-            mask = _visible(queries, keys, q, k, query_doc, key_doc, ctx.sliding)
+            mask = _visible(queries, keys, q, k, query_doc_ids, key_doc_ids, ctx.sliding)
             part_q, part_k, part_v = (x.detach().requires_grad_() for x in (q[:, queries], k[:, keys], v[:, keys]))
             with torch.enable_grad():
                 o = _block(part_q, part_k, part_v, mask)
@@ -88,8 +88,8 @@ def _visible(
     keys: slice,
     q: Tensor,
     k: Tensor,
-    query_doc: Tensor | None,
-    key_doc: Tensor | None,
+    query_doc_ids: Tensor | None,
+    key_doc_ids: Tensor | None,
     sliding: int | None,
 ) -> Tensor:
     """Whether each query of a block sees each key: [rows, columns], or [B, 1, rows, columns] with documents."""
@@ -97,9 +97,9 @@ def _visible(
     row = torch.arange(before + queries.start, before + queries.stop, device=q.device)
     lag = row[:, None] - torch.arange(keys.start, keys.stop, device=q.device)
     mask = lag >= 0 if sliding is None else (lag >= 0) & (lag < sliding)
-    if query_doc is None or key_doc is None:
+    if query_doc_ids is None or key_doc_ids is None:
         return mask
-    return mask & (query_doc[:, None, queries, None] == key_doc[:, None, None, keys])
+    return mask & (query_doc_ids[:, None, queries, None] == key_doc_ids[:, None, None, keys])
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear attention with decay in Triton, for Hopper: a pass over a slice for its blocks' states, one for the rest.
 
 Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
-36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_entering` reads q, do;
+36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_initial_state` reads q, do;
 `grad_key_value` reads four and writes two. Signatures and shapes: `lasptrain.ops`; the programs: `triton_programs`.
 """
 
@@ -198,9 +198,9 @@ def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
     return s.batch, s.tokens + triton.cdiv(s.tokens, launch.chunk), s.heads
 
 
-def _documents(doc: Tensor) -> Tensor:
-    """`doc` as the programs read it."""
-    return _aligned(_as(doc, torch.int32))
+def _documents(doc_ids: Tensor) -> Tensor:
+    """`doc_ids` as the programs read it."""
+    return _aligned(_as(doc_ids, torch.int32))
 
 
 def _logarithms(log_decay: Tensor) -> Tensor:
@@ -218,27 +218,27 @@ class _Gates(NamedTuple):
     """What the decays are made of, as the programs read it."""
 
     log_decay: Tensor | None
-    doc: Tensor | None
-    counts: Tensor | None  # of `doc`, by chunk
+    doc_ids: Tensor | None
+    counts: Tensor | None  # of `doc_ids`, by chunk
 
     @property
     def constants(self) -> dict[str, int | bool]:
         kind = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 1 else 2
-        return {"DECAY": kind, "DOCS": self.doc is not None}
+        return {"DECAY": kind, "DOCS": self.doc_ids is not None}
 
 
-def _gates(log_decay: Tensor | None, doc: Tensor | None, chunk: int) -> _Gates:
+def _gates(log_decay: Tensor | None, doc_ids: Tensor | None, chunk: int) -> _Gates:
     if log_decay is not None:
         log_decay = _logarithms(log_decay)
-    if doc is None:
+    if doc_ids is None:
         return _Gates(log_decay, None, None)
-    doc = _documents(doc)
-    batch, tokens = doc.shape
+    doc_ids = _documents(doc_ids)
+    batch, tokens = doc_ids.shape
     chunks, group = triton.cdiv(tokens, chunk), 16
-    counts = doc.new_empty((batch, chunks))
+    counts = doc_ids.new_empty((batch, chunks))
     grid, constants = (triton.cdiv(chunks, group), batch, 1), {"C": chunk, "GROUP": group}
-    run(programs.count_documents, doc, grid, PLAIN, constants, doc, counts, tokens, chunks)
-    return _Gates(log_decay, doc, counts)
+    run(programs.count_documents, doc_ids, grid, PLAIN, constants, doc_ids, counts, tokens, chunks)
+    return _Gates(log_decay, doc_ids, counts)
 
 
 def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
@@ -251,12 +251,12 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
     return _aligned(state)
 
 
-def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool) -> Tensor:
+def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool) -> Tensor:
     """What each block of the slice does to a state."""
     s = _slice(x, y)
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", s, x.dtype, s.values)
-    gates = _gates(log_decay, doc, launch.chunk)
+    gates = _gates(log_decay, doc_ids, launch.chunk)
     blocks = x.new_empty(block_shape(x, y), dtype=torch.float32)
     run(
         programs.summarize_blocks,
@@ -299,11 +299,11 @@ def _scan(
 
 
 def _summarized(
-    x: Tensor, y: Tensor, log_decay: Tensor | None, doc: Tensor | None, reverse: bool, wanted: bool
+    x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """State [B, H, K, V] and decay [B, H], which nothing is written to if they are not wanted, and blocks."""
     s = _slice(x, y)
-    blocks = _blocks(x, y, log_decay, doc, reverse)
+    blocks = _blocks(x, y, log_decay, doc_ids, reverse)
     state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
     if wanted:
         _scan(blocks, s, reverse, None, None, (state, decay))
@@ -315,7 +315,7 @@ def _walk(
     rows: tuple[Tensor, Tensor, Tensor],
     sizes: _Slice,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     states: Tensor,
     summed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -327,7 +327,7 @@ def _walk(
     if summed is not None:  # one stage less is a tenth faster: sums take registers, and spill with three
         launch = launch._replace(stages=min(launch.stages, 2))
     tiles = tiled // launch.tile
-    gates = _gates(log_decay, doc, launch.chunk)
+    gates = _gates(log_decay, doc_ids, launch.chunk)
     out = z.new_empty(z.shape)
     sums = None if summed is None else states.new_empty((tiles, *_sums_shape(s, launch)))
     run(
@@ -363,19 +363,19 @@ def _walk_key_value(
     rows: tuple[Tensor, Tensor, Tensor, Tensor],
     sizes: _Slice,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
     if k.dtype == torch.float32 or ("grad_key_value", max(s.keys, s.values)) not in LAUNCHES:
-        dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc, states)
+        dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc_ids, states)
         summed = k if per_token(log_decay) else None
-        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc, states, summed)
+        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc_ids, states, summed)
         return dk, dv, column
     launch = _launch("grad_key_value", s, k.dtype, s.values)
-    gates = _gates(log_decay, doc, launch.chunk)
+    gates = _gates(log_decay, doc_ids, launch.chunk)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     column = states.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
     run(
@@ -405,7 +405,7 @@ def _grad_decay(
     states: Tensor,
     gradients: Tensor,
     log_decay: Tensor,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     s: _Slice,
     chunk: int,
 ) -> Tensor:
@@ -415,13 +415,13 @@ def _grad_decay(
         row,
         s.grid(),
         PLAIN,
-        {"SIZE": s.keys * s.values, "PART": PART, "C": chunk, "DOCS": doc is not None},
+        {"SIZE": s.keys * s.values, "PART": PART, "C": chunk, "DOCS": doc_ids is not None},
         row,
         column,
         states,
         gradients,
         _logarithms(log_decay),
-        None if doc is None else _documents(doc),
+        None if doc_ids is None else _documents(doc_ids),
         grad,
         *s.sizes,
     )
@@ -429,9 +429,9 @@ def _grad_decay(
 
 
 def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _summarized(k, v, log_decay, doc, False, wanted)
+    return _summarized(k, v, log_decay, doc_ids, False, wanted)
 
 
 def attend(
@@ -439,13 +439,13 @@ def attend(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    entering: Tensor | None,
+    doc_ids: Tensor | None,
+    initial_state: Tensor | None,
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     s = _slice(k, v)
-    prefix = _entering(blocks, k, v, log_decay, doc, entering, reverse=False)
-    o, _ = _walk("attend", (_padded(q), _padded(k), _padded(v)), s, log_decay, doc, prefix)
+    prefix = _entering(blocks, k, v, log_decay, doc_ids, initial_state, reverse=False)
+    o, _ = _walk("attend", (_padded(q), _padded(k), _padded(v)), s, log_decay, doc_ids, prefix)
     return _cropped(o, s.heads, v.shape[-1]), prefix
 
 
@@ -454,24 +454,24 @@ def _entering(
     x: Tensor,
     y: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     edge: Tensor | None,
     reverse: bool,
 ) -> Tensor:
     """The states that enter the blocks, which are made here if they are not given."""
     if blocks is None:
-        blocks = into = _blocks(x, y, log_decay, doc, reverse)
+        blocks = into = _blocks(x, y, log_decay, doc_ids, reverse)
     else:
         into = torch.empty_like(blocks)
     _scan(blocks, _slice(x, y), reverse, edge, into, None)
     return into
 
 
-def grad_entering(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc: Tensor | None, wanted: bool
+def grad_initial_state(
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    dentering, _, dblocks = _summarized(q, _as(do, q.dtype), log_decay, doc, True, wanted)
-    return dentering, dblocks
+    dinitial, _, dblocks = _summarized(q, _as(do, q.dtype), log_decay, doc_ids, True, wanted)
+    return dinitial, dblocks
 
 
 def grad_query(
@@ -480,13 +480,13 @@ def grad_query(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`row` holds Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
     rows = _padded(_as(do, q.dtype)), _padded(v), _padded(k)
     summed = _padded(q) if per_token(log_decay) else None
-    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc, prefix, summed=summed)
+    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc_ids, prefix, summed=summed)
     return _cropped(dq, q.shape[2], q.shape[-1]), prefix.new_empty(0) if row is None else row
 
 
@@ -496,19 +496,19 @@ def grad_key_value(
     v: Tensor,
     do: Tensor,
     log_decay: Tensor | None,
-    doc: Tensor | None,
-    dleaving: Tensor | None,
+    doc_ids: Tensor | None,
+    dfinal: Tensor | None,
     dblocks: Tensor | None,
     prefix: Tensor,
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s = _slice(k, v)
     do = _as(do, q.dtype)
-    gradients = _entering(dblocks, q, do, log_decay, doc, dleaving, reverse=True)
+    gradients = _entering(dblocks, q, do, log_decay, doc_ids, dfinal, reverse=True)
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
-    dk, dv, column = _walk_key_value(rows, s, log_decay, doc, gradients)
+    dk, dv, column = _walk_key_value(rows, s, log_decay, doc_ids, gradients)
     dlog = None
     if per_token(log_decay) and column is not None:
         chunk = _launch("grad_query", s, k.dtype, s.keys).chunk
-        dlog = _grad_decay(row, column, prefix, gradients, log_decay, doc, s, chunk)
+        dlog = _grad_decay(row, column, prefix, gradients, log_decay, doc_ids, s, chunk)
     return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog

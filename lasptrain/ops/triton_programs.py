@@ -62,11 +62,11 @@ def count_documents(DOC, COUNTS, T, CHUNKS, C: tl.constexpr, GROUP: tl.constexpr
     batch = tl.program_id(1).to(tl.int64)
     t = chunk * C
     token = t[:, None] + tl.arange(0, C)[None, :]
-    doc = tl.load(DOC + batch * T + token, mask=token < T, other=-1)
+    doc_ids = tl.load(DOC + batch * T + token, mask=token < T, other=-1)
     before = tl.load(DOC + batch * T + t - 1, mask=(t > 0) & (t < T), other=0)
     after = tl.load(DOC + batch * T + tl.minimum(t + C, T) - 1, mask=t < T, other=0)
-    continuing = tl.sum((doc == before[:, None]).to(tl.int32), 1)
-    finishing = tl.sum((doc == after[:, None]).to(tl.int32), 1)
+    continuing = tl.sum((doc_ids == before[:, None]).to(tl.int32), 1)
+    finishing = tl.sum((doc_ids == after[:, None]).to(tl.int32), 1)
     several = (after - before > 1).to(tl.int32)
     tl.store(COUNTS + batch * CHUNKS + chunk, continuing | (finishing << 8) | (several << 16), mask=chunk < CHUNKS)
 
@@ -168,10 +168,10 @@ def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
     """
     if counts >> 16 > 0:
         token = t + tl.arange(0, C)
-        doc = token
+        doc_ids = token
         if DOCS:
-            doc = tl.load(DOC + batch.to(tl.int64) * T + token, mask=token < T, other=-1)
-        near = tl.where(doc[:, None] == doc[None, :], near, 0.0)
+            doc_ids = tl.load(DOC + batch.to(tl.int64) * T + token, mask=token < T, other=-1)
+        near = tl.where(doc_ids[:, None] == doc_ids[None, :], near, 0.0)
     return near
 
 
@@ -446,9 +446,9 @@ def decay_gradient(
         here = (start + t + i) * H + head
         cuts = tl.load(LOG_DECAY + here, mask=i < n, other=0.0) * LOG2_E <= SMALLEST_LOG2
         if DOCS:
-            doc = tl.load(DOC + start + t + i, mask=i < n, other=-1)
+            doc_ids = tl.load(DOC + start + t + i, mask=i < n, other=-1)
             previous = tl.load(DOC + start + t + i - 1, mask=(t + i > 0) & (i < n), other=0)
-            cuts = cuts | ((doc != previous) & (i < n))
+            cuts = cuts | ((doc_ids != previous) & (i < n))
         run = tl.cumsum(cuts.to(tl.int32), 0)
         last = tl.sum(cuts.to(tl.int32), 0)
         same = run[:, None] == run[None, :]

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain.parallel.recurrence import Memory
+from lasptrain.parallel.recurrence import SavedStates
 from lasptrain.parallel.scan import Scan, all_gather
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(rows: Tensor, scan: Scan, memory: Memory) -> Tensor:
+def gather(rows: Tensor, scan: Scan, memory: SavedStates) -> Tensor:
     """Rows [B, sp · T, C] of all slices, of this slice's [B, T, C]; the gradient of rows is summed over ranks.
 
     Args:
@@ -31,15 +31,15 @@ def gather(rows: Tensor, scan: Scan, memory: Memory) -> Tensor:
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, scan: Scan, memory: Memory) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, scan: Scan, memory: SavedStates) -> Tensor:
         ctx.scan = scan
-        if not memory.known or memory.entering is None:
+        if not memory.ready or memory.initial_state is None:
             parts = rows.new_empty(scan.size, *rows.shape)
             all_gather(parts.view(-1), rows.contiguous().view(-1), group=scan.group)
             scan.calls += 1
             scan.bytes_sent += rows.numel() * rows.element_size()
-            memory.known, memory.entering = True, parts.transpose(0, 1).flatten(1, 2)
-        return memory.entering.detach()
+            memory.ready, memory.initial_state = True, parts.transpose(0, 1).flatten(1, 2)
+        return memory.initial_state.detach()
 
     @staticmethod
     @once_differentiable

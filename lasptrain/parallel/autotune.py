@@ -34,7 +34,7 @@ def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool) -> f
 
     def there_and_back() -> None:
         for reverse in (False, True):
-            scan.start(state, transition, carry, reverse=reverse, leave=carried).wait()
+            scan.start(state, transition, carry, reverse=reverse, output_final_state=carried).wait()
 
     for _ in range(WARM):
         there_and_back()

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lasptrain.parallel.host import unread
-from lasptrain.parallel.recurrence import Memory
+from lasptrain.parallel.recurrence import SavedStates
 from lasptrain.parallel.scan import Scan, Transition
 
 FORGETTING = Transition(None)
@@ -27,11 +27,11 @@ FORGETTING = Transition(None)
 def halo(
     parts: Sequence[Tensor],
     n: int,
-    doc: Tensor | None,
+    doc_ids: Tensor | None,
     carry: Tensor | None,
     scan: Scan,
-    memory: Memory,
-    leave: bool,
+    memory: SavedStates,
+    output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The n rows before this slice that its first tokens may see [B, n, C], and what enters the next segment.
 
@@ -40,35 +40,35 @@ def halo(
 
     Args:
         parts: this slice, [B, T, ·] each; their channels side by side are the C of a row.
-        doc: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
+        doc_ids: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
         carry: rows that entered the segment, as they were handed out here; None at a window's start.
         memory: where the entering rows are kept, or found if the layer is being recomputed.
     """
-    if scan.size == 1 and carry is None and not leave:
+    if scan.size == 1 and carry is None and not output_final_state:
         first = parts[0]
         return first.new_zeros(first.shape[0], n, sum(part.shape[-1] for part in parts)), None
-    rows = torch.cat([_last(part, doc, n) for part in parts], dim=-1).unsqueeze(1)
-    entering, leaving = _Halo.apply(  # type: ignore[no-untyped-call]
-        rows, carry, _moves(parts[0], doc, n), scan, memory, leave
+    rows = torch.cat([_last(part, doc_ids, n) for part in parts], dim=-1).unsqueeze(1)
+    initial_state, final_state = _Halo.apply(  # type: ignore[no-untyped-call]
+        rows, carry, _moves(parts[0], doc_ids, n), scan, memory, output_final_state
     )
-    return entering.squeeze(1), leaving
+    return initial_state.squeeze(1), final_state
 
 
-def _moves(x: Tensor, doc: Tensor | None, n: int) -> Transition:
+def _moves(x: Tensor, doc_ids: Tensor | None, n: int) -> Transition:
     """What a slice x [B, T, ·] does to the rows that enter it; a document that starts in it has no use for them."""
     if x.shape[1] >= n:
         return FORGETTING
-    goes_on = x.new_ones(x.shape[0]) if doc is None else (doc[:, -1] == 0).to(x.dtype)
+    goes_on = x.new_ones(x.shape[0]) if doc_ids is None else (doc_ids[:, -1] == 0).to(x.dtype)
     return Transition(goes_on[:, None], rows=x.shape[1])
 
 
-def _last(x: Tensor, doc: Tensor | None, n: int) -> Tensor:
+def _last(x: Tensor, doc_ids: Tensor | None, n: int) -> Tensor:
     """Of the n rows that a following token may see those in x [B, n, C]: zeros where they lie before it, or are of an
     earlier document than the last.
     """
     rows = x[:, -n:]
-    if doc is not None:
-        rows = rows * (doc[:, -n:] == doc[:, -1:])[..., None]
+    if doc_ids is not None:
+        rows = rows * (doc_ids[:, -n:] == doc_ids[:, -1:])[..., None]
     return F.pad(rows, [0, 0, n - rows.shape[1], 0])
 
 
@@ -82,26 +82,30 @@ class _Halo(Function):
         carry: Tensor | None,
         transition: Transition,
         scan: Scan,
-        memory: Memory,
-        leave: bool,
+        memory: SavedStates,
+        output_final_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        leaving: Tensor | None
-        if memory.known:  # the rows that leave have no reader left; only their gradient has a use
-            leaving = unread(rows.shape, rows) if leave else None
+        final_state: Tensor | None
+        if memory.ready:  # the rows that leave have no reader left; only their gradient has a use
+            final_state = unread(rows.shape, rows) if output_final_state else None
         else:
-            memory.known = True
-            memory.entering, leaving = scan.start(rows, transition, carry, leave=leave).wait()
+            memory.ready = True
+            memory.initial_state, final_state = scan.start(
+                rows, transition, carry, output_final_state=output_final_state
+            ).wait()
         ctx.scan, ctx.has_carry, ctx.like = scan, carry is not None and ctx.needs_input_grad[1], rows.new_empty(0)
         ctx.shape, ctx.transition = rows.shape, transition
         ctx.set_materialize_grads(False)
-        entering = torch.zeros_like(rows) if memory.entering is None else memory.entering.detach()
-        return entering, leaving.clone() if leaving is rows else leaving
+        initial_state = torch.zeros_like(rows) if memory.initial_state is None else memory.initial_state.detach()
+        return initial_state, final_state.clone() if final_state is rows else final_state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dentering: Tensor | None, dleaving: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dentering is None:
-            dentering = ctx.like.new_zeros(ctx.shape)
-        exchange = ctx.scan.start(dentering, ctx.transition.transpose(), dleaving, reverse=True, leave=ctx.has_carry)
+    def backward(ctx: Any, dinitial: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dinitial is None:
+            dinitial = ctx.like.new_zeros(ctx.shape)
+        exchange = ctx.scan.start(
+            dinitial, ctx.transition.transpose(), dfinal, reverse=True, output_final_state=ctx.has_carry
+        )
         drows, dcarry = exchange.wait()
         return drows, dcarry, None, None, None, None

@@ -22,7 +22,7 @@ SLOTS = 8  # messages from one rank that the next has not taken yet
 CELLS = 2 * SLOTS  # from either side
 
 
-class Memory(Protocol):
+class SavedStates(Protocol):
     """What all ranks of a group can write: CELLS boxes of each, and two flags for every part of what is in a box."""
 
     def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor: ...
@@ -39,7 +39,7 @@ class SymmetricP2P:
     next replay of a CUDA graph.
     """
 
-    def __init__(self, memory: Memory, rank: int, size: int):
+    def __init__(self, memory: SavedStates, rank: int, size: int):
         self.memory, self.rank, self.size = memory, rank, size
         self._sent, self._expected = [0, 0], [0, 0]
 

@@ -24,24 +24,24 @@ from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned, Tran
 
 
 @dataclass
-class Memory:
+class SavedStates:
     """The states at the edges of one layer's slice, once known: recomputing the layer then needs no exchange."""
 
-    known: bool = False
+    ready: bool = False
     decay: Tensor | None = None  # of the slice, [B, H]
-    entering: Tensor | None = None  # [B, H, K, V]; None is zero
-    leaving: Tensor | None = None  # what the scan handed out; whoever does not need it again may drop it
-    before: Memory | None = None  # the same of the rows before the slice, where the layer needs some
+    initial_state: Tensor | None = None  # [B, H, K, V]; None is zero
+    final_state: Tensor | None = None  # what the scan handed out; whoever does not need it again may drop it
+    before: SavedStates | None = None  # the same of the rows before the slice, where the layer needs some
 
     @property
-    def rows(self) -> Memory:
+    def rows(self) -> SavedStates:
         """`before`, made where it is not yet there."""
         if self.before is None:
-            self.before = Memory()
+            self.before = SavedStates()
         return self.before
 
     @property
-    def parts(self) -> list[Memory]:
+    def parts(self) -> list[SavedStates]:
         """This one, and `before` if there is one."""
         return [self] if self.before is None else [self, self.before]
 
@@ -61,7 +61,7 @@ class _Backward:
 
     q: Tensor
     do: Tensor
-    entering: Tensor | None
+    initial_state: Tensor | None
     prefix: Tensor
     row: Tensor
     dblocks: Tensor
@@ -72,12 +72,12 @@ class _Backward:
 class _Exchanging:
     """A layer between `begin`, which fills what is not given at birth, and `finish`, which takes it out."""
 
-    memory: Memory
-    leave: bool
+    memory: SavedStates
+    output_final_state: bool
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
     log_decay: Tensor | None = field(init=False)
-    doc: Tensor | None = field(init=False)
+    doc_ids: Tensor | None = field(init=False)
     transition: Transition = field(init=False)
     has_carry: bool = field(init=False)
     exchange: Exchange | Message | _Given = field(init=False)
@@ -92,13 +92,13 @@ class _Alone(NamedTuple):
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
-    doc: Tensor | None
+    doc_ids: Tensor | None
 
 
 Pending: TypeAlias = _Exchanging | _Alone
 
 
-class Attention:
+class ShardedRecurrence:
     """The recurrence of one model on one mesh.
 
     Args:
@@ -115,27 +115,27 @@ class Attention:
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
-        doc: Tensor | None,
+        doc_ids: Tensor | None,
         *,
         angle: Tensor | None = None,
         carry: Tensor | None = None,
-        memory: Memory | None = None,
-        leave: bool = False,
+        memory: SavedStates | None = None,
+        output_final_state: bool = False,
     ) -> Pending:
         """Summarise the slice k [B, T, H, K], v [B, T, H, V] and start the exchange.
 
         Args:
-            log_decay, doc: as in `lasptrain.ops`.
+            log_decay, doc_ids: as in `lasptrain.ops`.
             angle: [H, K/2], or [1, K/2] without gradient, fp64 radians by which keys turn over the slice, where they
                 are rotated.
             carry: the state that entered the segment, as the scan handed it out; None at a window's start.
             memory: where the entering state is kept, or found if the layer is being recomputed.
-            leave: whether `finish` is to return what enters the next segment.
+            output_final_state: whether `finish` is to return what enters the next segment.
         """
-        if self.scan.size == 1 and carry is None and not leave:
-            return _Alone(k, v, log_decay, doc)
-        pending = _Exchanging(memory if memory is not None else Memory(), leave)
-        pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc, self, pending)  # type: ignore[no-untyped-call]
+        if self.scan.size == 1 and carry is None and not output_final_state:
+            return _Alone(k, v, log_decay, doc_ids)
+        pending = _Exchanging(memory if memory is not None else SavedStates(), output_final_state)
+        pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc_ids, self, pending)  # type: ignore[no-untyped-call]
         return pending
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -148,14 +148,14 @@ class Attention:
         result: tuple[Tensor, Tensor | None] = _Finish.apply(q, link, self, pending)  # type: ignore[no-untyped-call]
         return result
 
-    def leave(self, pending: Pending) -> Tensor | None:
+    def final_state_of(self, pending: Pending) -> Tensor | None:
         """What enters the next segment, of a `begin` that was asked for it, where the outputs are not wanted; without
         gradient.
         """
         assert isinstance(pending, _Exchanging)
-        entering, leaving = pending.exchange.wait()
-        pending.memory.known, pending.memory.entering = True, entering
-        return leaving
+        initial_state, final_state = pending.exchange.wait()
+        pending.memory.ready, pending.memory.initial_state = True, initial_state
+        return final_state
 
 
 class _Whole(Function):
@@ -163,20 +163,20 @@ class _Whole(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc: Tensor | None, kernel: str
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, kernel: str
     ) -> Tensor:
-        o, prefix = ops.attend(kernel, q, k, v, log_decay, doc, None, None)
+        o, prefix = ops.attend(kernel, q, k, v, log_decay, doc_ids, None, None)
         ctx.kernel = kernel
-        ctx.save_for_backward(q, k, v, log_decay, doc, prefix)
+        ctx.save_for_backward(q, k, v, log_decay, doc_ids, prefix)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, doc, prefix = ctx.saved_tensors
+        q, k, v, log_decay, doc_ids, prefix = ctx.saved_tensors
         do = do.contiguous()
-        dq, row = ops.grad_query(ctx.kernel, q, k, v, do, log_decay, doc, prefix)
-        dk, dv, dlog = ops.grad_key_value(ctx.kernel, q, k, v, do, log_decay, doc, None, None, prefix, row)
+        dq, row = ops.grad_query(ctx.kernel, q, k, v, do, log_decay, doc_ids, prefix)
+        dk, dv, dlog = ops.grad_key_value(ctx.kernel, q, k, v, do, log_decay, doc_ids, None, None, prefix, row)
         return dq, dk, dv, (dlog if dlog.numel() else None), None, None
 
 
@@ -189,33 +189,33 @@ class _Begin(Function):
         log_decay: Tensor | None,
         angle: Tensor | None,
         carry: Tensor | None,
-        doc: Tensor | None,
-        attention: Attention,
+        doc_ids: Tensor | None,
+        attention: ShardedRecurrence,
         pending: _Exchanging,
     ) -> Tensor:
         memory, blocks = pending.memory, None
-        if memory.known:
+        if memory.ready:
             transition = Transition(memory.decay, angle)
             pending.exchange = _Given(_remembered(pending, k, v))
         else:
             scan = attention.scan
-            wanted = scan.reads(pending.leave)
-            state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc, wanted)
+            wanted = scan.reads(pending.output_final_state)
+            state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc_ids, wanted)
             transition = Transition(memory.decay, angle)
             state = transition.rotate(state) if wanted else state
-            pending.exchange = scan.start(state, transition, carry, leave=pending.leave)
+            pending.exchange = scan.start(state, transition, carry, output_final_state=pending.output_final_state)
         pending.transition = transition
-        pending.k, pending.v, pending.log_decay, pending.doc = k, v, log_decay, doc
+        pending.k, pending.v, pending.log_decay, pending.doc_ids = k, v, log_decay, doc_ids
         pending.blocks = blocks
         pending.has_carry = carry is not None and ctx.needs_input_grad[4]
         ctx.attention, ctx.pending = attention, pending
-        ctx.save_for_backward(k, v, log_decay, doc, angle, transition.decay)
+        ctx.save_for_backward(k, v, log_decay, doc_ids, angle, transition.decay)
         return k.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, log_decay, doc, angle, decay = ctx.saved_tensors
+        k, v, log_decay, doc_ids, angle, decay = ctx.saved_tensors
         handed: _Backward = ctx.pending.backward
         ctx.pending.backward = None
         kernel = ctx.attention.kernel
@@ -223,12 +223,12 @@ class _Begin(Function):
         right, dcarry = handed.exchange.wait()
         dangle = None
         if ctx.needs_input_grad[3] and right is not None:
-            state = ops.summarize(kernel, k, v, log_decay, doc, True)[0]
-            leaving = transition.apply(handed.entering, transition.rotate(state))
-            dangle = _grad_angle(right, leaving)
-        dleaving = None if right is None else transition.transpose().rotate(right)
+            state = ops.summarize(kernel, k, v, log_decay, doc_ids, True)[0]
+            final_state = transition.apply(handed.initial_state, transition.rotate(state))
+            dangle = _grad_angle(right, final_state)
+        dfinal = None if right is None else transition.transpose().rotate(right)
         dk, dv, dlog = ops.grad_key_value(
-            kernel, handed.q, k, v, handed.do, log_decay, doc, dleaving, handed.dblocks, handed.prefix, handed.row
+            kernel, handed.q, k, v, handed.do, log_decay, doc_ids, dfinal, handed.dblocks, handed.prefix, handed.row
         )
         return dk, dv, (dlog if dlog.numel() else None), dangle, dcarry, None, None, None
 
@@ -236,18 +236,18 @@ class _Begin(Function):
 def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
     """States of an earlier pass. A leaving state that was dropped has no reader left; only its gradient has a use."""
     memory = pending.memory
-    if not pending.leave:
-        return Scanned(memory.entering, None)
-    if memory.leaving is not None:
-        return Scanned(memory.entering, memory.leaving.detach())
+    if not pending.output_final_state:
+        return Scanned(memory.initial_state, None)
+    if memory.final_state is not None:
+        return Scanned(memory.initial_state, memory.final_state.detach())
     b, _, h, kdim = k.shape
     assert memory.decay is not None
-    return Scanned(memory.entering, unread((b, h, kdim, v.shape[-1]), memory.decay))
+    return Scanned(memory.initial_state, unread((b, h, kdim, v.shape[-1]), memory.decay))
 
 
-def _grad_angle(right: Tensor, leaving: Tensor) -> Tensor:
+def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
     """Gradient [H, K/2] of the angle: turning the leaving state moves cosine rows by sine rows and back."""
-    by_cos, by_sin = leaving.chunk(2, dim=-2)
+    by_cos, by_sin = final_state.chunk(2, dim=-2)
     to_cos, to_sin = right.chunk(2, dim=-2)
     return (to_cos * by_sin - to_sin * by_cos).sum((0, -1)).double()
 
@@ -255,34 +255,42 @@ def _grad_angle(right: Tensor, leaving: Tensor) -> Tensor:
 class _Finish(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, link: Tensor, attention: Attention, pending: _Exchanging
+        ctx: Any, q: Tensor, link: Tensor, attention: ShardedRecurrence, pending: _Exchanging
     ) -> tuple[Tensor, Tensor | None]:
-        entering, leaving = pending.exchange.wait()
+        initial_state, final_state = pending.exchange.wait()
         memory = pending.memory
-        memory.known, memory.entering = True, entering
-        memory.leaving = None if leaving is None else leaving.detach()
+        memory.ready, memory.initial_state = True, initial_state
+        memory.final_state = None if final_state is None else final_state.detach()
         o, prefix = ops.attend(
-            attention.kernel, q, pending.k, pending.v, pending.log_decay, pending.doc, entering, pending.blocks
+            attention.kernel, q, pending.k, pending.v, pending.log_decay, pending.doc_ids, initial_state, pending.blocks
         )
         ctx.attention, ctx.pending = attention, pending
         ctx.set_materialize_grads(False)
         decay, angle, _ = pending.transition
-        turned = None if angle is None else entering
-        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc, prefix, turned, decay, angle)
-        del pending.k, pending.v, pending.blocks, pending.exchange, pending.transition, pending.log_decay, pending.doc
-        return o, leaving
+        turned = None if angle is None else initial_state
+        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc_ids, prefix, turned, decay, angle)
+        del (
+            pending.k,
+            pending.v,
+            pending.blocks,
+            pending.exchange,
+            pending.transition,
+            pending.log_decay,
+            pending.doc_ids,
+        )
+        return o, final_state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dleaving: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, doc, prefix, entering, decay, angle = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, doc_ids, prefix, initial_state, decay, angle = ctx.saved_tensors
         kernel, scan, pending = ctx.attention.kernel, ctx.attention.scan, ctx.pending
         do = torch.zeros_like(v) if do is None else do.contiguous()
         wanted = scan.reads(pending.has_carry, reverse=True)
-        dentering, dblocks = ops.grad_entering(kernel, q, do, log_decay, doc, wanted)
+        dinitial, dblocks = ops.grad_initial_state(kernel, q, do, log_decay, doc_ids, wanted)
         exchange = scan.start(
-            dentering, Transition(decay, angle).transpose(), dleaving, reverse=True, leave=pending.has_carry
+            dinitial, Transition(decay, angle).transpose(), dfinal, reverse=True, output_final_state=pending.has_carry
         )
-        dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc, prefix)
-        pending.backward = _Backward(q, do, entering, prefix, row, dblocks, exchange)
+        dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc_ids, prefix)
+        pending.backward = _Backward(q, do, initial_state, prefix, row, dblocks, exchange)
         return dq, q.new_empty(0), None, None

@@ -60,8 +60,8 @@ class Transition(NamedTuple):
 class Scanned(NamedTuple):
     """What a scan gives this rank; None is a state of zeros."""
 
-    entering: Tensor | None
-    leaving: Tensor | None
+    initial_state: Tensor | None
+    final_state: Tensor | None
 
 
 class Message(NamedTuple):
@@ -106,7 +106,7 @@ class Exchange:
 class Scan(Protocol):
     """One way to compute the exclusive scan.
 
-    `carry` and `leaving` belong together: what one call returns as `leaving` the next takes as `carry`, and the
+    `carry` and `final_state` belong together: what one call returns as `final_state` the next takes as `carry`, and the
     gradient of the one is what the reversed call takes and returns. Which ranks hold them is the scan's own matter.
     """
 
@@ -117,12 +117,20 @@ class Scan(Protocol):
     calls: int
 
     def start(
-        self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
+        self,
+        state: Tensor,
+        transition: Transition,
+        carry: Tensor | None,
+        *,
+        reverse: bool = False,
+        output_final_state: bool = True,
     ) -> Exchange | Message:
-        """Begin the scan; every rank of the group calls it with the same `reverse`, `leave` and presence of carry."""
+        """Begin the scan; every rank of the group calls it with the same `reverse`, `output_final_state` and presence of
+        carry.
+        """
         ...
 
-    def reads(self, leave: bool, *, reverse: bool = False) -> bool:
+    def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:
         """Whether `start` looks at what is in state and transition: not where nothing goes on from this rank."""
         ...
 
@@ -138,8 +146,8 @@ class _Scan:
         self.bytes_sent = 0
         self.calls = 0
 
-    def reads(self, leave: bool, *, reverse: bool = False) -> bool:
-        return leave or self.rank != (0 if reverse else self.size - 1)
+    def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:
+        return output_final_state or self.rank != (0 if reverse else self.size - 1)
 
     def _exchange(self, body: Callable[[], Scanned], needs: tuple[Tensor | None, ...]) -> Exchange:
         self.calls += 1
@@ -158,24 +166,33 @@ class Ring(_Scan):
         self.messages: Messages  # from the first start
 
     def start(
-        self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
+        self,
+        state: Tensor,
+        transition: Transition,
+        carry: Tensor | None,
+        *,
+        reverse: bool = False,
+        output_final_state: bool = True,
     ) -> Exchange | Message:
         first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
         if self.group is not None and self.size > 1:
             self.messages = between(self.group, self.device, state.nbytes)
-        if self._is_message(carry, leave) and self.rank in (first, last):
+        if self._is_message(carry, output_final_state) and self.rank in (first, last):
             return self._message(state, first, last)
 
         def body() -> Scanned:
             start = None if carry is None else self._move(carry, 0, first)
-            entering, leaving = self._chain(state, transition, start, first, last, leave)
-            return Scanned(entering, self._move(leaving, last, 0) if leaving is not None and leave else None)
+            initial_state, final_state = self._chain(state, transition, start, first, last, output_final_state)
+            return Scanned(
+                initial_state,
+                self._move(final_state, last, 0) if final_state is not None and output_final_state else None,
+            )
 
         return self._exchange(body, (state, transition.decay, carry))
 
-    def _is_message(self, carry: Tensor | None, leave: bool) -> bool:
+    def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
         """Whether an end of the chain has one message to send or to receive, and nothing to compute."""
-        return self.size > 1 and carry is None and not leave
+        return self.size > 1 and carry is None and not output_final_state
 
     def _message(self, state: Tensor, first: int, last: int) -> Message:
         """The state to the second rank, or from the last but one."""
@@ -187,19 +204,25 @@ class Ring(_Scan):
         return Message(self.messages.send(state, first + step))
 
     def _chain(
-        self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
+        self,
+        state: Tensor,
+        transition: Transition,
+        start: Tensor | None,
+        first: int,
+        last: int,
+        output_final_state: bool,
     ) -> Scanned:
-        """From rank to rank, `first` to `last`; `start` enters the first. Only `leave` makes the last one fold."""
+        """From rank to rank, `first` to `last`; `start` enters the first. The last one folds for `output_final_state`."""
         step = 1 if first <= last else -1
         if transition.decay is None and self.rank != last:  # no need to wait for what enters
             self._send(state, self.rank + step)
-        entering = start if self.rank == first else self._receive(state, self.rank - step)
-        if self.rank == last and not leave:
-            return Scanned(entering, None)
-        leaving = transition.apply(entering, state)
+        initial_state = start if self.rank == first else self._receive(state, self.rank - step)
+        if self.rank == last and not output_final_state:
+            return Scanned(initial_state, None)
+        final_state = transition.apply(initial_state, state)
         if transition.decay is not None and self.rank != last:
-            self._send(leaving, self.rank + step)
-        return Scanned(entering, leaving)
+            self._send(final_state, self.rank + step)
+        return Scanned(initial_state, final_state)
 
     def _move(self, x: Tensor, source: int, target: int) -> Tensor:
         """x of `source` on `target`; what the other ranks get has its shape only."""
@@ -231,19 +254,25 @@ class AllScan(Ring):
         """Into how many a state is cut: as many as there are links to keep busy, up to MOST."""
         return max(1, min(cls.MOST, ranks - 1))
 
-    def _is_message(self, carry: Tensor | None, leave: bool) -> bool:
-        return self.parts(self.size) == 1 and super()._is_message(carry, leave)
+    def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
+        return self.parts(self.size) == 1 and super()._is_message(carry, output_final_state)
 
     def _chain(
-        self, state: Tensor, transition: Transition, start: Tensor | None, first: int, last: int, leave: bool
+        self,
+        state: Tensor,
+        transition: Transition,
+        start: Tensor | None,
+        first: int,
+        last: int,
+        output_final_state: bool,
     ) -> Scanned:
         parts = state.chunk(self.parts(self.size), dim=-1)
         starts = [None] * len(parts) if start is None else start.chunk(self.parts(self.size), dim=-1)
         passed = [
-            super(AllScan, self)._chain(part, transition, begin, first, last, leave)
+            super(AllScan, self)._chain(part, transition, begin, first, last, output_final_state)
             for part, begin in zip(parts, starts, strict=True)
         ]
-        return Scanned(_joined([one.entering for one in passed]), _joined([one.leaving for one in passed]))
+        return Scanned(_joined([one.initial_state for one in passed]), _joined([one.final_state for one in passed]))
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
@@ -259,20 +288,26 @@ class AllGather(_Scan):
     """
 
     def start(
-        self, state: Tensor, transition: Transition, carry: Tensor | None, *, reverse: bool = False, leave: bool = True
+        self,
+        state: Tensor,
+        transition: Transition,
+        carry: Tensor | None,
+        *,
+        reverse: bool = False,
+        output_final_state: bool = True,
     ) -> Exchange:
         order = range(self.size - 1, -1, -1) if reverse else range(self.size)
 
         def body() -> Scanned:
             states, decays = self._gather(state, transition.decay)
-            entering, running = None, carry
+            initial_state, running = None, carry
             for rank in order:
                 if rank == self.rank:
-                    entering = running
-                    if not leave:
+                    initial_state = running
+                    if not output_final_state:
                         break
                 running = transition._replace(decay=decays[rank]).apply(running, states[rank])
-            return Scanned(entering, running if leave else None)
+            return Scanned(initial_state, running if output_final_state else None)
 
         return self._exchange(body, (state, transition.decay, carry))
 

@@ -39,7 +39,7 @@ class Block(Protocol):
 
     recompute: Callable[..., Any]
 
-    def fuse(self) -> None: ...
+    def compile_parts(self) -> None: ...
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -156,7 +156,7 @@ def parallelize(
     if fuse:
         torch._dynamo.config.optimize_ddp = False  # else blocks are cut at DDP's buckets, and what lies there is kept
         for block in blocks:
-            block.fuse()
+            block.compile_parts()
     lone, replicated = flat.size() == 1, kind in REPLICATED
     if not (lone or replicated):
         _fully_shard(model, blocks, mesh.grid if kind == "hsdp" else flat, dtype)

@@ -21,7 +21,7 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.autotune import fastest_scan
 from lasptrain.parallel.collectives import all_reduce_min
 from lasptrain.parallel.mesh import Mesh
-from lasptrain.parallel.recurrence import Attention
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, shard_optimizer
 from lasptrain.recipe import resolve as recipes
@@ -50,7 +50,7 @@ class Job:
     on_segment: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
 
-def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = None) -> Job:
+def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None) -> Job:
     """Mesh, data, model and optimizer of this rank; the model has its initial weights.
 
     `attention` makes what takes the place of the recipe's scan, from the name of a kernel, for comparisons.
@@ -66,7 +66,9 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], Attention] | None = N
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     recipe = with_scan(recipe, mesh, segment, device)
     kernel = ops.select(recipe.train.kernel, device)
-    scanning = attention or (lambda kernel, mesh: Attention(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device)))
+    scanning = attention or (
+        lambda kernel, mesh: ShardedRecurrence(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device))
+    )
     with torch.device("meta"):
         model = language_model(recipe, scanning(kernel, mesh))
     wrapped = parallelize(
@@ -128,7 +130,7 @@ def open_loader(
     )
 
 
-def language_model(recipe: Recipe, attention: Attention) -> LanguageModel:
+def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageModel:
     """The recipe's model, its parameters in at least fp32."""
     dtype = DTYPES[recipe.train.precision]
     model = LanguageModel(recipe.model, recipe.data.window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)

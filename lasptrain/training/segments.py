@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lasptrain.data.loader import Slice
 from lasptrain.models.mixer import State
 from lasptrain.parallel.host import to_device, to_host, unread
-from lasptrain.parallel.recurrence import Memory
+from lasptrain.parallel.recurrence import SavedStates
 
 
 def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
@@ -26,19 +26,19 @@ def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
 
 def _forward_states(
     model: nn.Module, layers: int, segments: Sequence[Slice], on_segment: Callable[[], None] = lambda: None
-) -> tuple[list[list[Memory]], list[State] | None]:
+) -> tuple[list[list[SavedStates]], list[State] | None]:
     """What entered this rank's slice of each segment, per layer, and the states that enter the last segment."""
-    kept: list[list[Memory]] = []
+    kept: list[list[SavedStates]] = []
     carry: list[State] | None = None
     with torch.no_grad():
         for segment in segments:
             on_segment()
-            kept.append([Memory() for _ in range(layers)])
-            carry = model(segment.tokens, None, segment.doc, carry, kept[-1], leave=True).leaving
+            kept.append([SavedStates() for _ in range(layers)])
+            carry = model(segment.tokens, None, segment.doc_ids, carry, kept[-1], output_final_state=True).final_state
             for part in (part for memory in kept[-1] for part in memory.parts):
-                part.leaving = None
-                if part.entering is not None:
-                    part.entering = to_host(part.entering)
+                part.final_state = None
+                if part.initial_state is not None:
+                    part.initial_state = to_host(part.initial_state)
     return kept, carry
 
 
@@ -59,7 +59,7 @@ def backward(
         on_segment: called before each forward, on all ranks equally often; what it raises leaves gradients unfinished.
     """
     kept, carry = _forward_states(model, layers, segments[:-1], on_segment)
-    kept.append([Memory() for _ in range(layers)])
+    kept.append([SavedStates() for _ in range(layers)])
     total: Tensor | None = None
     grads: list[Tensor | None] = []
     for index in reversed(range(len(segments))):
@@ -72,11 +72,11 @@ def backward(
             entered = [tuple(_leaf(s, read=last) for s in state) for state in carry]
         memories = kept.pop()
         for part in (part for memory in memories for part in memory.parts):
-            if part.entering is not None:
-                part.entering = to_device(part.entering, segment.tokens.device)
-        out = model(segment.tokens, segment.labels, segment.doc, entered, memories, leave=not last)
-        leaving = [] if last else [s for state in out.leaving for s in state]
-        pairs = [(s, g) for s, g in zip(leaving, grads, strict=True) if s is not None and g is not None]
+            if part.initial_state is not None:
+                part.initial_state = to_device(part.initial_state, segment.tokens.device)
+        out = model(segment.tokens, segment.labels, segment.doc_ids, entered, memories, output_final_state=not last)
+        final_state = [] if last else [s for state in out.final_state for s in state]
+        pairs = [(s, g) for s, g in zip(final_state, grads, strict=True) if s is not None and g is not None]
         with torch.autograd.set_multithreading_enabled(False):  # to wake another thread costs a short slice the most
             torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
         grads = [] if entered is None else [None if s is None else s.grad for state in entered for s in state]

@@ -34,8 +34,10 @@ def _losses(model: nn.Module, segments: MicroBatch) -> Iterable[tuple[int, Tenso
     """Per segment its number, labels [b, C] and losses [b, C] of this rank's slice."""
     carry = None
     for m, piece in enumerate(segments):
-        out = model(piece.tokens, piece.labels, piece.doc, carry, leave=m + 1 < len(segments), per_token=True)
-        carry = out.leaving
+        out = model(
+            piece.tokens, piece.labels, piece.doc_ids, carry, output_final_state=m + 1 < len(segments), per_token=True
+        )
+        carry = out.final_state
         yield m, piece.labels, out.loss.view_as(piece.labels)
 
 
