@@ -40,7 +40,7 @@ def poison(case: Case) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype) -> None:
-    from lasptrain.ops import triton_kernels
+    from lasptrain.ops import triton_launch as triton_kernels
 
     x = inputs(case, dtype, torch.device("cuda"))
     want = backward(chunked, x.double())
@@ -54,7 +54,7 @@ def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("memory", [4, 50, 10_000], ids=lambda m: f"memory of {m} tokens")
 def test_decay_gradient_does_not_cancel_at_64k_tokens(memory: int) -> None:
-    from lasptrain.ops import triton_kernels
+    from lasptrain.ops import triton_launch as triton_kernels
 
     case = Case(65536, 128, 128, "token", batch=1, heads=2)
     x = inputs(case, torch.bfloat16, torch.device("cuda"))
@@ -66,7 +66,7 @@ def test_decay_gradient_does_not_cancel_at_64k_tokens(memory: int) -> None:
 
 
 def test_documents_do_not_see_each_other() -> None:
-    from lasptrain.ops import triton_kernels
+    from lasptrain.ops import triton_launch as triton_kernels
 
     for start in (1, 64, 100, 256, 500):
         case = Case(512, 64, 64, "token", (start,), batch=1)
@@ -81,7 +81,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 def test_more_than_two_to_the_31_elements() -> None:
     """The last tokens of a slice whose tensors outgrow 32-bit offsets, against the same tokens alone."""
-    from lasptrain.ops import triton_kernels
+    from lasptrain.ops import triton_launch as triton_kernels
 
     t, h, dim, tail = 2**20 + 77, 16, 128, 500
     assert t * h * dim > 2**31

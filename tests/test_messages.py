@@ -25,7 +25,7 @@ class Host:
     """Memory of a few ranks: a file that their processes map."""
 
     def __init__(self, folder: Path, ranks: int):
-        from lasptrain.ops.triton_messages import parts
+        from lasptrain.ops.triton_p2p import parts
         from lasptrain.parallel.p2p_symmetric import CELLS
 
         self.parts = parts(BOX)

@@ -32,7 +32,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype, bound: float) -> None:
-    from lasptrain.ops import triton_kernels
+    from lasptrain.ops import triton_launch as triton_kernels
 
     x = inputs(case, dtype, torch.device("cpu"))
     want = backward(chunked, x.double())

@@ -1,8 +1,8 @@
 """Ring Attention (arXiv:2310.01889) for linear attention: keys and values go round, queries stay.
 
 A drop-in for `lasptrain.parallel.recurrence.ShardedRecurrence`, to compare with. Its traffic grows with the window:
-per layer and rank, for n ranks, (n − 1) times k and v forward and again backward, and n times their gradients in at least fp32.
-The next block travels while one is worked on.
+per layer and rank, for n ranks, (n − 1) times k and v forward and again backward, and n times their gradients in at
+least fp32. The next block travels while one is worked on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DeepSpeed-Ulysses (arXiv:2309.14509) for linear attention: ranks trade slices of all heads for all tokens of some.
 
 A drop-in for `lasptrain.parallel.recurrence.ShardedRecurrence`, to compare with. It sends activations, so its traffic
-grows with the window: per layer and rank 4·B·T·H·D·(n − 1)/n elements forward and as many backward, for T tokens per rank and
-n ranks; and it takes no more ranks than there are heads.
+grows with the window: per layer and rank 4·B·T·H·D·(n − 1)/n elements forward and as many backward, for T tokens per
+rank and n ranks; and it takes no more ranks than there are heads.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from lasptrain.cli.plan import plan_command
 from lasptrain.console import stdio as streams
 from lasptrain.console.tables import figures, show
 from lasptrain.convert import targets
-from lasptrain.convert.commands import convert
+from lasptrain.cli.convert import convert
 from lasptrain.cost import links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
 from lasptrain.process import signals as stop

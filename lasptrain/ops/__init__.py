@@ -34,7 +34,7 @@ from torch.library import Library, infer_schema, register_fake
 
 from lasptrain.errors import SetupError
 
-MODULES = {"reference": "reference", "chunked": "chunked", "triton": "triton_kernels"}
+MODULES = {"reference": "reference", "chunked": "chunked", "triton": "triton_launch"}
 
 LIBRARY = Library("lasptrain", "FRAGMENT")
 

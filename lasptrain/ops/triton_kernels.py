@@ -1,514 +1,464 @@
-"""Linear attention with decay in Triton, for Hopper: a pass over a slice for its blocks' states, one for the rest.
+# mypy: ignore-errors
+"""Triton programs of linear attention with decay; `triton_launch` launches them.
 
-Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
-36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_initial_state` reads q, do;
-`grad_key_value` reads four and writes two. Signatures and shapes: `lasptrain.ops`; the programs: `triton_programs`.
+A slice is cut into NB blocks of L tokens, a block into chunks of C tokens. One program walks the chunks of one block of
+one head with the state in registers, in time or against it. Against time the state is its gradient, which flows from
+right to left through the same decays, so that every program here serves both directions.
+
+Decays are products of a ≤ 1 inside one chunk only, as differences of cumulative logarithms that never exceed 0. A
+document boundary is a decay of zero.
+
+Arguments common to the programs:
+
+| name | meaning |
+|---|---|
+| `x`, `y`, … | tensor descriptors of [B, H, T, K or V], read and written past T without harm |
+| `LOG_DECAY` | [H] or [B, T, H] fp32, see `DECAY` |
+| `DOC`, `COUNTS` | [B, T] int32 and what `count_documents` makes of it, where `DOCS` |
+| `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block the state that it adds and its decay |
+| `STATES` | the same, when `scan_blocks` has made the states of it that enter each block |
+| `DECAY` | 0 none · 1 constant per head · 2 per token |
 """
 
-from __future__ import annotations
-
-import threading
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
-
-import torch
-import torch.nn.functional as F
 import triton
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+import triton.language as tl
 
-from lasptrain.ops import per_token
-from lasptrain.ops import triton_programs as programs
-
-DIMS = (64, 128, 256)  # smaller ones are padded: rows of 64 bytes came out wrong on Hopper (Triton 3.6)
-HERE = nullcontext()
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GRANULE = 128  # tokens; every chunk divides it
-SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
-PART = 1024  # numbers of a state for a program that scans blocks
-PROGRAMS = 264  # two per multiprocessor of an H100 or H200
-_compiled: dict[tuple[object, ...], Any] = {}  # by `run`'s key; None under the interpreter
-_threads = threading.local()
-
-Kernel = Literal["summarize", "attend", "grad_query", "grad_key_value", "grad_value", "grad_key"]
+PRECISION = tl.constexpr("tf32x3")  # of fp32 inputs: three tensor-core products that together are exact to fp32
+LOG2_E = tl.constexpr(1.4426950408889634)
+SIZES = ["B", "T", "H", "NB", "L"]  # one compilation serves every length
+# Stronger decays count as this one: of what 2^-64 leaves nothing shows beside a token, and a chunk's sum stays within
+# 2^12, so that a weak decay behind strong ones keeps the digits that inputs of 16 bits have.
+SMALLEST_LOG2 = tl.constexpr(-64.0)
+STEPS = tl.constexpr(256.0)  # per unit of log2; sums of whole steps within 2^12 are exact in fp32
 
 
-class Launch(NamedTuple):
-    """How a program is launched: tokens per chunk, columns of the output per program, warps, pipeline stages."""
-
-    chunk: int
-    tile: int
-    warps: int
-    stages: int
-    registers: int | None = None  # per thread at most, to fit more programs onto a multiprocessor
-
-    def options(self) -> dict[str, int | None]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+@triton.jit
+def _place(NB, H, TILES):
+    """Batch, head, block and tile of this program. Heads vary fast: the rows of neighbouring heads are adjacent."""
+    pid = tl.program_id(0)
+    tile = pid % TILES
+    rest = pid // TILES
+    head = rest % H
+    rest = rest // H
+    return rest // NB, head, rest % NB, tile
 
 
-# By kernel and the larger of K and V, for inputs of 16 bits.
-LAUNCHES: dict[tuple[Kernel, int], Launch] = {
-    ("summarize", 64): Launch(64, 64, 4, 3),
-    ("summarize", 128): Launch(64, 128, 4, 3),
-    ("summarize", 256): Launch(64, 128, 8, 3),
-    ("attend", 64): Launch(64, 64, 4, 3),
-    ("attend", 128): Launch(64, 128, 8, 3),
-    ("attend", 256): Launch(64, 128, 8, 2),
-    ("grad_query", 64): Launch(64, 64, 4, 3),
-    ("grad_query", 128): Launch(64, 128, 8, 3),
-    ("grad_query", 256): Launch(64, 128, 8, 2),
-    ("grad_key_value", 64): Launch(64, 64, 4, 3),
-    ("grad_key_value", 128): Launch(64, 128, 8, 2),
-    ("grad_value", 256): Launch(64, 128, 8, 2),
-    ("grad_key", 256): Launch(64, 128, 8, 2),
-}
-# fp32 inputs: small tiles, since every operand is held three times.
-EXACT = Launch(32, 32, 8, 1)
-PLAIN = Launch(chunk=0, tile=0, warps=4, stages=3)  # of programs without chunks or tiles to choose
+@triton.jit
+def _head_log2_decay(LOG_DECAY, head, DECAY: tl.constexpr):
+    log2 = 0.0
+    if DECAY == 1:
+        log2 = tl.maximum(tl.load(LOG_DECAY + head) * LOG2_E, SMALLEST_LOG2)
+    return log2
 
 
-def _width(dim: int) -> int:
-    """The smallest supported dim that holds `dim`."""
-    for width in DIMS:
-        if dim <= width:
-            return width
-    raise ValueError(f"key and value dims of the triton kernel reach {DIMS[-1]}, found {dim}")
+@triton.jit(do_not_specialize=["T", "CHUNKS"])
+def count_documents(DOC, COUNTS, T, CHUNKS, C: tl.constexpr, GROUP: tl.constexpr):
+    """What the gates need of the documents of each chunk, packed into COUNTS [B, CHUNKS] int32; see `_marks`.
 
-
-@lru_cache(maxsize=1024)
-def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int) -> Launch:
-    """How the kernel runs on inputs of `dtype` with `tiled` columns to produce."""
-    launch = EXACT if dtype == torch.float32 else LAUNCHES[kernel, max(s.keys, s.values)]
-    return launch._replace(tile=min(launch.tile, tiled))
-
-
-def _padded(x: Tensor) -> Tensor:
-    """x [B, T, H, ·] as the tensor map needs it: a supported dim, rows that start on 16 bytes."""
-    if x.data_ptr() % 16 == 0 and _tma_reads(x.dtype, x.shape[-1], x.stride()):
-        return x
-    missing = _width(x.shape[-1]) - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing else x.clone(memory_format=torch.contiguous_format)
-
-
-def _cropped(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x [..., rows, columns] without padding."""
-    return x if x.shape[-2:] == (rows, columns) else x[..., :rows, :columns].contiguous()
-
-
-@lru_cache(maxsize=1024)
-def _tma_reads(dtype: torch.dtype, dim: int, strides: tuple[int, ...]) -> bool:
-    if dtype not in DTYPES:
-        raise TypeError(f"the triton kernel takes bf16, fp16 and fp32, found {dtype}")
-    return dim in DIMS and strides[-1] == 1 and all(s > 0 and s * dtype.itemsize % 16 == 0 for s in strides[:-1])
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; asking first costs less than `to` that has nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of x current, where there is one and it is not."""
-    if not x.is_cuda:
-        return HERE
-    if x.device not in _threads.__dict__.setdefault("ready", set()):
-        x.new_zeros(1)  # gives the device's context to this thread (autograd's, say), without which no map can be made
-        _threads.ready.add(x.device)
-    return HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
-
-
-def run(
-    program: Any, like: Tensor, grid: tuple[int, int, int], launch: Launch, constants: dict[str, Any], *args: object
-) -> None:
-    """program[grid](*args, **constants), for inputs like `like`; constants in the program's order.
-
-    At every launch Triton looks a program up by all its arguments, which takes the host longer than the launch itself.
-    Here dtype, device and constants tell all: pointers are aligned, sizes are not specialised, and constants say which
-    arguments are None.
+    Counts instead of comparisons keep documents out of the walks, where moving them between threads costs a sixth of
+    the time. Grid (CHUNKS / GROUP, B).
     """
-    key = program.__name__, like.dtype, like.device, launch, *constants.values()
-    with _device(like):
-        compiled = _compiled.get(key)
-        if compiled is None:
-            assert [*constants] == program.arg_names[len(args) :], f"constants of {program.__name__} out of order"
-            _compiled[key] = program[grid](*args, **constants, **launch.options())
-        else:
-            compiled[grid](*args, *constants.values())
+    chunk = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    batch = tl.program_id(1).to(tl.int64)
+    t = chunk * C
+    token = t[:, None] + tl.arange(0, C)[None, :]
+    doc_ids = tl.load(DOC + batch * T + token, mask=token < T, other=-1)
+    before = tl.load(DOC + batch * T + t - 1, mask=(t > 0) & (t < T), other=0)
+    after = tl.load(DOC + batch * T + tl.minimum(t + C, T) - 1, mask=t < T, other=0)
+    continuing = tl.sum((doc_ids == before[:, None]).to(tl.int32), 1)
+    finishing = tl.sum((doc_ids == after[:, None]).to(tl.int32), 1)
+    several = (after - before > 1).to(tl.int32)
+    tl.store(COUNTS + batch * CHUNKS + chunk, continuing | (finishing << 8) | (several << 16), mask=chunk < CHUNKS)
 
 
-class _Descriptor(TensorDescriptor):  # type: ignore[misc]
-    """Made without checks, which would cost the host more than the launch; `_padded` has seen to what they ask."""
+@triton.jit
+def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
+    """What the gates of the chunk at token t are made of: the log decays of its tokens [C] and its counts.
 
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]):
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
-        self.padding = "zero"
+    Counts: how many tokens continue the document before the chunk (8 bits), how many belong to the chunk's last one (8
+    bits), and whether it has more than these two.
 
-
-def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of x [B, T, H, ·] whose blocks are `rows` tokens × `columns` of one head."""
-    (b, t, h, d), (sb, st, sh, sd) = x.shape, x.stride()
-    return _Descriptor(x, [b, h, t, d], [sb, sh, st, sd], [1, 1, rows, columns])
-
-
-class _Slice(NamedTuple):
-    """Sizes of a slice: [B, T, H, K or V], cut into `blocks` blocks of `length` tokens."""
-
-    batch: int
-    tokens: int
-    heads: int
-    keys: int
-    values: int
-    blocks: int
-    length: int
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """T, H, NB, L of the programs."""
-        return self.tokens, self.heads, self.blocks, self.length
-
-    def grid(self, tiles: int = 1) -> tuple[int, int, int]:
-        return self.batch * self.blocks * self.heads * tiles, 1, 1
-
-
-def _slice(k: Tensor, v: Tensor) -> _Slice:
-    return _cut(*map(int, k.shape), int(v.shape[-1]))
-
-
-@lru_cache(maxsize=1024)
-def _cut(b: int, t: int, h: int, kdim: int, vdim: int) -> _Slice:
-    blocks = min(max(PROGRAMS // (b * h), triton.cdiv(t, LONGEST_BLOCK)), triton.cdiv(t, SHORTEST_BLOCK))
-    length = triton.cdiv(triton.cdiv(t, blocks), GRANULE) * GRANULE
-    return _Slice(b, t, h, _width(kdim), _width(vdim), triton.cdiv(t, length), length)
-
-
-def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `blocks` and `prefix`: a state per block and one more, each followed by its decays."""
-    s = _slice(k, v)
-    return s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4
-
-
-def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `row` where the decay is per token: sums per token, then flows per chunk."""
-    s = _slice(k, v)
-    return _sums_shape(s, _launch("grad_query", s, k.dtype, s.keys))
-
-
-def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
-    return s.batch, s.tokens + triton.cdiv(s.tokens, launch.chunk), s.heads
-
-
-def _documents(doc_ids: Tensor) -> Tensor:
-    """`doc_ids` as the programs read it."""
-    return _aligned(_as(doc_ids, torch.int32))
-
-
-def _logarithms(log_decay: Tensor) -> Tensor:
-    """`log_decay` as the programs read it."""
-    return _aligned(_as(log_decay, torch.float32))
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, contiguous, where a program that expects aligned pointers can read it."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-class _Gates(NamedTuple):
-    """What the decays are made of, as the programs read it."""
-
-    log_decay: Tensor | None
-    doc_ids: Tensor | None
-    counts: Tensor | None  # of `doc_ids`, by chunk
-
-    @property
-    def constants(self) -> dict[str, int | bool]:
-        kind = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 1 else 2
-        return {"DECAY": kind, "DOCS": self.doc_ids is not None}
-
-
-def _gates(log_decay: Tensor | None, doc_ids: Tensor | None, chunk: int) -> _Gates:
-    if log_decay is not None:
-        log_decay = _logarithms(log_decay)
-    if doc_ids is None:
-        return _Gates(log_decay, None, None)
-    doc_ids = _documents(doc_ids)
-    batch, tokens = doc_ids.shape
-    chunks, group = triton.cdiv(tokens, chunk), 16
-    counts = doc_ids.new_empty((batch, chunks))
-    grid, constants = (triton.cdiv(chunks, group), batch, 1), {"C": chunk, "GROUP": group}
-    run(programs.count_documents, doc_ids, grid, PLAIN, constants, doc_ids, counts, tokens, chunks)
-    return _Gates(log_decay, doc_ids, counts)
-
-
-def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
-    """A state from outside [B, H, K, V] as the programs read it: fp32, contiguous, of the supported dims."""
-    if state is None:
-        return None
-    state = state.to(torch.float32)
-    if state.shape[-2:] != (s.keys, s.values):
-        state = F.pad(state, (0, s.values - state.shape[-1], 0, s.keys - state.shape[-2]))
-    return _aligned(state)
-
-
-def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool) -> Tensor:
-    """What each block of the slice does to a state."""
-    s = _slice(x, y)
-    x, y = _padded(x), _padded(y)
-    launch = _launch("summarize", s, x.dtype, s.values)
-    gates = _gates(log_decay, doc_ids, launch.chunk)
-    blocks = x.new_empty(block_shape(x, y), dtype=torch.float32)
-    run(
-        programs.summarize_blocks,
-        x,
-        s.grid(s.values // launch.tile),
-        launch,
-        {"K": s.keys, "V": s.values, "C": launch.chunk, "TILE": launch.tile, **gates.constants, "REVERSE": reverse},
-        _rows(x, launch.chunk, s.keys),
-        _rows(y, launch.chunk, launch.tile),
-        gates.log_decay,
-        gates.counts,
-        blocks,
-        *s.sizes,
-    )
-    return blocks
-
-
-def _scan(
-    blocks: Tensor,
-    s: _Slice,
-    reverse: bool,
-    edge: Tensor | None,
-    into: Tensor | None,
-    total: tuple[Tensor, Tensor] | None,
-) -> None:
-    """The states that enter blocks, and that which leaves the slice, `into`; the latter and the slice's decay to
-    `total`. `edge` [B, H, K, V] enters the slice.
+    Walks load them one chunk ahead, because nothing else would hide the latency; so t may lie outside of the slice.
     """
-    edge, size = _state(edge, s), s.keys * s.values
-    grid = size // PART, s.batch * s.heads, 1
-    constants = {
-        "SIZE": size,
-        "PART": PART,
-        "REVERSE": reverse,
-        "EDGED": edge is not None,
-        "KEEP": into is not None,
-        "TOTAL": total is not None,
-    }
-    run(programs.scan_blocks, blocks, grid, PLAIN, constants, blocks, edge, into, *(total or (None, None)), s.blocks)
+    i = tl.arange(0, C)
+    each = tl.zeros([C], tl.float32)
+    counts = tl.minimum(C, T - t) * 257
+    if DECAY == 2:
+        inside = (t + i >= 0) & (t + i < T)
+        each = tl.load(LOG_DECAY + (batch.to(tl.int64) * T + t + i) * H + head, mask=inside, other=0.0)
+    if DOCS:
+        inside = (t >= 0) & (t < T)
+        counts = tl.load(COUNTS + batch.to(tl.int64) * tl.cdiv(T, C) + t // C, mask=inside, other=0)
+    return each, counts
 
 
-def _summarized(
-    x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """State [B, H, K, V] and decay [B, H], which nothing is written to if they are not wanted, and blocks."""
-    s = _slice(x, y)
-    blocks = _blocks(x, y, log_decay, doc_ids, reverse)
-    state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
-    if wanted:
-        _scan(blocks, s, reverse, None, None, (state, decay))
-    return _cropped(state, x.shape[-1], y.shape[-1]), decay, blocks
+@triton.jit
+def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
+    """Decays of the chunk that starts at token t, from its marks.
 
+    Returns `inside` [C], the cumulative log2 of the decay up to and including each token, and `rest` [C], what `inside`
+    lacks where EXACT; `lead` [C], the weight of the entering state in each token's output; `fold` [C], the weight of
+    each token in the leaving state; `through`, the weight of the entering state in the leaving one, and `passing`, its
+    log2.
 
-def _walk(
-    kernel: Kernel,
-    rows: tuple[Tensor, Tensor, Tensor],
-    sizes: _Slice,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    states: Tensor,
-    summed: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Output of `programs.walk` over x, y, z, padded; with `summed` (w) also what `_store_sums` leaves."""
-    s = sizes
-    x, y, z = rows
-    tiled = z.shape[-1]
-    launch = _launch(kernel, s, x.dtype, tiled)
-    if summed is not None:  # one stage less is a tenth faster: sums take registers, and spill with three
-        launch = launch._replace(stages=min(launch.stages, 2))
-    tiles = tiled // launch.tile
-    gates = _gates(log_decay, doc_ids, launch.chunk)
-    out = z.new_empty(z.shape)
-    sums = None if summed is None else states.new_empty((tiles, *_sums_shape(s, launch)))
-    run(
-        programs.walk,
-        x,
-        s.grid(tiles),
-        launch,
-        {
-            "K": s.keys,
-            "V": s.values,
-            "C": launch.chunk,
-            "TILE": launch.tile,
-            **gates.constants,
-            "REVERSE": kernel in ("grad_value", "grad_key"),
-            "TRANSPOSE": kernel in ("grad_query", "grad_key"),
-            "SUM": summed is not None,
-        },
-        _rows(x, launch.chunk, x.shape[-1]),
-        _rows(y, launch.chunk, y.shape[-1]),
-        _rows(z, launch.chunk, launch.tile),
-        None if summed is None else _rows(summed, launch.chunk, launch.tile),
-        _rows(out, launch.chunk, launch.tile),
-        *gates,
-        states,
-        sums,
-        s.batch,
-        *s.sizes,
-    )
-    return out, None if sums is None else sums[0] if tiles == 1 else sums.sum(0)
-
-
-def _walk_key_value(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],
-    sizes: _Slice,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
-    s = sizes
-    q, k, v, do = rows
-    if k.dtype == torch.float32 or ("grad_key_value", max(s.keys, s.values)) not in LAUNCHES:
-        dv, _ = _walk("grad_value", (k, q, do), s, log_decay, doc_ids, states)
-        summed = k if per_token(log_decay) else None
-        dk, column = _walk("grad_key", (v, do, q), s, log_decay, doc_ids, states, summed)
-        return dk, dv, column
-    launch = _launch("grad_key_value", s, k.dtype, s.values)
-    gates = _gates(log_decay, doc_ids, launch.chunk)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    column = states.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
-    run(
-        programs.walk_key_value,
-        k,
-        s.grid(),
-        launch,
-        {"K": s.keys, "V": s.values, "C": launch.chunk, **gates.constants, "SUM": column is not None},
-        _rows(q, launch.chunk, s.keys),
-        _rows(k, launch.chunk, s.keys),
-        _rows(v, launch.chunk, s.values),
-        _rows(do, launch.chunk, s.values),
-        _rows(dk, launch.chunk, s.keys),
-        _rows(dv, launch.chunk, s.values),
-        *gates,
-        states,
-        column,
-        s.batch,
-        *s.sizes,
-    )
-    return dk, dv, column
-
-
-def _grad_decay(
-    row: Tensor,
-    column: Tensor,
-    states: Tensor,
-    gradients: Tensor,
-    log_decay: Tensor,
-    doc_ids: Tensor | None,
-    s: _Slice,
-    chunk: int,
-) -> Tensor:
-    grad = row.new_empty((s.batch, s.tokens, s.heads))
-    run(
-        programs.decay_gradient,
-        row,
-        s.grid(),
-        PLAIN,
-        {"SIZE": s.keys * s.values, "PART": PART, "C": chunk, "DOCS": doc_ids is not None},
-        row,
-        column,
-        states,
-        gradients,
-        _logarithms(log_decay),
-        None if doc_ids is None else _documents(doc_ids),
-        grad,
-        *s.sizes,
-    )
-    return grad
-
-
-def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _summarized(k, v, log_decay, doc_ids, False, wanted)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    initial_state: Tensor | None,
-    blocks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    s = _slice(k, v)
-    prefix = _entering(blocks, k, v, log_decay, doc_ids, initial_state, reverse=False)
-    o, _ = _walk("attend", (_padded(q), _padded(k), _padded(v)), s, log_decay, doc_ids, prefix)
-    return _cropped(o, s.heads, v.shape[-1]), prefix
-
-
-def _entering(
-    blocks: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    edge: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """The states that enter the blocks, which are made here if they are not given."""
-    if blocks is None:
-        blocks = into = _blocks(x, y, log_decay, doc_ids, reverse)
+    EXACT, for fp32 inputs with decays per token: `inside` is a sum of whole steps and has no rounding, however strong
+    the decays, and `rest` is small.
+    """
+    i = tl.arange(0, C)
+    n = tl.minimum(C, T - t)
+    if DECAY == 2:
+        each = tl.maximum(each * LOG2_E, SMALLEST_LOG2)
+        if EXACT:
+            part = each
+            each = tl.floor(each * STEPS) / STEPS
+            part -= each
+        inside = tl.cumsum(each, 0)
+        total = tl.sum(each, 0)
     else:
-        into = torch.empty_like(blocks)
-    _scan(blocks, _slice(x, y), reverse, edge, into, None)
-    return into
+        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)  # of n, lest the compiler keep all weights in registers
+        total = log2 * n.to(tl.float32)
+    continuing = counts & 255
+    finishing = (counts >> 8) & 255
+    lead = tl.where(i < continuing, tl.exp2(inside), 0.0)
+    fold = tl.where(i >= n - finishing, tl.exp2(total - inside), 0.0)
+    through = tl.where(continuing == n, tl.exp2(total), 0.0)
+    passing = tl.where(continuing == n, total, float("-inf"))
+    rest = inside
+    if EXACT:
+        rest = tl.cumsum(part, 0)
+        remaining = tl.sum(part, 0)
+        lead *= tl.exp2(rest)
+        fold *= tl.exp2(remaining - rest)
+        through *= tl.exp2(remaining)
+        passing += remaining
+    return inside, rest, lead, fold, through, passing
 
 
-def grad_initial_state(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor]:
-    dinitial, _, dblocks = _summarized(q, _as(do, q.dtype), log_decay, doc_ids, True, wanted)
-    return dinitial, dblocks
+@triton.jit
+def _lag(inside, REVERSE: tl.constexpr):
+    """Differences of cumulative logarithms [C, C]; row: the token that is read, column: the token that is written."""
+    return inside[:, None] - inside[None, :] if REVERSE else inside[None, :] - inside[:, None]
 
 
-def grad_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    prefix: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`row` holds Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
-    rows = _padded(_as(do, q.dtype)), _padded(v), _padded(k)
-    summed = _padded(q) if per_token(log_decay) else None
-    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc_ids, prefix, summed=summed)
-    return _cropped(dq, q.shape[2], q.shape[-1]), prefix.new_empty(0) if row is None else row
+@triton.jit
+def _weights(inside, rest, counts, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """Decay between the tokens of a chunk [C, C], as `_lag` lays them out.
+
+    For a chunk of at most two documents; `_apart` sees to more.
+    """
+    i = tl.arange(0, C)
+    if REVERSE:
+        visible = i[:, None] >= i[None, :]
+    else:
+        visible = i[:, None] <= i[None, :]
+    lag = _lag(inside, REVERSE)
+    if EXACT:
+        lag += _lag(rest, REVERSE)
+    continuing = counts & 255
+    visible = visible & ((i[:, None] < continuing) == (i[None, :] < continuing))
+    return tl.exp2(tl.where(visible, lag, float("-inf")))
 
 
-def grad_key_value(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    dfinal: Tensor | None,
-    dblocks: Tensor | None,
-    prefix: Tensor,
-    row: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    s = _slice(k, v)
-    do = _as(do, q.dtype)
-    gradients = _entering(dblocks, q, do, log_decay, doc_ids, dfinal, reverse=True)
-    rows = _padded(q), _padded(k), _padded(v), _padded(do)
-    dk, dv, column = _walk_key_value(rows, s, log_decay, doc_ids, gradients)
-    dlog = None
-    if per_token(log_decay) and column is not None:
-        chunk = _launch("grad_query", s, k.dtype, s.keys).chunk
-        dlog = _grad_decay(row, column, prefix, gradients, log_decay, doc_ids, s, chunk)
-    return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog
+@triton.jit
+def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
+    """Zeroes what is between documents in near [C, C], where the chunk has more than two.
+
+    The branch is there, never taken, without documents too: between its halves the compiler spills no registers, which
+    makes walks a tenth faster.
+    """
+    if counts >> 16 > 0:
+        token = t + tl.arange(0, C)
+        doc_ids = token
+        if DOCS:
+            doc_ids = tl.load(DOC + batch.to(tl.int64) * T + token, mask=token < T, other=-1)
+        near = tl.where(doc_ids[:, None] == doc_ids[None, :], near, 0.0)
+    return near
+
+
+@triton.jit
+def _split(x, DTYPE: tl.constexpr):
+    """x, of fp32, in two parts of 16 bits: cut off, which is cheaper than to round, and what that leaves."""
+    MASK: tl.constexpr = -65536 if tl.bfloat16 == DTYPE else -8192  # the bits that DTYPE has
+    high = (x.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
+    return high.to(DTYPE), (x - high).to(DTYPE)
+
+
+@triton.jit
+def _update(state, x, y, weight, through, FINE: tl.constexpr):
+    """through · state + xᵀ (weight · y). The same side is weighted everywhere.
+
+    FINE where the gradient of a per-token decay is made of the states: it is a product of two of them, which may be
+    small where they are not, so the weighted rows keep what 16 bits would drop.
+    """
+    rows = y * weight[:, None]
+    state = state * through
+    if FINE and y.dtype != tl.float32:
+        high, low = _split(rows, y.dtype)
+        return tl.dot(tl.trans(x), low, tl.dot(tl.trans(x), high, state))
+    return tl.dot(tl.trans(x), rows.to(y.dtype), state, input_precision=PRECISION)
+
+
+@triton.jit
+def _rows(desc, batch, head, t, column, C: tl.constexpr, WIDTH: tl.constexpr):
+    """[C, WIDTH] of a tensor from token t; zero past its end."""
+    return desc.load([batch, head, t, column]).reshape(C, WIDTH)
+
+
+@triton.jit
+def _store_rows(desc, batch, head, t, column, x, C: tl.constexpr, WIDTH: tl.constexpr):
+    desc.store([batch, head, t, column], x.to(desc.dtype).reshape(1, 1, C, WIDTH))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def summarize_blocks(
+    x, y, LOG_DECAY, COUNTS, BLOCKS, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """State Σ xᵀy [K, V] that each block adds, and the block's decay, into BLOCKS; grid B·NB·H·(V / TILE).
+
+    In time: x = k, y = v. Against time: x = q, y = do, the gradient that the block sends to the state entering it.
+    """
+    EXACT: tl.constexpr = DECAY == 2 and x.dtype == tl.float32
+    batch, head, block, tile = _place(NB, H, V // TILE)
+    log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    state = tl.zeros([K, TILE], tl.float32)
+    decay = 0.0
+    t = first + (chunks - 1) * C if REVERSE else first
+    each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
+    for _ in range(chunks):
+        ahead = t - C if REVERSE else t + C
+        next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
+        a = _rows(x, batch, head, t, 0, C, K)
+        b = _rows(y, batch, head, t, tile * TILE, C, TILE)
+        _, _, lead, fold, through, passing = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        state = _update(state, a, b, lead if REVERSE else fold, through, DECAY == 2)
+        decay += passing  # a product would gather a rounding error per chunk
+        t = ahead
+        each, counts = next_each, next_counts
+    slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
+    row = tl.arange(0, K)
+    column = tile * TILE + tl.arange(0, TILE)
+    tl.store(slot + row[:, None] * V + column[None, :], state)
+    if tile == 0:
+        tl.store(slot + K * V, tl.exp2(decay))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scan_blocks(
+    BLOCKS, EDGE, STATES, STATE, GAIN, NB, SIZE: tl.constexpr, PART: tl.constexpr,
+    REVERSE: tl.constexpr, EDGED: tl.constexpr, KEEP: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
+    """What enters each block and the slice's end, from EDGE [B·H, SIZE] where EDGED, else from zero; grid
+    (SIZE / PART, B·H).
+
+    KEEP writes it to STATES, which may be BLOCKS; TOTAL what leaves the slice to STATE [B·H, SIZE], and the decay of
+    the slice to GAIN [B·H].
+    """
+    part = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    offset = part * PART + tl.arange(0, PART)
+    state = tl.zeros([PART], tl.float32)
+    if EDGED:
+        state = tl.load(EDGE + line * SIZE + offset)
+    gain = 1.0
+    for step in tl.range(NB, num_stages=4):
+        at = (line * (NB + 1) + (NB - 1 - step if REVERSE else step)) * (SIZE + 4)
+        added = tl.load(BLOCKS + at + offset)
+        through = tl.load(BLOCKS + at + SIZE)
+        if KEEP:
+            tl.store(STATES + at + offset, state)
+        state = state * through + added
+        gain *= through
+    if KEEP:
+        tl.store(STATES + (line * (NB + 1) + NB) * (SIZE + 4) + offset, state)
+    if TOTAL:
+        tl.store(STATE + line * SIZE + offset, state)
+        if part == 0:
+            tl.store(GAIN + line, gain)
+
+
+@triton.jit
+def _far(state, x, weight, FINE: tl.constexpr):
+    """weight · state xᵀ; FINE where sums over it cancel."""
+    if FINE and x.dtype != tl.float32:
+        high, low = _split(state, x.dtype)
+        far = tl.dot(high, tl.trans(x), tl.dot(low, tl.trans(x)))
+    else:
+        far = tl.dot(state.to(x.dtype), tl.trans(x), input_precision=PRECISION)
+    return far * weight[None, :]
+
+
+@triton.jit
+def _store_sums(SUMS, line, head, t, T, H, x, dx, flow, C: tl.constexpr):
+    """Σ x·dx per token of the chunk, x and dx [·, C], into SUMS [·, T + chunks, H]; behind them the edge's flow."""
+    token = t + tl.arange(0, C)
+    start = line.to(tl.int64) * (T + tl.cdiv(T, C))
+    tl.store(SUMS + (start + token) * H + head, tl.sum(x.to(tl.float32) * dx, 0), mask=token < T)
+    tl.store(SUMS + (start + T + t // C) * H + head, flow)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def walk(
+    x, y, z, w, out, LOG_DECAY, DOC, COUNTS, STATES, SUMS, B, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """out = (x yᵀ ∘ weights) z + lead · x state, chunk by chunk; grid B·NB·H·tiles, tiles of the columns of out.
+
+    Computed transposed, outᵀ = zᵀ (y xᵀ ∘ weightsᵀ) + stateᵀ xᵀ · lead, so that the state goes to the tensor cores from
+    registers. Kept so: columns of out × depth.
+
+    | | x, y, z | REVERSE | TRANSPOSE |
+    |---|---|---|---|
+    | o | q, k, v | no | no |
+    | dq | do, v, k | no | yes: x stateᵀ |
+    | dv | k, q, do | yes | no |
+    | dk | v, do, q | yes | yes |
+
+    SUM writes Σ w·out per token to SUMS [tiles, B, T + chunks, H], and behind them per chunk the flow
+    ⟨state, (lead·w)ᵀ x⟩ through its edge.
+    """
+    WIDTH: tl.constexpr = K if TRANSPOSE else V
+    DEPTH: tl.constexpr = V if TRANSPOSE else K
+    SIZE: tl.constexpr = K * V
+    EXACT: tl.constexpr = DECAY == 2 and x.dtype == tl.float32
+    batch, head, block, tile = _place(NB, H, WIDTH // TILE)
+    line = (batch * H + head).to(tl.int64)
+    log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    begin = tile * TILE
+    row = begin + tl.arange(0, TILE)
+    column = tl.arange(0, DEPTH)
+    if TRANSPOSE:
+        offset = row[:, None] * V + column[None, :]
+    else:
+        offset = row[:, None] + column[None, :] * V
+    state = tl.load(STATES + (line * (NB + 1) + block) * (SIZE + 4) + offset)
+    t = first + (chunks - 1) * C if REVERSE else first
+    each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
+    for _ in range(chunks):
+        ahead = t - C if REVERSE else t + C
+        next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
+        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        if REVERSE:
+            lead, fold = fold, lead
+        a = _rows(x, batch, head, t, 0, C, DEPTH)
+        b = _rows(y, batch, head, t, 0, C, DEPTH)
+        c = _rows(z, batch, head, t, begin, C, TILE)
+        far = _far(state, a, lead, SUM)
+        if SUM:
+            d = _rows(w, batch, head, t, begin, C, TILE)
+            flow = tl.sum(tl.sum(tl.trans(d) * far, 1), 0)
+        near = tl.dot(b, tl.trans(a), input_precision=PRECISION) * _weights(inside, rest, counts, C, REVERSE, EXACT)
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS)
+        result = tl.dot(tl.trans(c), near.to(a.dtype), far, input_precision=PRECISION)
+        _store_rows(out, batch, head, t, begin, tl.trans(result), C, TILE)
+        if SUM:
+            _store_sums(SUMS, tile * B + batch, head, t, T, H, tl.trans(d), result, flow, C)
+        state = _update(state, c, b, fold, through, SUM)
+        t = ahead
+        each, counts = next_each, next_counts
+
+
+@triton.jit(do_not_specialize=SIZES)
+def walk_key_value(
+    q, k, v, do, dk, dv, LOG_DECAY, DOC, COUNTS, STATES, SUMS, B, T, H, NB, L,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """dk and dv in one walk against time, where the state's gradient fits into registers; grid B·NB·H. See `walk`."""
+    SIZE: tl.constexpr = K * V
+    EXACT: tl.constexpr = DECAY == 2 and k.dtype == tl.float32
+    batch, head, block, _ = _place(NB, H, 1)
+    line = (batch * H + head).to(tl.int64)
+    log2 = _head_log2_decay(LOG_DECAY, head, DECAY)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
+    state = tl.load(STATES + (line * (NB + 1) + block) * (SIZE + 4) + offset)
+    t = first + (chunks - 1) * C
+    each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
+    for _ in range(chunks):
+        next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, t - C, T, H, C, DECAY, DOCS)
+        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        weights = _weights(inside, rest, counts, C, True, EXACT)
+        cq = _rows(q, batch, head, t, 0, C, K)
+        ck = _rows(k, batch, head, t, 0, C, K)
+        cv = _rows(v, batch, head, t, 0, C, V)
+        cdo = _rows(do, batch, head, t, 0, C, V)
+        far = _far(state, cv, fold, SUM)
+        if SUM:
+            flow = tl.sum(tl.sum(tl.trans(ck) * far, 1), 0)
+        near = tl.dot(cdo, tl.trans(cv), input_precision=PRECISION) * weights
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
+        result = tl.dot(tl.trans(cq), near, far, input_precision=PRECISION)
+        _store_rows(dk, batch, head, t, 0, tl.trans(result), C, K)
+        if SUM:
+            _store_sums(SUMS, batch, head, t, T, H, tl.trans(ck), result, flow, C)
+        far = _far(tl.trans(state), ck, fold, False)
+        near = tl.dot(cq, tl.trans(ck), input_precision=PRECISION) * weights
+        near = _apart(near, DOC, counts, batch, t, T, C, DOCS).to(ck.dtype)
+        _store_rows(dv, batch, head, t, 0, tl.trans(tl.dot(tl.trans(cdo), near, far, input_precision=PRECISION)), C, V)
+        state = _update(state, cq, cdo, lead, through, SUM)
+        t -= C
+        each, counts = next_each, next_counts
+
+
+@triton.jit(do_not_specialize=SIZES)
+def decay_gradient(
+    ROW, COLUMN, STATES, GRADIENTS, LOG_DECAY, DOC, OUT, T, H, NB, L,
+    SIZE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr,
+):  # fmt: skip
+    """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
+
+    Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs only to
+    the nearer edge of t's chunk, where the flow ⟨gradient, state⟩ through the edge stands for all that lies behind. The
+    flow is taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there,
+    in fp32 from the same products as the states. ROW and COLUMN [B, T + chunks, H] are what `_store_sums` left.
+
+    Nothing flows over a decay of zero, which has no gradient; so no sum goes on beyond one. It cuts, as the start of a
+    document does.
+    """
+    batch, head, block, _ = _place(NB, H, 1)
+    line = (batch * H + head).to(tl.int64)
+    first = block * L
+    chunks = tl.cdiv(tl.minimum(L, T - first), C)
+    product = tl.zeros([PART], tl.float32)
+    for part in range(0, SIZE, PART):
+        offset = part + tl.arange(0, PART)
+        gradient = tl.load(GRADIENTS + (line * (NB + 1) + block) * (SIZE + 4) + offset)
+        product += gradient * tl.load(STATES + (line * (NB + 1) + block + 1) * (SIZE + 4) + offset)
+    flow = tl.sum(product, 0)
+    i = tl.arange(0, C)
+    start = batch.to(tl.int64) * T
+    sums = batch.to(tl.int64) * (T + tl.cdiv(T, C))
+    for step in range(chunks):
+        t = first + (chunks - 1 - step) * C
+        n = tl.minimum(C, T - t)
+        at = (sums + t + i) * H + head
+        edge = (sums + T + t // C) * H + head
+        difference = tl.load(ROW + at, mask=i < n, other=0.0) - tl.load(COLUMN + at, mask=i < n, other=0.0)
+        following = flow
+        flow -= tl.load(COLUMN + edge)
+        here = (start + t + i) * H + head
+        cuts = tl.load(LOG_DECAY + here, mask=i < n, other=0.0) * LOG2_E <= SMALLEST_LOG2
+        if DOCS:
+            doc_ids = tl.load(DOC + start + t + i, mask=i < n, other=-1)
+            previous = tl.load(DOC + start + t + i - 1, mask=(t + i > 0) & (i < n), other=0)
+            cuts = cuts | ((doc_ids != previous) & (i < n))
+        run = tl.cumsum(cuts.to(tl.int32), 0)
+        last = tl.sum(cuts.to(tl.int32), 0)
+        same = run[:, None] == run[None, :]
+        following = tl.where(run == last, following, 0.0)
+        flow = tl.where(last == 0, flow, 0.0)
+        flow += tl.load(ROW + edge)
+        nearer = (run == 0) & (2 * i < tl.minimum(n, tl.sum((run == 0).to(tl.int32), 0)))
+        later = same & (i[:, None] <= i[None, :])
+        earlier = i[:, None] > i[None, :]
+        from_left = flow - tl.sum(tl.where(earlier, difference[None, :], 0.0), 1)
+        from_right = following + tl.sum(tl.where(later, difference[None, :], 0.0), 1)
+        gradient = tl.where(cuts, 0.0, tl.where(nearer, from_left, from_right))
+        tl.store(OUT + here, gradient, mask=i < n)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from lasptrain.ops import triton_messages
+from lasptrain.ops import triton_p2p
 
 SLOTS = 8  # messages from one rank that the next has not taken yet
 CELLS = 2 * SLOTS  # from either side
@@ -45,7 +45,7 @@ class SymmetricP2P:
 
     def send(self, x: Tensor, to: int) -> Callable[[], None]:
         cell = self._next(self._sent, self._side(self.rank, to))
-        triton_messages.put(x.contiguous(), *self._cell(x.dtype, cell, self.rank, to))
+        triton_p2p.put(x.contiguous(), *self._cell(x.dtype, cell, self.rank, to))
         return _nothing
 
     def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
@@ -54,7 +54,7 @@ class SymmetricP2P:
 
     def _take(self, like: Tensor, source: int, cell: int) -> Tensor:
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        triton_messages.take(x, *self._cell(x.dtype, cell, source, self.rank))
+        triton_p2p.take(x, *self._cell(x.dtype, cell, source, self.rank))
         return x
 
     def _cell(self, dtype: torch.dtype, cell: int, sender: int, receiver: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ class SharedMemory:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int):
         """All ranks of the group call it. size: bytes of a box, in which the parts are a multiple of 4."""
-        self._size, self._parts = size, triton_messages.parts(size)
+        self._size, self._parts = size, triton_p2p.parts(size)
         self._memory = symmetric.empty(CELLS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
         self._memory.zero_()
         self._shared = symmetric.rendezvous(self._memory, group)

@@ -125,9 +125,7 @@ class Scan(Protocol):
         reverse: bool = False,
         output_final_state: bool = True,
     ) -> Exchange | Message:
-        """Begin the scan; every rank of the group calls it with the same `reverse`, `output_final_state` and presence of
-        carry.
-        """
+        """Begin the scan; every rank of the group gives the same `reverse`, `output_final_state` and presence of carry."""
         ...
 
     def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:
@@ -212,7 +210,7 @@ class Ring(_Scan):
         last: int,
         output_final_state: bool,
     ) -> Scanned:
-        """From rank to rank, `first` to `last`; `start` enters the first. The last one folds for `output_final_state`."""
+        """From rank to rank, `first` to `last`; `start` enters the first; the last folds for `output_final_state`."""
         step = 1 if first <= last else -1
         if transition.decay is None and self.rank != last:  # no need to wait for what enters
             self._send(state, self.rank + step)

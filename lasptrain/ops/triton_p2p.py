@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasptrain.ops.triton_kernels import PLAIN, run
+from lasptrain.ops.triton_launch import PLAIN, run
 
 PART = 8192  # bytes: parts of messages that follow each other in a box, of whatever dtype, lie over each other
 
