@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_tools import synthetic
-from data_tools import tokenizer as tokenizers
+from data_tools import synthetic, tokenizer
 from data_tools.files import counted
 from data_tools.packing import BestFit
 from data_tools.prepare import ANY_LENGTH, Progress
@@ -115,12 +114,12 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokeniz
     texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
     if not texts:
         raise DataError(f"0 documents in {' + '.join(sources)} to train a tokenizer on")
-    model = tokenizers.train(texts, vocab)
+    model = tokenizer.train(texts, vocab)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(model)
-    trained = tokenizers.load_tokenizer(out)
+    trained = tokenizer.load_tokenizer(out)
     sample = texts[:: max(1, len(texts) // 100)]
-    tokens = sum(len(trained.encode(piece)) for text in sample for piece in tokenizers.cut(text))
+    tokens = sum(len(trained.encode(piece)) for text in sample for piece in tokenizer.cut(text))
     rate = sum(len(text.encode()) for text in sample) / max(1, tokens)
     return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate, left_out(sources))
 

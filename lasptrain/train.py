@@ -28,13 +28,12 @@ from lasptrain.parallel import replicas
 from lasptrain.parallel.collectives import all_reduce_max, all_reduce_sum
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.shard import reshard, set_gradient_sync
-from lasptrain.process import signals as stop
-from lasptrain.process import watchdog as watch
+from lasptrain.process import signals, watchdog
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Parallel
 from lasptrain.run import auto as settled
 from lasptrain.run.metrics import Metrics, Value, mfu
-from lasptrain.training import segments as stream
+from lasptrain.training import segments
 from lasptrain.training.job import Job, build, checkpoint_meta, fingerprint_of, validation_loader
 from lasptrain.training.optimizer import clip_gradients, jump, learning_rate, set_learning_rate
 from lasptrain.training.profiler import profiled
@@ -72,11 +71,11 @@ def train(recipe: Recipe, run: Path) -> None:
         show(*beginning(job, start, there))
         if start >= steps:
             show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
-    with stop.deferred(), Metrics(run, steps=steps, start=start, is_main=is_main) as metrics, explain_oom(job):
+    with signals.deferred(), Metrics(run, steps=steps, start=start, is_main=is_main) as metrics, explain_oom(job):
         validation = run_steps(
-            replace(job, on_segment=partial(on_segment, watch.STARTUP_GRACE)), run, start, saver, metrics
+            replace(job, on_segment=partial(on_segment, watchdog.STARTUP_GRACE)), run, start, saver, metrics
         )
-    watch.heartbeat(watch.STARTUP_GRACE)
+    watchdog.heartbeat(watchdog.STARTUP_GRACE)
     job.loader.close()
     summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), is_main)
 
@@ -130,7 +129,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
                 handle_bad_step(job, run, done, values, saver, metrics)
             if _due(recipe.eval.every, done, steps):
                 validation = evaluate(job)
-                watch.heartbeat(watch.STARTUP_GRACE)
+                watchdog.heartbeat(watchdog.STARTUP_GRACE)
                 metrics.log_eval(done, **validation.scalars(), **ask(job))
             if _due(recipe.checkpoint.every, done, steps):
                 save(job, saver, done)
@@ -140,7 +139,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
         finish(saver, metrics)
         raise
     except (Stopped, NumericalError):
-        watch.heartbeat(watch.STARTUP_GRACE)
+        watchdog.heartbeat(watchdog.STARTUP_GRACE)
         reshard(job.model)
         saver.wait()
         if saver.newest != done:
@@ -159,7 +158,7 @@ def save(job: Job, saver: checkpoint.Saver, step: int) -> None:
 
 def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
     """Let the last save end."""
-    watch.heartbeat(watch.STARTUP_GRACE)
+    watchdog.heartbeat(watchdog.STARTUP_GRACE)
     saver.wait(last=True)
     saver.close()
     metrics.committed(saver.newest)
@@ -167,10 +166,10 @@ def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
 
 def on_segment(silence: float) -> None:
     """At every segment: this rank is alive, and if any rank was asked to stop, all do. Raises Stopped."""
-    watch.heartbeat(silence)
-    number = all_reduce_max(stop.pending())
+    watchdog.heartbeat(silence)
+    number = all_reduce_max(signals.pending())
     if number:
-        raise stop.interruption(number, "the newest step is saved, the same command continues")
+        raise signals.interruption(number, "the newest step is saved, the same command continues")
 
 
 def handle_bad_step(
@@ -263,7 +262,7 @@ def gradients(
         synchronise(False)
         last = number == len(micro_batches) - 1
         before_last = (lambda: synchronise(True)) if last else (lambda: None)
-        loss += stream.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment)
+        loss += segments.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment)
     return all_reduce_sum(loss) / total
 
 

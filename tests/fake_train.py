@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.errors import LaspError, NumericalError, Stopped
-from lasptrain.process import signals as stop
+from lasptrain.process import signals
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 
@@ -53,7 +53,7 @@ def die(recipe: Recipe, run: Path) -> None:
 
 def deaf(recipe: Recipe, run: Path) -> None:
     """As `die`, but the others do not notice and hear no signal, as if they waited inside NCCL."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop.CODES)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.CODES)
     if dist.get_rank() == dist.get_world_size() - 1:
         die(recipe, run)
     time.sleep(600)
@@ -132,7 +132,7 @@ def heed(recipe: Recipe, run: Path) -> None:
     """Stops where training would, after a moment of saving."""
     from lasptrain import train
 
-    with stop.deferred():
+    with signals.deferred():
         (run / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
         try:
             while True:

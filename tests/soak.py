@@ -26,7 +26,7 @@ import torch.distributed as dist
 from lasptrain import train
 from lasptrain.checkpoint import steps as checkpoint
 from lasptrain.errors import Stopped
-from lasptrain.process import signals as stop
+from lasptrain.process import signals
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run.metrics import read_metrics
@@ -68,7 +68,7 @@ def soak(folder: Path, cycles: int, overrides: tuple[str, ...] = SMALL, seed: in
 def trained(recipe: Recipe, run: Path, store: Path) -> int:
     """Train in this process as rank 0 of 1, quietly; its exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    stop.listen()
+    signals.listen()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
         train.train(recipe, run)

@@ -20,7 +20,7 @@ from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import Ring
-from lasptrain.process import local_ranks as ranks
+from lasptrain.process import local_ranks
 from lasptrain.recipe.loading import load
 from tests.gloo import spawn
 from tests.test_recipe import RECIPES
@@ -72,8 +72,8 @@ def test_methods_are_compared_turn_by_turn() -> None:
 
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
     given = [("fine", 1), ("short", 1), ("short", 2), ("fine", 2)]
-    found = dict(ranks.trials(2, trial, given, skip_after=lambda failed, other: failed[0] == other[0]))
-    lacking = ranks.Failure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
+    found = dict(local_ranks.trials(2, trial, given, skip_after=lambda failed, other: failed[0] == other[0]))
+    lacking = local_ranks.Failure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
     assert found == dict(zip(given, [1, lacking, lacking, 2], strict=True))
 
 

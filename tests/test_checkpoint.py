@@ -28,8 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint import steps
-from lasptrain.checkpoint import tensors as checkpoint
+from lasptrain.checkpoint import steps, tensors
 from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import Saver, save
 from lasptrain.checkpoint.steps import committed, latest, remove_partial
@@ -194,12 +193,12 @@ def _one_rank_sees_a_hostile_table(rank: int, run: Path) -> None:
     """What one rank refuses is refused by all, before any of them waits for another."""
     net, optimizer = _build("fsdp")
     save(run, 1, net, optimizer, META, keep=1)
-    original = checkpoint._Unpickler.find_class
+    original = tensors._Unpickler.find_class
     if rank == 1:
-        setattr(checkpoint._Unpickler, "find_class", _refuse)  # noqa: B010
+        setattr(tensors._Unpickler, "find_class", _refuse)  # noqa: B010
     with pytest.raises(CheckpointError, match="rank 1: refused"):
         load(run, net, optimizer)
-    setattr(checkpoint._Unpickler, "find_class", original)  # noqa: B010
+    setattr(tensors._Unpickler, "find_class", original)  # noqa: B010
 
 
 def _refuse(*_: Any) -> Any:
@@ -594,7 +593,7 @@ def _rank_of_trial(rank: int, run: Path, store: Path, acknowledged: Path) -> Non
     state = [
         *net.parameters(),
         *net.buffers(),
-        *(t for s in checkpoint._states(optimizer).values() for t in s.values()),
+        *(t for s in tensors._states(optimizer).values() for t in s.values()),
     ]
     for step in range(done + 1, 10**6):
         with torch.no_grad():

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain.checkpoint import single as checkpoint
-from lasptrain.checkpoint import steps
+from lasptrain.checkpoint import single, steps
 from lasptrain.convert import tables, targets, tokenizer, verify
 from lasptrain.convert.export import RECORD, export
 from lasptrain.convert.files import Folder
@@ -106,7 +105,7 @@ def make_run(folder: Path, model: dict[str, Any]) -> Path:
         "dataset": "0" * 64,
         "order": {"seed": 0, "window": 512, "batch": 1, "reset_at_documents": True},
     }
-    checkpoint.write(run, 7, empty, tensors.__getitem__, meta)
+    single.write(run, 7, empty, tensors.__getitem__, meta)
     (run / "metrics.jsonl").write_text('{"step": 7, "loss": 3.25}\n{"step": 8, "loss": 9}\n', encoding="utf-8")
     return run
 
@@ -135,7 +134,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 
 def equal(one: Path, other: Path) -> bool:
-    a, b = checkpoint.CheckpointReader(one), checkpoint.CheckpointReader(other)
+    a, b = single.CheckpointReader(one), single.CheckpointReader(other)
     assert (a.step, a.meta, a.shapes) == (b.step, b.meta, b.shapes)
     return all(torch.equal(a.read(name), b.read(name)) for name in a.shapes)
 
@@ -211,7 +210,7 @@ def test_a_run_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.Monk
     _, out = exports("ssd")
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    lookup = checkpoint.LazyPlanner.lookup_object
+    lookup = single.LazyPlanner.lookup_object
 
     def counted(self: Any, index: Any) -> Tensor:
         nonlocal most
@@ -220,7 +219,7 @@ def test_a_run_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.Monk
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(checkpoint.LazyPlanner, "lookup_object", counted)
+    monkeypatch.setattr(single.LazyPlanner, "lookup_object", counted)
     restore(out, tmp_path / "back")
     assert len(alive) > 50 and most <= 2
 
@@ -398,7 +397,7 @@ def test_shards_precision_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exact = {name for name in folder.shapes if folder.read(name).dtype == torch.float32}
     assert {name.rsplit(".", 1)[1] for name in exact} == {"A_log", "dt_bias", "D"}
     record = json.loads((tmp_path / "out" / RECORD).read_text())
-    step = checkpoint.CheckpointReader(run)
+    step = single.CheckpointReader(run)
     assert (
         record["step"] == 7 and record["slopes"]["layers.0.mixer.slope"] == step.read("layers.0.mixer.slope").tolist()
     )
@@ -407,9 +406,9 @@ def test_shards_precision_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_step_that_training_deletes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, MODELS["tnl-untied"][1])
     step, aside = run / "checkpoints" / "step-7", tmp_path / "aside"
-    read, reads = checkpoint.CheckpointReader.read, 0
+    read, reads = single.CheckpointReader.read, 0
 
-    def vanishing(self: checkpoint.CheckpointReader, name: str) -> Tensor:
+    def vanishing(self: single.CheckpointReader, name: str) -> Tensor:
         nonlocal reads
         reads += 1
         if reads == 3:
@@ -423,7 +422,7 @@ def test_a_step_that_training_deletes_meanwhile_is_no_error(tmp_path: Path, monk
         return found(run)
 
     found = steps.committed
-    monkeypatch.setattr(checkpoint.CheckpointReader, "read", vanishing)
+    monkeypatch.setattr(single.CheckpointReader, "read", vanishing)
     with pytest.raises(CheckpointError, match=r"each step is replaced while it is read; expected a larger"):
         monkeypatch.setattr("lasptrain.convert.export.TRIES", 1)
         export(run, tmp_path / "out", "safetensors", check=False)
@@ -523,8 +522,8 @@ def test_weights_of_others_begin_a_run(tmp_path: Path, exports: Exports) -> None
     recipe = json.loads(recipe_text(MODELS["tnl"][1]))
     recipe["data"] |= {"source": str(tmp_path / "text.txt"), "cache": str(tmp_path / "cache"), "validation": 0}
     (tmp_path / "next.yaml").write_text(json.dumps(recipe))
-    back = checkpoint.CheckpointReader(restore(folder, tmp_path / "back", tmp_path / "next.yaml"))
-    first = checkpoint.CheckpointReader(run)
+    back = single.CheckpointReader(restore(folder, tmp_path / "back", tmp_path / "next.yaml"))
+    first = single.CheckpointReader(run)
     assert back.step == 0 and back.meta["dataset"] != first.meta["dataset"]
     assert back.shapes == first.shapes
     assert all(torch.equal(back.read(name), first.read(name)) for name in back.shapes)
@@ -689,7 +688,7 @@ def test_a_folder_of_others_begins_a_run_without_a_recipe(tmp_path: Path, monkey
     shutil.copy(ROOT / "tokenizers/python-4k.model", tmp_path / "my model/tokenizer.model")
     monkeypatch.setattr("lasptrain.convert.restore._fingerprint", lambda recipe: "0" * 64)  # preparing data takes long
     run = restore(tmp_path / "my model", tmp_path / "back")
-    recipe, step = recipes.load(run / "recipe.yaml"), checkpoint.CheckpointReader(run)
+    recipe, step = recipes.load(run / "recipe.yaml"), single.CheckpointReader(run)
     assert recipe.name == "my-model" and recipe.data.tokenizer == str(tmp_path / "my model/tokenizer.model")
     assert (recipe.model.arch, recipe.model.softmax, recipe.model.decay) == ("ssd", (1,), "learned")
     assert step.step == 0 and step.meta["model"] == recipe.model.model_dump(mode="json")

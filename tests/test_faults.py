@@ -31,7 +31,7 @@ from lasptrain.checkpoint import saver
 from lasptrain.checkpoint import steps as checkpoint
 from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import Saver, save
-from lasptrain.cli import main as cli
+from lasptrain.cli import main
 from lasptrain.data.loader import SliceLoader
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.parallel.replicas import outvoted
@@ -42,8 +42,7 @@ from lasptrain.recipe.sections import Checkpoint
 from lasptrain.recipe.sections import Guard as Policy
 from lasptrain.recipe.yaml12 import dump
 from lasptrain.run.metrics import read_metrics
-from lasptrain.training import segments as stream
-from lasptrain.training import stragglers
+from lasptrain.training import segments, stragglers
 from lasptrain.training.guard import ENOUGH, Guard
 from lasptrain.training.job import Job
 from tests.gloo import spawn
@@ -97,7 +96,7 @@ def at_call(owner: Any, name: str, number: int, act: Callable[[], object]) -> It
 
 STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
     # Where the signal comes: before call n of a function; the step that must be saved by it.
-    ("forward without gradients", stream, "_forward_states", 5, 2),
+    ("forward without gradients", segments, "_forward_states", 5, 2),
     ("backward", torch.autograd, "backward", 10, 4),
     ("evaluation", train, "validate", 1, 8),
     ("update", train, "set_learning_rate", 2, 10),
@@ -269,7 +268,7 @@ def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, 
     texts = ["".join(text for _, _, text in one.documents) for one in shown]
     assert texts == json.loads((tmp_path / "skip" / "read").read_text()) and len(texts) == 4
     for asked in (["--step", "5"], *(["--at", str(place)] for place in record["windows"])):
-        said = CliRunner().invoke(cli.app, ["data", "inspect", str(tmp_path / "skip"), *asked]).output
+        said = CliRunner().invoke(main.app, ["data", "inspect", str(tmp_path / "skip"), *asked]).output
         assert said in ("\n".join(map(str, shown)) + "\n", *(f"{one}\n" for one in shown)) and len(said) > 100
 
     with pytest.raises(NumericalError, match=r"step 5: loss nan.*windows of step 5 start at tokens"):
@@ -416,7 +415,7 @@ def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_p
 
 
 def ckpt(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(cli.app, ["ckpt", *arguments])
+    done = CliRunner().invoke(main.app, ["ckpt", *arguments])
     return getattr(done.exception, "code", done.exit_code), done.output
 
 

@@ -40,33 +40,33 @@ def poison(case: Case) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype) -> None:
-    from lasptrain.ops import triton_launch as triton_kernels
+    from lasptrain.ops import triton_launch
 
     x = inputs(case, dtype, torch.device("cuda"))
     want = backward(chunked, x.double())
     lone = case.tokens == 1 and dtype == torch.bfloat16  # is rounded but once or twice: there is nothing to average
     for given, (with_blocks, wanted) in WAYS.items():
         poison(case)
-        got = backward(triton_kernels, x, with_blocks, wanted)
+        got = backward(triton_launch, x, with_blocks, wanted)
         for name in want.keys() - (set() if wanted else STATES):
             assert error(got[name], want[name]) < (3.5e-3 if lone else BOUNDS[dtype]), f"{name}, given {given}"
 
 
 @pytest.mark.parametrize("memory", [4, 50, 10_000], ids=lambda m: f"memory of {m} tokens")
 def test_decay_gradient_does_not_cancel_at_64k_tokens(memory: int) -> None:
-    from lasptrain.ops import triton_launch as triton_kernels
+    from lasptrain.ops import triton_launch
 
     case = Case(65536, 128, 128, "token", batch=1, heads=2)
     x = inputs(case, torch.bfloat16, torch.device("cuda"))
     assert x.log_decay is not None
     x = x._replace(log_decay=-torch.rand_like(x.log_decay) * 2 / memory)
-    got = backward(triton_kernels, x)["dlog_decay"]
+    got = backward(triton_launch, x)["dlog_decay"]
     want = backward(chunked, x.double())["dlog_decay"]
     assert error(got, want) < 3e-3
 
 
 def test_documents_do_not_see_each_other() -> None:
-    from lasptrain.ops import triton_launch as triton_kernels
+    from lasptrain.ops import triton_launch
 
     for start in (1, 64, 100, 256, 500):
         case = Case(512, 64, 64, "token", (start,), batch=1)
@@ -74,14 +74,14 @@ def test_documents_do_not_see_each_other() -> None:
         other = x.map(torch.clone)
         for y in (other.q, other.k, other.v, other.do):
             y[:, start - 1] += 1
-        before, after = backward(triton_kernels, x), backward(triton_kernels, other)
+        before, after = backward(triton_launch, x), backward(triton_launch, other)
         for name in ("o", "dq", "dk", "dv", "dlog_decay"):
             assert torch.equal(before[name][:, start:], after[name][:, start:]), (start, name)
 
 
 def test_more_than_two_to_the_31_elements() -> None:
     """The last tokens of a slice whose tensors outgrow 32-bit offsets, against the same tokens alone."""
-    from lasptrain.ops import triton_launch as triton_kernels
+    from lasptrain.ops import triton_launch
 
     t, h, dim, tail = 2**20 + 77, 16, 128, 500
     assert t * h * dim > 2**31
@@ -94,7 +94,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     doc_ids = torch.zeros(1, t, dtype=torch.int32, device="cuda")
     doc_ids[:, -tail:] = 1
     log_decay = -torch.rand(1, t, h, generator=generator, device="cuda") * 0.1
-    whole = backward(triton_kernels, Inputs(q, k, v, do, log_decay, doc_ids, None, None))
+    whole = backward(triton_launch, Inputs(q, k, v, do, log_decay, doc_ids, None, None))
     end = Inputs(q, k, v, do, log_decay, None, None, None).map(lambda x: x[:, -tail:].contiguous())
     alone = backward(chunked, end.double())
     for name in ("o", "dq", "dk", "dv", "dlog_decay"):

@@ -106,8 +106,7 @@ def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
 
 def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     """Scans that do not give the same through this memory as through the process group."""
-    from lasptrain.parallel import mesh, scan
-    from lasptrain.parallel import p2p as messages
+    from lasptrain.parallel import mesh, p2p, scan
     from lasptrain.parallel.p2p_symmetric import SymmetricP2P
 
     ends, world, monkeypatch = SymmetricP2P(Host(folder, ranks), rank, ranks), mesh.world(), pytest.MonkeyPatch()
@@ -120,7 +119,7 @@ def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     ):
         transition = scan.Transition(decay if fades else None)
         found = []
-        for way in (messages.ProcessGroupP2P(world), ends):
+        for way in (p2p.ProcessGroupP2P(world), ends):
             monkeypatch.setattr(scan, "between", lambda *_, way=way: way)
             one = scan.SCANS[name](world, torch.device("cpu"))
             got = one.start(

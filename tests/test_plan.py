@@ -13,8 +13,7 @@ import torch
 
 from lasptrain import train
 from lasptrain.bench.rates import measure
-from lasptrain.cost import gpus as cards
-from lasptrain.cost import links, plan, rates
+from lasptrain.cost import gpus, links, plan, rates
 from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe.loading import load
@@ -126,7 +125,7 @@ def test_auto_chooses_the_scan(sp: int, segment: int, micro_batch: int, scan: st
 def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml")
     slow = links.Links(links.Link(0.0, 1e9), links.Link(0.0, 1e9))
-    rates = cards.PLANNED["h200"]
+    rates = gpus.PLANNED["h200"]
     short, long = (links.step_seconds(recipe, 64000, 2, tokens, rates, slow) for tokens in (8, 1 << 19))
     alone, shared = short["none"], short["ring"]
     state, layers = plan.state_bytes(recipe.model), 16
@@ -146,7 +145,7 @@ def test_sharing_a_window_costs_what_travels_in_the_open() -> None:
 
 def test_more_segments_expose_more_exchanges() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml")
-    slow, h200 = links.Links(links.Link(1e-3, 1e9), links.Link(1e-3, 1e9)), cards.PLANNED["h200"]
+    slow, h200 = links.Links(links.Link(1e-3, 1e9), links.Link(1e-3, 1e9)), gpus.PLANNED["h200"]
     one, four = (links.step_seconds(recipe, 64000, 2, 1 << 16, h200, slow, n) for n in (1, 4))
     alone = [plan.seconds_per_token(recipe, 64000, n, h200) for n in (1, 4)]
     assert one["none"] and four["none"] and one["ring"] and four["ring"]
@@ -211,11 +210,11 @@ def test_a_card_is_known_by_its_whole_name() -> None:
         "NVIDIA L40S": 362e12,
     }
     strangers = ("NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G", "NVIDIA H200 Z", "CPU", "")
-    assert {name: cards.of(name).peak for name in promised} == promised
-    assert [cards.of(name) for name in strangers] == [cards.Card()] * len(strangers)
-    assert cards.of("NVIDIA H200").sustained == cards.PLANNED["h200"]
-    assert cards.of("NVIDIA H100 PCIe").sustained is None  # two thirds of the other H100's memory bandwidth
-    for card in cards.CARDS.values():
+    assert {name: gpus.of(name).peak for name in promised} == promised
+    assert [gpus.of(name) for name in strangers] == [gpus.Card()] * len(strangers)
+    assert gpus.of("NVIDIA H200").sustained == gpus.PLANNED["h200"]
+    assert gpus.of("NVIDIA H100 PCIe").sustained is None  # two thirds of the other H100's memory bandwidth
+    for card in gpus.CARDS.values():
         assert card.sustained is None or (card.peak and 0.6 < card.sustained.products / card.peak < 0.9)
 
 

@@ -20,7 +20,7 @@ from lasptrain.parallel.scan import Ring
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training import job as train
+from lasptrain.training import job
 from tests.gloo import spawn
 from tests.kernel_cases import error
 from tests.test_recipe import RECIPES
@@ -87,12 +87,12 @@ def split(rank: int, world: int) -> dict[str, float]:
         traffic = Traffic(dist.group.WORLD)
         of = recipe(arch)
         part = split_model(of, traffic, "chunked", local).to_empty(device="cpu")
-        whole = train.language_model(of, ShardedRecurrence("chunked"))
+        whole = job.language_model(of, ShardedRecurrence("chunked"))
         if form == "softmax":
             whole = split_model(of, Traffic(None), "chunked", softmax).to_empty(device="cpu")
         with torch.no_grad():
             fill(part, shares(of, traffic, torch.device("cpu")))
-            fill(whole, initial_values(train.language_model(of, ShardedRecurrence("chunked")), 0, torch.device("cpu")))
+            fill(whole, initial_values(job.language_model(of, ShardedRecurrence("chunked")), 0, torch.device("cpu")))
         want = whole(tokens, labels).loss
         want.backward()
         mine = slice(rank * 24 // world, (rank + 1) * 24 // world)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from data_tools.dataset import open_dataset
 from lasptrain import train
 from lasptrain.cli.main import app
-from lasptrain.console import stdio as streams
+from lasptrain.console import stdio
 from lasptrain.console.tables import figures
 from lasptrain.data.loader import Slice
 from lasptrain.errors import NumericalError, RecipeError
@@ -37,7 +37,7 @@ from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Parallel
-from lasptrain.run import auto as settled
+from lasptrain.run import auto
 from lasptrain.run.metrics import Metrics, read_metrics
 from lasptrain.training.job import build
 from tests import program
@@ -302,15 +302,15 @@ def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
 
 def test_what_auto_came_to_is_kept_for_the_next_start(tmp_path: Path) -> None:
     recipe = load(RECIPES / "quickstart.yaml")
-    settled.note(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather"})
-    found = settled.recall(recipe, tmp_path, "1 × 2 × CPU")
+    auto.note(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather"})
+    found = auto.recall(recipe, tmp_path, "1 × 2 × CPU")
     assert (found.train.segment, found.parallel.reduce, found.mesh.scan) == (4096, "step", "all_gather")
     given = load(RECIPES / "quickstart.yaml", ["train.segment=2048"])
-    assert settled.recall(given, tmp_path, "1 × 2 × CPU").train.segment == 2048  # what is said outright stands
-    assert settled.recall(recipe, tmp_path, "2 × 2 × CPU") == recipe
+    assert auto.recall(given, tmp_path, "1 × 2 × CPU").train.segment == 2048  # what is said outright stands
+    assert auto.recall(recipe, tmp_path, "2 × 2 × CPU") == recipe
     for damaged in ("{", '{"place": "1 × 2 × CPU", "values": {"scan": "guess"}}', '{"place": "1 × 2 × CPU"}'):
-        (tmp_path / settled.FILE).write_text(damaged)
-        assert settled.recall(recipe, tmp_path, "1 × 2 × CPU") == recipe
+        (tmp_path / auto.FILE).write_text(damaged)
+        assert auto.recall(recipe, tmp_path, "1 × 2 × CPU") == recipe
 
 
 def test_a_run_is_the_same_in_any_environment(folder: Path, undisturbed: list[float]) -> None:
@@ -326,6 +326,6 @@ def test_a_run_is_the_same_in_any_environment(folder: Path, undisturbed: list[fl
 
 
 def test_an_argument_is_text_in_any_locale() -> None:
-    assert streams.argument("--prompt", os.fsdecode("größer".encode())) == "größer"
+    assert stdio.argument("--prompt", os.fsdecode("größer".encode())) == "größer"
     with pytest.raises(RecipeError, match="--prompt: found bytes that are not UTF-8"):
-        streams.argument("--prompt", os.fsdecode(b"\xff"))
+        stdio.argument("--prompt", os.fsdecode(b"\xff"))

@@ -32,13 +32,13 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_the_recurrence(case: Case, dtype: torch.dtype, bound: float) -> None:
-    from lasptrain.ops import triton_launch as triton_kernels
+    from lasptrain.ops import triton_launch
 
     x = inputs(case, dtype, torch.device("cpu"))
     want = backward(chunked, x.double())
     ways = WAYS if case.tokens < 70 or not case.edges else {"all": (True, True)}
     for given, (with_blocks, wanted) in ways.items():
-        got = backward(triton_kernels, x, with_blocks, wanted)
+        got = backward(triton_launch, x, with_blocks, wanted)
         assert got.keys() == want.keys() - (set() if wanted else STATES)
         for name in got:
             assert error(got[name], want[name]) < bound, f"{name}, given {given}"

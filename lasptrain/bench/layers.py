@@ -28,7 +28,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.process.local_ranks import Failure, on_ranks, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
-from lasptrain.training import job as train
+from lasptrain.training import job
 
 LEAST = 0.05  # seconds of a turn
 TURNS, HOST_TURNS = 11, 5
@@ -96,7 +96,7 @@ def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.d
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
-    return train.DTYPES[recipe.train.precision]
+    return job.DTYPES[recipe.train.precision]
 
 
 def _attention(recipe: Recipe, method: str, device: torch.device) -> ShardedRecurrence:

@@ -34,7 +34,7 @@ from lasptrain.parallel.shard import fill
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
-from lasptrain.training import job as train
+from lasptrain.training import job
 from lasptrain.training.optimizer import build_optimizer
 
 # Which dim of a parameter or buffer of a mixer or MLP is split; what is not named here is whole on every rank.
@@ -164,7 +164,7 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
         raise SetupError(f"megatron: model.arch = {model.arch} is not split; expected tnl or linear_transformer")
     attention = ShardedRecurrence(kernel) if local is None else cast(ShardedRecurrence, _Heads(local))
     with torch.device("meta"):
-        whole = train.language_model(recipe, attention)
+        whole = job.language_model(recipe, attention)
         for index, block in enumerate(whole.blocks):
             block.mixer, block.mlp = (
                 _mixer(model, index, n, attention),
@@ -187,7 +187,7 @@ def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -
 def shares(recipe: Recipe, traffic: Traffic, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of the initial weights and buffers, by name."""
     with torch.device("meta"):
-        whole = train.language_model(recipe, ShardedRecurrence("chunked"))
+        whole = job.language_model(recipe, ShardedRecurrence("chunked"))
     for name, value in initial_values(whole, recipe.train.seed, device):
         yield name, share(name, value, traffic)
 
@@ -226,7 +226,7 @@ class Megatron:
             self._fuse()
         self.optimizer = build_optimizer(self.model, recipe.optim)
         window = recipe.data.window
-        self.loader = train.open_loader(recipe, dataset, mesh, "train", window, recipe.train.batch, window)
+        self.loader = job.open_loader(recipe, dataset, mesh, "train", window, recipe.train.batch, window)
         self.device = device
 
     def _fuse(self) -> None:

@@ -28,7 +28,7 @@ from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training import segments as stream
+from lasptrain.training import segments
 from lasptrain.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 
 TESTED = 1000  # sequences
@@ -95,7 +95,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
     for step in range(steps):
         size = learnt[step % len(learnt)]
         piece = _slice(associations(batch, *size, vocab, generator), mesh, device)
-        loss = stream.backward(wrapped, cfg.layers, (piece,), world / (batch * size[1]))
+        loss = segments.backward(wrapped, cfg.layers, (piece,), world / (batch * size[1]))
         losses.append(loss / (batch * size[1]))
         clip_gradients(model, recipe.optim.clip)
         set_learning_rate(optimizer, learning_rate(recipe.optim, steps, step))

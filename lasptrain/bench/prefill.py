@@ -31,7 +31,7 @@ from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe import resolve as recipes
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training import job as train
+from lasptrain.training import job
 
 SCAN = "all_gather"
 TURNS = 3
@@ -85,7 +85,7 @@ def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> Lang
     kernel = ops.select(recipe.train.kernel, device)
     with torch.device("meta"):
         attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
-        model = train.language_model(recipe, attention)
+        model = job.language_model(recipe, attention)
     values = initial_values(model, recipe.train.seed, device)
     parallelize(
         model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=model.dtype, fuse=fused, values=values

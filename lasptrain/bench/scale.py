@@ -23,8 +23,7 @@ from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.steps import Repeats, alone, clear, shared, timed, turns
 from lasptrain.console.tables import number
-from lasptrain.cost import gpus as cards
-from lasptrain.cost import links, plan
+from lasptrain.cost import gpus, links, plan
 from lasptrain.errors import SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
@@ -134,7 +133,7 @@ def _row(case: Case, deadline: float) -> Row:
     if method != NONE and window % ranks:
         return row(failure=f"{ranks} ranks cannot share it")
     one = alone(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
-    rates = cards.of(device_name()).sustained
+    rates = gpus.of(device_name()).sustained
     tokens = window if method == NONE else window // ranks
     made = Repeats(1, 1) if kind == "long" else turns(tokens)
     if all_reduce_max(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:

@@ -27,8 +27,7 @@ from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import METHODS, NONE, RIVALS, SPLIT
 from lasptrain.bench.steps import alone, clear, shared, timed, turns
 from lasptrain.console.tables import number
-from lasptrain.cost import gpus as cards
-from lasptrain.cost import links, plan
+from lasptrain.cost import gpus, links, plan
 from lasptrain.cost.rates import MeasuredHardware
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
@@ -116,7 +115,7 @@ def _predicted(
     recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: MeasuredHardware | None
 ) -> float | None:
     """Tokens per second and rank; None for methods and devices of which nothing is known."""
-    rates = known.rates if known else cards.of(device).sustained
+    rates = known.rates if known else gpus.of(device).sustained
     if rates is None:
         return None
     whole = shared(recipe, tokens, ranks, "ring")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lasptrain.cli import checkpoint as cli_checkpoint
+from lasptrain.cli import checkpoint
 from lasptrain.cli.options import Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
 from lasptrain.console.tables import show
 from lasptrain.cost import rates
@@ -13,7 +13,7 @@ from lasptrain.errors import RecipeError
 from lasptrain.recipe.loading import load
 
 app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
-app.command("saving")(cli_checkpoint.bench_saving)
+app.command("saving")(checkpoint.bench_saving)
 
 
 @app.callback()

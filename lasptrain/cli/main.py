@@ -13,15 +13,15 @@ from rich.table import Table
 from lasptrain import __version__
 from lasptrain.cli import bench, checkpoint, data
 from lasptrain.cli import eval as eval_commands
+from lasptrain.cli.convert import convert
 from lasptrain.cli.options import Overrides, RecipeFile
 from lasptrain.cli.plan import plan_command
-from lasptrain.console import stdio as streams
+from lasptrain.console import stdio
 from lasptrain.console.tables import figures, show
 from lasptrain.convert import targets
-from lasptrain.cli.convert import convert
 from lasptrain.cost import links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
-from lasptrain.process import signals as stop
+from lasptrain.process import signals
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
@@ -38,8 +38,8 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
-    streams.replace_unencodable()
-    stop.interrupt()
+    stdio.replace_unencodable()
+    signals.interrupt()
     # Read when torch is loaded, by ranks too. Threads that spin while they wait for one another halve the speed of
     # training on cores that are shared, and cut that of generation to a tenth; results are the same.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -103,8 +103,8 @@ def pretrain(
     _check_nodes(nnodes, node_rank, rdzv)
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
-    stop.listen()
-    streams.ignore_broken_pipe()
+    signals.listen()
+    stdio.ignore_broken_pipe()
     from lasptrain.process.launcher import Nodes, launch
     from lasptrain.process.location import RunLocation
 

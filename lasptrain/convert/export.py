@@ -13,7 +13,7 @@ import torch
 
 from data_tools.tokenizer import BYTES
 from lasptrain import __version__
-from lasptrain.checkpoint import steps as checkpoint
+from lasptrain.checkpoint import steps
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.errors import CheckpointError
@@ -59,11 +59,11 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
     Raises ConvertError, or CheckpointError for a damaged step or a folder that is no run; then `out` is as it was.
     """
     for _ in range(TRIES):
-        newest = checkpoint.committed(run)[:1]
+        newest = steps.committed(run)[:1]
         try:
             return _export(run, out, to, dtype, force, check)
         except Exception:
-            if all((run / checkpoint.FOLDER / f"step-{step}").exists() for step in newest):
+            if all((run / steps.FOLDER / f"step-{step}").exists() for step in newest):
                 raise
     raise CheckpointError(f"{run}: each step is replaced while it is read; expected a larger checkpoint.keep")
 
@@ -119,7 +119,7 @@ def _record(
         "target": target,
         "dtype": dtype,
         "step": step.step,
-        "checkpoint": json.loads((step.folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))["sha256"],
+        "checkpoint": json.loads((step.folder / steps.MANIFEST).read_text(encoding="utf-8"))["sha256"],
         "meta": step.meta,
         "recipe": dump(recipe),
         "slopes": slopes,

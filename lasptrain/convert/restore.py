@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain.checkpoint import single as checkpoint
+from lasptrain.checkpoint import single
 from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
@@ -66,7 +66,7 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
     with files.atomic_folder(out, force, runs.RECIPE) as new:
         runs.write(new / runs.RECIPE, dump(origin.recipe))
-        checkpoint.write(new, origin.step, weights.empty, weights.read, meta)
+        single.write(new, origin.step, weights.empty, weights.read, meta)
     return out
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lasptrain.checkpoint import single as checkpoint
+from lasptrain.checkpoint import single
 from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
@@ -93,7 +93,7 @@ Reference = Callable[..., Tensor]  # (tokens [B, T], keep = T) → logits [B, ke
 
 def reference(run: Path) -> Reference:
     """Ours in float64, token by token."""
-    step = checkpoint.CheckpointReader(run)
+    step = single.CheckpointReader(run)
     cfg = Model.model_validate(step.meta["model"])
     with torch.device("meta"):
         model = LanguageModel(

@@ -9,7 +9,7 @@ import torch
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain import ops
-from lasptrain.checkpoint import load as checkpoint
+from lasptrain.checkpoint import load
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.restore import open_weights
 from lasptrain.errors import CheckpointError
@@ -78,7 +78,7 @@ def _of_run(path: Path) -> Trained:
     recipe = recipes.load(path / runs.RECIPE)
     model = _empty(recipe, recipe.model, recipe.data.window)
     with meshes.single_process_group():
-        loaded = checkpoint.load(path, model, None)
+        loaded = load.load(path, model, None)
     if loaded is None:
         raise CheckpointError(f"{path}: found no checkpoint; expected a run that has saved one")
     return Trained(path, recipe, model, tokenizer(path), loaded.step)

@@ -1,8 +1,8 @@
 """Linear attention with decay in Triton, for Hopper: a pass over a slice for its blocks' states, one for the rest.
 
 Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
-36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_initial_state` reads q, do;
-`grad_key_value` reads four and writes two. Signatures and shapes: `lasptrain.ops`; the programs: `triton_kernels`.
+36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_initial_state` reads q,
+do; `grad_key_value` reads four and writes two. Signatures and shapes: `lasptrain.ops`; the programs: `triton_kernels`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lasptrain.ops import per_token
-from lasptrain.ops import triton_kernels as programs
+from lasptrain.ops import per_token, triton_kernels
 
 DIMS = (64, 128, 256)  # smaller ones are padded: rows of 64 bytes came out wrong on Hopper (Triton 3.6)
 HERE = nullcontext()
@@ -237,7 +236,7 @@ def _gates(log_decay: Tensor | None, doc_ids: Tensor | None, chunk: int) -> _Gat
     chunks, group = triton.cdiv(tokens, chunk), 16
     counts = doc_ids.new_empty((batch, chunks))
     grid, constants = (triton.cdiv(chunks, group), batch, 1), {"C": chunk, "GROUP": group}
-    run(programs.count_documents, doc_ids, grid, PLAIN, constants, doc_ids, counts, tokens, chunks)
+    run(triton_kernels.count_documents, doc_ids, grid, PLAIN, constants, doc_ids, counts, tokens, chunks)
     return _Gates(log_decay, doc_ids, counts)
 
 
@@ -259,7 +258,7 @@ def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | No
     gates = _gates(log_decay, doc_ids, launch.chunk)
     blocks = x.new_empty(block_shape(x, y), dtype=torch.float32)
     run(
-        programs.summarize_blocks,
+        triton_kernels.summarize_blocks,
         x,
         s.grid(s.values // launch.tile),
         launch,
@@ -295,7 +294,18 @@ def _scan(
         "KEEP": into is not None,
         "TOTAL": total is not None,
     }
-    run(programs.scan_blocks, blocks, grid, PLAIN, constants, blocks, edge, into, *(total or (None, None)), s.blocks)
+    run(
+        triton_kernels.scan_blocks,
+        blocks,
+        grid,
+        PLAIN,
+        constants,
+        blocks,
+        edge,
+        into,
+        *(total or (None, None)),
+        s.blocks,
+    )
 
 
 def _summarized(
@@ -331,7 +341,7 @@ def _walk(
     out = z.new_empty(z.shape)
     sums = None if summed is None else states.new_empty((tiles, *_sums_shape(s, launch)))
     run(
-        programs.walk,
+        triton_kernels.walk,
         x,
         s.grid(tiles),
         launch,
@@ -379,7 +389,7 @@ def _walk_key_value(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     column = states.new_empty(_sums_shape(s, launch)) if per_token(log_decay) else None
     run(
-        programs.walk_key_value,
+        triton_kernels.walk_key_value,
         k,
         s.grid(),
         launch,
@@ -411,7 +421,7 @@ def _grad_decay(
 ) -> Tensor:
     grad = row.new_empty((s.batch, s.tokens, s.heads))
     run(
-        programs.decay_gradient,
+        triton_kernels.decay_gradient,
         row,
         s.grid(),
         PLAIN,

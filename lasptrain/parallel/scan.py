@@ -125,7 +125,7 @@ class Scan(Protocol):
         reverse: bool = False,
         output_final_state: bool = True,
     ) -> Exchange | Message:
-        """Begin the scan; every rank of the group gives the same `reverse`, `output_final_state` and presence of carry."""
+        """Begin the scan; all ranks give the same `reverse`, `output_final_state` and presence of carry."""
         ...
 
     def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:

@@ -26,7 +26,7 @@ from lasptrain.errors import (
     ResourceError,
     Stopped,
 )
-from lasptrain.process import watchdog as watch
+from lasptrain.process import watchdog
 from lasptrain.run import folder as runs
 from lasptrain.run.metrics import STATUS
 
@@ -63,7 +63,7 @@ def root_cause(codes: dict[int, int], records: Path) -> Failure:
     own = [f for f in found if f.code != RankLostError.code and f.kind != Stopped.__name__]
     if own:
         return own[0]
-    if hung := [failure for failure in found if failure.kind == watch.HUNG]:
+    if hung := [failure for failure in found if failure.kind == watchdog.HUNG]:
         return hung[0]
     recorded = {failure.rank for failure in found}
     silent = {rank: code for rank, code in codes.items() if rank not in recorded}

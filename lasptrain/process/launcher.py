@@ -36,8 +36,7 @@ from lasptrain.errors import (
     Stopped,
 )
 from lasptrain.parallel import mesh
-from lasptrain.process import signals as stop
-from lasptrain.process import watchdog as watch
+from lasptrain.process import signals, watchdog
 from lasptrain.process.environment import joined_ranks
 from lasptrain.process.failure import Failure, first_line, read_records, record, report, root_cause, write_final_status
 from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
@@ -75,7 +74,7 @@ def launch(
     """
     joined = joined_ranks()
     if joined is not None:
-        stop.listen()
+        signals.listen()
         recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
         run_worker(recipe, target, place=place)
@@ -107,9 +106,9 @@ def _stop_at_once() -> None:
     """Until there are ranks, signals end this process by an exception: nothing has been done that could be lost."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise stop.interruption(number, "training had not begun")
+        raise signals.interruption(number, "training had not begun")
 
-    for number in stop.CODES:
+    for number in signals.CODES:
         signal.signal(number, leave)
 
 
@@ -167,7 +166,7 @@ def _agent(
     here = sys.path[0] in ("", str(Path.cwd()))
     entry = ["-m", "lasptrain.process.worker"] if here else ["-P", "-m", "lasptrain.process.worker"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
-    watching = watch.Watchdog(folder, partial(_record_ended, records))
+    watching = watchdog.Watchdog(folder, partial(_record_ended, records))
     watching.start()
     try:
         elastic_launch(_config(folder, nproc, nodes, grace), sys.executable)("-u", *entry, *arguments)
@@ -175,8 +174,8 @@ def _agent(
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return root_cause(codes, records)
     except SignalException as error:
-        began = any(folder.glob(f"{watch.PULSE}*"))
-        return _stopped_by(stop.interruption(error.sigval, "training had not begun"), began, records)
+        began = any(folder.glob(f"{watchdog.PULSE}*"))
+        return _stopped_by(signals.interruption(error.sigval, "training had not begun"), began, records)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
@@ -187,7 +186,7 @@ def _agent(
 
 
 def _ignore_signals() -> None:
-    for number in stop.CODES:
+    for number in signals.CODES:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -221,7 +220,7 @@ def _config(folder: Path, nproc: int, nodes: Nodes | None, grace: int) -> Launch
         "max_restarts": 0,
         "logs_specs": DefaultLogsSpecs(log_dir=str(folder)),
         "metrics_cfg": {},
-        "signals_to_handle": ",".join(number.name for number in stop.CODES),
+        "signals_to_handle": ",".join(number.name for number in signals.CODES),
     }
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # from PyTorch 2.12 on; before, it is 30 s
         common["shutdown_timeout"] = grace

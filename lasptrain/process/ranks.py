@@ -21,7 +21,7 @@ from lasptrain.errors import (
 )
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_gather_object
-from lasptrain.process import watchdog as watch
+from lasptrain.process import watchdog
 from lasptrain.process.failure import failure_of, record, report, write_final_status
 from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
 from lasptrain.recipe.schema import Recipe
@@ -61,7 +61,7 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may have more to do
-        watch.leave()
+        watchdog.leave()
     os._exit(code)  # an interpreter that takes down a group which others still hold may abort
 
 

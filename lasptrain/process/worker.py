@@ -9,18 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-from lasptrain.console import stdio as streams
+from lasptrain.console import stdio
 from lasptrain.errors import RankLostError
-from lasptrain.process import signals as stop
-from lasptrain.process import watchdog as watch
+from lasptrain.process import signals, watchdog
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
     """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.run_worker`."""
-    streams.ignore_broken_pipe()
-    watch.begin(Path(recipe).parent, int(os.environ["RANK"]))
+    stdio.ignore_broken_pipe()
+    watchdog.begin(Path(recipe).parent, int(os.environ["RANK"]))
     faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
-    stop.listen(lambda number: record_stop(Path(records), number))
+    signals.listen(lambda number: record_stop(Path(records), number))
     die_with(int(launcher))
     from lasptrain.process.ranks import run_worker
     from lasptrain.recipe.loading import load
@@ -30,7 +29,7 @@ def main(launcher: str, recipe: str, run: str, records: str, target: str) -> Non
 
 def record_stop(records: Path, number: int) -> None:
     """Leave word that this rank was stopped by a signal and has lost nothing; as `launch.Failure`, without torch."""
-    end = stop.interruption(number, "nothing was unsaved")
+    end = signals.interruption(number, "nothing was unsaved")
     rank = int(os.environ["RANK"])
     told = {"rank": rank, "code": end.code, "kind": "Stopped", "message": str(end), "time": time.time()}
     (records / f".{rank}.stop").write_text(json.dumps(told))

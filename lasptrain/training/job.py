@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from data_tools.dataset import open_dataset
 from lasptrain import ops
-from lasptrain.cost import gpus as cards
-from lasptrain.cost import links, plan
+from lasptrain.cost import gpus, links, plan
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.models.language_model import LanguageModel, initial_values
@@ -93,7 +92,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | 
         shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
         loader,
         plan.flops_per_token(recipe.model, vocab, recipe.data.window),
-        cards.of(meshes.device_name()).peak,
+        gpus.of(meshes.device_name()).peak,
         Guard(recipe.guard),
     )
 

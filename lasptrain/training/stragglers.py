@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from lasptrain.parallel import collectives as mesh
+from lasptrain.parallel import collectives
 
 PERIOD = 20.0  # seconds of training between looks
 BETWEEN = 4.0  # seconds between pieces of work
@@ -34,7 +34,7 @@ class StragglerDetector:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._hosts = mesh.all_gather_object(socket.gethostname())
+        self._hosts = collectives.all_gather_object(socket.gethostname())
         self._worked = -math.inf  # when this rank did so last
         self._next = 1  # steps until the next look
         self._rank, self._looks = -1, 0
@@ -54,7 +54,7 @@ class StragglerDetector:
             self._worked = time.monotonic()
         if self._steps < self._next:
             return None
-        rows = mesh.all_gather_object((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
+        rows = collectives.all_gather_object((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
         found = slowest([(seconds, share) for seconds, share, _ in rows])
         self._next = max(1, int(PERIOD / max(step for *_, step in rows)))
         self._start()
