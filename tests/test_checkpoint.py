@@ -33,6 +33,7 @@ from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import Saver, save
 from lasptrain.checkpoint.steps import committed, latest, remove_partial
 from lasptrain.errors import CheckpointError
+from lasptrain.files import sha256
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.shard import shard_optimizer
 from lasptrain.recipe.sections import Checkpoint, Optim
@@ -370,7 +371,7 @@ def _rewrite(folder: Path, **changes: Any) -> None:
     del manifest["sha256"]
     for name, entry in manifest["files"].items():
         path = folder / name
-        entry |= {"size": path.stat().st_size, "sha256": steps.sha256(path)}
+        entry |= {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest["sha256"] = steps._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, committed, problems_of, read_manifest, sha256
+from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, committed, problems_of, read_manifest
 from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer
 from lasptrain.errors import CheckpointError
+from lasptrain.files import sha256
 from lasptrain.training.optimizer import initial_state
 
 # One process, one tensor at a time

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
 import secrets
@@ -20,6 +19,7 @@ import torch
 from lasptrain import __version__
 from lasptrain.checkpoint.votes import reason_of
 from lasptrain.errors import CheckpointError
+from lasptrain.files import sha256, sync
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -97,7 +97,7 @@ def delete(run: Path, steps: list[int]) -> None:
         folder, gone = run / FOLDER / f"step-{step}", run / FOLDER / f".step-{step}.del"
         try:
             folder.rename(gone)
-            _sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
+            sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
             shutil.rmtree(gone)
         except OSError as error:
             log.warning("cannot delete %s: %s", folder, reason_of(error))
@@ -118,7 +118,7 @@ def begin(run: Path, step: int, size: int) -> str:
     """Make the folder to write into and return its name."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    _sync(run)
+    sync(run)
     free = shutil.disk_usage(folder).free
     if free < SPARE * size:
         raise CheckpointError(f"{folder} has {free:,} bytes free, a checkpoint needs {int(SPARE * size):,}")
@@ -137,34 +137,20 @@ def commit(folder: Path, step: int, meta: Json, files: Json, world: int) -> None
     text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1, sort_keys=True)
     with (folder / MANIFEST).open("x", encoding="utf-8") as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
     parent = folder.parent
     for other in committed(parent.parent):
         # Training starts from the newest intact step, so a step from here on belongs to a timeline that was given up.
         if other >= step:
             (parent / f"step-{other}").rename(parent / f"step-{other}.bad-{time.time_ns() // 10**6}")
     folder.rename(parent / f"step-{step}")
-    _sync(parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(parent)
 
 
 def _digest(manifest: Json) -> str:
     """SHA-256 of a manifest without its own digest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:

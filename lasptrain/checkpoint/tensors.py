@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import METADATA, Json, sha256
+from lasptrain.checkpoint.steps import METADATA, Json
 from lasptrain.checkpoint.votes import vote
 from lasptrain.errors import CheckpointError
+from lasptrain.files import sha256
 from lasptrain.training.optimizer import initial_state, initialise_state
 
 

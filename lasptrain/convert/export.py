@@ -17,6 +17,7 @@ from lasptrain.checkpoint import steps
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.errors import CheckpointError
+from lasptrain.files import atomic_folder
 from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
@@ -76,7 +77,7 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
     table = tables.TABLES[target](model, step.shapes)
     tables.check_sources(table, step.shapes, str(step.folder))
     forms = tables.forms(table, step.shapes, DTYPES[dtype])
-    with files.atomic_folder(out, force, RECORD) as folder:
+    with atomic_folder(out, force, RECORD) as folder:
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
         special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle  # noqa: TID251  only for the name of its error
-import secrets
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lasptrain.errors import ConvertError, SetupError
+from lasptrain.errors import ConvertError
 
 SHARD = 4 * 10**9  # bytes of a file, unless one tensor alone is larger
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,48 +32,6 @@ class TensorSpec:
     @property
     def bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
-
-
-@contextlib.contextmanager
-def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
-    """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
-
-    SetupError where `out` exists and is no empty folder, unless `force`, which replaces it at the end if it holds the
-    file `mark`, as what is written does; a link is never followed.
-    """
-    if out.is_symlink():
-        raise SetupError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not force:
-            raise SetupError(f"{out}: exists; expected a new folder, or --force to replace it")
-        if not out.is_dir():
-            raise SetupError(f"{out}: is a file; expected a folder")
-        if not (out / mark).is_file():
-            raise SetupError(f"{out}: holds no {mark}; --force replaces only what was made like this")
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
-    new.mkdir()
-    try:
-        yield new
-        for path in (*new.rglob("*"), new):
-            _sync(path)
-        old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        _sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write(

@@ -19,6 +19,7 @@ from lasptrain.checkpoint import single
 from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
+from lasptrain.files import atomic_folder, replace
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading as recipes
@@ -64,8 +65,8 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     weights = open_weights(source, given)
     origin = weights.origin
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
-    with files.atomic_folder(out, force, runs.RECIPE) as new:
-        runs.write(new / runs.RECIPE, dump(origin.recipe))
+    with atomic_folder(out, force, runs.RECIPE) as new:
+        replace(new / runs.RECIPE, dump(origin.recipe))
         single.write(new, origin.step, weights.empty, weights.read, meta)
     return out
 

@@ -26,6 +26,7 @@ from lasptrain.eval.score import METRICS
 from lasptrain.eval.tasks import TASKS
 from lasptrain.eval.tasks.files import File, asked_of, rows
 from lasptrain.eval.tasks.sample import Sample, SampleRequest
+from lasptrain.files import replace
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -199,9 +200,8 @@ class ResultsLog:
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             lines = [{"identity": identity}, *self.records]
-            new = self.file.with_suffix(".new")  # without a line that a kill has torn
-            new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            new.replace(self.file)
+            text = "".join(json.dumps(line) + "\n" for line in lines)  # without a line that a kill has torn
+            replace(self.file, text)
 
     def _read(self) -> list[Record]:
         lines = []

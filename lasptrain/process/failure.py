@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from lasptrain import files
 from lasptrain.errors import (
     INTERNAL,
     INTERRUPTED,
@@ -27,7 +28,6 @@ from lasptrain.errors import (
     Stopped,
 )
 from lasptrain.process import watchdog
-from lasptrain.run import folder as runs
 from lasptrain.run.metrics import STATUS
 
 
@@ -53,7 +53,7 @@ def write_final_status(run: Path, failure: Failure | None, restarts: int = 0) ->
         state = "stopped" if failure.code in (STOPPED, INTERRUPTED) else "failed"
         status |= {"state": state, "code": failure.code, "rank": failure.rank, "last_error": failure.message.strip()}
     with suppress(OSError):  # the disk may be what has failed
-        runs.write(file, json.dumps(status))
+        files.replace(file, json.dumps(status))
 
 
 def root_cause(codes: dict[int, int], records: Path) -> Failure:
@@ -136,6 +136,6 @@ def first_line(error: BaseException) -> str:
 def record(folder: Path, failure: Failure) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write(folder / f"{failure.rank}.json", json.dumps(failure._asdict()))
+        files.replace(folder / f"{failure.rank}.json", json.dumps(failure._asdict()))
     except OSError:
         report(failure)  # nobody could read it there

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from lasptrain import files
 from lasptrain.errors import (
     INTERRUPTED,
     TERMINATED,
@@ -142,7 +143,7 @@ def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, 
         records = folder if run is None else run / runs.RANKS
         for record in records.glob("*.json"):
             record.unlink()
-        runs.write(folder / runs.RECIPE, dump(recipe))
+        files.replace(folder / runs.RECIPE, dump(recipe))
         return _agent(folder, run, records, nproc, nodes, target, recipe.launch.grace)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
+from lasptrain import files
 from lasptrain.errors import LaspError, RankLostError, ResourceError, SetupError
 from lasptrain.parallel import mesh
 
@@ -148,9 +149,7 @@ def _rank(
         except (LaspError, RuntimeError) as error:
             _refuse(error, folder / f"{rank}.refusal")
         if rank == 0:
-            partial = folder / f"{number}.partial"
-            partial.write_text(json.dumps(result))
-            partial.rename(folder / f"{number}.result")
+            files.replace(folder / f"{number}.result", json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

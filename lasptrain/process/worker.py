@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from lasptrain import files
 from lasptrain.console import stdio
 from lasptrain.errors import RankLostError
 from lasptrain.process import signals, watchdog
@@ -32,8 +33,7 @@ def record_stop(records: Path, number: int) -> None:
     end = signals.interruption(number, "nothing was unsaved")
     rank = int(os.environ["RANK"])
     told = {"rank": rank, "code": end.code, "kind": "Stopped", "message": str(end), "time": time.time()}
-    (records / f".{rank}.stop").write_text(json.dumps(told))
-    (records / f".{rank}.stop").replace(records / f"{rank}.json")
+    files.replace(records / f"{rank}.json", json.dumps(told))
 
 
 def die_with(parent: int) -> None:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lasptrain import files
 from lasptrain.recipe.schema import Recipe
-from lasptrain.run import folder as runs
 
 FILE = "auto.json"
 SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of the keys that are decided by trial or memory
@@ -31,7 +31,7 @@ def note(recipe: Recipe, run: Path, place: str, values: dict[str, Any]) -> None:
     """Keep what became of the recipe's keys that are `auto` for the next start at such a place."""
     if decided := _open(recipe):
         told = {"place": place, "values": {key: values[key] for key in sorted(decided)}}
-        runs.write(run / FILE, json.dumps(told))
+        files.replace(run / FILE, json.dumps(told))
 
 
 def _open(recipe: Recipe) -> set[str]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lasptrain import files
 from lasptrain.errors import CheckpointError, SetupError
 from lasptrain.recipe import yaml12 as recipes
 from lasptrain.recipe.loading import load
@@ -84,7 +85,7 @@ def adopt(run: Path, recipe: Recipe) -> None:
             raise CheckpointError(
                 f"{run}: belongs to a different recipe: {'; '.join(changed)}; use --fresh for a new run"
             )
-    write(file, recipes.dump(recipe))
+    files.replace(file, recipes.dump(recipe))
 
 
 def differences(there: Recipe, here: Recipe) -> list[str]:
@@ -116,10 +117,3 @@ def _identity(key: str, value: Any) -> Any:
     if key == "data.source" and not isinstance(value, str):
         return [{**part, "path": Path(part["path"]).name} for part in value]
     return Path(value).name if key in ("data.source", "data.tokenizer") else value
-
-
-def write(file: Path, text: str) -> None:
-    """Replaces a small file in one step, so that nobody ever reads half of it."""
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)

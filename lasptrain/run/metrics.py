@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from lasptrain.run import folder as runs
+from lasptrain import files
 
 FILE, EVENTS, STATUS = "metrics.jsonl", "tensorboard", "status.json"
 QUIET = 2.0  # seconds between lines where there is no terminal to redraw
@@ -144,7 +144,7 @@ class Metrics:
 
     def _renew(self) -> None:
         self._renewed = time.monotonic()
-        runs.write(self._run / STATUS, json.dumps(self._status | {"time": round(time.time(), 3)}))
+        files.replace(self._run / STATUS, json.dumps(self._status | {"time": round(time.time(), 3)}))
 
 
 class _Display:
