@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, scale, sp
 from lasptrain.bench.kernels import Row, floors, report
-from lasptrain.cost.plan import Rates
+from lasptrain.cost.gpus import Rates
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import ShardedRecurrence

@@ -15,7 +15,6 @@ from lasptrain import train
 from lasptrain.bench.rates import measure
 from lasptrain.cost import gpus, links, plan, rates
 from lasptrain.errors import RecipeError, ResourceError
-from lasptrain.parallel.scan import AllScan
 from lasptrain.recipe.loading import load
 from lasptrain.training.job import Job
 
@@ -91,7 +90,6 @@ def test_recomputation_keeps_less() -> None:
 def test_the_scan_is_the_cheapest_of_three_formulas() -> None:
     one = links.Link(latency=2.0, bandwidth=16.0)
     even = links.Links(one, one)
-    assert [links.parts(n) for n in range(1, 12)] == [AllScan.parts(n) for n in range(1, 12)]
     assert links.scan_seconds(5, 64, even) == {"ring": 4 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 7 * 3.0}
     carried = links.scan_seconds(5, 64, even, carried=True)
     assert carried == {"ring": 5 * 6.0, "all_gather": 3 * 2.0 + 4 * 4.0, "all_scan": 7 * 3.0 + 6.0}

@@ -82,7 +82,7 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
     device = mesh.device()
     clear(device)
     one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
-    one = one.model_copy(update={"train": one.train.model_copy(update={"kernel": kernel})})
+    one = one.replace(train={"kernel": kernel})
     made = ShardedRecurrence if kept else Recomputing
 
     def attention(kernel: str, mesh: Mesh) -> ShardedRecurrence:

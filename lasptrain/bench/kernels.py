@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import Tensor
 
 from lasptrain.console.tables import number
-from lasptrain.cost.plan import Rates
+from lasptrain.cost.gpus import Rates
 from lasptrain.errors import SetupError
+from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 64  # tokens, of the product floor
 

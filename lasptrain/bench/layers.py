@@ -21,6 +21,7 @@ from lasptrain import ops
 from lasptrain.architectures.decay import slopes
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
 from lasptrain.errors import SetupError
+from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
@@ -28,7 +29,6 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.process.local_ranks import Failure, on_ranks, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
-from lasptrain.training import job
 
 LEAST = 0.05  # seconds of a turn
 TURNS, HOST_TURNS = 11, 5
@@ -96,7 +96,7 @@ def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.d
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
-    return job.DTYPES[recipe.train.precision]
+    return DTYPES[recipe.train.precision]
 
 
 def _attention(recipe: Recipe, method: str, device: torch.device) -> ShardedRecurrence:

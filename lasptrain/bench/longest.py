@@ -161,8 +161,7 @@ def laid_out(
     """The recipe in this form, with a window of `share` times what is predicted to fit `capacity` bytes, or of `most`
     tokens; and the window.
     """
-    parallel = recipe.parallel.model_copy(update={"data_parallel": form.kind, "recompute": form.recompute})
-    recipe = recipe.model_copy(update={"parallel": parallel})
+    recipe = recipe.replace(parallel={"data_parallel": form.kind, "recompute": form.recompute})
     sp = 1 if form.sharing == "off" else ranks
     if form.sharing == "streaming":
         tokens = max(1, round(share * most / ranks / GRAIN)) * GRAIN
@@ -170,7 +169,7 @@ def laid_out(
         tokens = max(1, int(share * predicted(recipe, vocab, ranks, sp, capacity) / sp / GRAIN)) * GRAIN
     whole = alone(recipe, tokens, ranks) if sp == 1 else shared(recipe, tokens, ranks, "ring")
     segment = "auto" if form.sharing == "streaming" else tokens * sp
-    return whole.model_copy(update={"train": whole.train.model_copy(update={"segment": segment})}), tokens * sp
+    return whole.replace(train={"segment": segment}), tokens * sp
 
 
 def predicted(recipe: Recipe, vocab: int, ranks: int, sp: int, capacity: int) -> int:

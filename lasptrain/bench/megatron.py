@@ -186,8 +186,7 @@ def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -
 
 def shares(recipe: Recipe, traffic: Traffic, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of the initial weights and buffers, by name."""
-    with torch.device("meta"):
-        whole = job.language_model(recipe, ShardedRecurrence("chunked"))
+    whole = job.language_model(recipe, ShardedRecurrence("chunked"))
     for name, value in initial_values(whole, recipe.train.seed, device):
         yield name, share(name, value, traffic)
 

@@ -18,7 +18,7 @@ from lasptrain import ops
 from lasptrain.data.loader import Slice
 from lasptrain.errors import RecipeError
 from lasptrain.eval.tasks.recall import associations
-from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.models.language_model import LanguageModel, initial_values, on_meta
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import all_reduce_sum
@@ -78,11 +78,8 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
     device, world = meshes.device(), meshes.world_size()
     mesh = meshes.build(1, world)
     cfg = recipe.model.model_copy(update={"vocab": -(-vocab // 64) * 64})
-    with torch.device("meta"):
-        attention = ShardedRecurrence(
-            ops.select(recipe.train.kernel, device), SCANS["all_gather"](mesh.sp_group, device)
-        )
-        model = LanguageModel(cfg, length, attention)
+    attention = ShardedRecurrence(ops.select(recipe.train.kernel, device), SCANS["all_gather"](mesh.sp_group, device))
+    model = on_meta(cfg, length, attention)
     values = initial_values(model, recipe.train.seed, device)
     wrapped = parallelize(
         model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=torch.float32, values=values

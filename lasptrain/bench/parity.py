@@ -90,13 +90,11 @@ def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS
 def _laid_out(recipe: Recipe, layout: Layout, ranks: int) -> Recipe:
     segment = recipe.data.window // layout.segments
     batch = -(-recipe.train.batch // ranks) * ranks
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"repeat": True}),
-            "mesh": recipe.mesh.model_copy(update={"dp": "auto", "sp": layout.sp}),
-            "parallel": recipe.parallel.model_copy(update={"data_parallel": layout.kind}),
-            "train": recipe.train.model_copy(update={"segment": segment, "batch": batch}),
-        }
+    return recipe.replace(
+        data={"repeat": True},
+        mesh={"dp": "auto", "sp": layout.sp},
+        parallel={"data_parallel": layout.kind},
+        train={"segment": segment, "batch": batch},
     )
 
 

@@ -83,9 +83,8 @@ def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> Lang
     """With initial weights, whole on every rank."""
     device = meshes.device()
     kernel = ops.select(recipe.train.kernel, device)
-    with torch.device("meta"):
-        attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
-        model = job.language_model(recipe, attention)
+    attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
+    model = job.language_model(recipe, attention)
     values = initial_values(model, recipe.train.seed, device)
     parallelize(
         model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=model.dtype, fuse=fused, values=values

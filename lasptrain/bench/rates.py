@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
+from lasptrain.cost.gpus import Rates
 from lasptrain.cost.links import Link
-from lasptrain.cost.plan import Rates
 from lasptrain.cost.rates import MeasuredHardware
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import all_reduce_max
+from lasptrain.parallel.collectives import all_gather, all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.p2p import between
-from lasptrain.parallel.scan import all_gather
 from lasptrain.process.local_ranks import on_ranks
 
 SMALL = 1 << 10  # bytes of a message whose time is latency

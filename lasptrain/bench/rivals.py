@@ -9,9 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.errors import SetupError
-from lasptrain.parallel.scan import all_gather
-
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
+from lasptrain.parallel.collectives import all_gather, reduce_scatter
 
 
 class Traffic:
@@ -34,19 +32,19 @@ class Traffic:
         """x [B, T, …] of every rank, one after the other along T."""
         if self.size == 1:
             return x
-        compiled = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        all_gather(compiled, x.contiguous(), group=self.group)
+        parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        all_gather(parts, x.contiguous(), group=self.group)
         self._count(x.numel() * x.element_size() * (self.size - 1))
-        whole: Tensor = compiled.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        whole: Tensor = parts.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
         return whole
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [B, n·T, …], of which each rank gets its T."""
         if self.size == 1:
             return x
-        compiled = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
-        mine = torch.empty_like(compiled[0])
-        reduce_scatter(mine, compiled.flatten(0, 1), group=self.group)
+        parts = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
+        mine = torch.empty_like(parts[0])
+        reduce_scatter(mine, parts.flatten(0, 1), group=self.group)
         self._count(mine.numel() * mine.element_size() * (self.size - 1))
         return mine
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lasptrain import train
 from lasptrain.checkpoint.saver import Saver
-from lasptrain.checkpoint.steps import committed
+from lasptrain.checkpoint.steps import committed, folder_of
 from lasptrain.console.tables import figures
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
@@ -77,7 +77,7 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
     saver.wait(last=True)
     saver.close()
     job.loader.close()
-    newest = run / "checkpoints" / f"step-{committed(run)[0]}"
+    newest = folder_of(run, committed(run)[0])
     return device_name(), sum(file.stat().st_size for file in newest.iterdir()), usual, rows
 
 

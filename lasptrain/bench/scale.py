@@ -146,13 +146,13 @@ def _row(case: Case, deadline: float) -> Row:
     return row(segment=job.loader.segment, seconds=seconds, predicted=predicted, memory=memory)
 
 
-def _least(recipe: Recipe, tokens: int, rates: plan.Rates | None) -> float:
+def _least(recipe: Recipe, tokens: int, rates: gpus.Rates | None) -> float:
     """Seconds that a step will take at least, where something is known of the GPU."""
     vocab = recipe.model.vocab
     return 0.0 if rates is None or vocab == "auto" else tokens * plan.seconds_per_token(recipe, vocab, 1, rates)
 
 
-def _predicted(job: Job, method: str, tokens: int, ranks: int, rates: plan.Rates) -> float | None:
+def _predicted(job: Job, method: str, tokens: int, ranks: int, rates: gpus.Rates) -> float | None:
     """Seconds of a step."""
     recipe, vocab = job.recipe, job.recipe.model.vocab
     assert isinstance(vocab, int)

@@ -178,7 +178,7 @@ def _in_one_segment(recipe: Recipe, method: str, tokens: int, ranks: int) -> Rec
     Raises ResourceError, on all ranks alike, where it is certain not to.
     """
     whole = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
-    whole = whole.model_copy(update={"train": whole.train.model_copy(update={"segment": tokens * ranks})})
+    whole = whole.replace(train={"segment": tokens * ranks})
     device = mesh.device()
     if device.type == "cuda":
         vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)

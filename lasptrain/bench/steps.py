@@ -30,22 +30,13 @@ def turns(tokens: int) -> Repeats:
 
 def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
     """The recipe with a window for each rank."""
-    return _with(recipe, {"window": tokens, "repeat": True}, {"batch": ranks}, {"sp": 1})
+    return recipe.replace(data={"window": tokens, "repeat": True}, train={"batch": ranks}, mesh={"sp": 1})
 
 
 def shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> Recipe:
     """The recipe with one window over all ranks."""
     data |= {"window": tokens * ranks, "repeat": True}
-    return _with(recipe, data, {"batch": 1}, {"sp": ranks, "scan": scan})
-
-
-def _with(recipe: Recipe, data: dict[str, Any], batch: dict[str, Any], place: dict[str, Any]) -> Recipe:
-    sections = {
-        "data": recipe.data.model_copy(update=data),
-        "train": recipe.train.model_copy(update=batch),
-        "mesh": recipe.mesh.model_copy(update=place),
-    }
-    return recipe.model_copy(update=sections)
+    return recipe.replace(data=data, train={"batch": 1}, mesh={"sp": ranks, "scan": scan})
 
 
 def clear(device: torch.device) -> None:

@@ -66,8 +66,8 @@ class Ulysses:
 
     def _gather(self, x: Tensor) -> Tensor:
         """[B, T, H, ·] of a slice → [B, n·T, H/n, ·] of the window."""
-        compiled = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
-        whole: Tensor = _Trade.apply(compiled, self.scan)  # type: ignore[no-untyped-call]
+        parts = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
+        whole: Tensor = _Trade.apply(parts, self.scan)  # type: ignore[no-untyped-call]
         return whole.movedim(0, 1).flatten(1, 2)
 
 

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import FOLDER, Json, committed, compare_meta, log, problems_of, survey, wait_visible
+from lasptrain.checkpoint.steps import Json, committed, compare_meta, folder_of, log, problems_of, survey, wait_visible
 from lasptrain.checkpoint.tensors import restore
 from lasptrain.checkpoint.votes import first, vote
 from lasptrain.errors import CheckpointError
+from lasptrain.run.folder import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def load(
     steps = first(vote(f"{run}: cannot list checkpoints", lambda: committed(run) if rank == 0 else None, group))
     steps = [step for step in steps if until is None or step <= until]
     for step in steps:
-        folder = run / FOLDER / f"step-{step}"
+        folder = folder_of(run, step)
         manifest, problems = _verify(folder, step, group)
         if not problems:
             compare_meta(folder, expect or {}, manifest["meta"])
@@ -53,7 +54,7 @@ def load(
             log.warning("%s is damaged and not used: %s", folder, "; ".join(problems))
     if steps:
         raise CheckpointError(
-            f"{run / FOLDER}: none of the steps {steps} is intact; move the folder away to start over"
+            f"{run / CHECKPOINTS}: none of the steps {steps} is intact; move the folder away to start over"
         )
     return None
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, delete, expired, log
+from lasptrain.checkpoint.steps import Json, begin, commit, delete, expired, log
 from lasptrain.checkpoint.tensors import present, tensors_of, write_files
 from lasptrain.checkpoint.votes import first, vote
 from lasptrain.errors import CheckpointError, ResourceError
 from lasptrain.recipe.sections import Checkpoint
+from lasptrain.run.folder import CHECKPOINTS
 
 TIMEOUT = timedelta(minutes=30)  # for which a rank that writes waits for another
 
@@ -56,7 +57,7 @@ def _save(
     what = f"{run}: step {step} not saved"
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     name = first(vote(what, lambda: begin(run, step, size) if rank == 0 else None, group))
-    folder = run / FOLDER / name
+    folder = run / CHECKPOINTS / name
     try:
         tables = vote(what, lambda: write_files(folder, tensors, rank, group), group)
         files = {name: entry for table in tables for name, entry in table.items()}

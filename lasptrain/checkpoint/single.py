@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from lasptrain.checkpoint.steps import FOLDER, Json, begin, commit, committed, problems_of, read_manifest
+from lasptrain.checkpoint.steps import Json, begin, commit, committed, folder_of, problems_of, read_manifest
 from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
+from lasptrain.run.folder import CHECKPOINTS
 from lasptrain.training.optimizer import initial_state
 
 # One process, one tensor at a time
@@ -33,8 +34,10 @@ class CheckpointReader:
     def __init__(self, run: Path) -> None:
         steps = committed(run)
         if not steps:
-            raise CheckpointError(f"{run / FOLDER}: holds no checkpoint; expected the folder of a run that has saved")
-        self.step, self.folder = steps[0], run / FOLDER / f"step-{steps[0]}"
+            raise CheckpointError(
+                f"{run / CHECKPOINTS}: holds no checkpoint; expected the folder of a run that has saved"
+            )
+        self.step, self.folder = steps[0], folder_of(run, steps[0])
         manifest, problem = read_manifest(self.folder, self.step)
         files: Json = manifest.get("files", {})
         problems = (
@@ -92,7 +95,7 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
             return read(name.removeprefix("model.")).to(tensors[name].dtype)
         return torch.zeros(tensors[name].shape, dtype=tensors[name].dtype)
 
-    folder = run / FOLDER / begin(run, step, size)
+    folder = run / CHECKPOINTS / begin(run, step, size)
     try:
         with without_process_group():
             writer = Writer(folder, single_file_per_rank=False, thread_count=1, sync_files=True)

@@ -20,9 +20,9 @@ from lasptrain import __version__
 from lasptrain.checkpoint.votes import reason_of
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256, sync
+from lasptrain.run.folder import CHECKPOINTS
 
 FORMAT = 1
-FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's own table of tensors
 SPARE = 1.1  # free space asked for, as a multiple of what is written
@@ -31,9 +31,14 @@ Json = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
+def folder_of(run: Path, step: int) -> Path:
+    """The folder of a committed step."""
+    return run / CHECKPOINTS / f"step-{step}"
+
+
 def committed(run: Path) -> list[int]:
     """The steps in RUN/checkpoints, newest first, intact or not."""
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     entries = list(folder.iterdir()) if folder.is_dir() else []
     matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
     return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
@@ -42,7 +47,7 @@ def committed(run: Path) -> list[int]:
 def latest(run: Path) -> Path | None:
     """The folder of the newest step whose manifest is intact; its other files are not looked at."""
     for step in committed(run):
-        folder = run / FOLDER / f"step-{step}"
+        folder = folder_of(run, step)
         if not read_manifest(folder, step)[1]:
             return folder
     return None
@@ -61,7 +66,7 @@ class Step(NamedTuple):
 def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
     """The steps of RUN, newest first; `thorough` reads all their bytes, otherwise sizes are compared. One process."""
     for step in committed(run):
-        folder = run / FOLDER / f"step-{step}"
+        folder = folder_of(run, step)
         try:
             manifest, problem = read_manifest(folder, step)
         except CheckpointError as error:
@@ -81,7 +86,7 @@ def expired(run: Path, keep: int, milestone: int = 0, newest: int | None = None)
     """
     steps = [step for step in committed(run) if newest is None or step <= newest]
     doomed = [step for step in steps[max(keep, 1) :] if not (milestone and step % milestone == 0)]
-    return [step for step in doomed if _ours(run / FOLDER / f"step-{step}", step)]
+    return [step for step in doomed if _ours(folder_of(run, step), step)]
 
 
 def _ours(folder: Path, step: int) -> bool:
@@ -94,10 +99,10 @@ def _ours(folder: Path, step: int) -> bool:
 def delete(run: Path, steps: list[int]) -> None:
     """Delete steps. For one process that alone may write RUN."""
     for step in steps:
-        folder, gone = run / FOLDER / f"step-{step}", run / FOLDER / f".step-{step}.del"
+        folder, gone = folder_of(run, step), run / CHECKPOINTS / f".step-{step}.del"
         try:
             folder.rename(gone)
-            sync(run / FOLDER)  # or a power cut may show a half-deleted folder under its old name
+            sync(run / CHECKPOINTS)  # or a power cut may show a half-deleted folder under its old name
             shutil.rmtree(gone)
         except OSError as error:
             log.warning("cannot delete %s: %s", folder, reason_of(error))
@@ -105,7 +110,7 @@ def delete(run: Path, steps: list[int]) -> None:
 
 def remove_partial(run: Path) -> None:
     """Delete what killed saves and deletions left. For one process that alone may write RUN."""
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if re.fullmatch(r"\.step-\d+\.(tmp-[0-9a-f]+|del)", path.name):
             try:
@@ -116,7 +121,7 @@ def remove_partial(run: Path) -> None:
 
 def begin(run: Path, step: int, size: int) -> str:
     """Make the folder to write into and return its name."""
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     sync(run)
     free = shutil.disk_usage(folder).free

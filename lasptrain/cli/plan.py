@@ -11,6 +11,7 @@ from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
 from lasptrain.console.tables import show
 from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan, rates
+from lasptrain.cost.gpus import Rates
 from lasptrain.cost.links import ASSUMED, Links
 from lasptrain.errors import SetupError
 from lasptrain.recipe.loading import load
@@ -50,7 +51,7 @@ class Hardware(NamedTuple):
     """What a plan predicts from."""
 
     name: str
-    rates: plan.Rates
+    rates: Rates
     links: Links = ASSUMED
 
 

@@ -18,6 +18,7 @@ from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.errors import CheckpointError
 from lasptrain.files import atomic_folder
+from lasptrain.ops.precision import DTYPES
 from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
@@ -25,7 +26,6 @@ from lasptrain.recipe.yaml12 import dump
 
 RECORD = "lasptrain_export.json"
 TRIES = 5  # of a run that goes on training, and deletes what is read
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIBRARY = dict.fromkeys(("granitemoehybrid", "minimax", "transnormer"), "transformers")
 LIBRARY |= dict.fromkeys(verify.OF_FLA, "fla")
 PACKAGE = {"transformers": "'lasptrain[convert]'", "fla": "flash-linear-attention"}
@@ -64,7 +64,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
         try:
             return _export(run, out, to, dtype, force, check)
         except Exception:
-            if all((run / steps.FOLDER / f"step-{step}").exists() for step in newest):
+            if all(steps.folder_of(run, step).exists() for step in newest):
                 raise
     raise CheckpointError(f"{run}: each step is replaced while it is read; expected a larger checkpoint.keep")
 

@@ -20,7 +20,7 @@ from lasptrain.convert import configs, files, foreign, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.errors import ConvertError
 from lasptrain.files import atomic_folder, replace
-from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.resolve import with_vocabulary
@@ -92,8 +92,7 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     known = recipe is None and (source / RECORD).is_file()
     origin = _known(folder) if known else _given(folder, recipe)
     model = origin.model
-    with torch.device("meta"):
-        empty = LanguageModel(model, origin.window, ShardedRecurrence("reference"))
+    empty = on_meta(model, origin.window, ShardedRecurrence("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     config = folder.json("config.json")
     if config is None and origin.target != "safetensors":
@@ -181,8 +180,7 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
         if recipe.model.arch != theirs.arch:
             raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
         configs.agree(target, theirs, recipe.model, where)
-    with torch.device("meta"):
-        model = LanguageModel(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
+    model = on_meta(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
     meta = {
         "model": recipe.model.model_dump(mode="json"),
         "decays": model.decays().tolist(),

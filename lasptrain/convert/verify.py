@@ -21,7 +21,7 @@ from torch import Tensor
 from lasptrain.checkpoint import single
 from lasptrain.convert.foreign import COMPUTED
 from lasptrain.errors import ConvertError
-from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.language_model import on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.sections import Model
@@ -95,10 +95,7 @@ def reference(run: Path) -> Reference:
     """Ours in float64, token by token."""
     step = single.CheckpointReader(run)
     cfg = Model.model_validate(step.meta["model"])
-    with torch.device("meta"):
-        model = LanguageModel(
-            cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64
-        ).double()
+    model = on_meta(cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64)
     model.to_empty(device="cpu")
     with torch.no_grad():
         fill(model, ((name, step.read(name)) for name in step.shapes))

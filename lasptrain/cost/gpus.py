@@ -4,7 +4,13 @@ with MIG in it is a part of a card. No torch, no GPU.
 
 from typing import NamedTuple
 
-from lasptrain.cost.plan import Rates
+
+class Rates(NamedTuple):
+    """What a GPU sustains: matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
+
+    products: float
+    copies: float
+    memory: int
 
 
 class Card(NamedTuple):

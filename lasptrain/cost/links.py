@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lasptrain.cost.plan import Rates, parameters, seconds_per_token, state_bytes
+from lasptrain.cost.gpus import Rates
+from lasptrain.cost.plan import parameters, seconds_per_token, state_bytes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import REPLICATED
 
@@ -39,7 +40,7 @@ MOST_PARTS = 8
 
 
 def parts(ranks: int) -> int:
-    """Into how many the all-scan cuts a state."""
+    """The number of parts into which the all-scan cuts a state: as many as there are links to keep busy."""
     return max(1, min(MOST_PARTS, ranks - 1))
 
 
@@ -74,8 +75,7 @@ def with_scan(recipe: Recipe, sp: int, segment: int, links: Links = ASSUMED) -> 
     if recipe.mesh.scan != "auto":
         return recipe
     costs = scan_seconds(sp, _state(recipe), links, carried=segment < recipe.data.window)
-    mesh = recipe.mesh.model_copy(update={"scan": min(costs, key=costs.__getitem__)})
-    return recipe.model_copy(update={"mesh": mesh})
+    return recipe.replace(mesh={"scan": min(costs, key=costs.__getitem__)})
 
 
 def _state(recipe: Recipe) -> int:

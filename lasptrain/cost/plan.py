@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from lasptrain.architectures.decay import slopes
+from lasptrain.cost.gpus import Rates
 from lasptrain.errors import ResourceError
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import REPLICATED, Model, Parallel
@@ -203,8 +204,7 @@ def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
     needed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     tight = available is not None and needed > available * 2 / 3
     often = tight and dp * sp > 1 and recipe.parallel.data_parallel not in REPLICATED
-    parallel = recipe.parallel.model_copy(update={"reduce": "segment" if often else "step"})
-    return recipe.model_copy(update={"parallel": parallel})
+    return recipe.replace(parallel={"reduce": "segment" if often else "step"})
 
 
 def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:
@@ -246,14 +246,6 @@ def _slices(whole: int) -> list[int]:
 def passes(recipe: Recipe, segments: int) -> float:
     """Forward passes' worth of work over a window: one, two for the backward, and those that are made again."""
     return 3 + (segments - 1) / segments + (recipe.parallel.recompute == "full")
-
-
-class Rates(NamedTuple):
-    """What a GPU sustains: matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
-
-    products: float
-    copies: float
-    memory: int
 
 
 SOFTMAX = 0.15  # of the rate of products, in blocks with masks: from hybrid_1b_4096k.yaml on H200

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lasptrain.console.tables import figures
+from lasptrain.cost.gpus import Rates
 from lasptrain.cost.links import ASSUMED, Link, Links
-from lasptrain.cost.plan import Rates
 from lasptrain.errors import RecipeError
 
 LINKS = ("hop", "gather")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.models.mixer import State
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel.collectives import all_reduce_sum, broadcast
@@ -178,7 +178,6 @@ class Reader:
 
 def twin(model: LanguageModel, attention: ShardedRecurrence) -> LanguageModel:
     """The same model, the same weights in memory, with another recurrence."""
-    with torch.device("meta"):
-        other = LanguageModel(model.cfg, model.window, attention, dtype=model.dtype, loss_chunk=model.loss_chunk)
+    other = on_meta(model.cfg, model.window, attention, dtype=model.dtype, loss_chunk=model.loss_chunk)
     other.load_state_dict(model.state_dict(), assign=True)
     return other

@@ -13,7 +13,8 @@ from lasptrain.checkpoint import load
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.restore import open_weights
 from lasptrain.errors import CheckpointError
-from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.language_model import LanguageModel, on_meta
+from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
@@ -23,7 +24,6 @@ from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,8 @@ def _of_folder(path: Path) -> Trained:
 def _empty(recipe: Recipe, cfg: Model, window: int) -> LanguageModel:
     """The model on this rank's device, its numbers not yet set."""
     device = meshes.device()
+    attention = ShardedRecurrence(ops.select("auto", device))
     dtype = DTYPES[recipe.train.precision]
-    with torch.device("meta"):
-        attention = ShardedRecurrence(ops.select("auto", device))
-        model = LanguageModel(cfg, window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
-        model.to(torch.promote_types(dtype, torch.float32))
+    model = on_meta(cfg, window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
     model.to_empty(device=device).requires_grad_(False)
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +17,7 @@ from lasptrain.console.tables import show
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import MixedDataset
 from lasptrain.eval.generate import generate
-from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.ops import select
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
@@ -70,10 +69,8 @@ def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
     """The model on this rank alone, where it is wanted; other ranks only help. Parameters come one at a time."""
     alone = None
     if wanted:
-        with torch.device("meta"):
-            attention = ShardedRecurrence(select("auto", model.embed.weight.device))
-            alone = LanguageModel(model.cfg, model.window, attention, dtype=model.dtype)
-            alone.to(model.embed.weight.dtype)
+        attention = ShardedRecurrence(select("auto", model.embed.weight.device))
+        alone = on_meta(model.cfg, model.window, attention, dtype=model.dtype)
         alone.to_empty(device=model.embed.weight.device)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -217,6 +217,20 @@ class LanguageModel(nn.Module):
         return torch.tensor(slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window), dtype=torch.float32)
 
 
+def on_meta(
+    cfg: Model,
+    window: int,
+    attention: ShardedRecurrence,
+    *,
+    dtype: torch.dtype = torch.float32,
+    loss_chunk: int = 2048,
+) -> LanguageModel:
+    """A `LanguageModel` on the meta device, its parameters in at least fp32."""
+    with torch.device("meta"):
+        model = LanguageModel(cfg, window, attention, dtype=dtype, loss_chunk=loss_chunk)
+        return model.to(torch.promote_types(dtype, torch.float32))
+
+
 def _norm(cfg: Model) -> nn.Module:
     match cfg.arch:
         case "tnl":

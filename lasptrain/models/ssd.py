@@ -200,8 +200,8 @@ class StateSpace(nn.Module):
         """k, v, log decay and q of the products and the rows before them."""
         assert small.taps is not None
         taps = small.taps.split(*self.channels)
-        compiled = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
-        wide_v, wide_k, wide_q = (again(tap, x, rows, doc_ids) for x, rows, tap in compiled)
+        parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
+        wide_v, wide_k, wide_q = (again(tap, x, rows, doc_ids) for x, rows, tap in parts)
         value, decay = self._stepped(wide_v, dt, small, v.dtype)
         return self._heads(wide_k.to(k.dtype)), value, decay, self._heads(wide_q.to(q.dtype))
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lasptrain.parallel.collectives import all_gather, reduce_scatter
 from lasptrain.parallel.recurrence import SavedStates
-from lasptrain.parallel.scan import Scan, all_gather
-
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from lasptrain.parallel.scan import Scan
 
 
 def gather(rows: Tensor, scan: Scan, memory: SavedStates) -> Tensor:

@@ -13,6 +13,11 @@ T = TypeVar("T")
 N = TypeVar("N", int, float)
 
 
+# The names changed in torch 2.13.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     all_reduce_min(0)

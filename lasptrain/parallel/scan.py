@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain.cost import links
+from lasptrain.parallel.collectives import all_gather
 from lasptrain.parallel.p2p import Messages, between
-
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed in torch 2.13
 
 
 class Transition(NamedTuple):
@@ -245,15 +245,8 @@ class AllScan(Ring):
     longer than one transfer of a state. Two ranks have nothing to send on, so theirs is whole.
     """
 
-    MOST = 8
-
-    @classmethod
-    def parts(cls, ranks: int) -> int:
-        """Into how many a state is cut: as many as there are links to keep busy, up to MOST."""
-        return max(1, min(cls.MOST, ranks - 1))
-
     def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
-        return self.parts(self.size) == 1 and super()._is_message(carry, output_final_state)
+        return links.parts(self.size) == 1 and super()._is_message(carry, output_final_state)
 
     def _chain(
         self,
@@ -264,8 +257,8 @@ class AllScan(Ring):
         last: int,
         output_final_state: bool,
     ) -> Scanned:
-        parts = state.chunk(self.parts(self.size), dim=-1)
-        starts = [None] * len(parts) if start is None else start.chunk(self.parts(self.size), dim=-1)
+        parts = state.chunk(links.parts(self.size), dim=-1)
+        starts = [None] * len(parts) if start is None else start.chunk(links.parts(self.size), dim=-1)
         passed = [
             super(AllScan, self)._chain(part, transition, begin, first, last, output_final_state)
             for part, begin in zip(parts, starts, strict=True)

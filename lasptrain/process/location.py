@@ -30,7 +30,7 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
         recipe = recipes.with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
     for line in left_out(recipe.data):
         sys.stderr.write(f"{line}\n")
-    return recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"dp": dp, "sp": sp})})
+    return recipe.replace(mesh={"dp": dp, "sp": sp})
 
 
 @contextmanager

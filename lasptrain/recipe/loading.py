@@ -32,8 +32,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if tokenizer != "bytes":
         found = find_file(Path(tokenizer), source.file.absolute().parent.parent)
         if found is not None:
-            data = recipe.data.model_copy(update={"tokenizer": str(found)})
-            recipe = recipe.model_copy(update={"data": data})
+            recipe = recipe.replace(data={"tokenizer": str(found)})
     return recipe
 
 

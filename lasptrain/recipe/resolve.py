@@ -60,5 +60,4 @@ def resolve_vocabulary(model: Model, pieces: int) -> int:
 
 def with_vocabulary(recipe: Recipe, pieces: int) -> Recipe:
     """The recipe with its vocabulary as a number, see `resolve_vocabulary`."""
-    model = recipe.model.model_copy(update={"vocab": resolve_vocabulary(recipe.model, pieces)})
-    return recipe.model_copy(update={"model": model})
+    return recipe.replace(model={"vocab": resolve_vocabulary(recipe.model, pieces)})

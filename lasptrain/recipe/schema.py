@@ -1,6 +1,6 @@
 """A whole recipe, and what must fit between keys of different sections."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 from pydantic import (
@@ -47,6 +47,11 @@ class Recipe(Section):
         yield from _schedule(self)
         if self.train.compile and self.parallel.recompute == "selective":
             yield "parallel.recompute", "found 'selective' with train.compile = true; expected none or full"
+
+    def replace(self, **sections: Mapping[str, object]) -> Self:
+        """The recipe with other values of some keys, unchecked: `replace(train={"segment": 4096})`."""
+        changed = {name: getattr(self, name).model_copy(update=dict(keys)) for name, keys in sections.items()}
+        return self.model_copy(update=changed)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

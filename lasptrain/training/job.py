@@ -15,7 +15,8 @@ from lasptrain import ops
 from lasptrain.cost import gpus, links, plan
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
-from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.models.language_model import LanguageModel, initial_values, on_meta
+from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.autotune import fastest_scan
 from lasptrain.parallel.collectives import all_reduce_min
@@ -27,8 +28,6 @@ from lasptrain.recipe import resolve as recipes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.guard import Guard
 from lasptrain.training.optimizer import build_optimizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | 
     scanning = attention or (
         lambda kernel, mesh: ShardedRecurrence(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device))
     )
-    with torch.device("meta"):
-        model = language_model(recipe, scanning(kernel, mesh))
+    model = language_model(recipe, scanning(kernel, mesh))
     wrapped = parallelize(
         model,
         model.blocks,
@@ -103,7 +101,7 @@ def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) ->
         return links.with_scan(recipe, mesh.length("sp"), segment)
     shape = (recipe.train.micro_batch, recipe.model.heads, recipe.model.K, recipe.model.V)
     scan = fastest_scan(mesh.sp_group, device, shape, segment < recipe.data.window)
-    return recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"scan": scan})})
+    return recipe.replace(mesh={"scan": scan})
 
 
 def open_loader(
@@ -130,10 +128,11 @@ def open_loader(
 
 
 def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageModel:
-    """The recipe's model, its parameters in at least fp32."""
-    dtype = DTYPES[recipe.train.precision]
-    model = LanguageModel(recipe.model, recipe.data.window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
-    return model.to(torch.promote_types(dtype, torch.float32))
+    """The recipe's model on the meta device, its parameters in at least fp32."""
+    train = recipe.train
+    return on_meta(
+        recipe.model, recipe.data.window, attention, dtype=DTYPES[train.precision], loss_chunk=train.loss_chunk
+    )
 
 
 def checkpoint_meta(job: Job) -> dict[str, Any]:
