@@ -15,9 +15,8 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import epochs, permute
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
-from lasptrain.run.folder import RECIPE
+from lasptrain.run.folder import RECIPE, recipe_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def show_windows(run: Path, step: int | None = None, at: int | None = None) -> t
 
     Raises RecipeError for a step beyond the recipe's last, DataError for a place that is in no source.
     """
-    recipe = load(run / RECIPE)
+    recipe = recipe_of(run)
     if step is not None and step > recipe.train.steps:
         raise RecipeError(f"--step: found {step}; {run / RECIPE} has train.steps = {recipe.train.steps}")
     data, batch = recipe.data, recipe.train.batch

@@ -25,12 +25,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "tnl": {"arch": "tnl", "lrpe": [0, 2]},
     "linear_transformer": {"arch": "linear_transformer", "decay": "none", "normalizer": True, "tie": False},
     "ssd": {"arch": "ssd", "data_dependent": True, "decay": "learned", "conv": 4},
-    "ssd with softmax": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding": 24},
+    "ssd with softmax": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding_window": 24},
     "retnet": {"arch": "retnet"},
-    "minimax": {"arch": "minimax", "softmax": [0], "sliding": 24, "alpha": 2.0},
+    "minimax": {"arch": "minimax", "softmax": [0], "sliding_window": 24, "alpha": 2.0},
 }
 TARGETS = {"tnl": "transnormer", "linear_transformer": "linear_attn", "ssd": "hf"}
 TARGETS |= {"ssd with softmax": "safetensors", "retnet": "retnet", "minimax": "hf"}
+RECORD = "lasptrain_export.json"  # holds the digest of a checkpoint's bits
 LAYOUTS = [(ranks, segments) for ranks in (1, 2) for segments in (1, 3)]
 COMMANDS = [
     "check RECIPE",
@@ -126,7 +127,7 @@ class Program:
         name = f"{arch.replace(' ', '-')}-1-1"
         self("convert", name, "--to", TARGETS[arch], "--out", f"{name}-export", "--no-verify")
         out = self.folder / f"{name}-export"
-        return {"files": digests(out, but=(".safetensors", ".md")), "weights": parameters(out)}
+        return {"files": digests(out, but=(".safetensors", ".md", RECORD)), "weights": parameters(out)}
 
 
 def digests(folder: Path, but: tuple[str, ...] = ()) -> dict[str, str]:

@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ssd-nope": ("hf", {"arch": "ssd", "layers": 3, "softmax": [0, 2], "rotary": None, "tie": False}),
     "minimax": ("hf", {"arch": "minimax", "heads": 6, "dim": 36}),
     "minimax-hybrid": ("hf", {"arch": "minimax", "layers": 3, "softmax": [0, 2], "kv_heads": 2, "tie": False}),
-    "minimax-sliding": ("minimax", {"arch": "minimax", "softmax": [0], "sliding": 9, "alpha": 2.5}),
+    "minimax-sliding": ("minimax", {"arch": "minimax", "softmax": [0], "sliding_window": 9, "alpha": 2.5}),
     "tnl": ("transnormer", {"arch": "tnl"}),
     "tnl-untied": ("transnormer", {"arch": "tnl", "tie": False, "lrpe": [1]}),
     "linear_transformer": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "normalizer": True}),
@@ -264,7 +264,7 @@ def test_transformers_computes_the_same(
 @pytest.mark.filterwarnings("ignore")  # of another library
 def test_what_goes_wrong_behind_the_window_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers counts cached tokens of minimax in layer 0: masks are wrong where that is linear."""
-    model = {"arch": "minimax", "softmax": [1], "sliding": 200}
+    model = {"arch": "minimax", "softmax": [1], "sliding_window": 200}
     with pytest.raises(ConvertError, match=r"--to hf: it counts cached tokens in layer 0"):
         targets.resolve("hf", Model.model_validate({**SIZES, "vocab": 4096, **model}))
     monkeypatch.setattr(targets, "refusals", lambda _: dict.fromkeys(targets.RUNS_IN))
@@ -659,12 +659,12 @@ def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
         ("granitemoehybrid", {"arch": "ssd", "softmax": [0]}, None),
         (
             "granitemoehybrid",
-            {"arch": "ssd", "softmax": [0], "sliding": 8},
-            "its softmax layers see all tokens, not model.sliding = 8",
+            {"arch": "ssd", "softmax": [0], "sliding_window": 8},
+            "its softmax layers see all tokens, not model.sliding_window = 8",
         ),
         ("granitemoehybrid", {"arch": "minimax"}, "granitemoehybrid is arch ssd, not minimax"),
-        ("minimax", {"arch": "minimax", "softmax": [0], "sliding": 8}, None),
-        ("minimax", {"arch": "minimax", "softmax": [1], "sliding": 8}, LATE),
+        ("minimax", {"arch": "minimax", "softmax": [0], "sliding_window": 8}, None),
+        ("minimax", {"arch": "minimax", "softmax": [1], "sliding_window": 8}, LATE),
         ("minimax", {"arch": "minimax", "softmax": [1]}, LATE),
         ("minimax", {"arch": "minimax", "decay": "window"}, "model.decay is window; it computes minimax_hf"),
         ("minimax", {"arch": "minimax", "value_dim": 4}, "key dim 8 and value dim 4 differ"),

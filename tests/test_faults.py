@@ -363,7 +363,7 @@ def small(seed: int) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
 def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     torch.nn.init.zeros_(model.weight)
-    saver = Saver(tmp_path, model, optimizer, Checkpoint(keep=1, milestone=2), None)
+    saver = Saver(tmp_path, model, optimizer, Checkpoint(keep=1, keep_every=2), None)
     for step in range(1, 6):
         saver.save(step, {"step": step})
         with torch.no_grad():
@@ -395,7 +395,7 @@ def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) ->
 @pytest.mark.fault("a disk that refuses to write", times=2)
 def test_a_disk_that_refuses_ends_the_run_after_some_patience(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
-    saver = Saver(tmp_path, model, optimizer, Checkpoint(patience=1), None)
+    saver = Saver(tmp_path, model, optimizer, Checkpoint(max_failures=1), None)
     saver.save(1, {})
     saver.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -431,7 +431,7 @@ def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path)
     damaged.write_bytes(data)
     code, said = ckpt("verify", str(tmp_path))
     assert code == 4 and "__0_0.distcp does not match its SHA-256" in said and said.count("intact") == 3
-    code, said = ckpt("prune", str(tmp_path), "--keep", "1", "--milestone", "2", "--really")
+    code, said = ckpt("prune", str(tmp_path), "--keep", "1", "--keep-every", "2", "--really")
     assert (code, said) == (0, "deleted step-1\n")  # 3 is the newest that is whole
     assert checkpoint.committed(tmp_path) == [4, 3, 2]
     assert ckpt("list", str(tmp_path / "nothing"))[0] == 4

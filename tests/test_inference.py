@@ -22,7 +22,7 @@ TIGHT = 1e-10  # relative, in fp64
 CPU = torch.device("cpu")
 Arch = Literal["tnl", "linear_transformer", "ssd", "sliding hybrid", "full hybrid"]
 HYBRIDS: dict[str, dict[str, object]] = {
-    "sliding hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding": 40},
+    "sliding hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1, "sliding_window": 40},
     "full hybrid": {"arch": "minimax", "softmax": [0, 2]},
 }
 

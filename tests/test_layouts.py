@@ -35,9 +35,9 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
 Arch = Literal["tnl", "linear_transformer", "ssd", "retnet", "sliding hybrid", "full hybrid", "minimax"]
 HYBRIDS: dict[str, dict[str, object]] = {
-    "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding": 50},
+    "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding_window": 50},
     "full hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1},
-    "minimax": {"arch": "minimax", "softmax": [2], "sliding": 17, "rotary": None},
+    "minimax": {"arch": "minimax", "softmax": [2], "sliding_window": 17, "rotary": None},
 }
 
 

@@ -87,7 +87,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
         "ssd": {},
         "retnet": {},
         "minimax": {},
-        "sliding ssd": {**ATTENTION, "softmax": [0, 2], "kv_heads": 2, "sliding": 7},
+        "sliding ssd": {**ATTENTION, "softmax": [0, 2], "kv_heads": 2, "sliding_window": 7},
         "hybrid minimax": {**ATTENTION, "softmax": [1], "rotary": None, "alpha": 1.5, "decay": "window"},
         "data-dependent ssd": {"data_dependent": True},
         "convolved ssd": {"data_dependent": True, "conv": 3},
@@ -169,7 +169,7 @@ def softmax_output(m: LanguageModel, h: Tensor, w: Mapping[str, Tensor], doc_ids
     q, k, v = ((h @ w[f"attn.{n}.weight"].T).view(len(h), -1, 4) for n in "qkv")
     q, k = (torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle) for x in (q, k))
     lag = place[:, None] - place
-    visible = (lag >= 0) & (lag < (m.cfg.sliding or 1000)) & (doc_ids[:, None] == doc_ids)
+    visible = (lag >= 0) & (lag < (m.cfg.sliding_window or 1000)) & (doc_ids[:, None] == doc_ids)
     heads = []
     for head in range(4):
         shared = head * k.shape[1] // 4
@@ -305,7 +305,9 @@ def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> N
 
 @pytest.mark.parametrize("sliding", [None, 1, 9, 100])
 @pytest.mark.parametrize("before", [0, 8])
-def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, sliding: int | None, before: int) -> None:
+def test_attention_in_blocks_is_attention(
+    monkeypatch: pytest.MonkeyPatch, sliding_window: int | None, before: int
+) -> None:
     monkeypatch.setattr(softmax, "BLOCK", 7)
     g = torch.Generator().manual_seed(1)
     q, k, v = (
@@ -315,13 +317,13 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, slidi
     doc_ids = torch.randint(2, (2, 40 + before), generator=g).cumsum(1) // 5
     lag = torch.arange(40)[:, None] + before - torch.arange(40 + before)
     for own, of_keys in ((None, None), (doc_ids[:, before:], doc_ids)):
-        visible = (lag >= 0) & (lag < (sliding or 1000))
+        visible = (lag >= 0) & (lag < (sliding_window or 1000))
         if own is not None and of_keys is not None:
             visible = visible & (own[:, None, :, None] == of_keys[:, None, None])
         score = torch.einsum("bihk,bjhk->bhij", q, k.repeat_interleave(2, 2)) / 6**0.5
         weight = score.masked_fill(~visible, -torch.inf).softmax(-1)
         want = torch.einsum("bhij,bjhk->bihk", weight, v.repeat_interleave(2, 2))
-        found = softmax.attend(q, k, v, own, of_keys, sliding)
+        found = softmax.attend(q, k, v, own, of_keys, sliding_window)
         assert torch.allclose(found, want, atol=1e-12)
         do = torch.randn(want.shape, generator=g, dtype=torch.float64)
         for ours, theirs in zip(

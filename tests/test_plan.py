@@ -60,7 +60,7 @@ def test_a_window_is_one_segment_where_it_fits_and_few_where_that_is_faster(
 
 
 def test_a_window_that_softmax_layers_see_all_of_is_one_segment() -> None:
-    keys = ["data.window=131072", "model.sliding=null"]
+    keys = ["data.window=131072", "model.sliding_window=null"]
     recipe = load(RECIPES / "hybrid_1b_4096k.yaml", keys)
     assert plan.choose_segment(recipe, 64000, 1, 2, None) == 131072
     assert plan.effective_context(recipe.model, 131072) == float("inf")
@@ -69,7 +69,7 @@ def test_a_window_that_softmax_layers_see_all_of_is_one_segment() -> None:
     part = plan.memory(recipe, 64000, 1, 2, 131072)["keys of all ranks"]
     assert part == 4 * 131072 * 2 * 4 * 128 * 2  # layers, tokens, k and v, heads, channels, bytes
     extra = [plan.flops_per_token(load(RECIPES / "hybrid_1b_4096k.yaml", [*keys[:1], s]).model, 64000, 131072)
-             for s in ("model.sliding=1", "model.sliding=1025", "model.sliding=null")]  # fmt: skip
+             for s in ("model.sliding_window=1", "model.sliding_window=1025", "model.sliding_window=null")]  # fmt: skip
     assert extra[1] - extra[0] == 3 * 4 * 4 * 2048 * 1020  # the first 1024 tokens see half as many
     assert extra[2] - extra[0] == 3 * 4 * 4 * 2048 * 65536
 

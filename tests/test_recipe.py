@@ -449,7 +449,8 @@ def test_flops_count_the_head_and_not_the_embedding() -> None:
         ({"softmax": [2, 1]}, "model.softmax: found [2, 1]; write [1, 2]"),
         ({"softmax": [1], "arch": "retnet"},
          "model.softmax: found [1]; only arch: ssd and minimax mix layers, leave it out"),
-        ({"sliding": 8}, "model.sliding: found 8 without model.softmax; name its layers, or leave it out"),
+        ({"sliding_window": 8},
+         "model.sliding_window: found 8 without model.softmax; name its layers, or leave it out"),
         ({"softmax": [1], "kv_heads": 3}, "model.kv_heads: 3 do not divide model.heads = 4; nearest: 2, 4"),
         ({"softmax": [1], "heads": 3, "key_dim": 8, "value_dim": 8},
          "model.heads: 3 softmax heads do not divide model.dim = 256; nearest: 2, 4"),
@@ -457,7 +458,7 @@ def test_flops_count_the_head_and_not_the_embedding() -> None:
          "model.rotary: 1 channels of a head do not make pairs to rotate; expected null, or another model.heads"),
         ({"alpha": 2.0}, "model.alpha: found 2; only arch: minimax multiplies its residual, leave it out"),
         ({"softmax": [1], "train.segment": 1024}, "train.segment: 1024 tokens with softmax layers that see all of "
-         "data.window = 4096; expected 4096 or auto, or a window for them to slide over: model.sliding"),
+         "data.window = 4096; expected 4096 or auto, or a window for them to slide over: model.sliding_window"),
     ],
 )  # fmt: skip
 def test_softmax_layers_that_do_not_fit(refused: Refused, keys: dict[str, object], message: str) -> None:

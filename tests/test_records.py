@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.records import LAYOUTS, MODELS, Program
+from tests.records import LAYOUTS, MODELS, RECORD, Program
 
 RECORDS = json.loads((Path(__file__).parent / "records.json").read_text())
 EXACT = 1e-9  # relative, of fp64 on another processor
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    made = Program(tmp_path_factory.mktemp("records"))
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    made = Program(tmp_path)
     assert made.prepare() == RECORDS["shards"]
     return made
 
@@ -33,7 +33,8 @@ def test_runs_are_those_on_record(program: Program, number: int) -> None:
 @pytest.mark.parametrize("arch", ["tnl", "minimax"])
 def test_exports_and_codes_are_those_on_record(program: Program, arch: str) -> None:
     near(program.train(arch, 1, 1), RECORDS["runs"][f"{arch}, 1 ranks, 1 segments"])
-    near(program.export(arch), RECORDS["exports"][arch])
+    want = RECORDS["exports"][arch]
+    near(program.export(arch), want | {"files": {name: d for name, d in want["files"].items() if name != RECORD}})
     if arch == "tnl":
         assert program.codes() == RECORDS["codes"]
 

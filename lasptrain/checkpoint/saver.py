@@ -33,15 +33,15 @@ def save(
     meta: Json,
     keep: int,
     group: dist.ProcessGroup | None = None,
-    milestone: int = 0,
+    keep_every: int = 0,
 ) -> None:
     """Commit the state after `step` updates as RUN/checkpoints/step-N, then delete all but the newest `keep` steps.
 
-    Multiples of `milestone` stay too. Collective over `group` (default: all ranks); returns when the step is committed.
+    Multiples of `keep_every` stay too. Collective over `group` (default: all ranks); returns once it is committed.
     `meta` is any JSON object. Raises the same CheckpointError on every rank if any failed; then nothing has changed on
     disk.
     """
-    _save(run, step, present(tensors_of(model, optimizer)), meta, keep, milestone, group)
+    _save(run, step, present(tensors_of(model, optimizer)), meta, keep, keep_every, group)
 
 
 def _save(
@@ -50,7 +50,7 @@ def _save(
     tensors: dict[str, Tensor],
     meta: Json,
     keep: int,
-    milestone: int,
+    keep_every: int,
     group: dist.ProcessGroup | None,
 ) -> None:
     rank = dist.get_rank(group)
@@ -67,14 +67,14 @@ def _save(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if rank == 0:
-        delete(run, expired(run, keep, milestone, step))
+        delete(run, expired(run, keep, keep_every, step))
 
 
 class Saver:
     """Saves a run while it trains on: `save` copies the state to host memory, a thread writes and commits the copy.
 
     The thread has a group of its own to talk over. One save at a time: the next one, and `wait`, first let it end.
-    Collective over all ranks; `patience` saves in a row may fail.
+    Collective over all ranks; `max_failures` saves in a row may fail.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Saver:
         tensors = self._stage.stage(present(tensors_of(self._model, self._optimizer)))
         cfg = self._cfg
         meta = json.loads(json.dumps(meta))  # may change too
-        future = self._thread.submit(_save, self._run, step, tensors, meta, cfg.keep, cfg.milestone, self._group)
+        future = self._thread.submit(_save, self._run, step, tensors, meta, cfg.keep, cfg.keep_every, self._group)
         self._pending = step, future
         self._stall += time.perf_counter() - began
 
@@ -114,7 +114,7 @@ class Saver:
             future.result()
         except CheckpointError as error:
             self._failed += 1
-            if last or self._failed > self._cfg.patience:
+            if last or self._failed > self._cfg.max_failures:
                 times = f"{self._failed} saves in a row failed" if self._failed > 1 else "a save failed"
                 raise ResourceError(f"{times}: {error}") from None
             if dist.get_rank() == 0:

@@ -20,9 +20,9 @@ from lasptrain import __version__
 from lasptrain.checkpoint.votes import reason_of
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256, sync
+from lasptrain.recipe.formats import FORMAT, upgraded
 from lasptrain.run.folder import CHECKPOINTS
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's own table of tensors
 SPARE = 1.1  # free space asked for, as a multiple of what is written
@@ -79,13 +79,13 @@ def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
         yield Step(step, size, manifest.get("world"), folder.stat().st_mtime, problems)
 
 
-def expired(run: Path, keep: int, milestone: int = 0, newest: int | None = None) -> list[int]:
-    """The steps up to `newest` (default: all) that neither the newest `keep` nor multiples of `milestone` are.
+def expired(run: Path, keep: int, keep_every: int = 0, newest: int | None = None) -> list[int]:
+    """The steps up to `newest` (default: all) that neither the newest `keep` nor multiples of `keep_every` are.
 
     A folder without a manifest of ours is not among them.
     """
     steps = [step for step in committed(run) if newest is None or step <= newest]
-    doomed = [step for step in steps[max(keep, 1) :] if not (milestone and step % milestone == 0)]
+    doomed = [step for step in steps[max(keep, 1) :] if not (keep_every and step % keep_every == 0)]
     return [step for step in doomed if _ours(folder_of(run, step), step)]
 
 
@@ -178,6 +178,8 @@ def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
         return {}, f"{MANIFEST} is of step {manifest['step']}"
     if strange := [name for name in manifest["files"] if not _plain(name)]:
         return {}, f"{MANIFEST} lists {strange}, which are no plain file names"
+    if model := manifest["meta"].get("model"):
+        manifest["meta"]["model"] = upgraded("model", model, manifest["format"])
     return manifest, None
 
 

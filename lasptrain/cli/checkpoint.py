@@ -34,14 +34,14 @@ def verify(run: Run) -> None:
 def prune(
     run: Run,
     keep: Annotated[int, typer.Option(min=1, help="The newest steps that stay.")] = 2,
-    milestone: Annotated[int, typer.Option(min=0, help="Multiples of this stay too; 0: none do.")] = 0,
+    keep_every: Annotated[int, typer.Option(min=0, help="Multiples of this stay too; 0: none do.")] = 0,
     really: Annotated[bool, typer.Option("--really", help="Delete; without it only say what.")] = False,
 ) -> None:
     """Delete steps, all but the newest and the milestones. The newest step that is whole always stays."""
     from lasptrain.checkpoint import steps as checkpoint
 
     with runs.lock(_existing(run)):
-        steps = checkpoint.expired(run, keep, milestone)
+        steps = checkpoint.expired(run, keep, keep_every)
         whole = next((step.step for step in checkpoint.inspect(run, thorough=True) if not step.problems), None)
         doomed = [step for step in steps if step != whole]
         if really:

@@ -188,7 +188,7 @@ def _times(count: int, word: str, plural: str = "s") -> str:
 
 def _softmax(model: Model) -> str:
     layers = ", ".join(map(str, model.softmax))
-    reach = "all tokens before" if model.sliding is None else f"the last {model.sliding:,} tokens"
+    reach = "all tokens before" if model.sliding_window is None else f"the last {model.sliding_window:,} tokens"
     turned = "no positions" if model.rotary is None else f"rotary positions of base {figures(model.rotary, 6)}"
     return f"layers {layers}: {model.kv_heads or model.heads} key heads, over {reach}, {turned}"
 

@@ -119,7 +119,7 @@ def _minimax(model: Model) -> Json:
         "intermediate_size": model.mlp // 2,
         "num_local_experts": 2,
         "num_experts_per_tok": 2,
-        "sliding_window": model.sliding,
+        "sliding_window": model.sliding_window,
         "block_size": 256,
         "postnorm": True,
         "rms_norm_eps": 1e-5,

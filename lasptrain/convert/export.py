@@ -19,10 +19,11 @@ from lasptrain.convert import card, configs, files, tables, targets, tokenizer, 
 from lasptrain.errors import CheckpointError
 from lasptrain.files import atomic_folder
 from lasptrain.ops.precision import DTYPES
-from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.formats import FORMAT
+from lasptrain.recipe.loading import dump_saved
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
-from lasptrain.recipe.yaml12 import dump
+from lasptrain.run.folder import recipe_of
 
 RECORD = "lasptrain_export.json"
 TRIES = 5  # of a run that goes on training, and deletes what is read
@@ -70,7 +71,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 
 
 def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool) -> Exported:
-    recipe = recipes.load(_recipe(run))
+    recipe = recipe_of(run)
     step = CheckpointReader(run)
     model = Model.model_validate(step.meta["model"])
     target = targets.resolve(to, model)
@@ -94,13 +95,6 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
     return Exported(out, target, len(forms), sum(form.bytes for form in forms.values()), told, parity)
 
 
-def _recipe(run: Path) -> Path:
-    file = run / "recipe.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{run}: holds no recipe.yaml; expected the folder of a run")
-    return file
-
-
 def _json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
@@ -115,14 +109,14 @@ def _record(
     parity: verify.Parity | str,
 ) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": FORMAT,
         "lasptrain": __version__,
         "target": target,
         "dtype": dtype,
         "step": step.step,
         "checkpoint": json.loads((step.folder / steps.MANIFEST).read_text(encoding="utf-8"))["sha256"],
         "meta": step.meta,
-        "recipe": dump(recipe),
+        "recipe": dump_saved(recipe),
         "slopes": slopes,
         "parity": parity if isinstance(parity, str) else parity._asdict(),
     }

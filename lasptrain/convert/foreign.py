@@ -183,8 +183,8 @@ def _minimax(config: Json, where: str) -> Json:
         return keys
     _demand(config, {"head_dim": (dim // heads, dim // heads)} if config.get("head_dim") else {}, where)
     keys |= _softmax(config, softmax, heads, where, rotary=True, theta=1e6)
-    sliding = config.get("sliding_window")
-    return keys if sliding is None else keys | {"sliding": sliding}
+    sliding_window = config.get("sliding_window")
+    return keys if sliding_window is None else keys | {"sliding_window": sliding_window}
 
 
 def _alpha(config: Json, linear: bool, softmax: bool, where: str) -> float:

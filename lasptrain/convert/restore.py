@@ -22,11 +22,11 @@ from lasptrain.errors import ConvertError
 from lasptrain.files import atomic_folder, replace
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.formats import upgraded
+from lasptrain.recipe.loading import dump_saved, load, load_saved
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
-from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
 
 WINDOW = 4096  # tokens of the windows of a run that begins without a recipe
@@ -59,14 +59,14 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     step 0 from the weights; without one it is of the folder's model and tokenizer on the data that is the default.
     Raises ConvertError, or RecipeError for the recipe; then `out` is as it was.
     """
-    given = None if recipe is None else recipes.load(recipe)
+    given = None if recipe is None else load(recipe)
     if given is None and not (source / RECORD).is_file():
         given = described(files.Folder(source))
     weights = open_weights(source, given)
     origin = weights.origin
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
     with atomic_folder(out, force, runs.RECIPE) as new:
-        replace(new / runs.RECIPE, dump(origin.recipe))
+        replace(new / runs.RECIPE, dump_saved(origin.recipe))
         single.write(new, origin.step, weights.empty, weights.read, meta)
     return out
 
@@ -116,8 +116,9 @@ def _known(folder: files.Folder) -> Origin:
     if record is None:
         raise ConvertError(f"{where}: missing; expected an export of lasptrain, or --recipe for weights of others")
     try:
-        recipe = _loaded(record["recipe"])
-        origin = Origin(record["target"], recipe, record["step"], record["meta"], record["slopes"])
+        recipe = _loaded(record["recipe"], load_saved)
+        meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], record["format"])}
+        origin = Origin(record["target"], recipe, record["step"], meta, record["slopes"])
         if origin.target in tables.TABLES and origin.model.vocab != "auto":
             return origin
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -153,11 +154,11 @@ def tokenizer(folder: files.Folder) -> Path:
     raise ConvertError(f"{folder.path}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")
 
 
-def _loaded(text: str) -> Recipe:
+def _loaded(text: str, load: Callable[[Path], Recipe] = load) -> Recipe:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "recipe.yaml")
         file.write_text(text, encoding="utf-8")
-        return recipes.load(file)
+        return load(file)
 
 
 def _config(folder: files.Folder) -> dict[str, Any]:

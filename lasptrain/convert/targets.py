@@ -59,8 +59,8 @@ def _reasons(target: str, model: Model) -> Iterator[str]:
     wide = model.heads * model.V
     match target:
         case "granitemoehybrid":
-            if model.softmax and model.sliding is not None:
-                yield f"its softmax layers see all tokens, not model.sliding = {model.sliding}"
+            if model.softmax and model.sliding_window is not None:
+                yield f"its softmax layers see all tokens, not model.sliding_window = {model.sliding_window}"
             if wide % model.dim:
                 yield f"model.heads × value dim = {wide} is no multiple of model.dim = {model.dim}"
             if model.dim % model.heads:

@@ -53,7 +53,7 @@ def _matrices(parts: dict[str, int]) -> int:
 
 def _score_flops(model: Model, window: int) -> int:
     """FLOPs per token of softmax layers' forward over a window of one document, matrices left out."""
-    reach = min(model.sliding or window, window)
+    reach = min(model.sliding_window or window, window)
     seen = reach - reach * (reach - 1) // (2 * window)  # on average: the first tokens see fewer
     return len(model.softmax) * 4 * model.dim * seen
 
@@ -62,7 +62,11 @@ def state_bytes(model: Model, size: int = 4) -> int:
     """Bytes of what one window carries over all layers: states in fp32, and the rows of `size`-byte numbers that
     sliding softmax layers reach. The few rows of convolutions are left out.
     """
-    rows = 0 if model.sliding is None else len(model.softmax) * (model.sliding - 1) * (2 * _key_channels(model) + 1)
+    rows = (
+        0
+        if model.sliding_window is None
+        else len(model.softmax) * (model.sliding_window - 1) * (2 * _key_channels(model) + 1)
+    )
     return sum(4 * keys * model.V * model.heads for keys in _state_keys(model)) + size * rows
 
 
@@ -156,7 +160,7 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
 def _gathered(recipe: Recipe) -> int:
     """Bytes per token of the segment, which every rank keeps, of softmax layers that see all of it."""
     model = recipe.model
-    return 0 if model.sliding else 2 * _key_channels(model) * _size(recipe) * len(model.softmax)
+    return 0 if model.sliding_window else 2 * _key_channels(model) * _size(recipe) * len(model.softmax)
 
 
 def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
@@ -220,7 +224,7 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
     whole = window // sp
     fitting = [
         length
-        for length in (_slices(whole) if recipe.model.sliding or not recipe.model.softmax else [whole])
+        for length in (_slices(whole) if recipe.model.sliding_window or not recipe.model.softmax else [whole])
         if available is None or sum(memory(recipe, vocab, dp, sp, length * sp).values()) <= HEADROOM * available
     ]
     if fitting:
@@ -277,7 +281,7 @@ def memory_horizon(model: Model, window: int) -> list[list[int]]:
     DISTANCES.
     """
     table = slopes(model.decay, model.layers, model.heads, window)
-    reach = model.sliding or math.inf
+    reach = model.sliding_window or math.inf
     return [
         [model.heads * (far < reach) for far in DISTANCES]
         if index in model.softmax
@@ -290,12 +294,12 @@ def effective_context(model: Model, window: int) -> float:
     """The largest distance in tokens at which at least one head in a quarter of the recurrent layers, or a softmax
     layer, still sees; may be inf.
     """
-    if model.softmax and model.sliding is None:
+    if model.softmax and model.sliding_window is None:
         return math.inf
     table = slopes(model.decay, model.layers, model.heads, window)
     table = [layer for index, layer in enumerate(table) if index not in model.softmax]
     far = sorted((math.inf if min(layer) == 0 else math.log(1000) / min(layer) for layer in table), reverse=True)
-    return max(float(model.sliding or 0), far[math.ceil(len(far) / 4) - 1] if far else 0.0)
+    return max(float(model.sliding_window or 0), far[math.ceil(len(far) / 4) - 1] if far else 0.0)
 
 
 class Layout(NamedTuple):

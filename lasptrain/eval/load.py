@@ -18,7 +18,6 @@ from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
@@ -48,7 +47,7 @@ def load_model(path: Path) -> Trained:
 
 def window(path: Path) -> int:
     """Tokens of the windows that the model of a run, or of a folder, was trained on. Raises as `load_model` does."""
-    return recipes.load(path / runs.RECIPE).data.window if _is_run(path) else open_weights(path).origin.window
+    return runs.recipe_of(path).data.window if _is_run(path) else open_weights(path).origin.window
 
 
 def tokenizer(path: Path) -> Tokenizer:
@@ -57,7 +56,7 @@ def tokenizer(path: Path) -> Tokenizer:
     Raises as `load_model` does.
     """
     if _is_run(path):
-        return load_tokenizer(recipes.load(path / runs.RECIPE).data.tokenizer)
+        return load_tokenizer(runs.recipe_of(path).data.tokenizer)
     copy = path / TOKENIZER
     return load_tokenizer(copy if copy.is_file() else open_weights(path).origin.recipe.data.tokenizer)
 
@@ -75,7 +74,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _of_run(path: Path) -> Trained:
-    recipe = recipes.load(path / runs.RECIPE)
+    recipe = runs.recipe_of(path)
     model = _empty(recipe, recipe.model, recipe.data.window)
     with meshes.single_process_group():
         loaded = load.load(path, model, None)

@@ -251,7 +251,7 @@ def _block(cfg: Model, index: int, attention: ShardedRecurrence) -> Block:
                 cfg.dim,
                 cfg.heads,
                 cfg.kv_heads or cfg.heads,
-                sliding=cfg.sliding,
+                sliding_window=cfg.sliding_window,
                 rotary=cfg.rotary,
                 attention=attention,
             )

@@ -30,12 +30,12 @@ class Softmax(nn.Module):
         heads: int,
         kv_heads: int,
         *,
-        sliding: int | None,
+        sliding_window: int | None,
         rotary: float | None,
         attention: ShardedRecurrence,
     ):
         super().__init__()
-        self.heads, self.kv_heads, self.sliding, self.attention = heads, kv_heads, sliding, attention
+        self.heads, self.kv_heads, self.sliding_window, self.attention = heads, kv_heads, sliding_window, attention
         self.key_dim = dim // heads
         self.q, self.out = Linear(dim, dim), Linear(dim, dim)
         self.k, self.v = Linear(dim, kv_heads * self.key_dim), Linear(dim, kv_heads * self.key_dim)
@@ -58,7 +58,7 @@ class Softmax(nn.Module):
             k, v, doc_ids, carry[0], memory, output_final_state
         )
         q, keys = self.rotated(self._heads(q), self._heads(keys))
-        o = softmax.attend(q, keys, self._heads(values), query_doc_ids, key_doc_ids, self.sliding)
+        o = softmax.attend(q, keys, self._heads(values), query_doc_ids, key_doc_ids, self.sliding_window)
         y: Tensor = self.out(o.flatten(2))
         return y, (final_state,)
 
@@ -78,7 +78,7 @@ class Softmax(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Keys and values [B, J, ·] up to the last query's, documents of queries and of keys, and what leaves."""
         rows = torch.cat([k, v], dim=-1)
-        see = self._all if self.sliding is None else self._near
+        see = self._all if self.sliding_window is None else self._near
         rows, query_doc_ids, key_doc_ids, final_state = see(rows, doc_ids, carry, memory, output_final_state)
         keys, values = rows.split(k.shape[-1], dim=-1)
         return keys, values, query_doc_ids, key_doc_ids, final_state
@@ -87,8 +87,8 @@ class Softmax(nn.Module):
         self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Rows with those before them that the window reaches; their last column is 0 where there are none to see."""
-        assert self.sliding is not None
-        n, scan = self.sliding - 1, self.attention.scan
+        assert self.sliding_window is not None
+        n, scan = self.sliding_window - 1, self.attention.scan
         if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
             return rows, doc_ids, doc_ids, None
         before, final_state = halo(

@@ -80,11 +80,11 @@ def build(dp: int, sp: int) -> Mesh:
         for kind in group._device_types:
             backend = group._get_backend(kind)
             backend = getattr(backend, "wrapped_pg", backend)  # by TORCH_DISTRIBUTED_DEBUG=DETAIL
-            backend._set_default_timeout(patience())
+            backend._set_default_timeout(timeout())
     return Mesh(grid, flat)
 
 
-def patience() -> timedelta:
+def timeout() -> timedelta:
     """How long all ranks were told to wait for each other; groups made later wait torch's own 10 or 30 minutes."""
     group = world()
     return group._get_backend(group._device_types[0]).options._timeout

@@ -105,7 +105,7 @@ def _line(group: dist.ProcessGroup) -> ProcessGroupP2P:
     """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = 8
-    options._timeout = mesh.patience()
+    options._timeout = mesh.timeout()
     ranks = [*range(dist.get_world_size(group))]
     line = dist.split_group(group, [ranks], timeout=options._timeout, pg_options=options)
     assert line is not None  # every rank is in it

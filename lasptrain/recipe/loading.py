@@ -16,9 +16,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from lasptrain.errors import RecipeError
+from lasptrain.recipe.formats import FORMAT, RENAMED, upgraded
 from lasptrain.recipe.schema import SECTIONS, Recipe
 from lasptrain.recipe.sections import Problem
-from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, shown
+from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, shown
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -34,6 +35,23 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if found is not None:
             recipe = recipe.replace(data={"tokenizer": str(found)})
     return recipe
+
+
+def load_saved(path: Path) -> Recipe:
+    """Read the recipe of a run folder of this or an earlier format. RecipeError where it is of a later one."""
+    source = _Source(path)
+    number = source.raw.pop("format", 1)
+    if not isinstance(number, int) or number > FORMAT:
+        raise RecipeError(f"{path}: format {number!r}, written by a newer lasptrain; expected at most {FORMAT}")
+    for name, values in source.raw.items():
+        if isinstance(values, dict):
+            source.raw[name] = upgraded(name, values, number)
+    return source.validate()
+
+
+def dump_saved(recipe: Recipe) -> str:
+    """The recipe as YAML for a run folder, which `load_saved` reads."""
+    return f"format: {FORMAT}\n{dump(recipe)}"
 
 
 def find_file(path: Path, beside: Path | None = None) -> Path | None:
@@ -167,7 +185,9 @@ class _Source:
             match same[0]["type"]:
                 case "extra_forbidden":
                     key = str(path[-1])
-                    text = f"no such key; {_suggest(key, list(fields), _elsewhere(section, key))}"
+                    new = RENAMED.get(f"{section}.{key}")
+                    found = f"it is called {new} now" if new else _suggest(key, list(fields), _elsewhere(section, key))
+                    text = f"no such key; {found}"
                 case "missing":
                     text = f"missing; expected {_EXPECTED.get(path, 'a value')}"
                 case _:

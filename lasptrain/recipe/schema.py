@@ -79,11 +79,11 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         yield "train.segment", f"{segment} tokens do not divide data.window = {window}; nearest: {nearest}"
     elif recipe.mesh.sp != "auto":
         yield from ragged_slices(recipe, recipe.mesh.sp)
-    if segment not in ("auto", window) and recipe.model.softmax and recipe.model.sliding is None:
+    if segment not in ("auto", window) and recipe.model.softmax and recipe.model.sliding_window is None:
         yield (
             "train.segment",
             f"{segment} tokens with softmax layers that see all of data.window = {window}; expected {window} or auto, "
-            "or a window for them to slide over: model.sliding",
+            "or a window for them to slide over: model.sliding_window",
         )
 
 

@@ -62,7 +62,7 @@ class Model(Section):
     conv: Annotated[int, Field(ge=0, le=16)] = 0  # ssd: tokens seen by a convolution of q, k and v; 0: none
     softmax: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = ()  # ssd, minimax: layers of softmax attention
     kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
-    sliding: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
+    sliding_window: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
     rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
     alpha: Annotated[float, Field(gt=0, le=1e3)] | None = None  # minimax: what multiplies the residual; (2·layers)^¼
 
@@ -143,7 +143,7 @@ class Model(Section):
             yield "model.softmax", f"found {list(self.softmax)}; write {sorted(set(self.softmax))}"
         if self.softmax and self.arch not in ("ssd", "minimax"):
             yield "model.softmax", f"found {list(self.softmax)}; only arch: ssd and minimax mix layers, leave it out"
-        for key in ("kv_heads", "sliding"):
+        for key in ("kv_heads", "sliding_window"):
             if getattr(self, key) is not None and not self.softmax:
                 yield (
                     f"model.{key}",
@@ -282,8 +282,8 @@ class Checkpoint(Section):
 
     every: Count = 100  # steps
     keep: Count = 2
-    milestone: Index = 0  # steps whose multiples stay for good; 0: none
-    patience: Index = 2  # saves in a row that may fail before the run ends
+    keep_every: Index = 0  # steps whose multiples stay for good; 0: none
+    max_failures: Index = 2  # saves in a row that may fail before the run ends
 
 
 class Guard(Section):

@@ -14,8 +14,7 @@ from typing import Any
 
 from lasptrain import files
 from lasptrain.errors import CheckpointError, SetupError
-from lasptrain.recipe import yaml12 as recipes
-from lasptrain.recipe.loading import load
+from lasptrain.recipe.loading import dump_saved, load_saved
 from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
@@ -80,12 +79,22 @@ def adopt(run: Path, recipe: Recipe) -> None:
     """Writes the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
     file = run / RECIPE
     if file.exists() and any((run / CHECKPOINTS).glob("step-*")):
-        changed = differences(load(file), recipe)
+        changed = differences(recipe_of(run), recipe)
         if changed:
             raise CheckpointError(
                 f"{run}: belongs to a different recipe: {'; '.join(changed)}; use --fresh for a new run"
             )
-    files.replace(file, recipes.dump(recipe))
+    files.replace(file, dump_saved(recipe))
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run of this or an earlier format.
+
+    Raises CheckpointError where there is none, RecipeError where it is damaged or of a later format.
+    """
+    if not (run / RECIPE).is_file():
+        raise CheckpointError(f"{run}: holds no {RECIPE}; expected the folder of a run")
+    return load_saved(run / RECIPE)
 
 
 def differences(there: Recipe, here: Recipe) -> list[str]:
