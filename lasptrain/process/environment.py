@@ -7,7 +7,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def joined_ranks() -> dict[str, str] | None:
-    """What torchrun or Slurm says of this process, as torchrun's variables; None if nobody has started ranks."""
+    """Return this rank's variables as torchrun names them, from torchrun or Slurm; None if neither started ranks."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return {"LOCAL_RANK": env["RANK"], **{key: value for key, value in env.items() if key in _TORCHRUN}}
@@ -25,6 +25,6 @@ def joined_ranks() -> dict[str, str] | None:
 
 
 def first_host(hosts: str) -> str:
-    """The first of a Slurm list of hosts: `node[07-12,20],login` is node07."""
+    """Return the first host of a Slurm list: `node[07-12,20],login` gives node07."""
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hosts)
     return "".join(part or "" for part in match.groups()) if match else hosts

@@ -1,4 +1,4 @@
-"""How ranks end: records of failures, their cause, exit codes."""
+"""Failures of ranks: their records, root cause and exit codes."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ from lasptrain.run.metrics import STATUS
 
 
 class Failure(NamedTuple):
-    """How a rank ended: its exit code, the kind of error, its message (for code 70 a traceback), when (Unix time)."""
+    """The end of a rank: exit code, kind of error, message (for code 70 a traceback), Unix time in seconds."""
 
     rank: int
     code: int
@@ -42,7 +42,7 @@ class Failure(NamedTuple):
 
 
 def write_final_status(run: Path, failure: Failure | None, restarts: int = 0) -> None:
-    """Adds to status.json how the run has ended, for schedulers and people."""
+    """Add the outcome of the run to status.json, for schedulers and people."""
     file = run / STATUS
     try:
         status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def write_final_status(run: Path, failure: Failure | None, restarts: int = 0) ->
 
 
 def root_cause(codes: dict[int, int], records: Path) -> Failure:
-    """Who failed first: the earliest record of one that did not just lose a peer, else a rank killed by a signal."""
+    """The rank that failed first: the earliest record of one that did not just lose a peer, else a killed one."""
     found = sorted(read_records(records), key=lambda failure: failure.time)
     # The agent asks the others to stop when one has failed, so having been stopped is a cause only if it came first.
     own = [f for f in found if f.code != RankLostError.code and f.kind != Stopped.__name__]
@@ -92,7 +92,7 @@ def read_records(folder: Path) -> Iterator[Failure]:
 
 
 def report(failure: Failure) -> int:
-    """Prints a failure on stderr and returns its code."""
+    """Print a failure on stderr and return its exit code."""
     if failure.kind != KeyboardInterrupt.__name__:
         end = "" if failure.message.endswith("\n") else "\n"
         plain = failure.code in (STOPPED, INTERRUPTED) or (failure.code == INTERNAL and failure.kind != "ended")
@@ -106,7 +106,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:
-    """What kind of end an exception is."""
+    """Classify an exception: its exit code and the message to print."""
     name = f"rank {rank} on {socket.gethostname()}"
     kind = type(error).__name__
     match error:
@@ -130,7 +130,7 @@ def first_line(error: BaseException) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(
         r"^\[\S+\] |\. This is typically .*", "", line
-    )  # where in torch it was raised, and what torch guesses
+    )  # drops where in torch it was raised, and torch's guess
 
 
 def record(folder: Path, failure: Failure) -> None:
@@ -138,4 +138,4 @@ def record(folder: Path, failure: Failure) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files.replace(folder / f"{failure.rank}.json", json.dumps(failure._asdict()))
     except OSError:
-        report(failure)  # nobody could read it there
+        report(failure)  # the record cannot be written

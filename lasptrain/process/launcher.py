@@ -1,7 +1,7 @@
-"""Processes: one per GPU through torch's elastic agent, or this one where torchrun or Slurm has already started them.
+"""Launcher of ranks: one process per GPU through torch's elastic agent, or this one if torchrun or Slurm started it.
 
-The launcher prepares the data, holds the run folder, starts the ranks, and answers with the exit code of the rank that
-failed first. A rank that fails leaves a record, `ranks/RANK.json`, and ends; whoever only lost its peer says so with
+The launcher prepares the data, locks the run folder, starts the ranks, and returns the exit code of the rank that
+failed first. A rank that fails writes a record, `ranks/RANK.json`, and ends; one that only lost a peer ends with
 code 7 and is not the cause.
 """
 
@@ -48,7 +48,7 @@ from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
 
 TRAIN = "lasptrain.train:train"
-AGAIN = 0.05  # seconds until a signal that was lost comes again
+AGAIN = 0.05  # seconds until a lost signal is sent again
 
 
 class Nodes(NamedTuple):
@@ -67,9 +67,9 @@ def launch(
     target: str = TRAIN,
     max_restarts: int = 0,
 ) -> int:
-    """Trains a recipe and returns the exit code; what went wrong in a rank has been printed, once.
+    """Train a recipe and return the exit code; the failure that caused it has been printed, once.
 
-    A run that has lost a rank is started again up to `max_restarts` times. Raises LaspError for what is wrong before
+    A run that has lost a rank is restarted up to `max_restarts` times. Raises LaspError for what is wrong before
     any process starts. `target` names the function `(recipe, run)` that every rank calls inside an initialised process
     group.
     """
@@ -91,7 +91,7 @@ def launch(
 def _attempts(
     recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, target: str, max_restarts: int
 ) -> Failure | None:
-    """Starts the ranks, again where one was lost; how they failed in the end, if they did."""
+    """Run the ranks, again where one was lost; return the last failure, None if they finished."""
     restarts = 0
     while True:
         failure = _attempt(recipe, run, nproc, nodes, target)
@@ -104,7 +104,7 @@ def _attempts(
 
 
 def _stop_at_once() -> None:
-    """Until there are ranks, signals end this process by an exception: nothing has been done that could be lost."""
+    """Have signals raise an exception until there are ranks: nothing has been done that could be lost."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise signals.interruption(number, "training had not begun")
@@ -115,7 +115,7 @@ def _stop_at_once() -> None:
 
 @contextmanager
 def _no_signal_lost() -> Iterator[None]:
-    """Within, a signal comes again whose exception was raised in a finalizer, of which Python only prints it."""
+    """Send a signal again if its exception was raised inside a finalizer, where Python only prints it."""
     usual = sys.unraisablehook
 
     def again(lost: "sys.UnraisableHookArgs") -> None:
@@ -137,7 +137,7 @@ def _no_signal_lost() -> Iterator[None]:
 
 
 def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, target: str) -> Failure | None:
-    """Starts the ranks of this machine and waits for them; how they failed, if they did."""
+    """Start this machine's ranks and wait for them; return their failure, None if they finished."""
     with tempfile.TemporaryDirectory(prefix="lasptrain-") as name:
         folder = Path(name)
         records = folder if run is None else run / runs.RANKS
@@ -157,7 +157,7 @@ def _processes(nproc: int | None) -> int:
 def _agent(
     folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str, grace: int
 ) -> Failure | None:
-    """Runs this machine's ranks under the elastic agent."""
+    """Run this machine's ranks under the elastic agent; return their failure, None if they finished."""
     _silence("torch.distributed.elastic")
     mesh.silence_torch_logs()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -181,7 +181,7 @@ def _agent(
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
     finally:
-        _ignore_signals()  # what is left to do takes no time
+        _ignore_signals()  # only quick clean-up is left
         watching.end()
     return None
 
@@ -192,14 +192,14 @@ def _ignore_signals() -> None:
 
 
 def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:
-    """Leaves the word that a rank which the watch ends cannot leave."""
+    """Write the record of a rank that the watchdog kills, which cannot write its own."""
     if not (records / f"{rank}.json").exists():
         name = f"rank {rank} on {socket.gethostname()}"
         record(records, Failure(rank, RankLostError.code, kind, f"{name} {what}", time.time()))
 
 
 def _stopped_by(interruption: Stopped, began: bool, records: Path) -> Failure:
-    """How a run ended that a signal to the launcher has ended: as its ranks say, where they had begun."""
+    """The end of a run whose launcher got a signal: as its ranks recorded it, if they had begun."""
     if not began:
         return Failure(0, interruption.code, type(interruption).__name__, str(interruption), time.time())
     found = sorted(read_records(records), key=lambda failure: (failure.code == RankLostError.code, failure.time))
@@ -209,7 +209,7 @@ def _stopped_by(interruption: Stopped, began: bool, records: Path) -> Failure:
 
 
 def _silence(package: str) -> None:
-    """Turns off a package's loggers, which set levels of their own: we say what happened, once."""
+    """Turn off a package's loggers, which set levels of their own: the launcher prints a failure, once."""
     for name in [package, *logging.root.manager.loggerDict]:
         if name.startswith(package):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)

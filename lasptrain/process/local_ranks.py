@@ -1,4 +1,4 @@
-"""Ranks of one machine for a measurement: a process each, one per GPU through NCCL, or on the CPU through gloo."""
+"""Ranks on one machine for a measurement, a process each: one per GPU through NCCL, or on the CPU through gloo."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lasptrain.errors import LaspError, RankLostError, ResourceError, SetupError
 from lasptrain.parallel import mesh
 
 SILENCE = 240.0  # seconds that a trial may take
-GRACE = 30.0  # seconds that ranks get to leave when all is done
+GRACE = 30.0  # seconds that ranks get to exit when all is done
 Args = tuple[Any, ...]
 
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 gets from `measure(*args)`, which every rank calls inside a process group; plain JSON.
+    """Call `measure(*args)` on every rank inside a process group; return rank 0's result, which must be plain JSON.
 
-    Raises SetupError where there are GPUs, but fewer than ranks, or with what a rank has to say against its setup, and
-    ResourceError where a rank is out of memory.
+    Raises SetupError where there are GPUs, but fewer than ranks, or where a rank raises a LaspError, and ResourceError
+    where a rank is out of memory.
     """
     ((_, found),) = trials(ranks, measure, [args], silence=None)
     if not isinstance(found, Failure):
@@ -40,7 +40,7 @@ def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
 
 
 class Failure(NamedTuple):
-    """Why a trial has no result: there was not enough memory, a rank refused, or there was an error."""
+    """The reason why a trial has no result: not enough memory, a LaspError of a rank, or another error."""
 
     reason: str
     memory: bool = False
@@ -55,11 +55,11 @@ def trials(
     skip_after: Callable[[Args, Args], bool] = lambda failed, other: False,
     silence: float | None = SILENCE,
 ) -> Generator[tuple[Args, Any | Failure], None, None]:
-    """Each of `given` with what rank 0 gets from `measure(*args)`, which all ranks call, or with why it got nothing.
+    """Call `measure(*args)` on all ranks for each of `given`; yield those args with rank 0's result, or a Failure.
 
-    They are calls in one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job,
-    since ranks that wait for a lost one never return; what follows is called in a new one. Others that are `skip_after`
-    after a failed one fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
+    The calls share one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job, since
+    ranks that wait for a lost one never return; the rest run in a new job. Args for which `skip_after(failed, args)` is
+    true fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
@@ -79,10 +79,10 @@ def trials(
 def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | Failure]:
-    """Results as they come; the last may be why there are no more."""
+    """Yield results as they come; the last may be the Failure that ended the job."""
     mesh.silence_torch_logs()
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells of each rank it ends
-    # A process that was forked cannot use a GPU that its parent has touched; on the CPU forks import nothing.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs each rank it ends
+    # A forked process cannot use a GPU that its parent has touched; on the CPU forking saves the imports.
     start = "spawn" if torch.cuda.is_available() else "forkserver"
     job = start_processes(
         _rank, (ranks, folder, os.getpid(), measure, given), nprocs=ranks, join=False, start_method=start
@@ -108,7 +108,7 @@ def _job(
 
 
 def _end(job: ProcessContext, folder: Path) -> Failure | None:
-    """How the ranks have ended, if they have."""
+    """The failure with which the ranks have ended, None while they run."""
     try:
         return Failure("ended early") if job.join(timeout=0.2) else None
     except ProcessException as error:
@@ -119,7 +119,7 @@ def _end(job: ProcessContext, folder: Path) -> Failure | None:
 
 
 def _leave_after(process: int) -> None:
-    """End this rank soon after the process that measures: the server that forks ranks outlives it with them."""
+    """End this rank soon after the measuring `process`: the forkserver and its ranks would outlive it."""
     while Path(f"/proc/{process}").exists() or not Path("/proc/self").exists():
         time.sleep(1)
     os._exit(RankLostError.code)
@@ -155,9 +155,9 @@ def _rank(
 
 
 def _refuse(error: LaspError | RuntimeError, file: Path) -> NoReturn:
-    """End this rank with word of what it lacks. Raises an error that is none of ours and not for want of memory."""
+    """Write the reason to `file` and end this rank. Raises the error if it is no LaspError and not out of memory."""
     memory = isinstance(error, ResourceError) or "out of memory" in str(error)
     if not memory and not isinstance(error, LaspError):
         raise error
     file.write_text(json.dumps([str(error).splitlines()[0], memory]))
-    os._exit(getattr(error, "code", ResourceError.code))  # a process group that has lost a rank may never let go
+    os._exit(getattr(error, "code", ResourceError.code))  # a process group that has lost a rank may hang on exit

@@ -1,4 +1,4 @@
-"""The run folder that is asked for, and the recipe that it takes."""
+"""The run folder asked for, and the resolved recipe written into it."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from lasptrain.run import folder as runs
 
 
 class RunLocation(NamedTuple):
-    """Which run folder is asked for: `folder` instead of runs/NAME; `fresh`: one that does not exist yet."""
+    """The run folder asked for: `folder` instead of runs/NAME; `fresh`: one that does not exist yet."""
 
     folder: Path | None = None
     fresh: bool = False
@@ -24,7 +24,7 @@ DEFAULT = RunLocation()
 
 
 def resolve(recipe: Recipe, world: int) -> Recipe:
-    """The recipe with its mesh and vocabulary as numbers; prepares the data, which knows the vocabulary."""
+    """Prepare the data and return the recipe with mesh and vocabulary (the data's) as numbers."""
     dp, sp = recipes.resolve_mesh(recipe, world)
     with preparing() as progress:
         recipe = recipes.with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
@@ -35,7 +35,7 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
 
 @contextmanager
 def open_run(recipe: Recipe, place: RunLocation) -> Iterator[Path]:
-    """The run folder, locked, holding the recipe and no records of failures past."""
+    """Lock the run folder, write the recipe into it, and yield its path."""
     run = runs.choose(recipe.name, place.folder, place.fresh).absolute()
     with runs.lock(run):
         runs.adopt(run, recipe)

@@ -31,9 +31,9 @@ from lasptrain.run import folder as runs
 def run_worker(
     recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: RunLocation = DEFAULT
 ) -> NoReturn:
-    """Joins the process group, calls the target and ends the process with its code.
+    """Join the process group, call the target and end the process with its exit code.
 
-    Without `records` no launcher of ours is there to print what happens: rank 0 takes the run folder itself.
+    Without `records` there is no launcher of ours: rank 0 opens the run folder, and ranks print their own failures.
     """
     launched = records is not None
     folders = {records} if records else set()
@@ -60,13 +60,13 @@ def run_worker(
         write_final_status(run, failure)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may have more to do
+    if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may take longer
         watchdog.leave()
-    os._exit(code)  # an interpreter that takes down a group which others still hold may abort
+    os._exit(code)  # tearing down a group that others still hold may abort the interpreter
 
 
 def _join_group(recipe: Recipe) -> None:
-    """The process group of all ranks: NCCL for what is on GPUs, gloo for the rest."""
+    """Initialise the process group of all ranks: NCCL for tensors on GPUs, gloo for the rest."""
     device = mesh.device()
     timeout = timedelta(seconds=recipe.launch.timeout)
     if device.type == "cuda":
@@ -77,7 +77,7 @@ def _join_group(recipe: Recipe) -> None:
 
 
 def _agree(digest: str) -> None:
-    """SetupError on every rank, naming those that were given another recipe than rank 0."""
+    """Raise SetupError on every rank, naming those that were given another recipe than rank 0."""
     digests = all_gather_object(digest)
     others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
     if others:
@@ -87,7 +87,7 @@ def _agree(digest: str) -> None:
 
 
 def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
-    """Rank 0's run folder and recipe, on every rank. Where rank 0 fails, the others raise RankLostError."""
+    """Broadcast rank 0's run folder and recipe. Where rank 0 fails, the others raise RankLostError."""
     box: list[Any] = [None]
     try:
         if dist.get_rank() == 0:

@@ -1,7 +1,8 @@
-"""The signals that ask a rank to stop. Light: `rank` listens before it imports torch.
+"""The signals that ask a rank to stop. Light: a worker calls `listen` before it imports torch.
 
-While nothing would be lost a rank leaves at once. Inside `deferred` a signal is only noted: the loop asks at every
-segment what any rank has noted, saves the newest step and leaves by itself. The second signal leaves at once, unsaved.
+While nothing would be lost a rank exits at once. Inside `deferred` a signal is only recorded: at every segment the
+training loop asks whether any rank has one pending, saves the newest step and exits. A second signal exits at once,
+unsaved.
 """
 
 import os
@@ -16,29 +17,29 @@ from lasptrain.errors import INTERRUPTED, STOPPED, TERMINATED, Stopped
 
 CODES = {
     signal.SIGTERM: STOPPED,
-    signal.SIGUSR1: STOPPED,  # Slurm's warning before the time is over
+    signal.SIGUSR1: STOPPED,  # Slurm's warning before the time limit
     signal.SIGHUP: STOPPED,
     signal.SIGINT: INTERRUPTED,
 }
-ECHO = 0.5  # seconds in which a signal that came to us and through the launcher is one
+ECHO = 0.5  # seconds within which a signal that comes both directly and through the launcher counts once
 
 _noted, _at, _unsaved = 0, 0.0, False
 
 
 def interrupt() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt as ever, but end this process while torch is loaded, which can swallow it."""
+    """Have Ctrl-C raise KeyboardInterrupt, but end this process while torch is imported, which can swallow it."""
 
     def hear(number: int, frame: FrameType | None) -> None:
         if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
             os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us has it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else our parent has it ignored
         signal.signal(signal.SIGINT, hear)
 
 
 def listen(leave: Callable[[int], None] = lambda number: None) -> None:
-    """Take the signals. `leave` is told the number of the one by which this process then ends, having lost nothing."""
+    """Install the handlers. `leave` gets the number of the signal by which this process then ends, nothing unsaved."""
 
     def hear(number: int, frame: FrameType | None) -> None:
         global _noted, _at
@@ -56,7 +57,7 @@ def listen(leave: Callable[[int], None] = lambda number: None) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While this lasts there is something to save, and signals are only noted."""
+    """Only record signals inside this context: there is something to save."""
     global _unsaved
     _unsaved = True
     try:
@@ -66,10 +67,10 @@ def deferred() -> Iterator[None]:
 
 
 def pending() -> int:
-    """The signal that this process has received, 0 if none."""
+    """Return the number of the signal that this process has received, 0 if none."""
     return _noted
 
 
 def interruption(number: int, what: str) -> Stopped:
-    """How a process ends by a signal: `what` says what has become of its work."""
+    """Return the error of a process that a signal ends; `what` says what became of its work."""
     return Stopped(f"stopped by {signal.Signals(number).name}; {what}", CODES[signal.Signals(number)])

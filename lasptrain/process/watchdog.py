@@ -1,8 +1,8 @@
-"""Hangs: every rank says how far it is and when it will have said more; the launcher ends a rank that does not keep it.
+"""Detection of hangs: every rank writes heartbeats, each with a deadline for the next; the launcher kills a late rank.
 
-A line in a small file per rank, on the launcher's machine: process id, how many segments it has done, and the time
-(monotonic, one clock for all processes of a machine) until which silence means nothing. A rank that ends in order says
-that too. Where one has died the others are ended soon: what waits for it inside NCCL hears no signal. No torch.
+A heartbeat is a line in a small file per rank, on the launcher's machine: process id, number of segments done, and the
+deadline (monotonic seconds, one clock for all processes of a machine). A rank that ends in order writes that too. Once
+one has died the others are killed soon: a rank that waits for it inside NCCL handles no signal. No torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-STARTUP_GRACE = 1800.0  # seconds granted to what has no segments: starting, compiling, saving
-PERIOD = 0.25  # seconds between looks
-LOST = 1.5  # seconds in which ranks notice by themselves that another one has died
-HUNG, ORPHANED = "hung", "bereft"  # why a rank was ended
-DYING = "dying"  # the state of a process between its end and the word of it
+STARTUP_GRACE = 1800.0  # seconds granted where there are no segments: starting, compiling, saving
+PERIOD = 0.25  # seconds between checks
+LOST = 1.5  # seconds that ranks get to notice by themselves that another one has died
+HUNG, ORPHANED = "hung", "bereft"  # why a rank was killed
+DYING = "dying"  # state of a process that has ended and is still being torn down
 PULSE = "pulse-"
 
 _file: int | None = None
@@ -29,7 +29,7 @@ _count = 0
 
 
 class Heartbeat(NamedTuple):
-    """What a rank has said last."""
+    """The last heartbeat of a rank: `signs` of life so far, and the deadline for the next."""
 
     rank: int
     pid: int
@@ -38,21 +38,21 @@ class Heartbeat(NamedTuple):
 
 
 def begin(folder: Path, rank: int) -> None:
-    """From now on this process beats as `rank` into a file in `folder`."""
+    """Start writing this process's heartbeats, as `rank`, into a file in `folder`."""
     global _file
     _file = os.open(folder / f"{PULSE}{rank}", os.O_WRONLY | os.O_CREAT, 0o666)
     heartbeat(STARTUP_GRACE)
 
 
 def heartbeat(silence: float) -> None:
-    """Say that this rank goes on, and will say so again within `silence` seconds."""
+    """Write that this rank is alive, and will write again within `silence` seconds."""
     global _count
     _count += 1
     _say(os.getpid(), time.monotonic() + silence)
 
 
 def leave() -> None:
-    """Say that this rank ends in order: what the others still do is their own affair."""
+    """Write that this rank ends in order, so that its end is not taken for a death."""
     _say(0, math.inf)
 
 
@@ -62,11 +62,11 @@ def _say(pid: int, until: float) -> None:
 
 
 class Watchdog(threading.Thread):
-    """Looks after the ranks whose pulses are in `folder` until it is told to `end`.
+    """Thread that watches the ranks whose heartbeats are in `folder` until `end` is called.
 
-    Of ranks that wait for each other none goes on: hung is the one that is stopped, else the one that has done least.
-    `tell(rank, HUNG, message)` is called, then all ranks show their stacks (SIGUSR2), then that one is killed.
-    Ranks that are there `LOST` seconds after another one has died are killed after `tell(rank, ORPHANED, message)`.
+    Ranks that wait for each other all stall: the hung one is the one that is stopped, else the one that has done least.
+    `tell(rank, HUNG, message)` is called, then all ranks print their stacks (SIGUSR2), then that one is killed.
+    Ranks alive `LOST` seconds after another one has died are killed after `tell(rank, ORPHANED, message)`.
     """
 
     def __init__(self, folder: Path, tell: Callable[[int, str, str], None]) -> None:
@@ -85,17 +85,17 @@ class Watchdog(threading.Thread):
                 died = min(died, now)
             elif any(now > pulse.until for pulse in alive):
                 self._end_hung(alive)
-            if now > died + LOST and DYING not in states.values():  # or the agent would take the next one for the first
+            if now > died + LOST and DYING not in states.values():  # else the agent would blame the next one
                 self._end_bereft(alive)
                 return
 
     def end(self) -> None:
-        """Stop looking."""
+        """Stop watching."""
         self._over.set()
         self.join()
 
     def _pulses(self) -> list[Heartbeat]:
-        """Of the ranks that have begun and not left."""
+        """The last heartbeats of the ranks that have begun and not left."""
         found = []
         for file in self._folder.glob(f"{PULSE}*"):
             pid, count, until = file.read_text().split() or ("0", "0", "inf")
@@ -129,9 +129,9 @@ def _send(number: int, pulses: list[Heartbeat]) -> None:
 
 
 def _state(pid: int) -> str:
-    """R, S, T (stopped), Z, … as Linux says it; R where it says nothing, empty where there is no such process.
+    """Return a process's state as Linux names it: R, S, T (stopped), Z, …; R without /proc, "" for no such process.
 
-    DYING while Linux takes down what a process had, which with a GPU may take seconds.
+    DYING while Linux tears the process down, which with a GPU may take seconds.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""A rank's process, as the elastic agent of a launcher starts it. Light, so that it can end quietly from the start."""
+"""Entry point of a rank started by the launcher's elastic agent. Light, so that it can end quietly from the start."""
 
 import ctypes
 import faulthandler
@@ -16,10 +16,10 @@ from lasptrain.process import signals, watchdog
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
-    """Runs `target` on the recipe for the launcher with that process id; does not return. See `launch.run_worker`."""
+    """Run `target` on the recipe for the launcher with that process id; does not return. See `ranks.run_worker`."""
     stdio.ignore_broken_pipe()
     watchdog.begin(Path(recipe).parent, int(os.environ["RANK"]))
-    faulthandler.register(signal.SIGUSR2)  # the stacks of all threads, and on it goes
+    faulthandler.register(signal.SIGUSR2)  # prints the stacks of all threads and goes on
     signals.listen(lambda number: record_stop(Path(records), number))
     die_with(int(launcher))
     from lasptrain.process.ranks import run_worker
@@ -29,7 +29,7 @@ def main(launcher: str, recipe: str, run: str, records: str, target: str) -> Non
 
 
 def record_stop(records: Path, number: int) -> None:
-    """Leave word that this rank was stopped by a signal and has lost nothing; as `launch.Failure`, without torch."""
+    """Record that a signal stopped this rank with nothing lost: a `failure.Failure`, written without torch."""
     end = signals.interruption(number, "nothing was unsaved")
     rank = int(os.environ["RANK"])
     told = {"rank": rank, "code": end.code, "kind": "Stopped", "message": str(end), "time": time.time()}
@@ -37,7 +37,7 @@ def record_stop(records: Path, number: int) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Linux: SIGKILL for this process when its parent dies, so that no rank trains on without a launcher."""
+    """On Linux, have this process killed when its parent dies, so that no rank trains on without a launcher."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
