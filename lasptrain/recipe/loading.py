@@ -1,4 +1,4 @@
-"""From a file and `--set` overrides to a recipe, or to all that does not fit at once, one line each:
+"""Load a recipe from a file and `--set` overrides, or report all that does not fit at once, one line each:
 
 `FILE:LINE: section.key: what was found; what fits`.
 """
@@ -23,7 +23,7 @@ from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, sho
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe and applies overrides (`section.key=value`). RecipeError holds every problem, one per line."""
+    """Read a recipe and apply overrides (`section.key=value`). RecipeError holds every problem, one per line."""
     file = find_file(Path(path))
     source = _Source(file if file is not None else Path(path))
     for override in overrides or []:
@@ -55,7 +55,7 @@ def dump_saved(recipe: Recipe) -> str:
 
 
 def find_file(path: Path, beside: Path | None = None) -> Path | None:
-    """`path` as it stands, under `beside`, or the copy that came with the package; None if there is none."""
+    """Return `path` as it stands, under `beside`, or the copy shipped with the package; None if there is none."""
     package = Path(__file__).parent.parent
     roots = [Path(), *([beside] if beside else []), package.parent, package / "_files"]
     return next((root / path for root in roots if _exists(root / path)), None)
@@ -64,12 +64,12 @@ def find_file(path: Path, beside: Path | None = None) -> Path | None:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name no file can have
+    except (OSError, ValueError):  # no file can have this name
         return False
 
 
 class _Source:
-    """A recipe's file on its way to a Recipe: raw values, where each came from, and every problem so far."""
+    """A recipe being loaded: raw values, the origin of each, and every problem so far."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -92,7 +92,7 @@ class _Source:
             raw["mesh"] = {}
 
     def override(self, text: str) -> None:
-        """Applies one `section.key=value`; its value is read by the rules of the file."""
+        """Apply one `section.key=value`; its value is read by the rules of the file."""
         key, equals, value = text.partition("=")
         path = tuple(key.strip().split("."))
         origin = f"--set {text}"
@@ -118,7 +118,7 @@ class _Source:
                 section[path[1]] = parsed
 
     def validate(self) -> Recipe:
-        """The recipe, or RecipeError with every problem in the order of the file."""
+        """Return the recipe, or raise RecipeError with every problem in the order of the file."""
         broken = [path for _, path, _ in self.problems]
         sections: dict[str, Any] = {"name": self.raw.get("name", self.file.stem)}
         self._unknown_sections()
@@ -158,7 +158,7 @@ class _Source:
         known = [*SECTIONS, "name"]
         for key in self.raw:
             if key not in known and key != "<<":
-                inner = [path for path in self.origins if path[:1] == (key,)]  # of --set key.name=…, which has no other
+                inner = [path for path in self.origins if path[:1] == (key,)]  # --set key.name=… has no other origin
                 origin = self._origin((key,) if (key,) in self.origins or not inner else inner[0])
                 self.problems.append((origin, (key,), f"no such section; {_suggest(key, known)}"))
 
@@ -219,7 +219,7 @@ _EXPECTED: dict[Path_, str] = {
 
 
 def _location(error: ErrorDetails) -> Path_:
-    """Where the value stands: pydantic appends the branch of a union, which is no key of ours."""
+    """Path of the value: pydantic's location without the union branches that it appends, which are no keys of ours."""
     place = error["loc"][:1]
     for part in error["loc"][1:]:
         if isinstance(part, int) or isinstance(place[-1], int):  # an item of a list, or a key of an item
@@ -283,7 +283,7 @@ def _suggest(word: str, known: list[str], elsewhere: tuple[str, ...] = ()) -> st
 
 
 def _read_text(file: Path) -> str:
-    """The file as text. RecipeError where it is missing, too large or not UTF-8; a byte order mark is allowed."""
+    """Return the file's text. RecipeError where it is missing, too large or not UTF-8; a byte order mark is allowed."""
     try:
         with file.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -9,7 +9,7 @@ def multiples(value: int, of: int) -> str:
 
 
 def nearest_fits(value: int, fits: Callable[[int], bool], largest: int | None = None) -> str:
-    """The nearest numbers below and above `value` that fit, searched nearby only; empty if there are none."""
+    """Return the nearest numbers below and above `value` that fit, searched nearby only; empty if there are none."""
     reach = 1 << 16
     top = value + reach if largest is None else min(largest, value + reach)
     below = next((n for n in range(min(value, top), max(0, value - reach), -1) if fits(n)), None)

@@ -1,4 +1,4 @@
-"""What `auto` means on so many ranks and with a tokenizer of so many pieces."""
+"""Resolution of `auto` for a number of ranks and a tokenizer's number of pieces."""
 
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.recipe.nearest import nearest_fits
@@ -7,10 +7,10 @@ from lasptrain.recipe.sections import Model
 
 
 def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[int, int]:
-    """(dp, sp) for `world` ranks; auto × auto takes as many as train.batch keeps busy for dp, and the rest for sp.
+    """Return (dp, sp) for `world` ranks; auto × auto gives dp as many as train.batch keeps busy, and sp the rest.
 
-    Raises SetupError, naming what fits, where the recipe's mesh is for another number of ranks, and RecipeError, as
-    `load` does where it knows sp, where only the length of windows or segments is in the way.
+    Raises SetupError, naming what fits, where the recipe's mesh is for another number of ranks, and RecipeError where
+    only the length of windows or segments does not fit, as `load` does where sp is a number.
     """
     dp, sp = recipe.mesh.dp, recipe.mesh.sp
     micro_batches = recipe.train.batch // recipe.train.micro_batch
@@ -48,7 +48,7 @@ def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[i
 
 
 def resolve_vocabulary(model: Model, pieces: int) -> int:
-    """Rows of the embedding for a tokenizer of `pieces`; auto rounds up to 64. RecipeError where they are too few."""
+    """Return the embedding's rows for a tokenizer of `pieces`; auto rounds up to 64. RecipeError for too few rows."""
     if model.vocab == "auto":
         return -(-pieces // 64) * 64
     if model.vocab < pieces:
@@ -59,5 +59,5 @@ def resolve_vocabulary(model: Model, pieces: int) -> int:
 
 
 def with_vocabulary(recipe: Recipe, pieces: int) -> Recipe:
-    """The recipe with its vocabulary as a number, see `resolve_vocabulary`."""
+    """Return the recipe with its vocabulary as a number; see `resolve_vocabulary`."""
     return recipe.replace(model={"vocab": resolve_vocabulary(recipe.model, pieces)})

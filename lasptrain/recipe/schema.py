@@ -1,4 +1,4 @@
-"""A whole recipe, and what must fit between keys of different sections."""
+"""The whole recipe, and the checks between keys of different sections."""
 
 from collections.abc import Iterator, Mapping
 from typing import Self
@@ -41,7 +41,7 @@ class Recipe(Section):
     launch: Launch = Launch()
 
     def problems(self) -> Iterator[Problem]:
-        """Keys of different sections that do not fit each other."""
+        """Yield keys of different sections that do not fit each other."""
         yield from _window(self)
         yield from _batch(self)
         yield from _schedule(self)
@@ -88,7 +88,7 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
 
 
 def ragged_slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
-    """Windows and segments that `sp` ranks cannot share equally."""
+    """Yield the windows and segments that `sp` ranks cannot share equally."""
     window, segment = recipe.data.window, recipe.train.segment
     if recipe.eval.window is not None and recipe.eval.window % sp:
         yield (

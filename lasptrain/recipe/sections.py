@@ -15,7 +15,7 @@ from pydantic import (
 
 from lasptrain.recipe.nearest import nearest_fits
 
-LARGEST = 2**48  # larger counts are typing errors, and products of two still fit what has to hold them
+LARGEST = 2**48  # larger counts are typos; products of two still fit what has to hold them
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -33,17 +33,17 @@ def _tuple(value: object) -> object:
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no conversions (`true` is not 1, `"1"` is not 1), finite."""
+    """Base of all sections: frozen, no unknown keys, no conversions (`true` is not 1, `"1"` is not 1), finite."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def problems(self) -> Iterator[Problem]:
-        """Keys of this section that do not fit each other."""
+        """Yield keys of this section that do not fit each other."""
         yield from ()
 
 
 class Model(Section):
-    """What is trained. `heads` heads of key dim K and value dim V on a residual stream of `dim` channels."""
+    """The model: `heads` heads of key dim K and value dim V on a residual stream of `dim` channels."""
 
     arch: Literal["tnl", "linear_transformer", "ssd", "retnet", "minimax"]
     dim: Count
@@ -53,12 +53,12 @@ class Model(Section):
     value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
     mlp: Count  # width of the MLP
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
-    # learned: begins as window, and is trained
+    # learned: starts as window, then trained
     decay: Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "learned", "none"] = "tnl"
     lrpe: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = (0,)  # tnl: indices of the layers with LRPE
     tie: bool = True  # the output head is the embedding
     normalizer: bool = False  # linear_transformer: divide by q · Σk
-    data_dependent: bool = False  # ssd: the input says how much each token writes and forgets
+    data_dependent: bool = False  # ssd: step and decay depend on the input
     conv: Annotated[int, Field(ge=0, le=16)] = 0  # ssd: tokens seen by a convolution of q, k and v; 0: none
     softmax: Annotated[tuple[Index, ...], BeforeValidator(_tuple)] = ()  # ssd, minimax: layers of softmax attention
     kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
@@ -69,7 +69,7 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_others(cls, value: Any) -> Any:
-        """LRPE and the decay that is the default belong to tnl."""
+        """Fill in the defaults of the other architectures: the fields' own LRPE and decay are tnl's."""
         match value.get("arch") if isinstance(value, dict) else None:
             case "linear_transformer":
                 return {"lrpe": (), **value}
@@ -97,7 +97,7 @@ class Model(Section):
         return self.alpha or float((2 * self.layers) ** 0.25)
 
     def problems(self) -> Iterator[Problem]:
-        """Heads that do not divide the width, LRPE on layers that do not exist, keys of the other architecture."""
+        """Yield heads that do not divide the width, LRPE on layers that do not exist, keys of other architectures."""
         if (self.key_dim is None or self.value_dim is None) and self.dim % self.heads:
             nearest = nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
             yield (
@@ -166,14 +166,14 @@ class Model(Section):
 
 
 class Part(Section):
-    """One of several sources, and how many windows come from it, as a weight."""
+    """One of several sources; `weight` sets its share of the windows."""
 
     path: Text
     weight: Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Data(Section):
-    """What it is trained on: one stream of documents, cut into windows; or several, mixed."""
+    """The training data: one stream of documents, cut into windows; or several, mixed."""
 
     # the Python library's own source, a prepared folder, or text to prepare; or several, each with path and weight
     source: Annotated[
@@ -181,9 +181,9 @@ class Data(Section):
         Discriminator(lambda value: "parts" if isinstance(value, tuple) else "text"),
         BeforeValidator(_tuple),
     ] = "python:source"
-    mix_block: Count = 1024  # windows in which several sources come in exactly their shares
+    mix_block: Count = 1024  # windows over which several sources have exactly their shares
     tokenizer: Text = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
-    window: Count  # tokens
+    window: Count  # tokens of a training sequence (`seq_len` elsewhere)
     seed: Seed = 0  # of the order of windows
     validation: Annotated[int, Field(ge=0, lt=1_000_000)] = 20_000  # documents held out, per million
     packing: Literal["concat", "best_fit"] = "concat"  # one after another; or windows of whole documents, no padding
@@ -195,7 +195,7 @@ class Data(Section):
     cache: Text | None = None  # where prepared shards are kept; ${XDG_CACHE_HOME:-~/.cache}/lasptrain
 
     def problems(self) -> Iterator[Problem]:
-        """No source at all, or documents cut by a packing that cuts none."""
+        """Yield a missing source, or documents cut by a packing that cuts none."""
         if not self.source:
             yield "data.source", "found []; expected text, or sources each with path and weight"
         if self.long_documents == "cut" and self.packing != "best_fit":
@@ -205,11 +205,11 @@ class Data(Section):
 
 
 class Mesh(Section):
-    """How ranks are arranged; sp is what others call context parallelism. `mesh: auto` is both axes auto."""
+    """The dp × sp mesh of ranks; sp is context parallelism elsewhere. `mesh: auto` makes both axes auto."""
 
     dp: Count | Literal["auto"] = "auto"
     sp: Count | Literal["auto"] = "auto"
-    scan: Literal["auto", "ring", "all_gather", "all_scan"] = "auto"  # the cheapest of LASP, LASP-2, ZeCO
+    scan: Literal["auto", "ring", "all_gather", "all_scan"] = "auto"  # LASP, LASP-2, ZeCO; auto: the cheapest
 
     @model_validator(mode="before")
     @classmethod
@@ -221,16 +221,16 @@ REPLICATED = ("ddp", "zero1")  # kinds of data parallelism whose parameters and 
 
 
 class Parallel(Section):
-    """How parameters and activations are kept."""
+    """Sharding of parameters and gradients, and recomputation of activations."""
 
-    # sharded over ranks are: ddp nothing, zero1 the optimizer, zero2 and zero3 (or fsdp) all, of which zero2 gathers
-    # parameters once per update; hsdp all over sp, replicated over dp
+    # sharded over ranks: ddp nothing, zero1 the optimizer, zero2 and zero3 (or fsdp) everything, but zero2 gathers
+    # parameters once per update; hsdp shards everything over sp and replicates it over dp
     data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "zero3"
-    recompute: Literal["none", "full", "selective", "offload"] = "none"
+    recompute: Literal["none", "full", "selective", "offload"] = "none"  # activation checkpointing
     reduce: Literal["auto", "step", "segment"] = "auto"  # when gradients are summed over ranks
 
     def problems(self) -> Iterator[Problem]:
-        """Reduction per segment where gradients are not sharded."""
+        """Yield a reduction per segment where gradients are not sharded."""
         if self.reduce == "segment" and self.data_parallel in REPLICATED:
             found = f"found 'segment' with data_parallel: {self.data_parallel}"
             yield "parallel.reduce", f"{found}; it saves memory with zero2, zero3 and hsdp"
@@ -240,7 +240,7 @@ class Optim(Section):
     """AdamW and its learning rate as a function of step."""
 
     lr: Annotated[float, Field(gt=0, le=10)]
-    min_lr: Fraction = 0.0  # what is left of lr at the end, as a fraction of it
+    min_lr: Fraction = 0.0  # at the end, as a fraction of lr
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: Index = 0  # steps
     decay: Count | None = None  # wsd: steps of the final decay; a fifth of all steps if not given
@@ -249,16 +249,16 @@ class Optim(Section):
     ] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
-    clip: Annotated[float, Field(ge=0)] = 1.0  # of the gradient norm; 0 is off
+    clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0 is off
 
     def problems(self) -> Iterator[Problem]:
-        """A final decay where the schedule has none."""
+        """Yield a final decay where the schedule has none."""
         if self.decay is not None and self.schedule != "wsd":
             yield "optim.decay", f"found {self.decay}; only schedule: wsd has a final decay, leave it out"
 
 
 class Train(Section):
-    """How long, in what pieces, in what precision, on which kernel."""
+    """Length, batch, precision and kernel of training."""
 
     steps: Count
     batch: Count = 1  # windows per optimizer step, over all ranks
@@ -272,13 +272,13 @@ class Train(Section):
     profile: Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = ()  # steps whose trace goes to RUN/profile
 
     def problems(self) -> Iterator[Problem]:
-        """A kernel that cannot compute in the precision."""
+        """Yield a kernel that cannot compute in the precision."""
         if self.kernel == "triton" and self.precision == "fp64":
             yield "train.kernel", "found 'triton' with train.precision = fp64; expected chunked or reference"
 
 
 class Checkpoint(Section):
-    """When the state is saved and how many of them stay."""
+    """The schedule of checkpoints, and how many are kept."""
 
     every: Count = 100  # steps
     keep: Count = 2
@@ -287,7 +287,7 @@ class Checkpoint(Section):
 
 
 class Guard(Section):
-    """What follows a step whose loss or gradient norm is not finite, or whose norm is a spike.
+    """The response to a step whose loss or gradient norm is not finite, or whose norm is a spike.
 
     stop: end the run; its weights are those of the step before, saved. skip: leave the step out. rollback: go back to
     the weights of a checkpoint at least `back` steps older and on with the data that follows.
@@ -327,14 +327,14 @@ class Eval(Section):
     windows: Count = 4
     window: Count | None = None  # tokens of a held-out window; data.window if not given
     sample: Index = 64  # tokens continued by the model in the summary
-    tasks: Annotated[tuple[Task, ...], BeforeValidator(_tuple)] = ()  # asked of the model whenever its loss is taken
+    tasks: Annotated[tuple[Task, ...], BeforeValidator(_tuple)] = ()  # run whenever the held-out loss is measured
     lengths: Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = ()  # of tasks, in tokens; data.window if not given
     samples: Count = 5  # of each task and length
 
 
 class Launch(Section):
-    """Processes."""
+    """Timeouts of processes."""
 
     timeout: Count = 600  # seconds that a rank waits for another
-    hang: Count = 300  # seconds without a finished segment after which a rank is taken for hung
+    hang: Count = 300  # seconds without a finished segment after which a rank counts as hung
     grace: Count = 120  # seconds that ranks get to save when they are asked to stop

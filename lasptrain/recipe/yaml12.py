@@ -14,7 +14,7 @@ from lasptrain.recipe.schema import Recipe
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `load` reads back as the same recipe."""
+    """Return the recipe as YAML that `load` reads back as the same recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -49,7 +49,7 @@ _SCALARS = (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what a reader of YAML 1.1 or 1.2 would not take for a string; lists on one line."""
+    """YAML writer that quotes strings which YAML 1.1 or 1.2 would read as something else; lists on one line."""
 
 
 for _scalar in _SCALARS:
@@ -61,7 +61,7 @@ _Dumper.add_representer(
 MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 1 << 20, 32, 10_000
 
 Path_ = tuple[str | int, ...]
-"""Where a value stands: ("model", "lrpe", 0)."""
+"""Path of a value: ("model", "lrpe", 0)."""
 
 
 class NotYaml(Exception):
@@ -77,7 +77,7 @@ def _line(mark: Any) -> int:
 
 
 class Reader:
-    """Builds plain values from YAML events and remembers where each stood and how it was written.
+    """Builds plain values from YAML events and records the line of each and how it was written.
 
     Events, not nodes: nothing is expanded, nothing recurses deeper than the limit, and tags and anchors are visible.
     """
@@ -89,7 +89,7 @@ class Reader:
         self._values = 0
 
     def read(self, text: str) -> object:
-        """The value of the one document in `text`; NotYaml where there is none to be read."""
+        """Return the value of the one document in `text`. NotYaml where it cannot be read."""
         try:
             return self._document(yaml.parse(text, Loader=yaml.SafeLoader))
         except yaml.reader.ReaderError as error:
