@@ -1,1 +1,1 @@
-"""What lies in a run's folder."""
+"""The files in a run's folder."""

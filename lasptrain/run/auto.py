@@ -1,4 +1,4 @@
-"""What `auto` has come to in a run: decided once, reused when the run goes on at a place like that one."""
+"""Choices made for `auto` keys, stored so a resumed run on the same mesh and GPU reuses them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lasptrain import files
 from lasptrain.recipe.schema import Recipe
 
 FILE = "auto.json"
-SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of the keys that are decided by trial or memory
+SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of keys decided by timing or by memory
 
 
 def recall(recipe: Recipe, run: Path, place: str) -> Recipe:
-    """The recipe with what was decided at such a place; `auto` stays where nothing was."""
+    """Return the recipe with the choices stored for `place`; keys without one stay `auto`."""
     try:
         noted = json.loads((run / FILE).read_text(encoding="utf-8"))
         known = noted["values"] if noted["place"] == place else {}
@@ -23,12 +23,12 @@ def recall(recipe: Recipe, run: Path, place: str) -> Recipe:
             checked = type(values).model_validate({**values.model_dump(), key: known[key]})
             recipe = recipe.model_copy(update={SECTIONS[key]: checked})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return recipe  # decided anew
+        return recipe  # decide again
     return recipe
 
 
 def note(recipe: Recipe, run: Path, place: str, values: dict[str, Any]) -> None:
-    """Keep what became of the recipe's keys that are `auto` for the next start at such a place."""
+    """Store the `values` chosen for the recipe's `auto` keys, for the next start at the same `place`."""
     if decided := _open(recipe):
         told = {"place": place, "values": {key: values[key] for key in sorted(decided)}}
         files.replace(run / FILE, json.dumps(told))

@@ -1,4 +1,4 @@
-"""The run folder: where it is, who may write it, and the recipe it belongs to. No torch."""
+"""The run folder: its path, its lock, and the recipe it belongs to. No torch."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
 
-# What may change when a run is resumed: how it is computed, not what.
+# Keys that may change on resume: how the run is computed, not what.
 _FREE = re.compile(
     r"(name|mesh|parallel|checkpoint|eval|launch)(\..*)?"
     r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk|profile)|data\.cache"
@@ -27,7 +27,7 @@ _FREE = re.compile(
 
 
 def choose(name: str, folder: Path | None = None, fresh: bool = False) -> Path:
-    """The run folder: `folder`, or the newest of runs/NAME, runs/NAME-2, …; where `fresh`, the next free one."""
+    """Return the run folder: `folder`, or the newest of runs/NAME, runs/NAME-2, …; if `fresh`, the next free one."""
     base = folder or Path("runs") / name
     numbers = [1] if _occupied(base) else []
     pattern = re.compile(re.escape(base.name) + r"-([2-9]|[1-9]\d{1,8})")
@@ -46,7 +46,7 @@ def _occupied(path: Path) -> bool:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Makes the run folder and holds it alone. SetupError where it is in use, not writable, or not a run folder."""
+    """Make the run folder and lock it. SetupError where it is in use, not writable, or not a run folder."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         stranger = not (run / RECIPE).exists() and any(path.name != LOCK for path in run.iterdir())
@@ -76,7 +76,7 @@ def _holder(run: Path) -> str:
 
 
 def adopt(run: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
+    """Write the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
     file = run / RECIPE
     if file.exists() and any((run / CHECKPOINTS).glob("step-*")):
         changed = differences(recipe_of(run), recipe)
@@ -98,7 +98,7 @@ def recipe_of(run: Path) -> Recipe:
 
 
 def differences(there: Recipe, here: Recipe) -> list[str]:
-    """Keys that must not change on resume and did, as `key: VALUE there, VALUE here`. Folders may move."""
+    """Return the keys that must not change on resume but did, as `key: VALUE there, VALUE here`. Folders may move."""
     old, new = _flat(there.model_dump()), _flat(here.model_dump())
     return [
         f"{key}: {old[key]} there, {new[key]} here"
@@ -108,7 +108,7 @@ def differences(there: Recipe, here: Recipe) -> list[str]:
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 of what every rank must be given alike; folders may differ from machine to machine."""
+    """SHA-256 of the keys that must be equal on every rank; folders may differ from machine to machine."""
     flat = {key: _identity(key, value) for key, value in _flat(recipe.model_dump()).items() if key != "data.cache"}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 

@@ -1,9 +1,9 @@
-"""What a run reports while it trains: RUN/metrics.jsonl, TensorBoard events, status.json, and a line on the terminal.
+"""Reports of a run in training: RUN/metrics.jsonl, TensorBoard events, status.json, and a line on the terminal.
 
 metrics.jsonl is only ever appended to, one object a line: `{"step": 7, "loss": …}` for an update,
 `{"step": 10, "event": "eval", …}`, `{"step": 9, "event": "epoch", "epochs": {"SOURCE": 2}}` where a step begins to read
-tokens again, and `{"step": 4, "event": "resumed"}`, which takes back all that came before it about later steps. Steps
-count finished updates. Read it with `read_metrics`.
+tokens again, and `{"step": 4, "event": "resumed"}`, which cancels all earlier records of later steps. Steps count
+finished updates. Read it with `read_metrics`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Metrics:
             self._display.say(f"epoch {number} begins at step {step}: {source}")
 
     def log_bad_step(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
-        """Report what the guard has done about update `step`, whose `windows` start at these tokens."""
+        """Report the guard's verdict on update `step`, whose `windows` start at these tokens."""
         if not self._speaks:
             return
         self._write({"step": step, "event": verdict, "reason": reason, "windows": windows, **values})
@@ -88,7 +88,7 @@ class Metrics:
         self._display.say(f"step {step}: {verdict}: {reason}; its windows start at tokens {windows}")
 
     def straggler(self, step: int, what: str | None) -> None:
-        """Report which rank holds the others up after update `step`, or that none does any more."""
+        """Report the rank that slows the others down after update `step`, or that none does any more."""
         if not self._speaks or (what is None) == ("straggler" not in self._status):
             return
         if what is None:
@@ -100,7 +100,7 @@ class Metrics:
         self._renew()
 
     def committed(self, step: int | None) -> None:
-        """Report that `step` is the newest that is on disk, if there is one and it was not reported yet."""
+        """Report `step` as the newest on disk, unless it is None or has been reported."""
         if not self._speaks or step is None or self._status["committed"] == step:
             return
         self._status["committed"] = step
@@ -113,7 +113,7 @@ class Metrics:
             self._display.say(text)
 
     def close(self, state: str = "finished") -> None:
-        """Leave the terminal and the files as they should stay; `state` goes to status.json."""
+        """Close the display and the files; `state` goes to status.json."""
         if not self._speaks:
             return
         self._speaks = False
@@ -132,7 +132,7 @@ class Metrics:
         self.close("finished" if kind is None else f"ended by {kind.__name__}")
 
     def _write(self, record: Record) -> None:
-        """One line at once, so that a killed run leaves at most a torn last line. NaN and infinity are null in JSON."""
+        """Write and flush one line: a killed run leaves at most a torn last line. NaN and infinity are null in JSON."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
         self._file.flush()
@@ -210,12 +210,12 @@ def duration(seconds: float) -> str:
 
 
 def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation in [0, 1]: what the model needs of what the data sheet promises; None without a peak."""
+    """Model FLOPs utilisation in [0, 1]: FLOP/s that the model needs ÷ the data sheet's peak; None without a peak."""
     return None if peak is None else tokens_per_s_per_gpu * flops_per_token / peak
 
 
 def _append(file: Path) -> IO[str]:
-    """Open for appending, on a line of its own even if the last one was torn."""
+    """Open for appending on a new line, even if the last one was torn."""
     stream = file.open("a+b")
     size = stream.seek(0, 2)
     if size:
@@ -227,7 +227,7 @@ def _append(file: Path) -> IO[str]:
 
 
 def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
-    """TensorBoard events of their own in the folder."""
+    """Write values as TensorBoard events, in a file of their own in the folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as events:
@@ -236,9 +236,9 @@ def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
 
 
 def read_metrics(run: Path, event: str | None = None) -> list[Record]:
-    """The records of RUN/metrics.jsonl by step: of updates, or of an `event` (`eval`); [] if there is no file.
+    """Return the records of RUN/metrics.jsonl by step: of updates, or of an `event` (`eval`); [] if there is no file.
 
-    Of a step that was trained more than once the last record counts, and none after the step a run resumed from.
+    The last record of a step that was trained more than once counts, and none after the step a run resumed from.
     Lines torn by a kill are skipped.
     """
     if not (run / FILE).exists():
