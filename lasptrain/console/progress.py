@@ -1,4 +1,4 @@
-"""What a terminal, or a log, shows while data is prepared and while a model is asked."""
+"""Progress on a terminal, or in a log, of preparing data and of evaluating a model."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-PATIENCE = 2.0  # seconds of work that need no word
+PATIENCE = 2.0  # seconds of work that go unreported
 PAUSE = 5.0  # seconds between lines of a log
 UNITS = {"encode": "B", "write": " tokens"}  # of the stages of preparing data
 
 
 @contextmanager
 def preparing() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function `(stage, done, total)`: a bar on stderr for each stage, a line where it is no terminal."""
+    """Yield a function `(stage, done, total)`: a bar on stderr for each stage, a line where it is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
     bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
@@ -41,11 +41,11 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def asking(total: int, done: int, is_main: bool) -> Iterator[Callable[[str, int], None]]:
-    """Yields a function `(what is done now, questions answered by it)`: a bar on stderr, lines where it is no terminal.
+    """Yield a function `(current work, questions just answered)`: a bar on stderr, lines where it is no terminal.
 
     Args:
         total, done: questions in all, and those answered before.
-        is_main: whether this rank shows anything.
+        is_main: true on the rank that shows it.
     """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

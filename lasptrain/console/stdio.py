@@ -1,4 +1,4 @@
-"""The streams that this process prints to, and the bytes that it was called with."""
+"""The standard streams of this process, and the encoding of its arguments."""
 
 import io
 import os
@@ -11,14 +11,14 @@ from lasptrain.errors import RecipeError
 
 
 def replace_unencodable() -> None:
-    """Print `?` for what a stream's encoding lacks, such as the lines of a table in locale C, instead of failing."""
+    """Print `?` for characters that a stream's encoding lacks, such as a table's lines in locale C, and do not fail."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 class _BestEffort(io.FileIO):
-    """A file whose reader may leave, or whose disk may be full."""
+    """A file that ignores failed writes: its reader may have left, or its disk be full."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
@@ -27,25 +27,25 @@ class _BestEffort(io.FileIO):
 
 
 def ignore_broken_pipe() -> None:
-    """Go on when nobody reads any more what this process prints: for work that matters more."""
+    """Go on when nobody reads this process's output any more: for work that matters more."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  as long as this process
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  open as long as this process
         elif isinstance(stream, io.TextIOWrapper):
             raw = io.BufferedWriter(_BestEffort(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
 
 
 def visible(text: str) -> str:
-    """The text with its control characters spelt out, where stdout is a terminal that would obey them."""
+    """Return the text with control characters spelt out, where stdout is a terminal that would obey them."""
     if not sys.stdout.isatty():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def argument(name: str, given: str) -> str:
-    """An argument as UTF-8, whatever the locale takes it for; RecipeError naming it where it is none."""
+    """Decode an argument as UTF-8, whatever the locale is; RecipeError naming it where it is not UTF-8."""
     try:
         return os.fsencode(given).decode("utf-8")
     except ValueError:

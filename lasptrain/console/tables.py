@@ -1,4 +1,4 @@
-"""Tables and lines for whoever reads a terminal, or a file."""
+"""Tables and lines for a terminal or a file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ WIDE = 200  # columns, where there is no terminal
 
 
 def number(value: float | None, form: str) -> str:
-    """The value in a format such as `.3f`; nothing where there is none."""
+    """Format a value, such as with `.3f`; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def figures(value: float, count: int = 3) -> str:
-    """A finite number to so many significant figures, written out: 100, where format's `.2g` has 1e+02."""
+    """Format a finite number to `count` significant figures, written out: 100, where format's `.2g` has 1e+02."""
     return format(Decimal(f"{value:.{count}g}"), ",f")
 
 
 def show(*parts: Table | str) -> None:
-    """Print them, as wide as the terminal. What stands above or below a table may be wider than the table."""
+    """Print tables and lines, as wide as the terminal. Title and caption may be wider than their table."""
     for part in parts:
         console = Console(highlight=False, markup=False, emoji=False)
         if not console.is_terminal:
