@@ -1,1 +1,1 @@
-"""What a recipe costs, from numbers alone. No torch."""
+"""The cost of a recipe, from numbers alone. No torch."""

@@ -1,5 +1,5 @@
-"""What is known of a GPU, by the whole name that its driver gives it: nearly the same name may be another card, and one
-with MIG in it is a part of a card. No torch, no GPU.
+"""Known rates of GPUs, by the whole name that the driver gives: nearly the same name may be another card, and one with
+MIG in it is a part of a card. No torch, no GPU.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,9 @@ class Rates(NamedTuple):
 
 
 class Card(NamedTuple):
-    """`peak` is what the data sheet promises of dense products of bf16 matrices, FLOP/s: what MFU is relative to.
+    """Rates of a card. `peak`: dense bf16 matrix products by the data sheet, FLOP/s, which MFU is relative to.
 
-    `sustained` is what predictions are made from. None where it is not known.
+    `sustained`: the rates that predictions are made from. None where unknown.
     """
 
     peak: float | None = None
@@ -47,5 +47,5 @@ CARDS = {
 
 
 def of(device: str) -> Card:
-    """The card of that name; one of which nothing is known where it is not listed."""
+    """Return the card of that name; nothing is known of one that is not listed."""
     return CARDS.get(device, Card())

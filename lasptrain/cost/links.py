@@ -1,4 +1,4 @@
-"""What it costs to share a window, as α–β models of the links between GPUs: predictions. No torch, no GPU."""
+"""Predicted cost of sharing a window, from α–β models of the links between GPUs. No torch, no GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lasptrain.recipe.sections import REPLICATED
 
 
 class Link(NamedTuple):
-    """What carries a message between two GPUs: seconds before its first byte arrives, then bytes/s."""
+    """A link between two GPUs: seconds before a message's first byte arrives, then bytes/s."""
 
     latency: float
     bandwidth: float
@@ -27,11 +27,11 @@ class Links(NamedTuple):
     gather: Link | None = None  # of all ranks of one machine, where it is known to differ from `inside`
 
     def hops(self, ranks: int) -> list[Link]:
-        """The links from each of so many ranks to the next."""
+        """Return the links from each of `ranks` ranks to the next."""
         return [self.inside if rank % self.node else self.between for rank in range(1, ranks)]
 
     def slowest(self, ranks: int) -> Link:
-        """The link that bounds a collective of so many ranks."""
+        """Return the link that bounds a collective of `ranks` ranks."""
         return self.between if ranks > self.node else self.gather or self.inside
 
 
@@ -40,21 +40,21 @@ MOST_PARTS = 8
 
 
 def parts(ranks: int) -> int:
-    """The number of parts into which the all-scan cuts a state: as many as there are links to keep busy."""
+    """Number of parts into which the all-scan cuts a state."""
     return max(1, min(MOST_PARTS, ranks - 1))
 
 
 def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) -> dict[str, float]:
     """Seconds that each scan takes to bring `size` bytes of state through `ranks` ranks, in one direction.
 
-    With n ranks, S bytes, latency α and bandwidth β of a link, until the last rank has what enters its slice:
+    With n ranks, S bytes, latency α and bandwidth β of a link, until the last rank has its initial state:
 
         ring        Σ (α + S/β) over the n − 1 links         from neighbour to neighbour
         all_gather  ⌈log₂ n⌉ · α + (n − 1) · S/β             every state to every rank, by the slowest link
         all_scan    Σ (α + S/(P·β)) + (P − 1) · its largest  the ring with the state in P parts, sent on as they come
 
-    `carried`: another segment follows, and the last rank of a chain sends the first what leaves: one message more for
-    ring and all_scan, none for all_gather, whose ranks know it. One rank takes no time.
+    `carried`: another segment follows, and the last rank of a chain sends the final state to the first: one message
+    more for ring and all_scan, none for all_gather, whose ranks have it. One rank takes no time.
     """
     if ranks == 1:
         return dict.fromkeys(("ring", "all_gather", "all_scan"), 0.0)
@@ -71,7 +71,7 @@ def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) 
 
 
 def with_scan(recipe: Recipe, sp: int, segment: int, links: Links = ASSUMED) -> Recipe:
-    """The recipe with `mesh.scan: auto` decided: the cheapest for one layer's state of a micro-batch."""
+    """Return the recipe with `mesh.scan: auto` decided: the cheapest for one layer's state of a micro-batch."""
     if recipe.mesh.scan != "auto":
         return recipe
     costs = scan_seconds(sp, _state(recipe), links, carried=segment < recipe.data.window)
@@ -79,13 +79,13 @@ def with_scan(recipe: Recipe, sp: int, segment: int, links: Links = ASSUMED) -> 
 
 
 def _state(recipe: Recipe) -> int:
-    """Bytes of one layer's state."""
+    """Bytes of one layer's state of a micro-batch."""
     return recipe.train.micro_batch * state_bytes(recipe.model) // recipe.model.layers
 
 
 def weights_sent(recipe: Recipe, vocab: int, ranks: int) -> float:
-    """Bytes that a rank sends per step to gather parameters as products read them and to sum gradients: with whole
-    parameters all-reduced; else scattered once, and gathered once (`zero2`) or for forward and backward.
+    """Bytes that a rank sends per step for gradients and parameters: replicated, gradients are all-reduced; sharded,
+    they are reduce-scattered, and parameters in compute precision gathered once (`zero2`) or for forward and backward.
     """
     count = sum(parameters(recipe.model, vocab).values())
     narrow = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.train.precision]
@@ -97,13 +97,13 @@ def weights_sent(recipe: Recipe, vocab: int, ranks: int) -> float:
 def step_seconds(
     recipe: Recipe, vocab: int, ranks: int, tokens: int, rates: Rates, links: Links = ASSUMED, segments: int = 1
 ) -> dict[str, float | None]:
-    """Seconds of a step in which each rank has `tokens` tokens, by method; None where a method takes no so many ranks.
+    """Seconds of a step in which each rank has `tokens` tokens, by method; None where it cannot take so many ranks.
 
     `none` shares nothing; it and the scans take the window in `segments` segments, the others in one. A scan hides
     behind the products for queries and gate, and in the backward behind the gradient of queries. Ulysses and Megatron
     wait for what they send, and all for parameters and gradients, once per step. Ring Attention sends a block while it
-    works on one, and the last rank works on all of them. Activations have 16 bits, gradients that Ring Attention hands
-    on 32.
+    works on one, and the last rank works on all of them. Activations have 16 bits, the gradients that Ring Attention
+    passes on 32.
     """
     model = recipe.model
     width = model.heads * (model.K + model.V)

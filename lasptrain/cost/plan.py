@@ -1,4 +1,4 @@
-"""What a recipe will cost, from its numbers alone: parameters, floating-point operations, slices. No torch, no GPU."""
+"""The cost of a recipe, from its numbers alone: parameters, FLOPs, memory, slices. No torch, no GPU."""
 
 import math
 from typing import NamedTuple
@@ -59,8 +59,8 @@ def _score_flops(model: Model, window: int) -> int:
 
 
 def state_bytes(model: Model, size: int = 4) -> int:
-    """Bytes of what one window carries over all layers: states in fp32, and the rows of `size`-byte numbers that
-    sliding softmax layers reach. The few rows of convolutions are left out.
+    """Bytes that one window carries over all layers: states in fp32, and the rows of `size`-byte numbers within reach
+    of sliding softmax layers. The few rows of convolutions are left out.
     """
     rows = (
         0
@@ -98,7 +98,7 @@ def activation_bytes(recipe: Recipe) -> int:
             kept = model.layers * (3 * D + 2 * F) + linear * (2 * HK + 3 * HV) + attention * (D + 2 * G)
         case "none":
             # The residual stream and the normed inputs, q and k before and after their activation, v, gate, o, and the
-            # MLP's two products; a compiler makes the rest again, eager execution keeps it. A softmax layer keeps q,
+            # MLP's two products; a compiler recomputes the rest, eager execution keeps it. A softmax layer keeps q,
             # its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
             kept = model.layers * (3 * D + 2 * F) + linear * (4 * HK + 3 * HV) + attention * (3 * D + 8 * G)
             if not train.compile:
@@ -112,7 +112,7 @@ def _size(recipe: Recipe) -> int:
 
 
 def working_bytes(recipe: Recipe) -> int:
-    """Bytes per token of the slice that live while one block is being differentiated."""
+    """Bytes per token of the slice that are live during the backward of one block."""
     model = recipe.model
     block = 4 * model.dim + 3 * model.mlp + 2 * model.heads * (model.K + model.V)
     again = activation_bytes(recipe.model_copy(update={"parallel": Parallel()})) // model.layers
@@ -124,7 +124,7 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     count = sum(parameters(recipe.model, vocab).values())
     wide = max(4, _size(recipe))
     kind, shards = recipe.parallel.data_parallel, _shards(recipe, dp, sp)
-    cast = _size(recipe) * count if shards > 1 or _size(recipe) < wide else 0  # weights as products read them
+    cast = _size(recipe) * count if shards > 1 or _size(recipe) < wide else 0  # weights in compute precision
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
     states = max(count // (dp * sp), _largest(recipe.model, vocab)) if kind == "zero1" else count // shards
     return {
@@ -136,7 +136,7 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
 
 
 def _shards(recipe: Recipe, dp: int, sp: int) -> int:
-    """Parts into which parameters are cut."""
+    """Number of shards of the parameters."""
     return {"ddp": 1, "zero1": 1, "hsdp": sp}.get(recipe.parallel.data_parallel, dp * sp)
 
 
@@ -146,7 +146,7 @@ def _largest(model: Model, vocab: int) -> int:
 
 
 def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
-    """Peak bytes per rank by part, for a segment of so many tokens."""
+    """Peak bytes per rank by part, for a segment of `segment` tokens."""
     tokens = recipe.train.micro_batch * segment // sp
     return {
         **fixed_bytes(recipe, vocab, dp, sp),
@@ -158,13 +158,13 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
 
 
 def _gathered(recipe: Recipe) -> int:
-    """Bytes per token of the segment, which every rank keeps, of softmax layers that see all of it."""
+    """Bytes of keys and values per token of the segment, on every rank, for softmax layers that see all of it."""
     model = recipe.model
     return 0 if model.sliding_window else 2 * _key_channels(model) * _size(recipe) * len(model.softmax)
 
 
 def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
-    """What takes how much memory of a rank, largest first, and which keys of the recipe would need less."""
+    """Advice on a rank's memory: its parts by size, largest first, and the recipe's keys that would need less."""
     parts = sorted(memory(recipe, vocab, dp, sp, segment).items(), key=lambda part: -part[1])
     used = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts if size >= 2**26)
     parallel = recipe.parallel
@@ -184,8 +184,8 @@ def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> st
 
 
 def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
-    """Page-locked bytes per rank by part: the states that enter each segment, activations that are offloaded, and what
-    a checkpoint is written from beside training.
+    """Page-locked bytes per rank by part: the initial states of segments, offloaded activations, and the copy that a
+    checkpoint is written from beside training.
     """
     segments = recipe.data.window // segment
     offloaded = 0
@@ -200,7 +200,7 @@ def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> d
 
 
 def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> Recipe:
-    """The recipe with `parallel.reduce: auto` decided: once per step, the cheaper, unless unsharded gradients and all
+    """Return the recipe with `parallel.reduce: auto` decided: `step`, the cheaper, unless unsharded gradients and all
     else that does not depend on the slice would then take more than two thirds of `available` bytes on a rank.
     """
     if recipe.parallel.reduce != "auto":
@@ -212,9 +212,9 @@ def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
 
 
 def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:
-    """The recipe's segment. `auto` is the longest that divides the window, whose slices are no longer than ENOUGH_SLICE
-    and fit `available` bytes on each rank, which is None where nothing is known of it; or a longer one, where fewer
-    segments make the step shorter by WORTH: a window that fits as a whole needs no forward pass twice.
+    """Return the recipe's segment in tokens. `auto` is the longest that divides the window with slices of at most
+    ENOUGH_SLICE that fit `available` bytes on each rank (None: unknown); or a longer one, where fewer segments make the
+    step shorter by WORTH: a window that fits as a whole needs no second forward pass.
 
     Raises ResourceError where none fits.
     """
@@ -242,13 +242,13 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
 
 
 def _slices(whole: int) -> list[int]:
-    """Lengths into which a rank's part of the window may be cut, the longest first."""
+    """Lengths of slices into which a rank's part of the window may be cut, the longest first."""
     lengths = {part for n in range(1, math.isqrt(whole) + 1) if whole % n == 0 for part in (n, whole // n)}
     return sorted((n for n in lengths if min(SHORTEST_SLICE, whole) <= n <= LONGEST_SLICE), reverse=True) or [whole]
 
 
 def passes(recipe: Recipe, segments: int) -> float:
-    """Forward passes' worth of work over a window: one, two for the backward, and those that are made again."""
+    """Work over a window in forward passes: one, two for the backward, and the recomputed ones."""
     return 3 + (segments - 1) / segments + (recipe.parallel.recompute == "full")
 
 
@@ -256,17 +256,17 @@ SOFTMAX = 0.15  # of the rate of products, in blocks with masks: from hybrid_1b_
 
 
 def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:
-    """A prediction of the time one rank takes for one token of its slices, exchanges hidden.
+    """Predict the seconds that one rank takes for one token of its slices, exchanges hidden.
 
-    Matrix products at their measured rate; recurrences and pointwise work by the bytes they move. A window of more than
-    one segment has one forward more, but for the last segment.
+    Matrix products count at their measured rate; recurrences and pointwise work by the bytes they move. A window of
+    more than one segment has a second forward of all but the last segment.
     """
     model = recipe.model
     more = passes(recipe, segments) - 3
     body = _matrices(parameters(model, vocab))
     scores = _score_flops(model, recipe.data.window)
     products = 6 * (body + vocab * model.dim) + 2 * body * more
-    softmax = scores * (4 + more) / SOFTMAX  # its backward makes scores again
+    softmax = scores * (4 + more) / SOFTMAX  # its backward recomputes scores
     recurrence = 2 * (model.layers - len(model.softmax)) * model.heads * (model.K + model.V) * (18 + 6 * more)
     pointwise = 2 * model.layers * (12 * model.dim + 3 * model.mlp) * (3 + more)
     logits = vocab * 14
@@ -277,8 +277,8 @@ DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
 
 
 def memory_horizon(model: Model, window: int) -> list[list[int]]:
-    """Per layer, at how many heads a token weighs more than 1/1000, or in a softmax layer is seen, after each of
-    DISTANCES.
+    """Per layer, the number of heads at which a token still weighs more than 1/1000, or in a softmax layer is seen,
+    after each of DISTANCES.
     """
     table = slopes(model.decay, model.layers, model.heads, window)
     reach = model.sliding_window or math.inf
@@ -303,7 +303,7 @@ def effective_context(model: Model, window: int) -> float:
 
 
 class Layout(NamedTuple):
-    """How the tokens of a step are cut, in tokens unless said otherwise."""
+    """Division of a step's tokens: `segment`, `slice` and `tokens_per_step` in tokens, the rest counts."""
 
     dp: int
     sp: int
@@ -315,7 +315,7 @@ class Layout(NamedTuple):
 
 
 def layout(recipe: Recipe, dp: int, sp: int, vocab: int = 0, available: int | None = None) -> Layout:
-    """How a step's windows fall on a dp × sp mesh, with `available` bytes on each rank or, if None, enough of them."""
+    """Return the layout of a step on a dp × sp mesh, with `available` bytes on each rank (None: enough)."""
     window, train = recipe.data.window, recipe.train
     segment = choose_segment(recipe, vocab, dp, sp, available)
     return Layout(

@@ -1,4 +1,4 @@
-"""What a machine was measured to do, in a file: `plan` on another machine predicts from it. No torch, no GPU."""
+"""Measured rates of a machine, in a file: `plan` on another machine predicts from them. No torch, no GPU."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class MeasuredHardware(NamedTuple):
 
     @property
     def links(self) -> Links:
-        """What was measured inside a machine; what lies between machines is assumed."""
+        """Links as measured inside a machine; those between machines are assumed."""
         inside = ASSUMED.inside if self.hop is None else self.hop
         return ASSUMED._replace(inside=inside, gather=self.gather)
 
 
 def write(file: Path, measured: MeasuredHardware) -> None:
-    """As JSON."""
+    """Write the measurement as JSON."""
     links = {name: link and link._asdict() for name, link in zip(LINKS, measured[2:], strict=True)}
     file.write_text(json.dumps({"device": measured.device, **measured.rates._asdict(), **links}, indent=1))
 
 
 def read(file: Path) -> MeasuredHardware:
-    """What `write` wrote. RecipeError where it is something else."""
+    """Read a file that `write` wrote. RecipeError where it is something else."""
     expected = "expected a file of plan --measure --rates FILE"
     try:
         found = json.loads(file.read_text())
@@ -50,7 +50,7 @@ def read(file: Path) -> MeasuredHardware:
 
 
 def told(rates: Rates, links: Links, measured: MeasuredHardware | None) -> list[tuple[str, str, str]]:
-    """Each number that predictions come from: its name, its value, and whether it was measured."""
+    """Provenance of predictions: the name and value of each number, and `measured` or `assumed`."""
     gpu = "assumed" if measured is None else f"measured, {measured.device}"
     hop = "assumed" if measured is None or measured.hop is None else f"measured, {measured.device}"
     gather = "as a hop" if links.gather is None else f"measured, {measured.device if measured else ''}"
