@@ -7,7 +7,7 @@ from lasptrain.errors import INTERRUPTED
 
 
 def main() -> NoReturn:
-    """Runs the command line, which takes a moment to load; Ctrl-C in that moment ends it as at any other."""
+    """Run the command line; Ctrl-C while it loads, which takes a moment, ends it as at any other time."""
     try:
         from lasptrain.cli.main import main as run
     except KeyboardInterrupt:

@@ -1,4 +1,18 @@
-"""The errors lasptrain raises on purpose. Each kind has one exit code; anything else is a bug and exits with INTERNAL.
+"""The errors lasptrain raises on purpose, and their exit codes:
+
+    LaspError
+        RecipeError          2
+        DataError            3
+        CheckpointError      4
+        SetupError           5
+        NumericalError       6
+            ReplicasError    6
+        RankLostError        7
+        ResourceError        8
+        ConvertError         9
+        Stopped             75 STOPPED, or 130 INTERRUPTED by Ctrl-C
+
+A second signal exits with 143 TERMINATED. Anything else is a bug and exits with 70 INTERNAL.
 
 A message is one line: it names the key or the file, what was found, and what fits. Only RecipeError may hold
 several lines, one per problem.
@@ -13,7 +27,7 @@ TERMINATED = 143  # by a second signal, not saved
 
 
 class LaspError(Exception):
-    """Anything the person at the keyboard can act on. `code` is the process's exit code."""
+    """An error that the person at the keyboard can act on. `code` is the process's exit code."""
 
     code: ClassVar[int] = INTERNAL
 
@@ -49,7 +63,7 @@ class NumericalError(LaspError):
 
 
 class ReplicasError(NumericalError):
-    """Ranks that should hold the same parameters do not: what they hold is not to be saved."""
+    """Ranks that should hold the same parameters do not, so none of them may be saved."""
 
 
 class RankLostError(LaspError):
@@ -65,7 +79,7 @@ class ResourceError(LaspError):
 
 
 class Stopped(LaspError):
-    """A signal has ended the run, which has saved what it had: STOPPED, or INTERRUPTED by Ctrl-C."""
+    """A signal has ended the run, with nothing left unsaved: code STOPPED, or INTERRUPTED by Ctrl-C."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
