@@ -1,1 +1,1 @@
-"""What a trained model is asked: to continue a text, and for its loss on text it has not seen."""
+"""Evaluation of trained models: long-context tasks, perplexity on held-out text, generation."""

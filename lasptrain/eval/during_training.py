@@ -1,4 +1,4 @@
-"""Questions asked of a model while it trains."""
+"""Evaluation of a model while it trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lasptrain.recipe.schema import Recipe
 
 
 def evaluate_in_training(model: LanguageModel, recipe: Recipe, mesh: Mesh) -> dict[str, float]:
-    """Results of the recipe's `eval.tasks` by name, on rank 0 of each sp group; the model is whole on every rank."""
+    """Run the recipe's `eval.tasks`; results by name on rank 0 of each sp group. The model is whole on every rank."""
     lengths = recipe.eval.lengths or (recipe.data.window,)
     asked = EvalConfig(recipe.eval.tasks, lengths, samples=recipe.eval.samples)
     questions = EvalRunner(asked, load_tokenizer(recipe.data.tokenizer))

@@ -14,21 +14,21 @@ from lasptrain.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn from softmax(logits / temperature)."""
+    """Choice of the next token: the likeliest at temperature 0, else drawn from softmax(logits / temperature)."""
 
     temperature: float = 0.0
-    top_p: float = 1.0  # only from the likeliest tokens that together reach this probability
+    top_p: float = 1.0  # draw only from the likeliest tokens that together reach this probability
     seed: int = 0
 
 
 GREEDY = Sampling()
-COLDEST = 1e-6  # where logits divided by the temperature may overflow
+COLDEST = 1e-6  # below it, logits divided by the temperature may overflow
 
 
 def generate(
     model: LanguageModel, prompt: Sequence[int], count: int, *, temperature: float = 0.8, seed: int = 0
 ) -> list[int]:
-    """`count` token ids that continue `prompt`, of a model that is whole on this rank."""
+    """Return `count` token ids that continue `prompt`; the model is whole on this rank."""
     past = Reader(model).read(torch.tensor([list(prompt)]))
     return decode(model, past, count, Sampling(temperature, seed=seed))[0]
 
@@ -42,9 +42,9 @@ def decode(
     stop: int | None = None,
     ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Up to `count` token ids for each of the B pasts; a row ends before the id `stop`.
+    """Return up to `count` token ids for each of the B texts of `past`; a row ends before the id `stop`.
 
-    `ended` is asked of the first row after each token whether that is enough.
+    `ended` gets the first row after each token; if it returns true, generation stops.
     """
     generator = torch.Generator(past.logits.device).manual_seed(sampling.seed)
     carry, logits = past.carry, past.logits
@@ -63,7 +63,7 @@ def decode(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next tokens int64 [B, 1] of logits [B, vocab]."""
+    """Choose the next tokens, int64 [B, 1], from logits [B, vocab]."""
     if sampling.temperature < COLDEST:
         return logits.argmax(-1, keepdim=True)
     p, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)

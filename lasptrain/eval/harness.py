@@ -1,9 +1,9 @@
-"""A model of ours in lm-evaluation-harness (extra `lm-eval`), whose own command line this module runs.
+"""Adapter for lm-evaluation-harness (extra `lm-eval`), whose own command line this module runs.
 
     python -m lasptrain.eval.harness --model lasptrain --model_args path=runs/my_model --tasks lambada_openai
 
 A context is read once for all its continuations, and a document for perplexity as a whole, its state carried from the
-first token to the last: nothing is cut to a length, whatever the harness would do for models that have one.
+first token to the last: nothing is truncated, as the harness would for models with a maximum length.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lasptrain.eval.inference import Reader, Snapshot
 from lasptrain.eval.load import Trained, load_model
 from lasptrain.eval.tasks.sample import Encoder
 
-TOKENS = 256  # generated where a task says nothing
-UNLIMITED = 1 << 24  # tokens of a context that the harness is told we take
+TOKENS = 256  # generated unless a task says otherwise
+UNLIMITED = 1 << 24  # maximum length that the harness is given
 
 Pair = tuple[tuple[str, str], list[int], list[int]]  # texts; ids of context and continuation
 
 
 @register_model("lasptrain")
 class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A run, an export or a folder of others at `path`. A text begins with BOS, as every document in training did.
+    """The model at `path`: a run, an export or a folder of others. Texts begin with BOS, as documents in training did.
 
     Args:
-        path: what `lasptrain eval` takes.
-        segment: tokens in work at a time.
+        path: as for `lasptrain eval`.
+        segment: tokens processed at a time.
         batch_size, max_batch_size, device: given by the harness; texts are read one by one, on a GPU if there is one.
     """
 
@@ -54,18 +54,18 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def eot_token_id(self) -> int:
-        """BOS: what ends a document is the next one's beginning."""
+        """BOS: a document ends where the next one begins."""
         return self.encoder.tokenizer.bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Ids, with BOS before them unless `add_special_tokens` is false."""
+        """Return token ids, after BOS unless `add_special_tokens` is false."""
         ids = self.encoder(string)
         return ids if add_special_tokens is False else [self.eot_token_id, *ids]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
-        """ln p of each continuation given its context, and whether it is what greedy generation finds."""
+        """Return ln p of each continuation given its context, and true if greedy generation gives it."""
         found: list[tuple[float, bool]] = []
         last: list[int] = []
         past: Snapshot | None = None
@@ -81,7 +81,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """ln p of each document, read as a whole."""
+        """Return ln p of each document, read as a whole."""
         found = []
         for (text,) in (request.args for request in requests):
             ids = torch.tensor(self.tok_encode(text))
@@ -90,7 +90,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What each context is continued by, up to the first of the texts in `until`, BOS, or `max_gen_toks` tokens."""
+        """Continue each context up to the first of the texts in `until`, BOS, or `max_gen_toks` tokens."""
         found = []
         for context, options in (request.args for request in requests):
             stops = options.get("until") or []
@@ -115,7 +115,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """Greedy unless `do_sample` or a temperature above 0 asks for something else."""
+    """Read a task's options: greedy unless `do_sample` or a temperature above 0 is given."""
     temperature = options.get("temperature")
     if options.get("do_sample") is False or not (temperature or options.get("do_sample")):
         return Sampling()

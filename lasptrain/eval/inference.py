@@ -1,6 +1,6 @@
 """Inference is the training scan: a prompt is read in segments, spread over ranks; then tokens come one at a time.
 
-Memory does not grow with the prompt: what is kept of it is the state that leaves each layer, at least fp32.
+Memory does not grow with the prompt: only each layer's final state is kept of it, at least fp32.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lasptrain.parallel.scan import SCANS
 
 
 class Snapshot(NamedTuple):
-    """All that a model knows of the tokens read so far. It is never written to, so any number of texts may go on."""
+    """The model's state after the tokens read so far. Never written to, so any number of texts may continue from it."""
 
     carry: list[State]  # per layer; every tensor starts with B
-    logits: Tensor  # fp32 [B, vocab] of the token that comes next
+    logits: Tensor  # fp32 [B, vocab] of the next token
     length: int  # tokens read
 
     def fork(self, count: int) -> Snapshot:
-        """The same past, of B = 1, for `count` continuations side by side."""
+        """Expand a snapshot of B = 1 to `count` continuations side by side."""
         carry = [tuple(None if s is None else s.expand(count, *s.shape[1:]) for s in state) for state in self.carry]
         return Snapshot(carry, self.logits.expand(count, -1), self.length)
 
 
 def join(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Several pasts as one batch. The states of a recurrence have one shape whatever was read; keys of a softmax layer
-    do not, and rows of zeros before the first belong to no document.
+    """Join snapshots into one batch. States of a recurrence have one shape whatever was read; keys of a softmax layer
+    do not and are padded on the left with rows of zeros, which belong to no document.
     """
     carry = [
         tuple(None if parts[0] is None else _batched(parts) for parts in zip(*states, strict=True))
@@ -52,14 +52,14 @@ def _batched(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Reader:
-    """A model that reads texts of any length, together with the other ranks of the mesh's sp group.
+    """Reads texts of any length with a model, together with the other ranks of the mesh's sp group.
 
     Args:
         model: whole on this rank; its weights are used where they are.
         mesh: its dp × sp ranks; every rank is given the same texts. None: this rank alone.
-        segment: tokens that each rank has in work at a time.
-        scan: how states cross ranks.
-        fuse: compile what reads whole segments, as `train.compile` does; it takes a minute the first time.
+        segment: tokens that each rank processes at a time.
+        scan: the scan that carries states across ranks.
+        fuse: compile the model for whole segments, as `train.compile` does; it takes a minute the first time.
         told: called with tokens read and tokens to read at every segment of a text.
     """
 
@@ -80,14 +80,14 @@ class Reader:
         if mesh is not None and self.sp > 1:
             kernel = model.attention.kernel
             self.spread = twin(model, ShardedRecurrence(kernel, SCANS[scan](mesh.sp_group, self.device)))
-        self.whole = twin(model, self.spread.attention) if fuse else self.spread  # reads whole segments
+        self.whole = twin(model, self.spread.attention) if fuse else self.spread  # for whole segments
         if fuse:
             for block in self.whole.blocks:
                 block.compile_parts()
 
     @torch.no_grad()
     def read(self, tokens: Tensor, past: Snapshot | None = None) -> Snapshot:
-        """Read int64 tokens [B, N], N ≥ 1, after `past`. The last few tokens are run by every rank."""
+        """Read int64 tokens [B, N], N ≥ 1, after `past`. Every rank runs the last few tokens."""
         tokens, shared = self._ready(tokens), self._shared(tokens.shape[1] - 1)
         carry = None if past is None else past.carry
         for start, length in self._segments(shared):
@@ -102,7 +102,7 @@ class Reader:
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, past: Snapshot | None = None) -> Tensor:
-        """Nats [N − 1], fp64 on the CPU, by which tokens [N] after the first were expected, each given all before."""
+        """Return the losses of tokens [N] after the first, each given all before: nats [N − 1], fp64 on the CPU."""
         count = len(tokens) - 1
         shared = self._shared(count)
         tokens = self._ready(tokens)
@@ -132,9 +132,9 @@ class Reader:
 
     @torch.no_grad()
     def score(self, past: Snapshot, inputs: Sequence[int], labels: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of every label that is not IGNORED its nats (fp64) and whether it is the likeliest token, given the past.
+        """Return the nats (fp64), given the past, of labels that are not IGNORED, and true where one is the likeliest.
 
-        labels[0] is what should follow the past, labels[j + 1] what should follow inputs[j].
+        labels[0] should follow the past, labels[j + 1] should follow inputs[j].
         """
         found, carry = [past.logits[: int(labels[0] != IGNORED)]], past.carry
         for start in range(0, len(inputs), self.segment):
@@ -148,20 +148,20 @@ class Reader:
         return nats.cpu(), (logits.argmax(-1) == target).cpu()
 
     def _shared(self, count: int) -> int:
-        """How many of so many tokens ranks read together, in equal slices."""
+        """Number of the first `count` tokens that ranks read together, in equal slices."""
         return count // self.sp * self.sp
 
     def _segments(self, tokens: int) -> list[tuple[int, int]]:
-        """Where each segment of the first `tokens` tokens starts, and how long each rank's slice of it is."""
+        """The start of each segment of the first `tokens` tokens, and the length of each rank's slice of it."""
         starts = range(0, tokens, self.segment)
         return [(start, min(self.segment, tokens - start) // self.sp) for start in starts]
 
     def _reads(self, length: int) -> LanguageModel:
-        """What reads slices of so many tokens: compiled code is made for one length only."""
+        """Return the model for slices of `length` tokens: the compiled one takes whole segments only."""
         return self.whole if length * self.sp == self.segment else self.spread
 
     def _ready(self, tokens: Tensor) -> Tensor:
-        """Tokens from where a GPU fetches slices without making the host wait."""
+        """Pin tokens, so that a GPU fetches slices without making the host wait."""
         return tokens.pin_memory() if self.device.type == "cuda" and not tokens.is_cuda else tokens
 
     def _slice(self, tokens: Tensor, start: int, length: int) -> Tensor:
@@ -169,7 +169,7 @@ class Reader:
         return tokens[:, begin : begin + length].to(self.device, non_blocking=True)
 
     def _everywhere(self, carry: list[State] | None) -> list[State] | None:
-        """What left the last segment, on every rank: a scan promises it to the first one only."""
+        """Broadcast the last segment's final states to every rank: a scan promises them to the first one only."""
         if carry is None or self.mesh is None or self.sp == 1:
             return carry
         mesh = self.mesh
@@ -177,7 +177,7 @@ class Reader:
 
 
 def twin(model: LanguageModel, attention: ShardedRecurrence) -> LanguageModel:
-    """The same model, the same weights in memory, with another recurrence."""
+    """Return the same model, sharing its weights in memory, with another recurrence."""
     other = on_meta(model.cfg, model.window, attention, dtype=model.dtype, loss_chunk=model.loss_chunk)
     other.load_state_dict(model.state_dict(), assign=True)
     return other

@@ -1,4 +1,4 @@
-"""A trained model from where it was written: a run's newest checkpoint, an export, or a folder of others."""
+"""Loading of trained models: a run's newest checkpoint, an export, or a folder of others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class Trained:
-    """A model, whole on this rank, and what its texts are made of."""
+    """A trained model, whole on this rank, with its recipe and tokenizer."""
 
     path: Path
     recipe: Recipe
@@ -37,21 +37,21 @@ class Trained:
 
 
 def load_model(path: Path) -> Trained:
-    """The newest intact checkpoint of the run `path`, or the weights in `path`, a folder that `convert --from` reads.
+    """Load the newest intact checkpoint of the run `path`, or the weights in a folder that `convert --from` reads.
 
     Collective over the process group, where there is one. Raises CheckpointError where `path` is neither, holds no
-    checkpoint or a tokenizer of more pieces than the model knows, ConvertError where its weights are not what it says.
+    checkpoint or a tokenizer of more pieces than the model has rows, ConvertError where weights do not fit its config.
     """
     return _of_run(path) if _is_run(path) else _of_folder(path)
 
 
 def window(path: Path) -> int:
-    """Tokens of the windows that the model of a run, or of a folder, was trained on. Raises as `load_model` does."""
+    """Return the window, in tokens, that the model of a run or a folder was trained on. Raises as `load_model` does."""
     return runs.recipe_of(path).data.window if _is_run(path) else open_weights(path).origin.window
 
 
 def tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run, or of a folder: its own copy counts, as the recipe's may be on another machine.
+    """Load the tokenizer of a run, or of a folder: its own copy first, as the recipe's may be on another machine.
 
     Raises as `load_model` does.
     """
@@ -62,7 +62,7 @@ def tokenizer(path: Path) -> Tokenizer:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether it is a run; a folder of weights if not."""
+    """True for a run, false for a folder of weights. CheckpointError where it is neither."""
     if (path / runs.RECIPE).is_file():
         return True
     if (path / RECORD).is_file() or (path / CONFIG).is_file():
@@ -100,7 +100,7 @@ def _of_folder(path: Path) -> Trained:
 
 
 def _empty(recipe: Recipe, cfg: Model, window: int) -> LanguageModel:
-    """The model on this rank's device, its numbers not yet set."""
+    """Return the model on this rank's device, with uninitialised weights."""
     device = meshes.device()
     attention = ShardedRecurrence(ops.select("auto", device))
     dtype = DTYPES[recipe.train.precision]

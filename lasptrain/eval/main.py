@@ -31,9 +31,9 @@ from lasptrain.run.metrics import write_scalars
 def evaluate(
     run: Path, asked: EvalConfig, out: Path | None, segment: int, nproc: int | None, ruler: Path | None = None
 ) -> Record:
-    """Ask everything that has no answer yet, write the report, and return what results.json holds, and `folder`.
+    """Run every sample that has no answer yet, write the report, and return the contents of results.json and `folder`.
 
-    The answers to files, which are RULER's, are also written into the folder `ruler` as its own programs do.
+    Answers to files of RULER are also written into the folder `ruler`, in the format of RULER's own programs.
     """
     if ruler is not None:
         predictions.begin(ruler, asked.files)
@@ -45,7 +45,7 @@ def evaluate(
 
 
 def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, ruler: Path | None) -> Record:
-    """On every rank."""
+    """Evaluate, on every rank."""
     with meshes.single_process_group():
         world = meshes.world_size()
         mesh = meshes.build(1, world)
@@ -83,7 +83,7 @@ def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, rule
 
 
 def _counts(asked: EvalConfig, done: set[Key]) -> tuple[int, int]:
-    """Questions asked, as far as their number is known, and how many of them are answered."""
+    """Number of samples, as far as it is known, and of those already answered."""
     tasks = [task for task in asked.tasks if task in TASKS]
     cells = {(task, length): asked.samples for task in tasks for length in asked.lengths}
     cells |= {(file.name, file.length): file.count(asked.rows) for file in asked.files}
@@ -92,7 +92,7 @@ def _counts(asked: EvalConfig, done: set[Key]) -> tuple[int, int]:
 
 
 def _told(reader: Reader, show: Callable[[str, int], None]) -> Callable[[Key], None]:
-    """What is called before each question; from then on the reader shows how far it has read."""
+    """Return the function to call before each sample; from then on the reader shows how far it has read."""
 
     def told(key: Key) -> None:
         what, began = _label(*key), time.perf_counter()
@@ -114,7 +114,7 @@ def _answered(record: Record) -> str:
 
 
 def _label(task: str, length: int, index: int) -> str:
-    """For rich: brackets in the name of a file are no markup."""
+    """Label of a sample for rich: brackets in the name of a file are no markup."""
     return escape(f"{task} at {report.short(length)}, sample {index + 1}")
 
 
@@ -144,7 +144,7 @@ def _header(trained: Trained, asked: EvalConfig, reader: Reader, dataset: TokenD
 
 
 def shown(found: Record, plot: bool) -> Iterator[Table | str]:
-    """What the terminal gets; draws the pictures where they are asked for."""
+    """Yield tables and lines for the terminal; draw the pictures if `plot`."""
     folder, cells = Path(found["folder"]), found["cells"]
     title = f"{found['name']} after {found['step']} steps: % right, nats per answer token (samples)"
     if any(cell["task"] not in PERPLEXITY for cell in cells):
@@ -158,7 +158,7 @@ def shown(found: Record, plot: bool) -> Iterator[Table | str]:
 
 
 def generate(run: Path, prompts: Sequence[str], count: int, temperature: float, top_p: float, seed: int) -> list[str]:
-    """A continuation of each prompt by up to `count` tokens."""
+    """Continue each prompt by up to `count` tokens."""
     trained = load_model(run)
     reader, tokenizer = Reader(trained.model), trained.tokenizer
     pasts = [reader.read(torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]])) for prompt in prompts]

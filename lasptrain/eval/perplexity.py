@@ -1,4 +1,4 @@
-"""Does a longer past help? Loss by position in a document, and of a fixed span against the context it is given."""
+"""Loss by position in a document, and of a fixed span by its context: the use of a longer past."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from lasptrain.data.dataset import Split
 from lasptrain.eval.inference import Reader
 
-BLOCK = 1 << 20  # tokens looked at in one go
+BLOCK = 1 << 20  # tokens read at a time
 FIRST = 256  # the first bucket of positions ends here
-LEAST = 1024  # tokens of a document that is worth looking at
+LEAST = 1024  # tokens of the shortest document measured
 TARGET = 4096  # tokens whose loss is compared
 
 
 def documents(split: Split, bos: int, least: int, count: int) -> list[Tensor]:
-    """The first `count` documents of at least `least` tokens, cut to that many: int64 [least], BOS first.
+    """Return the first `count` documents of at least `least` tokens, cut to that many: int64 [least], BOS first.
 
-    A document may be known only in part, where the split ends inside of it; then its end is missing, nothing else.
+    A document inside which the split ends lacks its end, nothing else.
     """
     found: list[Tensor] = []
     for document in _documents(split, bos):
@@ -32,9 +32,9 @@ def documents(split: Split, bos: int, least: int, count: int) -> list[Tensor]:
 
 
 def enough_documents(split: Split, bos: int, longest: int, count: int) -> list[Tensor]:
-    """`documents` of `longest` tokens or, where there are not `count` of them, of the next half that has as many.
+    """Return `documents` of `longest` tokens or, where there are not `count`, of the first halved length that has them.
 
-    All are equally long, so that the mix of documents is the same along a curve. None of 1,024 tokens: an empty list.
+    All are equally long, so that the mix of documents is the same along a curve. Empty if none has 1,024 tokens.
     """
     length = longest
     while length >= LEAST:
@@ -55,7 +55,7 @@ def _documents(split: Split, bos: int) -> Iterator[Tensor]:
 
 
 def by_position(reader: Reader, document: Tensor) -> dict[int, tuple[float, int]]:
-    """Nats per token and their number for positions [0, 256), [256, 512), [512, 1024), …; keys are their ends."""
+    """Return nats per token and number of tokens of positions [0, 256), [256, 512), [512, 1024), …, by their end."""
     losses = reader.losses(document)
     result, start, end = {}, 0, FIRST
     while start < len(losses):
@@ -66,9 +66,9 @@ def by_position(reader: Reader, document: Tensor) -> dict[int, tuple[float, int]
 
 
 def against_context(reader: Reader, document: Tensor) -> dict[int, float]:
-    """Nats per token of the document's last 4,096 tokens, or its last quarter, by how many tokens are read before them.
+    """Return nats per token of the document's last 4,096 tokens, or its last quarter, by tokens of context.
 
-    Contexts are 0, a sixteenth of what there is, a quarter, and all; each starts with BOS.
+    Contexts are none, a sixteenth of what there is, a quarter, and all; each starts with BOS.
     """
     target = min(TARGET, len(document) // 4)
     available = len(document) - target - 1

@@ -1,4 +1,4 @@
-"""Answers to RULER's rows in TASK.jsonl, as its `pred/call_api.py` leaves them for its `eval/evaluate.py`."""
+"""Answers to RULER's rows in TASK.jsonl, as its `pred/call_api.py` writes them for its `eval/evaluate.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def begin(folder: Path, files: Sequence[File]) -> None:
-    """Make the folder. Raises RecipeError where it cannot be, a file is not RULER's, or two are of one task."""
+    """Make the folder. Raises RecipeError where that fails, a file is not RULER's, or two are of one task."""
     if not files:
         raise RecipeError("--ruler-predictions: found no --file; expected files of RULER's rows")
     taken: dict[Path, File] = {}
@@ -33,7 +33,7 @@ def begin(folder: Path, files: Sequence[File]) -> None:
 
 
 def check(folder: Path, files: Sequence[File], records: Sequence[Record]) -> None:
-    """Raises SetupError where writing would replace anything but the answers that there are already."""
+    """Raise SetupError where writing would replace anything but the present answers."""
     for file in files:
         target = _target(folder, file)
         try:
@@ -45,7 +45,7 @@ def check(folder: Path, files: Sequence[File], records: Sequence[Record]) -> Non
 
 
 def write(folder: Path, files: Sequence[File], records: Sequence[Record]) -> list[str]:
-    """Writes the answers to each file's rows, in their order; says how many."""
+    """Write the answers to each file's rows, in their order; return a line for each file with their number."""
     notes = []
     for file in files:
         target = _target(folder, file)

@@ -1,4 +1,4 @@
-"""What was found: cells of task × length with their intervals, as a table, JSON, a page of HTML, and pictures."""
+"""Report of results: cells of task × length with their intervals, as a table, JSON, a page of HTML, and pictures."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lasptrain.eval.runner import PERPLEXITY, Record
 from lasptrain.eval.score import bootstrap, interval
 
 RESULTS, PAGE, TABLE = "results.json", "report.html", "table.md"
-MEASURES = ("score", "exact", "accuracy")  # parts of one
+MEASURES = ("score", "exact", "accuracy")  # fractions in [0, 1]
 
 
 def cells(records: Iterable[Record]) -> list[Record]:
-    """One object for each task and length: n, and each measure with its 95 % interval, over all and by depth.
+    """Return one object for each task and length: n, and each measure with its 95 % interval, over all and by depth.
 
-    For each file one, with how many rows it has, `rows`, and where they differ in length `by_length`.
+    A file's object has its number of rows, `rows`, and, where rows differ in length, `by_length`.
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
@@ -75,7 +75,7 @@ def _curve(group: list[Record]) -> Record:
 
 
 def table(found: list[Record], title: str) -> Table:
-    """Tasks down, lengths across: percent ± half of the interval, exact match where there is no score."""
+    """Table with tasks down, lengths across: percent ± half of the interval, accuracy where there is no score."""
     lengths = sorted({cell["length"] for cell in found if cell["task"] not in PERPLEXITY})
     result = Table(title=title)
     result.add_column("task")
@@ -91,7 +91,7 @@ def table(found: list[Record], title: str) -> Table:
 
 
 def by_length(found: list[Record]) -> list[Table]:
-    """A table for each file whose rows differ in length: the part of them that is right."""
+    """A table of the part that is right by length, for each file whose rows differ in length."""
     result = []
     for cell in found:
         if "by_length" in cell:
@@ -110,7 +110,7 @@ def _lengths(cell: Record) -> tuple[list[str], list[str]]:
 
 
 def curves(found: list[Record]) -> list[Table]:
-    """A table for each perplexity task."""
+    """A table of nats per token for each perplexity task."""
     heads = {
         "ppl_by_position": "nats per token, positions up to",
         "ppl_vs_context": "nats per token, after a context of",
@@ -136,12 +136,12 @@ def _text(cell: Record) -> str:
 
 
 def _count(cell: Record) -> str:
-    """How many were asked, and of how many if a file has more."""
+    """Number of samples, out of a file's rows if it has more."""
     return f"{cell['n']} of {cell['rows']}" if cell.get("rows", 0) > cell["n"] else f"{cell['n']}"
 
 
 def short(tokens: int) -> str:
-    """4096 as 4K."""
+    """Format a number of tokens: 4096 as 4K."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{unit}"
@@ -149,7 +149,7 @@ def short(tokens: int) -> str:
 
 
 def scalars(found: list[Record]) -> dict[str, float]:
-    """Names and numbers for logs."""
+    """Results by name, for logs."""
     result = {}
     for cell in found:
         name = f"{cell['task']}@{short(cell['length'])}"
@@ -162,7 +162,7 @@ def scalars(found: list[Record]) -> dict[str, float]:
 
 
 def write(folder: Path, found: list[Record], header: Record) -> None:
-    """results.json, table.md and report.html in the folder."""
+    """Write results.json, table.md and report.html into the folder."""
     (folder / RESULTS).write_text(json.dumps({**header, "cells": found}, indent=1) + "\n", encoding="utf-8")
     (folder / TABLE).write_text(_markdown(found), encoding="utf-8")
     (folder / PAGE).write_text(_page(found, header), encoding="utf-8")
@@ -194,7 +194,7 @@ STYLE = (
 
 
 def _page(found: list[Record], header: Record) -> str:
-    """One file without anything from outside: the table, a map of depth × length for each task, the curves."""
+    """A self-contained HTML page: the table, a map of depth × length for each task, the curves."""
     title = html.escape(f"{header.get('name')} after {header.get('step')} steps")
     head, *rows = _grid(found)
     parts = [f"<h1>{title}</h1>", "<p>Percent right ± half of the 95 % interval, nats per answer token (samples).</p>"]
@@ -218,7 +218,7 @@ def _html(heads: list[list[str]], tag: str, rows: list[list[str]]) -> str:
 
 
 def depth_map(task: str, found: list[Record]) -> tuple[list[float], list[int], dict[tuple[float, int], float]]:
-    """Depths, lengths, and the part answered right at each pair that was asked: exactly, or by token for copies."""
+    """Depths, lengths, and the score at each pair that was sampled, accuracy by token where there is no score."""
     values: dict[tuple[float, int], float] = {}
     for cell in found:
         if cell["task"] == task:
@@ -262,7 +262,7 @@ def _svg(cell: Record) -> str:
 
 
 def plot(folder: Path, found: list[Record]) -> list[Path]:
-    """heatmap.png and curves.png, where there is something to draw. Raises SetupError without matplotlib."""
+    """Draw heatmap.png and curves.png, where there is data for them. Raises SetupError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,6 +1,6 @@
-"""Asks a model all questions, and goes on where it was stopped: every answer is a line in samples.jsonl.
+"""Runs all samples of an evaluation and resumes where it was stopped: every answer is a line in samples.jsonl.
 
-Each sample is read once; from that snapshot its gold answer is scored, in one forward, and an answer is generated.
+Each prompt is read once; from that snapshot its gold answer is scored, in one forward, and an answer is generated.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SHOWN = 200  # characters of a prompt's end that are kept
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is asked of a model."""
+    """Tasks, lengths and files of an evaluation, and the numbers that define its samples."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     samples: int = 10  # of each task and length
     depths: int = 10
     seed: int = 0
-    control: bool = False  # also with what answers the question taken out
+    control: bool = False  # also with the evidence for the answer removed
     text: tuple[str, ...] = ()  # sentences for haystacks
     files: tuple[File, ...] = ()
     rows: int | None = None  # the first of each file; all if not given
@@ -57,13 +57,13 @@ class EvalConfig:
             raise RecipeError(f"--tasks: found {unknown[0]!r}; expected some of {', '.join((*TASKS, *PERPLEXITY))}")
 
     def covers(self, task: str, length: int) -> bool:
-        """Whether an answer may be one to what is asked."""
+        """True if an answer at this task and length belongs to this evaluation."""
         if task in TASKS:
             return task in self.tasks and length in self.lengths
         return task in self.tasks or (task, length) in {(file.name, file.length) for file in self.files}
 
     def identity(self) -> Record:
-        """What answers depend on, besides the model and which questions are asked."""
+        """Settings that answers depend on, besides the model and the choice of tasks and lengths."""
         text = hashlib.sha256("\n".join(self.text).encode()).hexdigest() if self.text else None
         return {"seed": self.seed, "depths": self.depths, "text": text, "control": self.control}
 
@@ -73,9 +73,9 @@ Key = tuple[str, int, int]  # task or file, length, index
 
 @dataclass(frozen=True)
 class EvalRunner:
-    """All that is asked, in order; `dataset` has the documents for perplexity, of its validation split.
+    """Runs the samples in order; `dataset` gives the documents for perplexity, from its validation split.
 
-    `told` is called before each question.
+    `told` is called before each sample.
     """
 
     asked: EvalConfig
@@ -84,7 +84,7 @@ class EvalRunner:
     told: Callable[[Key], None] = lambda key: None
 
     def answers(self, reader: Reader, done: set[Key], is_main: bool, say: Say) -> Iterator[Record]:
-        """Records of what is not `done` yet, on the rank that speaks; empty ones on others. Collective over ranks."""
+        """Yield records of samples not in `done`, on the main rank; empty ones on others. Collective over ranks."""
         for task in dict.fromkeys(self.asked.tasks):
             for length in dict.fromkeys(self.asked.lengths) if task in TASKS else ():
                 yield from self._cell(reader, task, length, done, is_main, say)
@@ -155,7 +155,7 @@ def _key(record: Record) -> Key:
 
 
 def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, is_main: bool) -> Record:
-    """What the model makes of a sample. Every rank reads; the one that speaks scores and generates."""
+    """Run a sample and return its record. Every rank reads; the main one scores and generates."""
     began = time.perf_counter()
     past = reader.read(torch.tensor([sample.prompt]))
     seconds = time.perf_counter() - began
@@ -185,10 +185,10 @@ def answer(reader: Reader, tokenizer: Tokenizer, sample: Sample, control: bool, 
 
 
 class ResultsLog:
-    """The answers so far, in FOLDER/samples.jsonl, under a first line that says what they are answers of."""
+    """The answers so far, in FOLDER/samples.jsonl, after a first line with the model and settings they belong to."""
 
     def __init__(self, folder: Path, identity: Record, is_main: bool = True):
-        """Raises SetupError where the folder has answers of another model or other questions."""
+        """Open the log. Raises SetupError where the folder has answers of another model or other settings."""
         self.file = folder / SAMPLES
         present = self._read()
         if present and present[0].get("identity") != json.loads(json.dumps(identity)):
@@ -219,7 +219,7 @@ class ResultsLog:
 
     @property
     def records(self) -> list[Record]:
-        """The answers, one to each question."""
+        """The answers, one for each sample."""
         return list(self._answers.values())
 
     @property
@@ -227,7 +227,7 @@ class ResultsLog:
         return set(self._answers)
 
     def check(self, files: Sequence[File]) -> None:
-        """Raises SetupError where there are answers to what a file of that place or name held before."""
+        """Raise SetupError where there are answers to earlier contents of a file of that path or name."""
         for file in files:
             for record in self.records:
                 same = record.get("file") == str(file.path) or _key(record)[:2] == (file.name, file.length)
@@ -238,7 +238,7 @@ class ResultsLog:
                     )
 
     def add(self, record: Record) -> None:
-        """Keep an answer, on disk at once."""
+        """Add an answer and append it to the file at once."""
         self._answers[_key(record)] = record
         if self._speaks:
             with self.file.open("a", encoding="utf-8") as file:
@@ -246,5 +246,5 @@ class ResultsLog:
 
 
 def settings(asked: EvalConfig) -> Record:
-    """What was asked, as JSON has it; of the user's text only its digest."""
+    """Settings of the evaluation for JSON; of the user's text only its digest."""
     return asdict(asked) | asked.identity() | {"files": [str(file.path) for file in asked.files]}

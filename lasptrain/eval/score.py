@@ -1,4 +1,4 @@
-"""What a prediction is worth, by the field's own rules, and how sure a mean of such numbers is."""
+"""Scores of predictions by the field's own rules, and confidence intervals of their means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 2000
 
 
 def clean(prediction: str) -> str:
-    """As RULER (arXiv:2404.06654) does before it compares: control characters are line ends, edges are stripped."""
+    """Clean as RULER (arXiv:2404.06654) does before comparing: control characters become line ends, edges are cut."""
     return CONTROL.sub("\n", prediction.strip()).strip()
 
 

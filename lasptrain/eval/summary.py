@@ -1,4 +1,4 @@
-"""What a finished run says of itself: losses against the corpus, a text continued by the model, what to type next."""
+"""Summary of a finished run: losses against the corpus, a text continued by the model, commands to type next."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPT = 48  # tokens of held-out text that the sample continues
 def summarize(
     model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation, is_main: bool
 ) -> None:
-    """Print the summary on the rank that speaks. Collective over all ranks, because the weights are gathered."""
+    """Print the summary on the main rank. Collective over all ranks, because the weights are gathered."""
     whole = gather(model, is_main)
     if whole is None:
         return
@@ -51,14 +51,14 @@ def summarize(
 
 
 def epochs(recipe: Recipe, dataset: TokenDataset) -> list[str]:
-    """How often all steps read each source: a line each."""
+    """Lines that say how often all steps read each source."""
     parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
     tokens = [part.whole("train").tokens for part in parts]
     return prepared.epochs(recipe.data, tokens, recipe.train.steps * recipe.train.batch)
 
 
 def _caution(cfg: Optim) -> str:
-    """What more steps would do to the learning rate at the end of a run."""
+    """Warn of the effect that more steps would have on the learning rate at the end of a run."""
     if cfg.schedule == "constant":
         return ""
     before = ", or from a checkpoint before its decay" if cfg.schedule == "wsd" else ""
@@ -66,7 +66,7 @@ def _caution(cfg: Optim) -> str:
 
 
 def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
-    """The model on this rank alone, where it is wanted; other ranks only help. Parameters come one at a time."""
+    """Gather the whole model on this rank if `wanted`, else return None. Collective, one parameter at a time."""
     alone = None
     if wanted:
         attention = ShardedRecurrence(select("auto", model.embed.weight.device))
