@@ -1,1 +1,1 @@
-"""Weights that leave for other libraries and come back: tables of names, files, and the proof that logits stayed."""
+"""Export of weights to other libraries and back: tables of names, files, and a check that logits are unchanged."""

@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, on what, how far, with what losses."""
+"""The model card of an export: model, data, tokens seen and losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADVICE["linear_attn"] = ADVICE["retnet"] = (
 
 
 def text(run: Path, recipe: Recipe, step: CheckpointReader, target: str, parity: str) -> str:
-    """README.md of the export of `step`."""
+    """Return the README.md of the export of `step`."""
     order = step.meta["order"]
     tokens = step.step * order["batch"] * order["window"]
     library = "transformers" if "transformers" in RUNS_IN[target] else "lasptrain"

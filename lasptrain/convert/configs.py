@@ -1,4 +1,4 @@
-"""What stands in a target's config.json, so that it computes what our model computes. No torch."""
+"""Contents of a target's config.json, with which it computes the same as our model. No torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from lasptrain.errors import ConvertError
 from lasptrain.recipe.sections import Model
 
 Json = dict[str, Any]
-UNBOUNDED = 1 << 24  # positions of a model that counts none; other runtimes refuse longer prompts
+UNBOUNDED = 1 << 24  # positions of a model without a limit; other runtimes refuse longer prompts
 
-# Keys that say nothing about what is computed.
+# Keys that do not change the result.
 _FREE = {"architectures", "auto_map", "dtype", "max_position_embeddings", "slopes"}
 _FREE |= {"attn_mode", "fuse_norm", "hidden_act", "initializer_range", "init_std"}
 
 
 def config(target: str, model: Model, special: Json, dtype: str, window: int = UNBOUNDED) -> Json:
-    """The config.json of `model` in a target of `targets.RUNS_IN`.
+    """Return the config.json of `model` for a target of `targets.RUNS_IN`.
 
     Args:
-        special: ids of tokens that begin, end and pad a text, as keys of it.
+        special: its keys for the ids of tokens that begin, end and pad a text.
         dtype: of the tensors, such as float32.
-        window: tokens of a training window, further than which softmax layers never saw.
+        window: tokens of a training window, beyond which softmax layers never saw.
     """
     common: Json = {"vocab_size": model.vocab, "tie_word_embeddings": model.tie, "dtype": dtype} | special
     common |= {"max_position_embeddings": window if model.softmax else UNBOUNDED}
@@ -40,15 +40,15 @@ def config(target: str, model: Model, special: Json, dtype: str, window: int = U
 
 
 def generation(target: str) -> Json:
-    """What stands in generation_config.json beside special tokens.
+    """Return the keys of generation_config.json besides special tokens.
 
-    flash-linear-attention gets its text again at each token: its cache is lost in generate() of transformers 5.24.
+    flash-linear-attention reads its text again at each token: its cache is lost in generate() of transformers 5.24.
     """
     return {"do_sample": False} | ({"use_cache": False} if target in ("linear_attn", "retnet") else {})
 
 
 def check(target: str, found: Json, model: Model, where: str) -> None:
-    """ConvertError where a config.json says something else than ours for `model` would, in a key that both have."""
+    """Raise ConvertError where a config.json differs from ours for `model` in a key that both have."""
     kind = found.get("model_type")
     expected = config(target, model, {}, "")
     for key, value in expected.items():
@@ -59,7 +59,7 @@ def check(target: str, found: Json, model: Model, where: str) -> None:
 
 
 def agree(target: str, theirs: Model, ours: Model, where: str) -> None:
-    """ConvertError where a folder's model and the recipe's differ in what `target` can say of them."""
+    """Raise ConvertError where a folder's model and the recipe's differ in a key of `target`'s config.json."""
     check(target, config(target, theirs, {}, ""), ours, where)
 
 
@@ -99,7 +99,7 @@ def _granite(model: Model) -> Json:
 
 
 def _minimax(model: Model) -> Json:
-    """As transformers reads it; and as vLLM and MiniMax's own code do, which name the same things otherwise."""
+    """Keys as transformers names them, and as vLLM and MiniMax's own code do, which have other names for the same."""
     kinds = [int(i in model.softmax) for i in range(model.layers)]
     factors: Json = {}
     for name, older in (("linear_attn", "linear_attention"), ("full_attn", "full_attention"), ("mlp", "mlp")):
@@ -136,7 +136,7 @@ def _positions(model: Model) -> Json:
 
 
 def _rope(base: float) -> Json:
-    """Rotary positions, as transformers 5 and as older readers read them."""
+    """Rotary positions, in the keys of transformers 5 and of older readers."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base}, "rope_theta": base}
 
 

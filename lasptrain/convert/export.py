@@ -1,4 +1,4 @@
-"""A run leaves: the newest checkpoint as a folder that another library loads, with what it needs to come back."""
+"""Export of a run: the newest checkpoint as a folder that another library loads and `restore` can read back."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PACKAGE = {"transformers": "'lasptrain[convert]'", "fla": "flash-linear-attentio
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, for people."""
+    """Summary of an export, for people."""
 
     folder: Path
     target: str
     tensors: int
     bytes: int
     tokenizer: str
-    parity: verify.Parity | str  # the errors found, or why nothing was compared
+    parity: verify.Parity | str  # errors of logits, or why nothing was compared
 
     def lines(self) -> Iterator[str]:
         yield f"{self.folder}: {self.target}, {self.tensors} tensors, {self.bytes:,} bytes"

@@ -60,7 +60,7 @@ def write(
 
 
 def _write_shard(file: BinaryIO, shard: Mapping[str, TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """The safetensors format: the length of a JSON header in 8 bytes, the header, the bytes of the tensors in order."""
+    """Write the safetensors format: the length of a JSON header in 8 bytes, the header, the tensors' bytes in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, form in shard.items():
@@ -93,7 +93,7 @@ class Folder:
                 self.files[name], self.shapes[name] = file, shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read one tensor, into memory of its own."""
         file = self.files[name]
         if file.suffix == ".bin":
             return _mapped(file)[name].clone()
@@ -102,7 +102,7 @@ class Folder:
             return tensor.clone()
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder, or None."""
+        """Read a JSON object from a file of the folder; None if there is no such file."""
         file = self.path / name
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:
-    """A file of PyTorch's, mapped into memory; of its pickle only tensors are taken, so nothing in it runs."""
+    """Map a file of PyTorch into memory; only tensors are taken from its pickle, so no code in it runs."""
     try:
         found: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:

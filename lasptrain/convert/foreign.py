@@ -1,4 +1,4 @@
-"""Folders that others wrote: the model that a config.json describes, and how its tensors differ from what we write."""
+"""Folders that others wrote: the model that a config.json describes, and the differences of its tensors from ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lasptrain.convert.tables import Rule, Shapes, rows
 from lasptrain.errors import ConvertError
 from lasptrain.recipe.sections import Model
 
-COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of minimax, made from its configuration
+COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # buffers of minimax, from its configuration
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embeddings.weight", "embed.weight")
 KINDS = {
     "granitemoehybrid": "granitemoehybrid",
@@ -28,7 +28,7 @@ KINDS = {
 }
 """The target of a `model_type`."""
 
-# What a configuration has to say, after what it says if it is silent.
+# By key: the default of the configuration, and the value that our model needs.
 _GRANITE: dict[str, tuple[Any, Any]] = {
     "num_local_experts": (8, 0),
     "hidden_act": ("silu", "silu"),
@@ -65,9 +65,9 @@ _TRANSNORMER = {
 
 
 def model(config: Json, shapes: Shapes, where: str) -> Model:
-    """The model that `config` describes, for tensors of these shapes.
+    """Return the model that `config` describes, for tensors of these shapes.
 
-    What a configuration leaves out is its class's default. ConvertError names the key that our models cannot express.
+    A missing key has its class's default. ConvertError names the key that our models cannot express.
     """
     kind = config.get("model_type")
     try:
@@ -96,7 +96,7 @@ def model(config: Json, shapes: Shapes, where: str) -> Model:
 
 
 def _rows(shapes: Shapes, where: str) -> int:
-    """Of the embedding."""
+    """Return the rows of the embedding."""
     for name in EMBEDDINGS:
         if name in shapes:
             return shapes[name][0]
@@ -141,7 +141,7 @@ def _granite(config: Json, where: str) -> Json:
 
 
 def _softmax(config: Json, layers: list[int], heads: int, where: str, *, rotary: bool, theta: float = 10000.0) -> Json:
-    """The keys of softmax layers, if there are any."""
+    """Return the recipe's keys for softmax layers, none if there are no such layers."""
     if not layers:
         return {}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -188,7 +188,7 @@ def _minimax(config: Json, where: str) -> Json:
 
 
 def _alpha(config: Json, linear: bool, softmax: bool, where: str) -> float:
-    """The one factor of all residuals. ConvertError where there are several, or others multiply the branches."""
+    """Return the one factor of all residuals. ConvertError where they differ, or where branches have factors too."""
     names = [name for name, there in (("linear_attn", linear), ("full_attn", softmax), ("mlp", True)) if there]
     _demand(config, {f"{name}_beta_factor": (1, 1) for name in names}, where)
     alphas = {f"{name}_alpha_factor": config.get(f"{name}_alpha_factor", 1) for name in names}
@@ -198,7 +198,7 @@ def _alpha(config: Json, linear: bool, softmax: bool, where: str) -> float:
 
 
 def _fla_sizes(config: Json, dim: int, layers: int, heads: int, ratio: int, expand_v: float) -> Json:
-    """Sizes, with the defaults of a class; its MLP is 2/3 · ratio of the width, up to a multiple of 256."""
+    """Return sizes, with the given defaults of a class; the MLP is 2/3 · ratio · width, up to a multiple of 256."""
     dim, layers, heads = (
         config.get("hidden_size", dim),
         config.get("num_hidden_layers", layers),
@@ -245,7 +245,7 @@ def _transnormer(config: Json, where: str) -> Json:
 
 
 def table(ours: list[Rule], config: Json, cfg: Model) -> list[Rule]:
-    """The table of what we write, changed to what stands in a folder of others."""
+    """Return our table of rules, changed to read a folder of others."""
     match config.get("model_type"):
         case "granitemoehybrid":
             return [_multiplied(rule, config, cfg) for rule in ours if not _is_silent(rule, cfg)]
@@ -255,12 +255,12 @@ def table(ours: list[Rule], config: Json, cfg: Model) -> list[Rule]:
 
 
 def _is_silent(rule: Rule, cfg: Model) -> bool:
-    """Whether it is of the layer that we add at the end."""
+    """True for rules of the zero layer that our export adds at the end."""
     return rule.targets[0].startswith(f"model.layers.{cfg.layers}.") if rule.targets else False
 
 
 def _multiplied(rule: Rule, config: Json, cfg: Model) -> Rule:
-    """Granite multiplies embeddings, branches, attention scores and logits: our weights carry the factors."""
+    """Fold Granite's factors of embeddings, branches, attention scores and logits into our weights."""
     embed = config.get("embedding_multiplier", 1.0)
     logits = config.get("logits_scaling", 1.0) * (embed if cfg.tie else 1.0)
     branch = config.get("residual_multiplier", 1.0)
@@ -281,7 +281,7 @@ def _multiplied(rule: Rule, config: Json, cfg: Model) -> Rule:
 
 
 def _one_expert(rule: Rule, cfg: Model) -> Rule:
-    """The MLP is the only expert; a router that chooses among one says nothing."""
+    """Read the MLP from the only expert, and ignore its router, which has no choice."""
     if not rule.targets or ".block_sparse_moe." not in rule.targets[0]:
         return rule
     if rule.sources:
@@ -290,5 +290,5 @@ def _one_expert(rule: Rule, cfg: Model) -> Rule:
 
 
 def without_computed(shapes: Shapes) -> Shapes:
-    """Without what a library makes from its configuration and saves nevertheless."""
+    """Drop tensors that a library computes from its configuration but saves nevertheless."""
     return {name: shape for name, shape in shapes.items() if not name.endswith(COMPUTED)}

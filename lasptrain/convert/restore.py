@@ -1,4 +1,4 @@
-"""The way back: a folder in another library's format becomes a run that `lasptrain pretrain` continues."""
+"""Import: a folder in another library's format becomes a run that `lasptrain pretrain` continues."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
 
-WINDOW = 4096  # tokens of the windows of a run that begins without a recipe
+WINDOW = 4096  # tokens of a training window, for a run without a recipe
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run begins with: the recipe, the step it has reached, and what its checkpoints must agree with."""
+    """The start of a run: its recipe, the step reached, and the `meta` that its checkpoints must match."""
 
     target: str
     recipe: Recipe
     step: int
     meta: dict[str, Any]
-    slopes: dict[str, list[float]] | None  # None: those in the folder
+    slopes: dict[str, list[float]] | None  # exact values; None: take the folder's
 
     @property
     def model(self) -> Model:
@@ -55,8 +55,8 @@ class Origin:
 def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool = False) -> Path:
     """Write the run folder `out` with the weights in `source`; its optimizer has no moments yet. Returns `out`.
 
-    An export of ours knows its recipe and step. With `recipe`, and for a folder of others, a new training starts at
-    step 0 from the weights; without one it is of the folder's model and tokenizer on the data that is the default.
+    An export of ours holds its recipe and step. With `recipe`, and for a folder of others, training starts at step 0
+    from the weights; without one it takes the folder's model and tokenizer and the default data.
     Raises ConvertError, or RecipeError for the recipe; then `out` is as it was.
     """
     given = None if recipe is None else load(recipe)
@@ -84,9 +84,9 @@ class Weights:
 
 
 def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
-    """The weights in `source`: of an export of ours, or of others, as `recipe` says or their own configuration.
+    """Open the weights in `source`: an export of ours, or a folder of others, by `recipe` or its own configuration.
 
-    Without `recipe` the data that weights of others were trained on are unknown. ConvertError where they do not fit.
+    Without `recipe` the training data of others' weights are unknown. ConvertError where weights do not fit.
     """
     folder = files.Folder(source)
     known = recipe is None and (source / RECORD).is_file()
@@ -110,7 +110,7 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
 
 
 def _known(folder: files.Folder) -> Origin:
-    """From the record of an export of ours."""
+    """Read the record of an export of ours."""
     record = folder.json(RECORD)
     where = folder.path / RECORD
     if record is None:
@@ -127,7 +127,7 @@ def _known(folder: files.Folder) -> Origin:
 
 
 def described(folder: files.Folder) -> Recipe:
-    """A recipe of the model and the tokenizer in a folder of others; its other keys are a beginning."""
+    """Return a recipe with the model and tokenizer of a folder of others; its other keys are a starting point."""
     config = _config(folder)
     model = foreign.model(config, folder.shapes, str(folder.path / "config.json"))
     window = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
@@ -142,12 +142,12 @@ def described(folder: files.Folder) -> Recipe:
 
 
 def recipe_name(text: str) -> str:
-    """A folder's name as the name of a recipe."""
+    """Turn a folder's name into a valid recipe name."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:100] or "run"
 
 
 def tokenizer(folder: files.Folder) -> Path:
-    """The tokenizer's file in a folder. ConvertError where there is none that can be read."""
+    """Return the tokenizer's file in a folder. ConvertError where there is none of a known name."""
     for name in ("tokenizer.model", "tokenizer.json"):
         if (folder.path / name).is_file():
             return folder.path.absolute() / name
@@ -169,7 +169,7 @@ def _config(folder: files.Folder) -> dict[str, Any]:
 
 
 def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
-    """For weights of others: their configuration says what they are, the recipe what they will be trained on."""
+    """Return the origin of others' weights: the model by their configuration, the further training by the recipe."""
     config = _config(folder)
     where = str(folder.path / "config.json")
     theirs = foreign.model(config, folder.shapes, where)
@@ -197,14 +197,14 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
 
 
 def _fingerprint(recipe: Recipe) -> str:
-    """Of what a new training reads, prepared if it was never."""
+    """Return the fingerprint of the recipe's data, which are prepared first if need be."""
     from data_tools.dataset import open_dataset
 
     return open_dataset(recipe.data).fingerprint
 
 
 class _Reader:
-    """Our tensors, made from a folder's one rule at a time."""
+    """Makes our tensors from a folder's, one rule at a time."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class _Reader:
         self.made: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
-        """A tensor of ours by its name, in fp32."""
+        """Return one of our tensors by name, in fp32."""
         if name not in self.made:
             rule = self.rules[name]
             found = [self.folder.read(target).float() for target in rule.targets]
@@ -232,7 +232,7 @@ class _Reader:
         return self._slope(name, tensor) if name.endswith("mixer.slope") else tensor
 
     def _slope(self, name: str, found: Tensor) -> Tensor:
-        """Slopes are the numbers that were written down, what the target has of them must agree; or the target's."""
+        """Return the recorded slopes, with which the target's must agree; without a record, the target's."""
         if self.rules[name].targets and not self.exact:
             return found
         exact = torch.tensor(self.slopes[name], dtype=torch.float32)

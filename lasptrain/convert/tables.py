@@ -1,4 +1,4 @@
-"""Tables of names: which tensors of a target are made of which of ours, and back.
+"""Tables of names: rules that turn our tensors into a target's, and back.
 
 A table is a list of rules. Every tensor of ours and of the target is in exactly one rule, so a missing or extra one is
 an error on either side, and shapes follow from running the same rules on the meta device.
@@ -22,13 +22,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 Forward = Callable[[list[Tensor]], list[Tensor]]
 Backward = Callable[[list[Tensor], list[tuple[int, ...]]], list[Tensor]]
 
-NO_DECAY = -30.0  # ln of a slope that stands for zero: a = 1 to 1e-13
+NO_DECAY = -30.0  # ln of a slope that stands for zero: decay a = 1 to 1e-13
 UNIT_STEP = math.log(math.e - 1)  # softplus of it is 1
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`targets` made of our `sources` by `to`; `back` makes them again from the target's tensors and our shapes.
+    """`to` makes `targets` from our `sources`; `back` makes our tensors from the target's and our shapes.
 
     `full_precision`: stays fp32 whatever the dtype of the export.
     """
@@ -41,7 +41,7 @@ class Rule:
 
 
 def rows(target: str, *sources: str, full_precision: bool = False) -> Rule:
-    """Rows of the sources, one below the other; with one source the same tensor."""
+    """Concatenate the rows of the sources; one source stays as it is."""
 
     def back(ys: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
         return list(ys[0].split([shape[0] for shape in shapes]))
@@ -50,7 +50,7 @@ def rows(target: str, *sources: str, full_precision: bool = False) -> Rule:
 
 
 def shaped(target: str, source: str, shape: Sequence[int], full_precision: bool = False) -> Rule:
-    """The same numbers in another shape."""
+    """Reshape the source."""
     return Rule(
         (target,),
         (source,),
@@ -61,7 +61,7 @@ def shaped(target: str, source: str, shape: Sequence[int], full_precision: bool 
 
 
 def fixed(target: str, value: Callable[[], Tensor], full_precision: bool = False) -> Rule:
-    """A tensor of the target that is the same for every model."""
+    """Make a tensor of the target that is the same for every model."""
 
     def back(ys: list[Tensor], _: list[tuple[int, ...]]) -> list[Tensor]:
         if not ys[0].is_meta and not torch.equal(ys[0].float(), value()):
@@ -72,7 +72,7 @@ def fixed(target: str, value: Callable[[], Tensor], full_precision: bool = False
 
 
 def logarithm(target: str, slope: str) -> Rule:
-    """ln of the slopes; a slope of zero becomes NO_DECAY. The logarithm of `back` is not exact: slopes are numbers."""
+    """Take ln of the slopes; zero becomes NO_DECAY. `back` is inexact, so an export records its slopes as numbers."""
     return Rule(
         (target,),
         (slope,),
@@ -83,7 +83,7 @@ def logarithm(target: str, slope: str) -> Rule:
 
 
 def implied(slope: str) -> Rule:
-    """Slopes that the target knows from its configuration."""
+    """Leave out slopes that the target computes from its configuration."""
     return Rule((), (slope,), lambda _: [], lambda _, shapes: [torch.empty(shapes[0])])
 
 
@@ -92,14 +92,14 @@ def _mapped(pairs: Mapping[str, str], prefix: str, own: str) -> list[Rule]:
 
 
 def _ends(embed: str, norm: str | None, cfg: Model) -> list[Rule]:
-    """Embedding, last norm, and a head of its own if there is one."""
+    """Rules of the embedding, the last norm, and the head unless it is tied."""
     ends = [rows(embed, "embed.weight")]
     ends += [rows(norm, "norm.weight")] if norm else []
     return ends if cfg.tie else [*ends, rows("lm_head.weight", "head.weight")]
 
 
 def safetensors(cfg: Model, names: Collection[str]) -> list[Rule]:
-    """Our own names."""
+    """Keep our own names."""
     exact = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias")
     return [rows(name, name, full_precision=name.endswith((*exact, "lrpe.theta"))) for name in names]
 
@@ -144,9 +144,9 @@ def _fla(cfg: Model, further: dict[str, str], names: Collection[str]) -> list[Ru
 def granite(cfg: Model, names: Collection[str]) -> list[Rule]:
     """GraniteMoeHybridForCausalLM without experts, from `ssd`, with softmax layers or without.
 
-    Where there is no convolution, theirs passes its last tap only; a constant decay is a step of
-    softplus(ln(e − 1)) = 1 and a zero matrix. Without softmax layers one of zeros stands at the end and adds nothing:
-    transformers counts the tokens in its cache there, and refuses to cache without.
+    Without a convolution, theirs passes its last tap only; a constant decay is a step of softplus(ln(e − 1)) = 1 and a
+    zero matrix. Without softmax layers a zero one is added at the end: transformers counts the tokens in its cache
+    there, and refuses to cache without.
     """
     table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
@@ -213,7 +213,7 @@ def _mamba(cfg: Model, own: str, to: str, dependent: bool) -> list[Rule]:
 
 
 def minimax(cfg: Model, names: Collection[str]) -> list[Rule]:
-    """MiniMaxForCausalLM, from `minimax`: the MLP as two experts of half its width that every token asks."""
+    """MiniMaxForCausalLM, from `minimax`: the MLP as two experts of half its width, both used by every token."""
     table = _ends("model.embed_tokens.weight", "model.norm.weight", cfg)
     for i in range(cfg.layers):
         own, to = f"layers.{i}.", f"model.layers.{i}."
@@ -227,7 +227,7 @@ def minimax(cfg: Model, names: Collection[str]) -> list[Rule]:
 
 
 def _by_head(target: str, sources: Sequence[str], cfg: Model) -> Rule:
-    """The sources' rows [H·K, D] of head 0, one source below the other, then those of head 1, and so on."""
+    """Interleave the sources' rows [H·K, D] by head: all sources of head 0, then all of head 1, and so on."""
 
     def to(xs: list[Tensor]) -> list[Tensor]:
         return [torch.stack([x.unflatten(0, (cfg.heads, -1)) for x in xs], 1).flatten(0, 2)]
@@ -239,7 +239,7 @@ def _by_head(target: str, sources: Sequence[str], cfg: Model) -> Rule:
 
 
 def _experts(cfg: Model, to: str, own: str) -> list[Rule]:
-    """Two experts, weighted ½ each by a router of zeros, so their outputs are doubled; powers of two round nothing."""
+    """Two experts, weighted ½ each by a zero router, so their outputs are doubled; powers of two are exact."""
     halves = [
         _halves(*(f"{to}experts.{expert}.{theirs}.weight" for expert in (0, 1)), source=f"{own}{ours}.weight", dim=dim)
         for theirs, ours, dim in (("w1", "gate", 0), ("w3", "up", 0), ("w2", "down", 1))
@@ -248,7 +248,7 @@ def _experts(cfg: Model, to: str, own: str) -> list[Rule]:
 
 
 def _halves(*targets: str, source: str, dim: int) -> Rule:
-    """Halves of the rows; or of the columns, twice as large."""
+    """Split the rows in halves; or the columns, doubling their values."""
     factor = 2.0 if dim == 1 else 1.0
     return Rule(
         targets,
@@ -259,7 +259,7 @@ def _halves(*targets: str, source: str, dim: int) -> Rule:
 
 
 def _above_zeros(target: str, sources: Sequence[str], count: int) -> Rule:
-    """Rows of the sources, and `count` rows of zeros below."""
+    """Concatenate the rows of the sources and `count` rows of zeros."""
 
     def to(xs: list[Tensor]) -> list[Tensor]:
         return [torch.cat([*xs, xs[0].new_zeros(count, xs[0].shape[1])])]
@@ -315,12 +315,12 @@ TABLES: dict[str, Callable[[Model, Collection[str]], list[Rule]]] = {
 
 
 def check_sources(table: Sequence[Rule], names: Collection[str], where: str) -> None:
-    """ConvertError where the model's tensors are not exactly those that the table takes."""
+    """Raise ConvertError where the model's tensors are not exactly those that the table takes."""
     _compare({source for rule in table for source in rule.sources}, set(names), where)
 
 
 def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Shape and dtype of every tensor of the target, in the table's order."""
+    """Return shape and dtype of every tensor of the target, in the table's order."""
     found: dict[str, TensorSpec] = {}
     for rule in table:
         made = rule.to([torch.empty(shapes[source], device="meta") for source in rule.sources])
@@ -330,7 +330,7 @@ def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str
 
 
 def export(table: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the target, one rule in memory at a time."""
+    """Yield every tensor of the target, with one rule in memory at a time."""
     for rule in table:
         if rule.targets:
             made = rule.to([read(source) for source in rule.sources])
@@ -339,7 +339,7 @@ def export(table: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dt
 
 
 def check_targets(table: Sequence[Rule], shapes: Shapes, found: Shapes, where: str) -> None:
-    """ConvertError where a folder's tensors are not exactly those that the table makes, in name and shape."""
+    """Raise ConvertError where a folder's tensors are not exactly those that the table makes, in name and shape."""
     expected = {name: form.shape for name, form in forms(table, shapes, torch.float32).items()}
     _compare(set(expected), set(found), where)
     for name, shape in expected.items():

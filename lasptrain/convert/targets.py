@@ -1,4 +1,4 @@
-"""Formats a model can leave in, and why not. No torch."""
+"""Export formats, and the reasons why a model does not fit one. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lasptrain.errors import ConvertError, RecipeError
 from lasptrain.recipe.sections import Model
 
-WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid", "minimax": "minimax"}  # what `hf` means for an architecture
+WITHOUT_CUSTOM_CODE = {"ssd": "granitemoehybrid", "minimax": "minimax"}  # the target `hf`, by architecture
 RUNS_IN = {
     "safetensors": "lasptrain",
     "granitemoehybrid": "transformers; not tried: vLLM, SGLang, llama.cpp",
@@ -19,8 +19,8 @@ RUNS_IN = {
 
 
 def resolve(name: str, model: Model) -> str:
-    """The target of `--to name` for this model. RecipeError for a name that is none, ConvertError with
-    the reason where the model cannot be expressed there.
+    """Return the target of `--to name` for this model. RecipeError for an unknown name, ConvertError with the reason
+    where the model cannot be expressed there.
     """
     target = WITHOUT_CUSTOM_CODE.get(model.arch) if name == "hf" else name
     possible = ", ".join(target for target, reason in refusals(model).items() if reason is None)
@@ -35,14 +35,14 @@ def resolve(name: str, model: Model) -> str:
 
 
 def lines(model: Model) -> Iterator[str]:
-    """Every target and what runs it, or why the model cannot be expressed there; `hf` beside what it stands for."""
+    """Yield a line for each target: its library, or the reason why the model does not fit; `hf` beside its target."""
     for target, reason in refusals(model).items():
         name = f"{target} (hf)" if WITHOUT_CUSTOM_CODE.get(model.arch) == target else target
         yield f"{name}: {RUNS_IN[target] if reason is None else f'no, {reason}'}"
 
 
 def refusals(model: Model) -> dict[str, str | None]:
-    """Every target, and why this model cannot be expressed there, or None where it can."""
+    """Return for each target the reason why this model cannot be expressed there, None where it can."""
     return {target: next(_reasons(target, model), None) for target in RUNS_IN}
 
 

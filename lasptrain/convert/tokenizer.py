@@ -1,4 +1,4 @@
-"""The tokenizer beside an export: as a fast tokenizer where every id is the same, and always as it was."""
+"""The tokenizer of an export: its own file, and a fast tokenizer if that gives the same ids."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ Json = dict[str, Any]
 class Special:
     """The tokens that begin, end and pad a text.
 
-    A document ends where the next one begins, so BOS ends a text. An end that the tokenizer names itself does so too,
-    and is the one of its files: weights of others were trained to come to it.
+    A document ends where the next one begins, so BOS ends a text. So does an end that the tokenizer itself names,
+    which its files then keep: weights of others were trained to emit it.
     """
 
     bos: Token
@@ -42,20 +42,20 @@ class Special:
     pad: Token
 
     def ids(self) -> Json:
-        """As keys of config.json and generation_config.json."""
+        """Return the keys of config.json and generation_config.json."""
         bos, end = self.bos[0], self.end[0]
         return {"bos_token_id": bos, "eos_token_id": bos if end == bos else [end, bos], "pad_token_id": self.pad[0]}
 
     def texts(self) -> Json:
-        """As keys of a fast tokenizer's files."""
+        """Return the keys of a fast tokenizer's files."""
         return {"bos_token": self.bos[1], "eos_token": self.end[1], "pad_token": self.pad[1]}
 
 
 def special(spec: str) -> Special:
-    """Those of the tokenizer at the path `spec`, or of "bytes".
+    """Return the special tokens of the tokenizer at the path `spec`, or of "bytes".
 
-    Texts are padded with the token that the tokenizer names for it, else with the unknown one where nothing is unknown,
-    else with their end. Padding that is BOS would be left out of a fine-tuning's losses, and of its gradients.
+    Padding is the tokenizer's own pad token, else its unknown token if bytes cover all text, else the end. A pad token
+    is left out of fine-tuning losses and gradients, so it should not be BOS.
     """
     bos = load_tokenizer(spec).bos
     if spec == BYTES:
@@ -67,7 +67,7 @@ def special(spec: str) -> Special:
 
 
 def _of_pieces(path: Path) -> dict[str, Token]:
-    """Of a sentencepiece model; `unk` only if bytes stand for all that is unknown."""
+    """Read the special tokens of a sentencepiece model; `unk` only if it falls back to bytes."""
     model = protocol.ModelProto.FromString(path.read_bytes())
     spec, kinds = model.trainer_spec, [piece.type for piece in model.pieces]
     controls = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == CONTROL}
@@ -79,7 +79,7 @@ def _of_pieces(path: Path) -> dict[str, Token]:
 
 
 def _named(path: Path, bos: int) -> dict[str, Token]:
-    """Of a tokenizer.json and the files beside it; `unk` only if bytes stand for all that is unknown."""
+    """Read the special tokens of a tokenizer.json and the files beside it; `unk` only if it falls back to bytes."""
     from tokenizers import Tokenizer
 
     model, parsed = Tokenizer.from_file(str(path)), json.loads(path.read_text(encoding="utf-8"))["model"]
@@ -96,7 +96,7 @@ def _named(path: Path, bos: int) -> dict[str, Token]:
 
 
 def _beside(path: Path, name: str) -> Json:
-    """What a JSON file beside a tokenizer says; {} if there is none that can be read."""
+    """Read a JSON file beside a tokenizer; {} if there is none that can be read."""
     try:
         found = json.loads(path.with_name(name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ def _beside(path: Path, name: str) -> Json:
 
 
 def export(path: Path, folder: Path) -> str:
-    """Write the tokenizer at `path`, a sentencepiece model or a tokenizer.json, into `folder`; returns what came of it.
+    """Write the tokenizer at `path`, a sentencepiece model or a tokenizer.json, into `folder`; return a line about it.
 
     A tokenizer.json is copied with the files beside it, which then name BOS, end and padding if they did not.
     """
@@ -136,7 +136,7 @@ def _describe(path: Path, folder: Path, config: Json, older: Json) -> None:
 
 
 def _different(path: Path, text: str) -> str | None:
-    """A line whose ids differ, or None."""
+    """Return a line whose ids differ, or None."""
     from tokenizers import Tokenizer
 
     own, fast = load_tokenizer(path), Tokenizer.from_str(text)
@@ -148,7 +148,7 @@ def _different(path: Path, text: str) -> str | None:
 
 
 def lines(count: int = LINES, seed: int = 0) -> Iterator[str]:
-    """Lines that are hard to cut: spaces everywhere, controls, scripts, emoji, digits, literal special tokens."""
+    """Yield lines that are hard to tokenize: stray spaces, controls, scripts, emoji, digits, literal special tokens."""
     yield ""
     random_ = random.Random(seed)
     source = Path(random.__file__).read_text(encoding="utf-8").splitlines()

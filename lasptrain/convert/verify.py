@@ -1,4 +1,4 @@
-"""An exported model is the model: its logits in its own library, in a process of its own, against ours in float64.
+"""Verification of an export: its logits in its own library, in a process of its own, against ours in float64.
 
 python -m lasptrain.convert.verify FOLDER RUN      prints one line of JSON
 """
@@ -27,24 +27,24 @@ from lasptrain.parallel.shard import fill
 from lasptrain.recipe.sections import Model
 
 LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
-CHUNK = 128  # tokens that a target computes at once where its configuration names none: 64 of fla, 128 of transnormer
-REACHES = ("sliding_window", "mamba_d_conv", "mamba_chunk_size", "block_size")  # keys of configurations, in tokens
-OF_FLA = ("linear_attn", "retnet")  # what flash-linear-attention computes
-TOLERANCE = 1e-4  # of logits in fp32, for each unit of their largest that exceeds one
+CHUNK = 128  # chunk in tokens where a configuration names none: 64 of fla, 128 of transnormer
+REACHES = ("sliding_window", "mamba_d_conv", "mamba_chunk_size", "block_size")  # configuration keys, in tokens
+OF_FLA = ("linear_attn", "retnet")  # targets of flash-linear-attention
+TOLERANCE = 1e-4  # of fp32 logits, times the largest logit where that exceeds 1
 
 
 class Parity(NamedTuple):
-    """Largest errors of fp32 logits against ours in float64, and the largest of these."""
+    """Largest errors of fp32 logits against ours in float64; `scale` is our largest logit."""
 
     scale: float
     full: float
     decode: float  # token by token after a prefix, past the largest window, convolution and chunk
     chunked: float  # prefill in uneven pieces
     padded: float  # a shorter text in a batch, padded on the left
-    generated: float  # at each token of greedy texts, of a batch that is padded on the left
-    greedy: int  # equal tokens
-    ended: bool  # whether each of these texts ends with the end, and padding follows
-    gated: bool  # whether a larger error would have been refused
+    generated: float  # at each token of greedy texts, in a batch padded on the left
+    greedy: int  # number of equal tokens
+    ended: bool  # each of these texts ends with the end token, followed by padding
+    gated: bool  # errors beyond tolerance are refused
     library: str
 
     def __str__(self) -> str:
@@ -56,11 +56,11 @@ class Parity(NamedTuple):
         )
 
     def errors(self) -> dict[str, float]:
-        """By name."""
+        """Return the errors by name."""
         return {name: getattr(self, name) for name in ("full", "decode", "chunked", "padded", "generated")}
 
     def problems(self) -> list[str]:
-        """What is beyond tolerance."""
+        """Return the errors beyond tolerance."""
         allowed = TOLERANCE * max(1.0, self.scale)
         wrong = [f"{name} {error:.1e}" for name, error in self.errors().items() if not error <= allowed]
         wrong += [f"greedy {self.greedy} of {GREEDY}"] if self.greedy < GREEDY else []
@@ -68,13 +68,13 @@ class Parity(NamedTuple):
 
 
 def installed(library: str) -> bool:
-    """Whether a package is there, without importing it; a folder of that name is none."""
+    """True if a package is installed, without importing it; a folder of that name does not count."""
     spec = find_spec(library)
     return spec is not None and spec.origin is not None
 
 
 def compare(folder: Path, run: Path, exact: bool) -> Parity:
-    """Compare `folder` with the newest step of `run`. ConvertError beyond tolerance, where `exact`."""
+    """Compare `folder` with the newest step of `run`. ConvertError beyond tolerance if `exact`."""
     command = [sys.executable, "-m", "lasptrain.convert.verify", str(folder.absolute()), str(run.absolute())]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet, check=False)
@@ -92,7 +92,7 @@ Reference = Callable[..., Tensor]  # (tokens [B, T], keep = T) → logits [B, ke
 
 
 def reference(run: Path) -> Reference:
-    """Ours in float64, token by token."""
+    """Return our model's logits as a function: float64, token by token."""
     step = single.CheckpointReader(run)
     cfg = Model.model_validate(step.meta["model"])
     model = on_meta(cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64)
@@ -110,7 +110,7 @@ def reference(run: Path) -> Reference:
 
 
 def measure(model: Any, ours: Reference, vocab: int, library: str) -> Parity:
-    """Every way of asking `model`, compared with `ours`."""
+    """Compare `model` with `ours`: in one forward, with its cache, padded, and generating."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (1, _length(model.config)), generator=generator)
     before = tokens.shape[1] - LENGTH
@@ -134,7 +134,7 @@ def measure(model: Any, ours: Reference, vocab: int, library: str) -> Parity:
 
 
 def _length(config: Any) -> int:
-    """Tokens of a text whose decoding crosses the largest window, convolution and chunk of an export."""
+    """Return a length in tokens at which decoding crosses the largest window, convolution and chunk of an export."""
     reach = max(CHUNK, *(getattr(config, key, None) or 0 for key in REACHES))
     return max(LENGTH, reach + (LENGTH - PREFIX) // 2)
 
@@ -144,7 +144,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def _cached(model: Any, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The last LENGTH logits of pieces of these lengths, one after another."""
+    """Run pieces of these lengths one after another with a cache; return the last LENGTH logits."""
     cache, start, found = None, 0, []
     for piece in tokens.to(model.device).split(list(lengths), dim=1):
         position = torch.arange(start, start + piece.shape[1], device=piece.device)[None]
@@ -155,7 +155,7 @@ def _cached(model: Any, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _padded(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """A text and its beginning, padded on the left, [2, T]; and where there are tokens."""
+    """Return a batch [2, T] of a text and its beginning, padded on the left, and the mask of its tokens."""
     rest = LENGTH - SHORT
     padding = tokens.new_full((1, rest), model.generation_config.pad_token_id or 0)
     batch = torch.cat([tokens, torch.cat([padding, tokens[:, :-rest]], dim=1)]).to(model.device)
@@ -165,10 +165,10 @@ def _padded(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _generated(model: Any, ours: Reference, batch: Tensor, mask: Tensor) -> tuple[float, int, bool]:
-    """Greedy texts behind `batch`: the largest error of logits, how many tokens are ours too, and whether they end.
+    """Generate greedily from `batch`: the largest error of logits, how many tokens equal ours, and true if texts end.
 
-    Each token is compared with our choice after those before it. The end, which a model may have no reason to come to,
-    is brought at another place of each row; that it is one, only the folder's own configuration says.
+    Each token is compared with our choice after those before it. The end token, which a model may never emit, is forced
+    at a different place in each row; only the folder's own configuration makes it end the text.
     """
     config, start, counts = model.generation_config, batch.shape[1], (GREEDY // 2, GREEDY)
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id
@@ -205,19 +205,19 @@ def _generated(model: Any, ours: Reference, batch: Tensor, mask: Tensor) -> tupl
 
 
 def _without(logits: Tensor, ids: list[int]) -> Tensor:
-    """A copy of logits that never chooses these."""
+    """Copy logits with these ids at −∞."""
     return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
 
 
 def unexpected_keys(info: dict[str, Any]) -> dict[str, list[str]]:
-    """Keys that are missing, unexpected or mismatched, of what transformers says about loading."""
+    """Return the missing, unexpected or mismatched keys from transformers' loading info, without computed ones."""
     found = {kind: [str(name) for name in names if not str(name).endswith(COMPUTED)] for kind, names in info.items()}
     return {kind: sorted(names) for kind, names in found.items() if names}
 
 
 @torch.no_grad()
 def main(folder: str, run: str) -> None:
-    """Measure and print."""
+    """Measure the parity of FOLDER with RUN and print it as JSON."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -232,7 +232,7 @@ def main(folder: str, run: str) -> None:
     if kind in OF_FLA:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         for layer in model.model.layers:
-            layer.attn.mode = "fused_recurrent"  # its other kernels multiply in TF32
+            layer.attn.mode = "fused_recurrent"  # fla's other kernels multiply in TF32
     versions = f"{library} {import_module(library).__version__}"
     found = measure(model.eval(), reference(Path(run)), model.config.vocab_size, versions)
     sys.stdout.write(json.dumps(found._asdict()) + "\n")
