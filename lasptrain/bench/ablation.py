@@ -1,4 +1,4 @@
-"""`lasptrain bench ablation`: what fused kernels and kept states are worth in whole steps (as in the LASP paper)."""
+"""`lasptrain bench ablation`: the gain of fused kernels and kept states in whole steps (as in the LASP paper)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lasptrain.training.job import build
 
 @dataclass(frozen=True)
 class Row:
-    """Steps of the whole model in one form."""
+    """Whole steps with one kernel, with or without kept states."""
 
     kernel: str
     kept: bool
@@ -35,7 +35,7 @@ class Row:
 
 
 class Recomputing(ShardedRecurrence):
-    """Attention that keeps no states for the backward, and so summarises and exchanges again there."""
+    """Recurrence that keeps no states for the backward, and so summarises and exchanges again there."""
 
     def begin(
         self,
@@ -62,7 +62,7 @@ class Recomputing(ShardedRecurrence):
 
 
 def measure(recipe: Recipe, ranks: int, tokens: int) -> tuple[str, list[Row]]:
-    """The device, and rows for unfused and fused kernels without and with kept states, `tokens` tokens per rank.
+    """Return the device, and rows for unfused and fused kernels without and with kept states, `tokens` per rank.
 
     Starts one process per rank on this machine, which share one window per step in one segment without documents.
     """
@@ -95,7 +95,7 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
 
 
 def report(device: str, ranks: int, tokens: int, rows: list[Row]) -> Table:
-    """A line per form, each beside the first."""
+    """A table with a line for each row, beside the first."""
     table = Table(title=f"whole steps, {tokens:,} tokens per rank, {ranks} × {device}")
     for column in ("kernel", "states kept", "tokens/s per rank", "× first", "peak GiB"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
@@ -107,6 +107,6 @@ def report(device: str, ranks: int, tokens: int, rows: list[Row]) -> Table:
 
 
 def write(file: Path, device: str, ranks: int, tokens: int, rows: list[Row]) -> None:
-    """The same as JSON."""
+    """Write the rows as JSON."""
     head = {"device": device, "torch": torch.__version__, "ranks": ranks, "tokens": tokens}
     file.write_text(json.dumps({**head, "rows": [asdict(row) for row in rows]}, indent=1))

@@ -20,12 +20,12 @@ from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-CHUNK = 64  # tokens, of the product floor
+CHUNK = 64  # tokens per chunk of the product floor
 
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation at one length: medians in ms, what it allocates beyond its inputs in GB."""
+    """One implementation at one length: medians in ms, memory beyond its inputs in GB."""
 
     name: str
     tokens: int
@@ -39,7 +39,7 @@ class Row:
 def measure(
     tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int
 ) -> tuple[list[Row], Rates]:
-    """Rows for every length, ours first, and the rates that bound them.
+    """Return rows for every length, ours first, and the rates that bound them.
 
     Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
     token, with gradient). Backward runs on the calling thread, as in training. Raises SetupError without a GPU.
@@ -55,7 +55,7 @@ def measure(
 
 
 def measure_rates(dtype: str) -> Rates:
-    """What the current GPU sustains in products of `dtype`; SetupError without one."""
+    """Measure the current GPU's rates, products in `dtype`; SetupError without a GPU."""
     if not torch.cuda.is_available():
         raise SetupError("found no CUDA device to measure")
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -63,7 +63,7 @@ def measure_rates(dtype: str) -> Rates:
 
 
 def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:
-    """Implementations by name, and what they differentiate besides q, k and v: a log decay per token."""
+    """Implementations by name, and the inputs they differentiate besides q, k and v: a log decay per token."""
     slope = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device="cuda")
     log_decay = {
         "none": None,
@@ -126,7 +126,7 @@ def _row(
 
 
 def _replayed(call: Callable[[], None]) -> float | None:
-    """Median ms from a CUDA graph; None where the call cannot be captured because it waits for the GPU."""
+    """Median ms from a CUDA graph; None where the call waits for the GPU and so cannot be captured."""
     from triton.testing import do_bench_cudagraph
 
     try:
@@ -155,8 +155,8 @@ def _product_rate(dtype: torch.dtype, size: int = 8192) -> float:
 
 
 def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates) -> list[Row]:
-    """The least times. Memory: to read q, k, v and write o; and, backward included, to read them and do again and write
-    dq, dk, dv. Products: of a chunkwise algorithm with chunks of CHUNK tokens.
+    """Lower bounds of times. Memory: read q, k, v and write o; with backward also read them and do again and write
+    dq, dk, dv. Products: those of a chunkwise algorithm with chunks of CHUNK tokens.
     """
     tensor = tokens * heads * dim * DTYPES[dtype].itemsize / rates.copies * 1e3
     product = 2 * tokens * heads * dim * (CHUNK + dim) / rates.products * 1e3
@@ -203,7 +203,7 @@ def _gain(ours: float | None, others: Sequence[float | None]) -> str:
 
 
 def write(file: Path, rows: Sequence[Row], rates: Rates) -> None:
-    """The same as JSON, with the device's name."""
+    """Write rows and rates as JSON, with the device's name."""
     content = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

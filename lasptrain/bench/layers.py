@@ -1,8 +1,8 @@
-"""One attention layer over a window that ranks share, forward and backward: times, what the host takes, bytes sent.
+"""One attention layer over a window that ranks share, forward and backward: times, launch times, bytes sent.
 
 Short slices take the host longer to launch than the GPU to work; a CUDA graph of the same calls, exchange included,
-shows the GPU alone. A method is compared with the layer that shares nothing turn by turn, because the clocks of a GPU
-that is at its power limit drift by more than sharing costs.
+shows the GPU alone. A method takes turns with the layer that shares nothing, because the clocks of a GPU at its power
+limit drift by more than sharing costs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lasptrain.process.local_ranks import Failure, on_ranks, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
 
-LEAST = 0.05  # seconds of a turn
+LEAST = 0.05  # seconds of a turn at least
 TURNS, HOST_TURNS = 11, 5
-CAPTURES, CAPTURED_TURNS = 5, 5  # graphs of the same calls differ by a hundredth
+CAPTURES, CAPTURED_TURNS = 5, 5  # graphs of the same calls differ by 1 %
 
 Times = dict[str, list[float]]  # seconds of each turn, by method
 
@@ -44,24 +44,24 @@ class Layer:
     method: str
     tokens: int  # per rank
     ms: float
-    host_ms: float | None  # until the host has launched it, on a GPU
+    host_ms: float | None  # the host's time to launch it, on a GPU
     sent: int  # bytes, forward and backward, by the rank that sends most
-    formula: int  # what that should be
-    ratio: float | None = None  # of its time to that of NONE in the same turn, the median
+    formula: int  # the expected `sent`
+    ratio: float | None = None  # median over turns of its time ÷ that of NONE
     replayed_ms: float | None = None  # from a CUDA graph
     replayed_ratio: float | None = None
-    failure: str | None = None  # why there is none
+    failure: str | None = None  # why there is no replay
 
 
 def measure(recipe: Recipe, ranks: int, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[Layer]]:
-    """The device, and a row for each of `tokens` per rank and each of `methods` that leaves the model whole."""
+    """Return the device, and a row for each of `tokens` per rank and each of `methods` that keeps the model whole."""
     device, rows = on_ranks(ranks, _lengths, recipe, [method for method in methods if method not in SPLIT], tokens)
     return device, [Layer(**row) for row in rows]
 
 
 def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Layer]:
-    """The rows, on GPUs with times from CUDA graphs, in a job of their own: a capture that fails may take the ranks'
-    links with it, and then costs that row its time, and no other's.
+    """Add times from CUDA graphs to the rows, on GPUs, measured in a job of their own: a failed capture may break the
+    ranks' links, and then only that row has no such time.
     """
     if all(row.host_ms is None for row in rows):
         return list(rows)
@@ -106,7 +106,7 @@ def _attention(recipe: Recipe, method: str, device: torch.device) -> ShardedRecu
 def _calls(
     recipe: Recipe, attentions: Mapping[str, ShardedRecurrence], tokens: int, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """Forward and backward of each, on the same numbers."""
+    """Return calls of forward and backward for each recurrence, on the same inputs."""
     model = recipe.model
     decays = slopes(model.decay, model.layers, model.heads, tokens)[-1]
     log_decay = None if model.decay == "none" else -torch.tensor(decays, device=device)
@@ -125,11 +125,11 @@ def _calls(
 
 
 def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, int]:
-    """What the busiest rank sends for a layer, forward and backward, for `tokens` tokens of `size` bytes a number.
+    """Bytes that the busiest rank sends for a layer, forward and backward: `tokens` tokens, `size` bytes a number.
 
-    Along a chain all ranks but the last send one state in fp32, and a gathering rank sends state and decays once:
+    In a chain all ranks but the last send one state in fp32, and with all_gather each sends state and decays once,
     whatever the window. Ulysses sends all of q, k, v and o but the part that stays, and as much backward. Ring
-    Attention hands k and v to every other rank, again in the backward, and their gradients in fp32 all the way round.
+    Attention passes k and v to every other rank, again in the backward, and their gradients in fp32 all round.
     """
     state = 4 * model.heads * model.K * model.V
     chain = state * min(ranks - 1, 2)
@@ -146,7 +146,7 @@ def _sent(attention: ShardedRecurrence, call: Callable[[], None]) -> int:
 
 
 def compared(times: Times, name: str) -> float | None:
-    """The median over turns of what a method takes ÷ what NONE takes in that turn; None where that was not timed."""
+    """Median over turns of a method's time ÷ that of NONE in the same turn; None where NONE was not timed."""
     return median(a / b for a, b in zip(times[name], times[NONE], strict=True)) if NONE in times else None
 
 
@@ -165,14 +165,14 @@ def _times(calls: Mapping[str, Callable[[], object]], device: torch.device, turn
 
 
 def _host(call: Callable[[], object], device: torch.device) -> float | None:
-    """Milliseconds that the slowest rank takes to launch a call; a few calls, which no queue is too short for."""
+    """Milliseconds that the slowest rank takes to launch a call; measured on a few calls, which fit into any queue."""
     if device.type != "cuda":
         return None
     return 1e3 * median(all_reduce_max(_elapsed(call, 3, device)[1]) for _ in range(HOST_TURNS))
 
 
 def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one of `count` calls in a row, and until it was launched."""
+    """Seconds per call of `count` calls in a row: until done, and until launched."""
     dist.barrier()
     _wait(device)
     began = time.perf_counter()
@@ -189,8 +189,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _replayed(recipe: Recipe, method: str, tokens: int) -> tuple[float, float | None]:
-    """Milliseconds from CUDA graphs, and how many times those of NONE; SetupError on every rank where one cannot
-    capture it.
+    """Milliseconds from CUDA graphs, and their ratio to NONE's; SetupError on every rank where one rank's capture
+    fails.
     """
     device = mesh.device()
     attentions = {name: _attention(recipe, name, device) for name in dict.fromkeys((NONE, method))}
@@ -204,7 +204,7 @@ def _replayed(recipe: Recipe, method: str, tokens: int) -> tuple[float, float | 
 
 
 def _times_replayed(calls: Mapping[str, Callable[[], object]], tokens: int, device: torch.device) -> Times:
-    """Seconds of a new graph of each call, in each turn."""
+    """Seconds of replaying a new graph of each call, in each turn."""
     graphs = {}
     for name, call in calls.items():
         graphs[name], failure = _captured(call, device)
@@ -212,12 +212,12 @@ def _times_replayed(calls: Mapping[str, Callable[[], object]], tokens: int, devi
             raise SetupError(f"{name}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
     times = _times({name: graph.replay for name, graph in graphs.items()}, device, CAPTURED_TURNS)
     for graph in graphs.values():
-        graph.reset()  # before its communicator goes
+        graph.reset()  # before its communicator is destroyed
     return times
 
 
 def _captured(call: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, str]:
-    """A graph of the call, and why it is none, if so."""
+    """Capture a graph of the call; return it with the reason of failure, empty if there is none."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -225,7 +225,7 @@ def _captured(call: Callable[[], object], device: torch.device) -> tuple[torch.c
             call()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    try:  # other threads, such as the one that watches NCCL, go on asking the driver
+    try:  # thread_local: other threads, such as NCCL's watchdog, go on calling the driver
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             call()
     except RuntimeError as error:

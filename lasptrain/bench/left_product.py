@@ -1,6 +1,6 @@
 """Linear attention as softmax attention computes it, (q kᵀ ∘ decay) v, from the left: quadratic in the window.
 
-What the LASP paper ran its rivals with (arXiv:2404.02882, section 4), in tiles of rows so that memory stays linear.
+The LASP paper ran its rivals like this (arXiv:2404.02882, section 4); in tiles of rows, so that memory stays linear.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LeftProduct:
-    """Attention of a whole window, `tile` tokens of queries at a time; each tile is computed again in the backward."""
+    """Attention of a whole window, `tile` tokens of queries at a time; each tile is recomputed in the backward."""
 
     def __init__(self, tile: int = 256):
         self.tile = tile
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, behind: int = 0) -> Tensor:
-        """Output [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and a log decay [H] per head, where keys and values
-        lie `behind` tokens to the left of the queries.
+        """Return the output [B, T, H, V] of q, k [B, T, H, K], v [B, T, H, V] and a log decay [H] per head; keys and
+        values lie `behind` tokens to the left of the queries.
         """
         tiles = []
         for start in range(0, q.shape[1], self.tile):
@@ -30,7 +30,7 @@ class LeftProduct:
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, first: int) -> Tensor:
-    """Output of tokens from `first` on, q [B, t, H, K], that see k [B, s, H, K], v [B, s, H, V]."""
+    """Output [B, t, H, V] of queries q [B, t, H, K] from token `first` on over k [B, s, H, K], v [B, s, H, V]."""
     token = torch.arange(first, first + q.shape[1], device=q.device)
     lag = token[:, None] - torch.arange(k.shape[1], device=q.device)
     rate = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay

@@ -2,8 +2,8 @@
 
 The LASP paper's table, on this machine's ranks: a window per rank (`off`), one window over all ranks in one segment
 (`on`), and the same in as many segments as it takes (`streaming`). A window counts if two updates of it ran, the second
-with the optimizer's states in place. Windows are tried from what is almost certain to fit upwards, and only where that
-does not, below it.
+with the optimizer's states in place. Windows are tried upwards from one that is almost certain to fit, and below it
+only where that fails.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ KINDS = ("ddp", "zero3")
 MODES = ("none", "full")
 SHARING = ("off", "on", "streaming")
 SHARES = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the predicted window
-LOWER = (0.4, 0.6)  # where the first of them fails
+LOWER = (0.4, 0.6)  # tried where the first of SHARES fails
 GRAIN = 1024  # tokens of a slice
 UPDATES = 2
 
 
 class Form(NamedTuple):
-    """How a window is trained."""
+    """One way to train a window."""
 
     kind: str
     recompute: str
@@ -50,7 +50,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """What was found of a form: the longest window that ran, and the shortest that did not; 0 where there is none."""
+    """Result of a form: the longest `window` that ran, 0 if none; `failed` if a longer one did not run."""
 
     form: Form
     window: int = 0
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """All of it, and where it was measured."""
+    """All cells, and the device they were measured on."""
 
     device: str
     ranks: int
@@ -70,19 +70,19 @@ class Results:
 
 
 def forms() -> list[Form]:
-    """In the order of the table."""
+    """Return all forms, in the order of the table."""
     return [Form(kind, mode, sharing) for kind in KINDS for mode in MODES for sharing in SHARING]
 
 
 def measure(
     recipe: Recipe, ranks: int, most: int, capacity: int | None, seconds: float, chosen: Sequence[Form]
 ) -> Iterator[Results]:
-    """Starts processes, one per rank, on this machine; each value holds all that was found so far.
+    """Find the longest windows with one process per rank on this machine; yield all results so far after each trial.
 
     Args:
         most: tokens of the longest window that is streamed.
-        capacity: bytes of each rank, where they are to be fewer than it has; a CPU has no other limit.
-        seconds: after which nothing more is tried.
+        capacity: bytes of each rank, to set a lower limit than the GPU's; a CPU has no other limit.
+        seconds: after which no trial starts.
     """
     until = time.monotonic() + seconds
     blank = found = Results("", ranks, [Cell(form) for form in chosen])
@@ -98,7 +98,7 @@ def measure(
 
 
 def _tried(found: Results, given: Sequence[tuple[Any, ...]], until: float) -> Iterator[Results]:
-    """What is found with more windows, of each form from short to long until one fails."""
+    """Yield results after each further window, of each form from short to long until one fails."""
     tried = trials(found.ranks, _trial, given, skip_after=lambda failed, other: bool(failed[1] == other[1]))
     for number, ((_, form, *_), result) in enumerate(tried, 1):
         over = isinstance(result, Failure)
@@ -128,7 +128,7 @@ def _with(results: Results, form: Form, result: Any | Failure) -> Results:
 def _trial(
     recipe: Recipe, form: tuple[str, str, str], share: float, most: int, capacity: int | None
 ) -> tuple[str, int, int]:
-    """The device, the window, and the peak memory with which it ran."""
+    """Train a window on every rank; return the device, the window and the peak memory in bytes."""
     device, kind = mesh.device(), Form(*form)
     clear(device)
     limit = _limit(device, capacity)
@@ -144,7 +144,7 @@ def _trial(
 
 
 def _limit(device: torch.device, capacity: int | None) -> int:
-    """Bytes of this rank, from now on no more than `capacity`."""
+    """Limit this rank's memory to `capacity` bytes; return the limit in bytes."""
     if device.type == "cpu":
         return capacity or 1 << 30
     torch.cuda.reset_peak_memory_stats(device)
@@ -158,8 +158,8 @@ def _limit(device: torch.device, capacity: int | None) -> int:
 def laid_out(
     recipe: Recipe, form: Form, vocab: int, ranks: int, share: float, most: int, capacity: int
 ) -> tuple[Recipe, int]:
-    """The recipe in this form, with a window of `share` times what is predicted to fit `capacity` bytes, or of `most`
-    tokens; and the window.
+    """Return the recipe in this form, with a window of `share` times the one predicted to fit `capacity` bytes, or of
+    `share` times `most` tokens if streamed; and the window.
     """
     recipe = recipe.replace(parallel={"data_parallel": form.kind, "recompute": form.recompute})
     sp = 1 if form.sharing == "off" else ranks
@@ -173,7 +173,7 @@ def laid_out(
 
 
 def predicted(recipe: Recipe, vocab: int, ranks: int, sp: int, capacity: int) -> int:
-    """Tokens of the longest window in one segment that is predicted to fit: memory is linear in them."""
+    """Tokens of the longest window in one segment that is predicted to fit; memory is linear in tokens."""
     dp = ranks // sp
     recipe = plan.with_reduction(recipe, vocab, dp, sp, capacity)
     fixed, more = (sum(plan.memory(recipe, vocab, dp, sp, segment).values()) for segment in (0, 1 << 20))
@@ -181,14 +181,14 @@ def predicted(recipe: Recipe, vocab: int, ranks: int, sp: int, capacity: int) ->
 
 
 def _fits(recipe: Recipe, vocab: int, window: int, capacity: int) -> bool:
-    """What takes the place of the device's own limit on a CPU, which has none."""
+    """Predict if the window fits: it stands in for the device's limit on a CPU, which has none."""
     sp = int(recipe.mesh.sp)
     needed = sum(plan.memory(recipe, vocab, mesh.world_size() // sp, sp, window).values())
     return recipe.train.segment == "auto" or needed <= capacity
 
 
 def report(results: Results) -> Table:
-    """A line per data parallelism and recomputation, as in the paper; ≥ where nothing longer was found to fail."""
+    """A table with a line per data parallelism and recomputation, as in the paper; ≥ where nothing longer failed."""
     table = Table(
         title=f"tokens of the longest window, {results.ranks} × {results.device}",
         caption="empty: no time was left; ≥: nothing longer was tried" if results.cut else None,
@@ -211,7 +211,7 @@ def _text(cell: Cell | None) -> str:
 
 
 def write(file: Path, results: Results) -> None:
-    """The same as JSON."""
+    """Write the cells as JSON."""
     cells = [{**asdict(cell), "form": cell.form._asdict()} for cell in results.cells]
     head = {"device": results.device, "torch": torch.__version__, "ranks": results.ranks}
     file.write_text(json.dumps({**head, "cells": cells}, indent=1))

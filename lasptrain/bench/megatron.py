@@ -1,4 +1,4 @@
-"""Megatron-style sequence parallelism (arXiv:2205.05198) for linear attention, with its weights really split.
+"""Megatron-style sequence parallelism (arXiv:2205.05198) for linear attention, with weights actually split.
 
 Ranks hold a slice of the tokens where a block works token by token, and a slice of the heads and of the MLP's width, of
 all tokens, in between. So each half of a block gathers activations and scatters sums, T·D elements of T tokens per rank
@@ -37,7 +37,7 @@ from lasptrain.recipe.sections import Model
 from lasptrain.training import job
 from lasptrain.training.optimizer import build_optimizer
 
-# Which dim of a parameter or buffer of a mixer or MLP is split; what is not named here is whole on every rank.
+# The split dim of parameters and buffers of a mixer or MLP; those not named here are whole on every rank.
 SPLIT = dict.fromkeys(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight", "lrpe.theta", "slope"), 0)
 SPLIT |= dict.fromkeys(("out.weight", "down.weight"), 1)
 
@@ -45,7 +45,7 @@ Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def split_dim(name: str) -> int | None:
-    """The dim along which the parameter or buffer of this name is split."""
+    """The dim along which the parameter or buffer of this name is split; None if it is whole."""
     return next((dim for end, dim in SPLIT.items() if name.endswith(f".{end}")), None)
 
 
@@ -56,7 +56,7 @@ def share(name: str, value: Tensor, traffic: Traffic) -> Tensor:
 
 
 class _Exchange(Function):
-    """A collective whose backward is another one."""
+    """A collective whose backward is another collective."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
@@ -69,13 +69,13 @@ class _Exchange(Function):
 
 
 def _gather(x: Tensor, traffic: Traffic) -> Tensor:
-    """[B, T, …] of a slice → [B, n·T, …] of the window."""
+    """Gather [B, T, …] of slices → [B, n·T, …] of the window."""
     whole: Tensor = _Exchange.apply(x, traffic.gather, traffic.reduce_scatter)  # type: ignore[no-untyped-call]
     return whole
 
 
 def _scatter(x: Tensor, traffic: Traffic) -> Tensor:
-    """[B, n·T, …] on every rank → their sum, of this rank's slice."""
+    """Sum [B, n·T, …] over ranks → [B, T, …] of this rank's slice."""
     mine: Tensor = _Exchange.apply(x, traffic.reduce_scatter, traffic.gather)  # type: ignore[no-untyped-call]
     return mine
 
@@ -87,7 +87,7 @@ class _Pending(NamedTuple):
 
 
 class _Heads:
-    """A drop-in for `ShardedRecurrence` that has whole windows of its own heads, and runs `local` over them."""
+    """Drop-in for `ShardedRecurrence` that holds whole windows of its own heads and runs `local` over them."""
 
     def __init__(self, local: Local):
         self.local, self.scan = local, Traffic(None)
@@ -100,7 +100,7 @@ class _Heads:
 
 
 class _Whole:
-    """A mixer of some heads, between a gather of its input's slices and a scatter of its sums."""
+    """A mixer of this rank's heads, between a gather of its input's slices and a scatter of its sums."""
 
     traffic: Traffic
 
@@ -119,7 +119,7 @@ class _Whole:
 
 
 class _TransNormer(_Whole, TransNormer):
-    """Its norm is over all heads, so their squares are summed over ranks."""
+    """TNL mixer; its norm is over all heads, so their squares are summed over ranks."""
 
     def prepare(self, length: int) -> Phases | None:
         return super().prepare(length * self.traffic.size)
@@ -135,11 +135,11 @@ class _TransNormer(_Whole, TransNormer):
 
 
 class _Undecayed(_Whole, LinearTransformer):
-    """Nothing but its heads."""
+    """Mixer of a linear transformer, which splits by heads alone."""
 
 
 class _Mlp(Mlp):
-    """Some of an MLP's width."""
+    """This rank's part of an MLP's width."""
 
     traffic: Traffic
 
@@ -147,14 +147,14 @@ class _Mlp(Mlp):
         return _scatter(self.inner(_gather(x, self.traffic)), self.traffic)
 
     def inner(self, x: Tensor) -> Tensor:
-        """What lies between the exchanges."""
+        """Compute the part between the exchanges."""
         return super().forward(x)
 
 
 def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | None = None) -> LanguageModel:
-    """This rank's part of the recipe's model, on the meta device; its vocabulary is a number.
+    """Return this rank's part of the recipe's model, on the meta device; its vocabulary is a number.
 
-    Raises SetupError where heads or the MLP's width do not divide.
+    Raises SetupError where heads or the MLP's width do not divide by ranks, or the architecture cannot be split.
     """
     model, n = recipe.model, traffic.size
     for key, size in (("heads", model.heads), ("mlp", model.mlp)):
@@ -185,14 +185,14 @@ def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -
 
 
 def shares(recipe: Recipe, traffic: Traffic, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the initial weights and buffers, by name."""
+    """Yield this rank's part of the initial weights and buffers, by name."""
     whole = job.language_model(recipe, ShardedRecurrence("chunked"))
     for name, value in initial_values(whole, recipe.train.seed, device):
         yield name, share(name, value, traffic)
 
 
 def reduce_gradients(model: LanguageModel, traffic: Traffic) -> Tensor:
-    """Sum over ranks the gradients of what every rank holds; the norm of all of them, a scalar in fp64."""
+    """Sum gradients of whole parameters over ranks; return the norm of all gradients, a scalar in fp64."""
     squares = {True: torch.zeros((), dtype=torch.float64, device=model.embed.weight.device)}
     squares[False] = squares[True].clone()
     for name, parameter in model.named_parameters():
@@ -205,11 +205,11 @@ def reduce_gradients(model: LanguageModel, traffic: Traffic) -> Tensor:
 
 
 class Megatron:
-    """A recipe's training with its windows and weights split over `group`.
+    """Training of a recipe with windows and weights split over `group`.
 
     Args:
         recipe: one window per step, in one segment, without documents.
-        local: what runs over the heads of a rank instead of the recipe's kernel.
+        local: attention over the heads of a rank, instead of the recipe's kernel.
     """
 
     def __init__(self, recipe: Recipe, group: dist.ProcessGroup, local: Local | None = None):
@@ -229,13 +229,13 @@ class Megatron:
         self.device = device
 
     def _fuse(self) -> None:
-        """Compile what lies between exchanges; all blocks share the graphs."""
+        """Compile the parts between exchanges; all blocks share the graphs."""
         for block in self.model.blocks:
             for owner, part in ((block.mixer, "project"), (block.mlp, "inner"), (block.norm1, "forward")):
                 setattr(owner, part, torch.compile(getattr(owner, part), fullgraph=True, dynamic=False))
 
     def step(self, number: int) -> float:
-        """Seconds of update `number`."""
+        """Make update `number`; return its seconds."""
         began = time.perf_counter()
         (micro_batch,) = self.loader.step(number)
         (piece,) = micro_batch
@@ -250,7 +250,7 @@ class Megatron:
         return time.perf_counter() - began
 
     def backward(self, piece: Slice) -> None:
-        """Gradients of the mean loss over the window, of what this rank sees of it."""
+        """Compute this slice's gradients of the mean loss over the window."""
         total = self.traffic.sum((piece.labels != IGNORED).sum())
         with torch.autograd.set_multithreading_enabled(False):
             loss = self.model(piece.tokens, piece.labels).loss

@@ -1,4 +1,4 @@
-"""Ways to share a window between ranks that are compared: none, this project's scans, and rivals."""
+"""Methods of sharing a window between ranks, for comparison: none, this project's scans, and rivals."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ RIVALS: dict[str, Callable[[str, dist.ProcessGroup], Ulysses | RingAttention]] =
     "ring_attention": RingAttention,
     "ring_attention_left": lambda kernel, group: RingAttention(kernel, group, left=True),
 }
-# Those that split the model too; they have whole steps only.
+# Methods that split the model too; they have whole steps only.
 SPLIT: dict[str, Local | None] = {"megatron": None, "megatron_left": LeftProduct(), "megatron_softmax": softmax}
 METHODS = [NONE, *SCANS, *RIVALS, *SPLIT]
 
 
 def check(methods: Sequence[str]) -> None:
-    """RecipeError for a method that is none of METHODS."""
+    """Raise RecipeError for a method that is not in METHODS."""
     for method in methods:
         if method not in METHODS:
             raise RecipeError(f"--method: found {method!r}; expected one of {', '.join(METHODS)}")
 
 
 def attention(method: str, kernel: str, group: dist.ProcessGroup, device: torch.device) -> ShardedRecurrence:
-    """What takes the place of `ShardedRecurrence` in the model; of a method that does not split the model."""
+    """Return the model's `ShardedRecurrence`, or a rival in its place, for a method that does not split the model."""
     if method in RIVALS:
         return cast(ShardedRecurrence, RIVALS[method](kernel, group))
     return ShardedRecurrence(kernel, None if method == NONE else SCANS[method](group, device))

@@ -1,6 +1,6 @@
-"""Can a small model of a recipe's kind learn to recall? Multi-query associative recall (arXiv:2312.04927), trained.
+"""Multi-query associative recall (arXiv:2312.04927): training a small model of a recipe's kind to recall.
 
-As in the paper's own code, problems of several sizes are learnt together: what the small ones teach, large ones use.
+As in the paper's own code, problems of several sizes are learnt together: the small ones help to learn the large.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lasptrain.training.optimizer import build_optimizer, clip_gradients, learni
 TESTED = 1000  # sequences
 EVERY = 100  # steps between tests
 ENOUGH = 0.99
-AT_ONCE = 100  # sequences that are tested together
+AT_ONCE = 100  # sequences per forward of a test
 SMALLEST = 64  # tokens
 HARDER = ((64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))  # the paper's other tests
 
@@ -42,7 +42,7 @@ Size = tuple[int, int]  # tokens of a sequence, pairs in it
 
 
 def sizes(length: int, pairs: int) -> list[Size]:
-    """What is learnt: half the tokens and pairs, and half again, down to 64 tokens; the smallest first."""
+    """Sizes to train on: tokens and pairs, halved again and again down to 64 tokens; the smallest first."""
     found = [(length, pairs)]
     while found[0][0] >= 2 * SMALLEST and not found[0][0] % 2 and not found[0][1] % 2:
         found.insert(0, (found[0][0] // 2, found[0][1] // 2))
@@ -50,15 +50,15 @@ def sizes(length: int, pairs: int) -> list[Size]:
 
 
 def _most(vocab: int) -> int:
-    """Pairs whose keys are all different."""
+    """The largest number of pairs whose keys are all different."""
     return vocab // 2 - 1
 
 
 def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> dict[str, Any]:
     """Train the recipe's model for `train.steps` on `train.batch` fresh sequences each, spread over sp = `ranks`.
 
-    Steps take the `sizes` in turn. Ends early at an accuracy of 99 % of the values asked for in 1,000 sequences of
-    each size that are never trained on.
+    Steps take the `sizes` in turn. Ends early at 99 % accuracy on 1,000 sequences of each size that are never trained
+    on.
     """
     if 4 * pairs > length:
         raise RecipeError(f"--pairs: found {pairs} for --tokens {length}; expected at most {length // 4}")
@@ -74,7 +74,7 @@ def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> 
 
 
 def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any]:
-    """On every rank: all draw the same sequences and take their own slice."""
+    """Train, on every rank: all draw the same sequences and take their own slice."""
     device, world = meshes.device(), meshes.world_size()
     mesh = meshes.build(1, world)
     cfg = recipe.model.model_copy(update={"vocab": -(-vocab // 64) * 64})
@@ -121,7 +121,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
 
 
 def _unseen(recipe: Recipe, size: Size, vocab: int, mesh: Mesh, device: torch.device) -> Slice:
-    """This rank's part of the sequences to test with."""
+    """This rank's part of the test sequences."""
     generator = torch.Generator(device).manual_seed(recipe.train.seed + 1)
     return _slice(associations(TESTED, *size, vocab, generator), mesh, device)
 
@@ -134,7 +134,7 @@ def _slice(drawn: tuple[torch.Tensor, torch.Tensor], mesh: Mesh, device: torch.d
 
 @torch.no_grad()
 def accuracy(model: LanguageModel, piece: Slice) -> float:
-    """The part of all labels, over all ranks, that are the likeliest token; read a few sequences at a time."""
+    """Fraction of all labels, over all ranks, that are the likeliest token; AT_ONCE sequences at a time."""
     counts = torch.zeros(2, dtype=torch.int64, device=piece.tokens.device)
     for tokens, labels in zip(piece.tokens.split(AT_ONCE), piece.labels.split(AT_ONCE), strict=True):
         x, _ = model.hidden(tokens)
@@ -146,7 +146,7 @@ def accuracy(model: LanguageModel, piece: Slice) -> float:
 
 
 def report(found: dict[str, Any]) -> list[Table]:
-    """Accuracy as training went on, and where it was not trained."""
+    """Tables of accuracy during training, and at sizes that were not trained on."""
     title = f"{found['model']}, vocabulary {found['vocab']}, sp {found['ranks']}, {found['seconds']:.0f} s"
     tables = [_table(title, "step", found["sizes"], found["curve"])]
     if harder := found["harder"]:
@@ -164,5 +164,5 @@ def _table(title: str, head: str, sizes: list[Size], rows: list[tuple[Any, list[
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
-    """All numbers as JSON."""
+    """Write all numbers as JSON."""
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""`lasptrain bench parity`: the same training on every layout, and how far its losses are apart (as in the paper).
+"""`lasptrain bench parity`: the same training on every layout, and the differences of its losses (as in the paper).
 
-Sums in another order differ by rounding. How much that is on its own is measured too: the reference in two segments.
+Sums in another order differ by rounding. The size of that alone is measured too: the reference in two segments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is spread over ranks and cut into segments."""
+    """Data parallelism, sp ranks and segments of a training."""
 
     kind: str
     sp: int
@@ -48,7 +48,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Results:
-    """All curves, the reference first, and where they were made."""
+    """All curves, the reference first, and the device they were made on."""
 
     device: str
     ranks: int
@@ -56,8 +56,8 @@ class Results:
 
 
 def layouts(ranks: int, kinds: Sequence[str] = KINDS) -> list[Layout]:
-    """The reference, data parallelism alone; the same in two segments, whose other order of sums shows how much is
-    rounding; then each of `kinds` without and with sequence parallelism.
+    """Layouts to compare: the reference, data parallelism alone; the same in two segments, whose other order of sums
+    shows the size of rounding; then each of `kinds` without and with sequence parallelism.
     """
     spread = [Layout(kind, sp) for kind in kinds for sp in dict.fromkeys((1, ranks))]
     reference = Layout("ddp", 1)
@@ -65,11 +65,11 @@ def layouts(ranks: int, kinds: Sequence[str] = KINDS) -> list[Layout]:
 
 
 def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS) -> Iterator[Results]:
-    """Losses of the first `steps` updates on every layout: same data, same seed, same global batch, which is the
-    recipe's or, where that is not enough for data parallelism, a window per rank.
+    """Yield losses of the first `steps` updates on every layout: same data, same seed, same global batch, which is the
+    recipe's, rounded up to a multiple of the ranks.
 
     Starts one process per rank on this machine; each value holds all curves so far. Raises RecipeError for a kind that
-    does not exist, what `resolve_mesh` does where the recipe does not fit a layout, and what `on_ranks` does.
+    does not exist, the errors of `resolve_mesh` where the recipe does not fit a layout, and those of `on_ranks`.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -111,13 +111,13 @@ def _losses(recipe: Recipe, steps: int) -> list[float]:
 
 
 def differences(curves: list[Curve]) -> list[float]:
-    """The largest difference of each curve from the first, over all steps."""
+    """Largest absolute difference of each curve from the first, over all steps."""
     reference = curves[0].losses
     return [max(abs(a - b) for a, b in zip(curve.losses, reference, strict=True)) for curve in curves]
 
 
 def report(results: Results) -> Table:
-    """A line per layout, its difference also beside that of two segments, which is rounding."""
+    """A table with a line per layout: its difference, also relative to that of two segments, which is rounding."""
     steps = len(results.curves[0].losses)
     table = Table(title=f"{steps} steps on {results.ranks} × {results.device}")
     for column in ("layout", "first loss", "last loss", "max |Δ loss|", "× rounding"):
@@ -131,5 +131,5 @@ def report(results: Results) -> Table:
 
 
 def write(file: Path, results: Results) -> None:
-    """All losses as JSON."""
+    """Write all losses as JSON."""
     file.write_text(json.dumps(asdict(results), indent=1))

@@ -1,4 +1,4 @@
-"""Whole steps of `bench sp` drawn: speed and memory by the length of the window (the LASP paper's figures 3, 4)."""
+"""Plots of whole steps of `bench sp`: speed and memory by length of the window (the LASP paper's figures 3, 4)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = ("#555555", "#d62728", "#ff7f0e", "#b8860b", "#1f77b4", "#2ca02c", "#9
 
 
 def draw(results: Results, file: Path) -> None:
-    """A PNG of 1,050 pixels' width; SetupError without matplotlib."""
+    """Draw a PNG 1,050 pixels wide; SetupError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -53,7 +53,7 @@ def draw(results: Results, file: Path) -> None:
 
 
 def dress(axes: Axes, title: str, across: str, named: Mapping[int, str]) -> None:
-    """Axes from zero up, over powers of two with these names."""
+    """Format axes: from zero up, over powers of two with these labels."""
     axes.set_xscale("log", base=2)
     axes.set_xticks([*named], [*named.values()], fontsize=8)
     axes.minorticks_off()
@@ -66,12 +66,12 @@ def dress(axes: Axes, title: str, across: str, named: Mapping[int, str]) -> None
 
 
 def _line(axes: Axes, method: str, rows: Sequence[Step], values: Sequence[float | None], ranks: int) -> None:
-    """A method's line; where it was out of memory, its end says so."""
+    """Draw a method's line, with OOM at its end if it ran out of memory."""
     root = next(name for name in sorted(NAMES, key=len, reverse=True) if method.startswith(name))
     form = method.removeprefix(root)
     style: dict[str, Any] = {"color": COLOURS[[*NAMES].index(root)], "linestyle": FORMS[form] if root in RIVAL else "-"}
     label = NAMES[root] + NOTES[form]
-    if root == NONE:  # under the others, which hope to lie on it
+    if root == NONE:  # wide, under the others, which should lie on it
         style |= {"linewidth": 5, "alpha": 0.4}
     points = [(row.tokens * ranks, value) for row, value in zip(rows, values, strict=True) if value is not None]
     axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=label, **style)
@@ -81,7 +81,7 @@ def _line(axes: Axes, method: str, rows: Sequence[Step], values: Sequence[float 
 
 
 def length(tokens: int) -> str:
-    """64K, 2M, or the number."""
+    """Format a number of tokens: 64K, 2M, or the number."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
         if tokens % size == 0:
             return f"{tokens // size}{unit}"

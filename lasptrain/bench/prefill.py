@@ -1,4 +1,4 @@
-"""`lasptrain bench prefill`: how fast a text is read before questions are asked of it, and in how much memory.
+"""`lasptrain bench prefill`: speed and memory of reading a text before generation.
 
 On GPUs through NCCL, elsewhere a dry run through gloo. The model has its initial weights. Texts are read as by `eval`,
 beside the forward of training: the same tokens in the same segments, without gradients, as in the first pass over a
@@ -35,12 +35,12 @@ from lasptrain.training import job
 
 SCAN = "all_gather"
 TURNS = 3
-SEGMENTS = 4  # of the window that the forward of training is timed on
+SEGMENTS = 4  # segments of the window on which the forward of training is timed
 
 
 @dataclass(frozen=True)
 class Read:
-    """One text."""
+    """The reading of one text."""
 
     tokens: int
     tokens_per_s: float
@@ -49,7 +49,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Results:
-    """All of it, and where it was measured."""
+    """All texts, the forward of training, and the device they were measured on."""
 
     device: str
     ranks: int
@@ -80,7 +80,7 @@ def _rank(
 
 
 def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> LanguageModel:
-    """With initial weights, whole on every rank."""
+    """Return the model with initial weights, whole on every rank."""
     device = meshes.device()
     kernel = ops.select(recipe.train.kernel, device)
     attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
@@ -94,7 +94,7 @@ def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> Lang
 
 @torch.no_grad()
 def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
-    """Tokens/s, over all ranks, of the forward over a window of four segments."""
+    """Tokens/s, over all ranks, of the training forward over a window of SEGMENTS segments."""
     model, device = _model(recipe, mesh, fused=fused, scan=SCAN), meshes.device()
     piece = torch.randint(64, (1, segment), device=device)
 
@@ -110,7 +110,7 @@ def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
 
 
 def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
-    """Tokens, tokens/s, peak memory."""
+    """Read a random text; return tokens, tokens/s and a rank's peak memory in bytes."""
     text = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(0))
     reader.read(text[:, : reader.segment + 2])
     gc.collect()
@@ -122,7 +122,7 @@ def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Of the slowest rank, the work of its GPU included."""
+    """Seconds of a call on the slowest rank, its GPU's work included."""
     barrier()
     began = time.perf_counter()
     call()
@@ -132,7 +132,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def report(results: Results) -> Table:
-    """Every text beside the forward of training."""
+    """A table of every text beside the forward of training."""
     code = "compiled" if results.fused else "not compiled"
     title = (
         f"{results.parameters:,} parameters on {results.ranks} × {results.device}, segments of {results.segment:,} "
@@ -153,5 +153,5 @@ def report(results: Results) -> Table:
 
 
 def write(file: Path, results: Results) -> None:
-    """The same as JSON."""
+    """Write the results as JSON."""
     file.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")

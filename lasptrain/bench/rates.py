@@ -1,4 +1,4 @@
-"""What `lasptrain plan --measure` measures: products, copies, and messages between the GPUs of this machine."""
+"""Measurement for `lasptrain plan --measure`: products, copies, and messages between the GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TURNS = 5
 
 
 def measure(ranks: int) -> MeasuredHardware:
-    """Starts processes, one per rank, on this machine; without GPUs a dry run through gloo."""
+    """Measure this machine with one process per rank; without GPUs a dry run through gloo."""
     found = on_ranks(ranks, _rank)
     links = [found[name] and Link(**found[name]) for name in ("hop", "gather")]
     return MeasuredHardware(found["device"], Rates(**found["rates"]), *links)
@@ -66,8 +66,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, volumes: int) -> Link:
-    """The line through the times of a small and a large message, of which `send` takes so many latencies and volumes:
-    those of `links.scan_seconds`.
+    """Fit a link to the times of a small and a large message; `send` takes `latencies` · α + `volumes` · bytes/β, as in
+    `links.scan_seconds`.
     """
     big = 1 << 24 if device.type == "cuda" else 1 << 22
     small, large = (_message(send, torch.zeros(size, dtype=torch.uint8, device=device)) for size in (SMALL, big))
@@ -75,7 +75,7 @@ def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, 
 
 
 def _message(send: Callable[[Tensor], None], x: Tensor) -> float:
-    """Seconds of one message, the median over TURNS of the slowest rank."""
+    """Seconds of one message: median over TURNS, slowest rank."""
 
     def turn() -> float:
         dist.barrier()
@@ -96,7 +96,7 @@ def _wait(x: Tensor) -> None:
 
 
 def _there_and_back(x: Tensor) -> None:
-    """From rank 0 to rank 1, and the answer; the way a state travels."""
+    """Send from rank 0 to rank 1 and back, as states are sent."""
     messages = between(mesh.world(), x.device, x.nbytes)
     match dist.get_rank():
         case 0:
@@ -108,5 +108,5 @@ def _there_and_back(x: Tensor) -> None:
 
 
 def _gather(x: Tensor) -> None:
-    """`x` of every rank to every rank."""
+    """All-gather `x`."""
     all_gather(x.new_empty(dist.get_world_size() * x.numel()), x)

@@ -21,7 +21,7 @@ from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
 from lasptrain.ops import state_dtype
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
-# What queries read from a block of keys and values that begins so many tokens to their left.
+# Output of queries over a block of keys and values that begins so many tokens to their left.
 Block = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
 
 
@@ -69,12 +69,12 @@ class RingAttention:
     def part(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None, distance: int
     ) -> Tensor:
-        """What queries read from the block of the rank `distance` to the left."""
+        """Output of queries over the block of the rank `distance` to the left."""
         return self.block(q, turned(k, angle, -distance), v, log_decay, distance * q.shape[1])
 
 
 def _through_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, behind: int) -> Tensor:
-    """The block's state, decayed on its way to the queries; linear in the block's length."""
+    """Output of queries over a block through its state, decayed by the distance; linear in the block's length."""
     wide = state_dtype(q)
     token = torch.arange(q.shape[1], device=q.device)
     rate = (q.new_zeros(q.shape[2]) if log_decay is None else log_decay).double()
@@ -128,7 +128,7 @@ class _Round(Function):
                 sums = [total + part for total, part in zip(sums, found[1:3], strict=True)]
                 if dangle is not None:
                     dangle += found[3]
-            travelling = ring.scan.ring_exchange(*sums)  # with its block; after the last rank, home
+            travelling = ring.scan.ring_exchange(*sums)  # gradients travel with their block; after the last rank, home
             if coming is not None:
                 k, v = coming.wait()
         assert travelling is not None
@@ -143,7 +143,7 @@ def _gradients(
     do: Tensor,
     distance: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and, where there is one, of the angle, by one block."""
+    """Gradients of q, k, v and of the angle, if there is one, from one block."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     q, k, v, angle = leaves
     assert q is not None and k is not None and v is not None

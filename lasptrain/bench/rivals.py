@@ -1,4 +1,4 @@
-"""What the methods that `bench sp` compares with have in common."""
+"""Shared parts of the rivals in `bench sp`: counted collectives and a ring exchange."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lasptrain.parallel.collectives import all_gather, reduce_scatter
 
 
 class Traffic:
-    """What a scan tells of itself: its ranks, and what this one has sent."""
+    """Collectives over a group, counting the bytes that this rank sends; offers a scan's attributes."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
@@ -22,14 +22,14 @@ class Traffic:
         self.calls = 0
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """x [n, …] by receiver → the same shape by sender."""
+        """Exchange x [n, …], indexed by receiver → the same shape, indexed by sender."""
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=self.group)
         self._count(x.numel() * x.element_size() * (self.size - 1) // self.size)
         return received
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, T, …] of every rank, one after the other along T."""
+        """Gather x [B, T, …] of every rank → [B, n·T, …], in rank order."""
         if self.size == 1:
             return x
         parts = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
@@ -39,7 +39,7 @@ class Traffic:
         return whole
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """The sum over ranks of x [B, n·T, …], of which each rank gets its T."""
+        """Sum x [B, n·T, …] over ranks → [B, T, …], this rank's part."""
         if self.size == 1:
             return x
         parts = x.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
@@ -49,7 +49,7 @@ class Traffic:
         return mine
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks."""
+        """Sum x over ranks."""
         total = x.clone()
         if self.size == 1:
             return total
@@ -62,7 +62,7 @@ class Traffic:
         self.bytes_sent += sent
 
     def ring_exchange(self, *tensors: Tensor) -> Shifting:
-        """Start to hand tensors to the next rank, the last one's to the first."""
+        """Start sending tensors to the next rank, the last one's to the first."""
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
@@ -75,7 +75,7 @@ class Traffic:
 
 
 class Shifting(NamedTuple):
-    """Tensors on their way; those that are sent stay alive until then."""
+    """Tensors in transit; keeps the sent ones alive until they have arrived."""
 
     works: list[dist.Work]
     sent: list[Tensor]
@@ -88,7 +88,7 @@ class Shifting(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a method keeps between `begin` and `finish`."""
+    """Tensors that a method keeps between `begin` and `finish`."""
 
     k: Tensor
     v: Tensor
@@ -97,14 +97,14 @@ class Pending(NamedTuple):
 
 
 def whole_windows(name: str, doc_ids: Tensor | None, carry: Tensor | None, output_final_state: bool) -> None:
-    """SetupError where a method is asked for more than a window in one segment and without documents."""
+    """Raise SetupError for anything but a window in one segment and without documents."""
     if doc_ids is not None or carry is not None or output_final_state:
         raise SetupError(f"{name}: takes neither documents nor segments; set data.reset_at_documents=false")
 
 
 def turned(x: Tensor, angle: Tensor | None, slices: int) -> Tensor:
-    """Features [B, T, H, K], by cosine and by sine, counted from `slices` slices further left; a slice turns by `angle`
-    [H, K/2] radians, None where nothing turns.
+    """Rotate features [B, T, H, K], cosine then sine half, as if positions began `slices` slices further left; a slice
+    turns by `angle` [H, K/2] radians, None for no rotation.
     """
     if angle is None or slices == 0:
         return x

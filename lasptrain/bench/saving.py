@@ -1,4 +1,4 @@
-"""`lasptrain bench saving`: how long training stands still, and how much slower it is, while checkpoints are saved."""
+"""`lasptrain bench saving`: the stall of training, and the slowdown of its steps, while checkpoints are saved."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build, checkpoint_meta
 
 WARM = 3  # steps that compile, allocate and tune
-QUIET = 5  # steps without a save, whose median the others are compared with
+QUIET = 5  # steps without a save, whose median is the baseline
 
 
 @dataclass(frozen=True)
 class Save:
-    """One save, in seconds: training stood still, until it was seen to be committed, steps took longer in between."""
+    """One save, in seconds: training's `stall`, time until `written`, and the sum by which steps were `slower`."""
 
     stall: float
     written: float
@@ -34,7 +34,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Results:
-    """What saves cost, where."""
+    """All saves, and the device and recipe they were measured on."""
 
     device: str
     ranks: int
@@ -82,7 +82,7 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
 
 
 def report(results: Results) -> Table:
-    """A line per save; shares are of the time between saves."""
+    """A table with a line per save; shares are of the time between saves."""
     interval = results.every * results.step
     title = f"{results.size:,} bytes, saved every {results.every} steps of {figures(results.step)} s"
     table = Table(title=f"{title}, on {results.ranks} × {results.device}")

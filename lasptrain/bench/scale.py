@@ -38,25 +38,25 @@ LONGEST = 300.0  # seconds that one case may take
 
 
 class Case(NamedTuple):
-    """What is timed."""
+    """A case to time."""
 
     kind: Kind
     recipe: Recipe
-    method: str  # NONE: a window for each rank; a scan or `auto`: one over all of them
+    method: str  # NONE: a window per rank; a scan or `auto`: one window over all ranks
     ranks: int
     window: int  # tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """A case that was timed, or why it was not."""
+    """A timed case, or the reason why it was not timed."""
 
     kind: Kind
     model: str
     method: str
     ranks: int
     window: int  # tokens
-    segment: int = 0  # tokens of the window worked on at a time
+    segment: int = 0  # tokens
     seconds: float | None = None  # of a step
     predicted: float | None = None  # the same by `plan`, where it knows the GPU
     memory: int = 0  # peak of a rank, bytes
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of a step, over all ranks."""
+        """Tokens of a step, over all ranks."""
         return self.window * (self.ranks if self.method == NONE else 1)
 
     @property
@@ -75,7 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All of it, and where it was measured."""
+    """All rows, and the device they were measured on."""
 
     device: str
     rows: list[Row]
@@ -88,8 +88,8 @@ def cases(
     strong: Sequence[int],
     long: Sequence[tuple[Recipe, int]],
 ) -> list[Case]:
-    """What is timed for each number of ranks: `weak` tokens per rank by every method, windows of `strong` tokens over
-    all ranks, and on the most ranks the `long` windows. One rank shares nothing.
+    """Cases for each number of ranks: `weak` tokens per rank by every method, windows of `strong` tokens over all
+    ranks, and on the most ranks the `long` windows. One rank shares nothing.
     """
     found = []
     for n in counts:
@@ -100,10 +100,10 @@ def cases(
 
 
 def measure(found: Sequence[Case], seconds: float) -> Iterator[Results]:
-    """A row for each case, in their order; those that `seconds` leave no time for are not run.
+    """Time the cases, in order; those that `seconds` leave no time for are not run.
 
-    Starts one process per rank on this machine for each number of ranks; each value holds all that was found so far.
-    Raises SetupError where there are not as many GPUs.
+    Starts one process per rank on this machine for each number of ranks; yields all results so far after each case.
+    Raises SetupError where there are GPUs, but fewer than ranks.
     """
     deadline = time.time() + seconds
     results = Results("", [])
@@ -127,7 +127,7 @@ def _blank(case: Case) -> partial[Row]:
 
 
 def _row(case: Case, deadline: float) -> Row:
-    """The case on these ranks, all of which must agree whether there is time for it."""
+    """Time the case on these ranks, which must all agree that there is time for it."""
     kind, recipe, method, ranks, window = case
     row = _blank(case)
     if method != NONE and window % ranks:
@@ -147,13 +147,13 @@ def _row(case: Case, deadline: float) -> Row:
 
 
 def _least(recipe: Recipe, tokens: int, rates: gpus.Rates | None) -> float:
-    """Seconds that a step will take at least, where something is known of the GPU."""
+    """Predicted seconds that a step takes at least; 0 for an unknown GPU or vocabulary."""
     vocab = recipe.model.vocab
     return 0.0 if rates is None or vocab == "auto" else tokens * plan.seconds_per_token(recipe, vocab, 1, rates)
 
 
 def _predicted(job: Job, method: str, tokens: int, ranks: int, rates: gpus.Rates) -> float | None:
-    """Seconds of a step."""
+    """Predicted seconds of a step; None for methods that `links.step_seconds` cannot predict."""
     recipe, vocab = job.recipe, job.recipe.model.vocab
     assert isinstance(vocab, int)
     segments = recipe.data.window // job.loader.segment
@@ -198,8 +198,8 @@ def _table(results: Results, kind: Kind) -> Table:
 
 
 def compared(row: Row, rows: Sequence[Row]) -> float | None:
-    """Weak: speed beside windows that are not shared, on as many ranks with as many tokens each. Strong: beside the
-    fewest ranks. None where there is nothing to compare with.
+    """Relative speed. Weak: to unshared windows, on as many ranks with as many tokens each. Strong: to the fewest
+    ranks. None where there is nothing to compare with.
     """
     if row.kind == "weak":
         peers = [one for one in rows if (one.method, one.ranks, one.tokens) == (NONE, row.ranks, row.tokens)]
@@ -210,12 +210,12 @@ def compared(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def write(file: Path, results: Results) -> None:
-    """The same as JSON."""
+    """Write the results as JSON."""
     file.write_text(json.dumps({"torch": torch.__version__, **asdict(results)}, indent=1))
 
 
 def plot(results: Results, file: Path) -> None:
-    """Weak scaling as tokens/s per GPU and strong scaling as a multiple, by GPUs, as PNG; SetupError without
+    """Draw weak scaling as tokens/s per GPU and strong scaling as a multiple, by GPUs, as PNG; SetupError without
     matplotlib.
     """
     try:

@@ -1,4 +1,4 @@
-"""Causal softmax attention of a whole window, for the rivals to run: what linear attention is instead of."""
+"""Causal softmax attention of a whole window, for the rivals to run: the layer that linear attention replaces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """Output [B, T, H, V] of q, k [B, T, H, K] and v [B, T, H, V]; without decay, whatever `log_decay` says.
+    """Return the output [B, T, H, V] of q, k [B, T, H, K] and v [B, T, H, V]; `log_decay` is ignored.
 
     PyTorch's fused kernel, quadratic in time and linear in memory.
     """

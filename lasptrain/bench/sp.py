@@ -1,8 +1,8 @@
-"""`lasptrain bench sp`: what it costs to share a window between ranks, beside the same tokens per rank without sharing.
+"""`lasptrain bench sp`: the cost of sharing a window between ranks, beside the same tokens per rank without sharing.
 
 On GPUs through NCCL, elsewhere a dry run through gloo. Layers are timed in one job, and then whole steps in one; a time
-is the median of the slowest rank. What is compared takes turns, so that it meets the same clocks, but steps only where
-two models fit. CUDA graphs come last.
+is the median of the slowest rank. Methods take turns with the unshared one, so that both see the same clocks; steps
+only where two models fit. CUDA graphs come last.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from lasptrain.recipe.resolve import resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build
 
-ROOM = 1.25  # free memory that a second model needs, in its own
+ROOM = 1.25  # free memory for a second model, as a multiple of its own
 
 __all__ = ["METHODS", "NONE", "Layer", "Results", "Step", "measure", "report", "write"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Steps of the whole model; or why there are none."""
+    """Steps of the whole model, or the reason why there are none."""
 
     method: str
     tokens: int  # per rank
     tokens_per_s: float | None = None  # per rank
     memory: int | None = None  # peak, bytes
-    sent: int | None = None  # bytes per step for the sake of the shared window, by the rank that sends most
+    sent: int | None = None  # bytes per step to share the window, by the rank that sends most
     predicted: float | None = None  # tokens per second per rank, by `links.step_seconds`
-    ratio: float | None = None  # of its time to that of NONE in the same turn, the median
+    ratio: float | None = None  # median over turns of its time ÷ that of NONE
     failure: str | None = None
-    oom: bool = False  # it failed for want of memory
+    oom: bool = False  # it ran out of memory
 
 
 @dataclass(frozen=True)
 class Results:
-    """All of it, and where it was measured."""
+    """All layers and steps, and the device they were measured on."""
 
     device: str
     ranks: int
@@ -78,13 +78,13 @@ def measure(
     known: MeasuredHardware | None = None,
     limit: float = SILENCE,
 ) -> Iterator[Results]:
-    """Layers at each of `tokens` per rank, whole steps of the recipe's model at each of `steps` tokens per rank.
+    """Time layers at each of `tokens` per rank, and whole steps of the recipe's model at each of `steps` per rank.
 
-    Beside steps stands what is predicted from `known`, or else from what is known of such GPUs. A method whose steps
+    Steps have a prediction beside them, from `known`, or else from the known rates of such GPUs. A method whose steps
     take more than `limit` seconds at some length is given up there.
 
-    Starts processes, one per rank, on this machine; each value holds all that was found so far. Raises RecipeError for
-    a method that does not exist.
+    Starts processes, one per rank, on this machine; yields all results so far after each measurement. Raises
+    RecipeError for a method that does not exist.
     """
     methods.check(names)
     found = Results("", ranks, [], [])
@@ -114,7 +114,7 @@ def _hopeless(failed: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def _predicted(
     recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: MeasuredHardware | None
 ) -> float | None:
-    """Tokens per second and rank; None for methods and devices of which nothing is known."""
+    """Predicted tokens per second and rank; None for unknown methods and devices."""
     rates = known.rates if known else gpus.of(device).sustained
     if rates is None:
         return None
@@ -126,7 +126,7 @@ def _predicted(
 
 
 def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[str, int, dict[str, Any]]:
-    """The device, rows of the vocabulary, and a row: one window over all ranks; with NONE a window for each of them."""
+    """Time steps with one window over all ranks, or with NONE a window each; return device, vocabulary and row."""
     clear(mesh.device())
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic()
@@ -139,7 +139,7 @@ def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[s
 
 
 def _ratio(recipe: Recipe, update: Callable[[int], float], tokens: int, memory: int) -> float | None:
-    """How much longer an update takes than one with a window for each rank; None where `memory` for that is lacking."""
+    """Median of an update's time ÷ that of one with a window per rank; None without room for a second `memory`."""
     device = mesh.device()
     if device.type == "cuda" and all_reduce_min(mesh.free_memory(device)) < ROOM * memory:
         return None
@@ -156,7 +156,7 @@ def _ratio(recipe: Recipe, update: Callable[[int], float], tokens: int, memory: 
 def _trainer(
     recipe: Recipe, method: str, tokens: int, ranks: int
 ) -> tuple[Callable[[int], float], Callable[[], None], Callable[[], int]]:
-    """A model with its optimizer: what makes an update and returns its seconds, what ends it, and the bytes it sent."""
+    """Build a model with its optimizer; return functions that make an update (seconds), close it, count bytes sent."""
     if method in SPLIT:
         whole = _in_one_segment(recipe, method, tokens, ranks)
         rival = Megatron(whole, mesh.world(), SPLIT[method])
@@ -173,9 +173,9 @@ def _trainer(
 
 
 def _in_one_segment(recipe: Recipe, method: str, tokens: int, ranks: int) -> Recipe:
-    """The recipe as rivals take it: they have no other way to take a window that does not fit.
+    """Return the recipe with the window in one segment, all that rivals can do, even for one that does not fit.
 
-    Raises ResourceError, on all ranks alike, where it is certain not to.
+    Raises ResourceError, on all ranks alike, where it is certain not to fit.
     """
     whole = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
     whole = whole.replace(train={"segment": tokens * ranks})
@@ -255,5 +255,5 @@ def _table(title: str, columns: Sequence[str], notes: Sequence[str]) -> Table:
 
 
 def write(file: Path, results: Results) -> None:
-    """The same as JSON."""
+    """Write the results as JSON."""
     file.write_text(json.dumps({**asdict(results), "torch": torch.__version__}, indent=1))

@@ -13,35 +13,35 @@ from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.recipe.schema import Recipe
 
-SHORT = 65_536  # tokens per rank; of longer steps fewer are timed
+SHORT = 65_536  # tokens per rank; fewer of longer steps are timed
 
 
 class Repeats(NamedTuple):
-    """How many steps are made and how many of them, the last, are timed."""
+    """Numbers of steps: `warmup` ones first, then `timed` ones."""
 
     warmup: int
     timed: int
 
 
 def turns(tokens: int) -> Repeats:
-    """For steps of so many tokens per rank; the first two compile, allocate and tune."""
+    """Return the repeats for steps of `tokens` per rank; the first two compile, allocate and tune."""
     return Repeats(3, 5) if tokens <= SHORT else Repeats(2, 3)
 
 
 def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
-    """The recipe with a window for each rank."""
+    """Return the recipe with a window of `tokens` for each rank."""
     return recipe.replace(data={"window": tokens, "repeat": True}, train={"batch": ranks}, mesh={"sp": 1})
 
 
 def shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> Recipe:
-    """The recipe with one window over all ranks."""
+    """Return the recipe with one window over all ranks, `tokens` each."""
     data |= {"window": tokens * ranks, "repeat": True}
     return recipe.replace(data=data, train={"batch": 1}, mesh={"sp": ranks, "scan": scan})
 
 
 def clear(device: torch.device) -> None:
-    """Forget what a model before this one has left: memory in circles or caches, and compiled graphs, whose number is
-    limited.
+    """Free the remains of an earlier model: memory in reference cycles and caches, and compiled graphs, whose number
+    is limited.
     """
     torch._dynamo.reset()
     gc.collect()
@@ -50,7 +50,7 @@ def clear(device: torch.device) -> None:
 
 
 def timed(update: Callable[[int], float], device: torch.device, turns: Repeats) -> tuple[float, int]:
-    """Median seconds of `update`, which takes a step's number, by the slowest rank; and the largest peak, in bytes."""
+    """Time `update`, which takes a step's number: median seconds of the slowest rank, and the largest peak in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(turns.warmup):

@@ -27,7 +27,7 @@ class Ulysses:
     Args:
         kernel: name of a kernel of `lasptrain.ops`, which runs over the whole window.
         group: the sp group.
-        local: what runs over the whole window instead.
+        local: attention over the whole window, instead of the kernel.
     """
 
     def __init__(self, kernel: str, group: dist.ProcessGroup, local: Local | None = None):
@@ -65,7 +65,7 @@ class Ulysses:
         return scattered.movedim(0, 2).flatten(2, 3), None
 
     def _gather(self, x: Tensor) -> Tensor:
-        """[B, T, H, ·] of a slice → [B, n·T, H/n, ·] of the window."""
+        """Trade [B, T, H, ·] of a slice → [B, n·T, H/n, ·] of the window."""
         parts = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
         whole: Tensor = _Trade.apply(parts, self.scan)  # type: ignore[no-untyped-call]
         return whole.movedim(0, 1).flatten(1, 2)
