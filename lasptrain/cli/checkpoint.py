@@ -19,7 +19,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as 
 
 @app.command("list")
 def list_steps(run: Run) -> None:
-    """Show the steps with their sizes; what is wrong at a glance is named."""
+    """Show the steps with their sizes, and problems that show without reading every byte."""
     _show(run, thorough=False)
 
 
@@ -58,7 +58,7 @@ def bench_saving(
     saves: Annotated[int, typer.Option(min=1, help="Checkpoints to write.")] = 3,
     folder: Annotated[Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: here.")] = None,
 ) -> None:
-    """Train while checkpoints are written: for how long it stands still, and how much slower its steps are."""
+    """Measure how long saving checkpoints stops training, and how much slower it makes steps."""
     import torch
 
     from lasptrain.bench import saving
@@ -76,7 +76,7 @@ def _existing(run: Path) -> Path:
 
 
 def _show(run: Path, *, thorough: bool) -> bool:
-    """Print the steps; whether all are whole."""
+    """Print the steps; return true if all are whole."""
     from lasptrain.checkpoint import steps as checkpoint
 
     good = True

@@ -1,4 +1,4 @@
-"""`lasptrain convert`: models leave and come back."""
+"""`lasptrain convert`: export and import of models."""
 
 from pathlib import Path
 from typing import Annotated, Literal

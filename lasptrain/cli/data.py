@@ -129,7 +129,7 @@ def synth(
     """Hide facts in real text and ask for them at its end, or repeat pairs: documents that need a long memory."""
     from data_tools import commands
 
-    if out.suffix != ".jsonl":  # by which text is told from other files when it is prepared
+    if out.suffix != ".jsonl":  # by which `data prepare` tells JSON lines from other files
         raise RecipeError(f"--out: found {out}; expected a name that ends in .jsonl")
     lengths = (min(shortest or characters, characters), characters)
     if (kind == "pairs") != (not sources):
@@ -152,7 +152,7 @@ def bench_reading(
     rate: Annotated[float | None, typer.Option(min=1, help="Tokens/s that training uses; how long it waits.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="With --rate, as many slices.")] = 5,
 ) -> None:
-    """Time what a rank does to read its slice, and with --rate what training waits for slices that are read ahead."""
+    """Time how a rank reads its slice, and with --rate how long training waits for slices that are read ahead."""
     from data_tools import windows
 
     typer.echo(str(windows.time_reading(folder, tokens)))

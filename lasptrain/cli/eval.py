@@ -19,7 +19,7 @@ Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks that read each tex
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands."""
+    """Add the commands to `app`."""
     app.command("eval")(evaluate)
     app.command()(generate)
 
@@ -103,7 +103,7 @@ def _usual_lengths(window: int) -> tuple[int, ...]:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """`4k,64k` or `4k..4m`, a range by factors of 4 with its end, as numbers of tokens. K is 1,024."""
+    """Parse `4k,64k` or `4k..4m`, a range by factors of 4 with its end, into numbers of tokens. K is 1,024."""
     found: list[int] = []
     for part in text.split(","):
         first, dots, last = part.partition("..")

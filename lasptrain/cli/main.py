@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 def main() -> NoReturn:
-    """Runs the command line and ends the process with its exit code."""
+    """Run the command line and end the process with its exit code."""
     stdio.replace_unencodable()
     signals.interrupt()
     # Read when torch is loaded, by ranks too. Threads that spin while they wait for one another halve the speed of
@@ -64,7 +64,7 @@ def main() -> NoReturn:
         elif error.filename is None:
             traceback.print_exc()
             code = INTERNAL
-        else:  # a file that cannot be written or read where nothing more is known of it
+        else:  # a file that cannot be written or read, where no better message exists
             typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
             code = SetupError.code
     except Exception:
@@ -83,7 +83,7 @@ def _version(asked: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    """What stands before a command."""
+    """Options before a command."""
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What the commands share: arguments, sizes, tables."""
+"""Arguments and options that commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 def in_a_folder(file: Path | None) -> Path | None:
-    """A file to write in the end; RecipeError now, not then, if its folder does not exist."""
+    """Check a file that is written at the end: RecipeError now, not then, if its folder does not exist."""
     if file is not None and not file.parent.is_dir():
         raise RecipeError(f"{file}: found no folder {file.parent}; expected one to write into")
     return file
@@ -25,7 +25,7 @@ Numbers = Annotated[
 
 
 def to_bytes(text: str) -> int:
-    """Bytes of 80GiB, 40GB or 512MiB; RecipeError of anything else."""
+    """Parse 80GiB, 40GB or 512MiB into bytes; RecipeError for anything else."""
     units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}
     number, unit = text.rstrip("GiMB"), text[len(text.rstrip("GiMB")) :]
     try:

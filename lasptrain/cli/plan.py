@@ -1,4 +1,4 @@
-"""`lasptrain plan`: what a recipe will cost."""
+"""`lasptrain plan`: the predicted cost of a recipe."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def plan_command(
 
 
 def _lasting(seconds: float) -> str:
-    """Days, hours or minutes, whichever is the first that is not less than one."""
+    """Format seconds in days, hours or minutes: the largest unit of which there is at least one."""
     for length, unit in ((86400, "days"), (3600, "hours")):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
@@ -48,7 +48,7 @@ def _lasting(seconds: float) -> str:
 
 
 class Hardware(NamedTuple):
-    """What a plan predicts from."""
+    """Rates and links that a plan predicts from."""
 
     name: str
     rates: Rates
@@ -56,7 +56,7 @@ class Hardware(NamedTuple):
 
 
 def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.MeasuredHardware | None:
-    """What this machine does, or what a file says that one did."""
+    """Measure this machine's rates, or read them from a file; None without either."""
     if not measure:
         return None if file is None else rates.read(file)
     import torch
@@ -112,7 +112,7 @@ def _plan(recipe: Recipe, gpus: int, known: Hardware, given: str | None) -> Iter
 
 
 def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Hardware) -> Table:
-    """What sharing windows costs by method, on ever more GPUs."""
+    """Table of predicted speed by method and number of GPUs that share a window."""
     counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
     found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
     table = Table(title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens")
