@@ -1,7 +1,8 @@
 """Linear attention with decay on one device: `S_t = a_t S_{t-1} + k_tᵀ v_t`, `o_t = q_t S_t`.
 
 Letters used in every shape of this project: B batch, T tokens in the slice, H heads, K key dim, V value dim, D model
-dim, C chunk, N window.
+dim, C tokens of a chunk (channels, where rows are convolved, gathered or carried), N window; n chunks of a slice (rows
+before it, in a convolution or halo), NB blocks of a slice, L tokens of a block; J keys and G key heads of softmax.
 
 Arguments common to the five functions below, which every kernel offers:
 
@@ -10,15 +11,16 @@ Arguments common to the five functions below, which every kernel offers:
 | `q`, `k` | [B, T, H, K] | |
 | `v`, `do` | [B, T, H, V] | values · gradient of the output |
 | `log_decay` | None, [H] or [B, T, H] fp32, −∞ to 0 | no decay · constant, no gradient · per token, with gradient |
-| `doc_ids` | None or [B, T] int32 | documents that have started in the slice up to and including t |
+| `doc_ids` | None or [B, T] int32 | number of documents that have started in the slice up to and including t |
 | `initial_state`, `final_state` | [B, H, K, V] | states, at least fp32 |
 
 A log decay of −∞, after which nothing is left of what came before, has a gradient of 0. A document boundary is such a
-decay: document 0 continues from the left and alone reads the entering state, the last one writes the leaving state.
-`blocks`, `prefix` and `row` are what a kernel leaves for itself: states at the edges of its blocks and sums per token,
-in a layout that only it knows.
+decay: only document 0, which continues from the left, reads the initial state, and only the last one writes the final
+state. `blocks`, `prefix` and `row` are a kernel's own intermediates, in a private layout: states at the edges of its
+blocks and sums per token.
 
-The functions are registered as PyTorch operators, so that selective recomputation and `torch.compile` see each as one.
+The functions are registered as PyTorch operators, so that selective activation checkpointing and `torch.compile` treat
+each as one.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ R = TypeVar("R")
 
 
 def select(name: str, device: torch.device) -> str:
-    """Name of the kernel that `train.kernel: name` means on this device; SetupError where it cannot run."""
+    """Return the kernel that `train.kernel: name` stands for on this device. Raises SetupError where it cannot run."""
     if name == "auto":
         return "triton" if device.type == "cuda" else "chunked"
     if name == "triton" and device.type != "cuda":
@@ -54,22 +56,22 @@ def select(name: str, device: torch.device) -> str:
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """States and accumulation are at least fp32."""
+    """Return the dtype of states and accumulation for inputs like x: at least fp32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _module(kernel: str) -> ModuleType:
-    """Imported when first used: Triton is not everywhere."""
+    """Import a kernel's module on first use, because Triton is not available everywhere."""
     return import_module(f"lasptrain.ops.{MODULES[kernel]}")
 
 
 def per_token(log_decay: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the decay is one per head and token, and has a gradient."""
+    """Return True if the decay is per head and token, and so has a gradient."""
     return log_decay is not None and log_decay.dim() == 3
 
 
 def operator(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as a PyTorch operator; `torch.library.custom_op` checks more, for longer than a launch takes."""
+    """Register a function as a PyTorch operator; the checks of `torch.library.custom_op` outlast a kernel launch."""
     name = function.__name__
     LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
@@ -78,7 +80,7 @@ def operator(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers what an operator returns without data."""
+    """Register the fake of an operator: a function that returns outputs of the right shapes and dtypes without data."""
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
         register_fake(f"lasptrain::{name}", function, lib=LIBRARY)
@@ -91,8 +93,9 @@ def fake(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def summarize(
     kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> Triple:
-    """What a slice does to a state: the state that it leaves behind when it starts from zero, and the decay [B, H] of
-    what enters it; and its block states. There may be anything in the first two if they are not wanted.
+    """Return the final state of the slice when it starts from zero, its decay [B, H], and its block states.
+
+    The first two are undefined unless `wanted`.
     """
     state, decay, blocks = _module(kernel).summarize(k, v, log_decay, doc_ids, wanted)
     return state, decay, blocks
@@ -109,7 +112,7 @@ def attend(
     initial_state: Tensor | None,
     blocks: Tensor | None,
 ) -> Pair:
-    """Output [B, T, H, V] in the dtype of `v`, and the states entering each block, which the backward needs."""
+    """Return the output [B, T, H, V] in the dtype of `v`, and each block's initial state, which the backward needs."""
     o, prefix = _module(kernel).attend(q, k, v, log_decay, doc_ids, initial_state, blocks)
     return o, prefix
 
@@ -118,8 +121,9 @@ def attend(
 def grad_initial_state(
     kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
 ) -> Pair:
-    """Gradient that this slice's outputs alone send to the entering state, with anything in it if it is not wanted,
-    and its block states.
+    """Return the gradient of the initial state from this slice's outputs alone, and the slice's block states.
+
+    The first is undefined unless `wanted`.
     """
     dinitial, dblocks = _module(kernel).grad_initial_state(q, do, log_decay, doc_ids, wanted)
     return dinitial, dblocks
@@ -136,7 +140,7 @@ def grad_query(
     doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> Pair:
-    """`dq`, and where the decay is per token the sums that its gradient needs, in fp32 (else empty)."""
+    """Return `dq` and, where the decay is per token, the fp32 sums that its gradient needs (else empty)."""
     dq, row = _module(kernel).grad_query(q, k, v, do, log_decay, doc_ids, prefix)
     return dq, row
 
@@ -155,7 +159,7 @@ def grad_key_value(
     prefix: Tensor,
     row: Tensor,
 ) -> Triple:
-    """`dk`, `dv`, and the gradient of a per-token `log_decay` [B, T, H] in fp32 (else empty)."""
+    """Return `dk`, `dv`, and the gradient of a per-token `log_decay` [B, T, H] in fp32 (else empty)."""
     dk, dv, dlog = _module(kernel).grad_key_value(q, k, v, do, log_decay, doc_ids, dfinal, dblocks, prefix, row)
     return dk, dv, (row.new_empty(0) if dlog is None else dlog)
 

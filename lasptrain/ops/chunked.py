@@ -21,8 +21,8 @@ CHUNK = 64
 class Chunks(NamedTuple):
     """Decays of a slice cut into n chunks of C tokens, T padded to n·C.
 
-    Logarithms are added from one token to the other, never subtracted: a difference of two sums would lose a weak decay
-    behind a strong one, and have no value behind one of −∞.
+    Logarithms are summed from one token to the other, never subtracted: a difference of two sums would lose a weak
+    decay behind a strong one, and be undefined behind one of −∞.
     """
 
     each: Tensor  # [B, H, n, C] log a
@@ -36,11 +36,11 @@ class Chunks(NamedTuple):
         return lag.exp_().masked_fill_(~visible, 0.0).tril_()
 
     def from_left(self) -> Tensor:
-        """Weight of the chunk's entering state in the output of token i, [B, H, n, C]."""
+        """Weight of the chunk's initial state in the output of token i, [B, H, n, C]."""
         return torch.where(self.doc_ids == self.before, self.each.cumsum(-1).exp(), 0.0)
 
     def to_right(self) -> Tensor:
-        """Weight of token j in the chunk's leaving state, [B, H, n, C]."""
+        """Weight of token j in the chunk's final state, [B, H, n, C]."""
         same = self.doc_ids == self.doc_ids[..., -1:]
         return torch.where(same, F.pad(self.each[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp(), 0.0)
 
@@ -54,7 +54,7 @@ def _padding(t: int) -> int:
 
 
 def _pad(x: Tensor) -> Tensor:
-    """x [B, T, …] with zeros behind, up to whole chunks."""
+    """Pad x [B, T, …] with zeros at the end, to whole chunks."""
     missing = _padding(x.shape[1])
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
 
@@ -65,12 +65,12 @@ def _pad_doc(doc_ids: Tensor) -> Tensor:
 
 
 def _by_chunk(x: Tensor) -> Tensor:
-    """[B, n·C, …] → [B, n, C, …]."""
+    """Reshape [B, n·C, …] → [B, n, C, …]."""
     return x.view(x.shape[0], -1, CHUNK, *x.shape[2:])
 
 
 def _cut(x: Tensor) -> Tensor:
-    """[B, T, H, ·] → [B, H, n, C, ·], at least fp32."""
+    """Cut [B, T, H, ·] → [B, H, n, C, ·], at least fp32."""
     x = _pad(x).to(state_dtype(x))
     return _by_chunk(x).permute(0, 3, 1, 2, 4)
 
@@ -107,7 +107,7 @@ def _block_states(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
 
 
 def _scan(blocks: Tensor, through: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States that enter each block [B, H, n, K, V], and the one that leaves the last."""
+    """Return the initial state of each block [B, H, n, K, V], and the final state of the last."""
     state = torch.zeros_like(blocks[:, :, 0]) if initial_state is None else initial_state.to(blocks.dtype)
     prefix = torch.empty_like(blocks)
     for i in range(blocks.shape[2]):
@@ -126,7 +126,7 @@ def summarize(
 
 
 def _told(x: Tensor, wanted: bool) -> Tensor:
-    """x, or what shows up wherever it is read."""
+    """Return x if wanted, else NaNs, so that an unwanted read shows."""
     return x if wanted else torch.full_like(x, float("nan"))
 
 
@@ -135,12 +135,12 @@ def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
 
 
 def _far(q: Tensor, chunks: Chunks, prefix: Tensor) -> Tensor:
-    """Outputs [B, H, n, C, V] from the states that enter the chunks."""
+    """Return the outputs [B, H, n, C, V] that come from the chunks' initial states `prefix`."""
     return (q * chunks.from_left()[..., None]) @ prefix
 
 
 def _join(o: Tensor, like: Tensor) -> Tensor:
-    """[B, H, n, C, ·] → [B, T, H, ·] in the length and dtype of `like`."""
+    """Join [B, H, n, C, ·] → [B, T, H, ·] in the length and dtype of `like`."""
     return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : like.shape[1]].to(like.dtype).contiguous()
 
 
@@ -164,7 +164,7 @@ def attend(
 
 
 def _reversed_chunks(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Chunks:
-    """The same chunks walked from the right: token t is reached through a_{t+1}, the last one through 1."""
+    """Return the chunks in reversed time: token t is reached through a_{t+1}, the last token through 1."""
     b, t, h, _ = like.shape
     if log_decay is None:
         log_decay = torch.zeros(h, dtype=state_dtype(like), device=like.device)
@@ -213,7 +213,7 @@ def grad_query(
 
 
 def _reading_over(near: Tensor, far: Tensor) -> Tensor:
-    """What tokens t, t + 1, … of a chunk read from before t, [B, H, n, C], in units of the loss.
+    """Sum what tokens t, t + 1, … of a chunk read from before t, [B, H, n, C], in units of the loss.
 
     Args:
         near: what token i reads from token j, [B, H, n, C, C].
@@ -254,11 +254,11 @@ def grad_key_value(
 def _sent_over(
     k: Tensor, log_decay: Tensor, doc_ids: Tensor | None, sent: Tensor, prefix: Tensor, suffix: Tensor
 ) -> Tensor:
-    """What tokens behind t's chunk read from before t, [B, T, H], in units of the loss; `sent` is what they read from
-    token t.
+    """Sum what tokens after t's chunk read from before t, [B, T, H], in units of the loss.
 
-    With `_reading_over` it is the gradient of log_decay, ⟨G_t, a_t S_{t-1}⟩, as a sum over all pairs of tokens that the
-    decay lies between. Σ q·dq − Σ k·dk from t to the end of the sequence is the same, but cancels.
+    `sent` is what they read from token t. Together with `_reading_over` this is the gradient of log_decay,
+    ⟨G_t, a_t S_{t-1}⟩, as a sum over all pairs of tokens with the decay between them. Σ q·dq − Σ k·dk from t to the end
+    of the sequence is equal, but cancels.
     """
     chunks = _chunks(k, log_decay, doc_ids)
     first = _by_chunk(_pad(token_decay(k, log_decay, doc_ids)))[:, 1:, 0].transpose(1, 2)

@@ -22,7 +22,7 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int)
     """Return the summed cross-entropy of `softmax(x weightᵀ)` against `labels` as a scalar, fp32 (fp64 if x is fp64).
 
     x [T, D]; weight [vocab, D], cast once to x's dtype; labels [T] int64, IGNORED or in [0, vocab); `chunk` tokens are
-    worked on at a time. Gradients are made along with the loss, so backward only scales them.
+    processed at a time. Gradients are computed along with the loss, so backward only scales them.
     """
     wanted = torch.is_grad_enabled()
     needs = (wanted and x.requires_grad, wanted and weight.requires_grad)
@@ -77,7 +77,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x [C, D] times weight [vocab, D] transposed: [C, vocab], accumulated and returned in at least fp32."""
+    """Return x [C, D] times weight [vocab, D] transposed: [C, vocab], accumulated and returned in at least fp32."""
     exact = _accumulator(x)
     if x.dtype == exact:
         return x @ weight.T
@@ -87,7 +87,7 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where total is in at least fp32 and a, b may be shorter."""
+    """Add a b to total, which is at least fp32; a and b may have fewer bits."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -97,13 +97,13 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy [C] of logits [C, vocab], 0 where ignored."""
+    """Return the cross-entropy [C] of logits [C, vocab], 0 where ignored."""
     target = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
     return (logits.logsumexp(1) - target).masked_fill(labels == IGNORED, 0)
 
 
 def _losses_and_gradient(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Losses, and softmax minus one-hot [C, vocab] in `dtype`: the gradient of their sum by the logits."""
+    """Return the losses, and their sum's gradient by the logits: softmax minus one-hot [C, vocab], in `dtype`."""
     log_sum = logits.logsumexp(1, keepdim=True)
     place = labels.clamp(min=0).unsqueeze(1)
     ignored = (labels == IGNORED).unsqueeze(1)
@@ -115,5 +115,8 @@ def _losses_and_gradient(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> 
 
 @cache
 def _fused() -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
-    """The same for a GPU: one pass reads the logits for the sum, one writes the gradient. The compiler loads late."""
+    """Compile the above for a GPU: one pass reads the logits for the sum, one writes the gradient.
+
+    Compiled on first use, to keep imports light.
+    """
     return torch.compile(_losses_and_gradient, dynamic=False)

@@ -12,7 +12,7 @@ from lasptrain.ops import per_token, state_dtype
 
 
 def starts(doc_ids: Tensor) -> Tensor:
-    """True [B, T] where a token is the first of its document."""
+    """Return True [B, T] where a token is the first of its document."""
     before = torch.cat([torch.zeros_like(doc_ids[:, :1]), doc_ids[:, :-1]], dim=1)
     return doc_ids != before
 
@@ -43,7 +43,7 @@ def slice_decay(k: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> 
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H, V] (at least fp32) and leaving state; differentiable in every floating argument."""
+    """Return outputs [B, T, H, V] (at least fp32) and the final state; differentiable in every floating argument."""
     b, t, h, kdim = k.shape
     dtype = state_dtype(k)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -100,7 +100,7 @@ def _gradients(
     initial_state: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, entering and log_decay: G_t = q_tᵀ do_t + a_{t+1} G_{t+1} is the gradient of S_t."""
+    """Gradients of q, k, v, initial_state and log_decay; G_t = q_tᵀ do_t + a_{t+1} G_{t+1} is the gradient of S_t."""
     a = token_decay(k, log_decay, doc_ids)
     q, k, v, do, state = (x.to(a.dtype) for x in (q, k, v, do, initial_state))
     states = [state]

@@ -24,7 +24,7 @@ def attend(
     key_doc_ids: Tensor | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """softmax(q kᵀ / √K) v, [B, T, H, K].
+    """Return softmax(q kᵀ / √K) v, [B, T, H, K].
 
     Args:
         q: [B, T, H, K]. The last query stands at the last key.
@@ -40,7 +40,7 @@ def attend(
 
 
 class _Blocks(Function):
-    """Keeps nothing but its inputs: a block's scores and mask live only while it is in work, in both directions."""
+    """Attention that saves only its inputs: a block's scores and mask exist only while it is computed, both ways."""
 
     @staticmethod
     def forward(
@@ -78,7 +78,7 @@ class _Blocks(Function):
 
 
 def _blocks(queries: int, keys: int, sliding_window: int | None) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it may see."""
+    """Return blocks of queries, each with the keys that it may see."""
     before = keys - queries
     found = []
     for start in range(0, queries, BLOCK):
@@ -97,7 +97,7 @@ def _visible(
     key_doc_ids: Tensor | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Whether each query of a block sees each key: [rows, columns], or [B, 1, rows, columns] with documents."""
+    """Return True where a query of the block sees a key: [rows, columns], or [B, 1, rows, columns] with documents."""
     before = k.shape[1] - q.shape[1]
     row = torch.arange(before + queries.start, before + queries.stop, device=q.device)
     lag = row[:, None] - torch.arange(keys.start, keys.stop, device=q.device)
@@ -108,7 +108,7 @@ def _visible(
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Heads of k and v are repeated, because a fused kernel that takes a mask wants as many as of q."""
+    """Attend for one block; heads of k and v are repeated, because a fused kernel with a mask needs as many as q."""
     share = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

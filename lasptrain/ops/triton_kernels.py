@@ -2,8 +2,8 @@
 """Triton programs of linear attention with decay; `triton_launch` launches them.
 
 A slice is cut into NB blocks of L tokens, a block into chunks of C tokens. One program walks the chunks of one block of
-one head with the state in registers, in time or against it. Against time the state is its gradient, which flows from
-right to left through the same decays, so that every program here serves both directions.
+one head with the state in registers, in time or against it. Against time, the gradient takes the state's place: it
+flows from right to left through the same decays, so that every program here serves both directions.
 
 Decays are products of a ≤ 1 inside one chunk only, as differences of cumulative logarithms that never exceed 0. A
 document boundary is a decay of zero.
@@ -12,11 +12,11 @@ Arguments common to the programs:
 
 | name | meaning |
 |---|---|
-| `x`, `y`, … | tensor descriptors of [B, H, T, K or V], read and written past T without harm |
+| `x`, `y`, … | tensor descriptors of [B, H, T, K or V]; reads and writes past T are harmless |
 | `LOG_DECAY` | [H] or [B, T, H] fp32, see `DECAY` |
-| `DOC`, `COUNTS` | [B, T] int32 and what `count_documents` makes of it, where `DOCS` |
+| `DOC`, `COUNTS` | doc_ids [B, T] int32 and the output of `count_documents`, where `DOCS` |
 | `BLOCKS` | [B, H, NB + 1, K·V + 4] fp32: per block the state that it adds and its decay |
-| `STATES` | the same, when `scan_blocks` has made the states of it that enter each block |
+| `STATES` | the same layout with the initial state of each block, made by `scan_blocks` |
 | `DECAY` | 0 none · 1 constant per head · 2 per token |
 """
 
@@ -26,15 +26,15 @@ import triton.language as tl
 PRECISION = tl.constexpr("tf32x3")  # of fp32 inputs: three tensor-core products that together are exact to fp32
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = ["B", "T", "H", "NB", "L"]  # one compilation serves every length
-# Stronger decays count as this one: of what 2^-64 leaves nothing shows beside a token, and a chunk's sum stays within
-# 2^12, so that a weak decay behind strong ones keeps the digits that inputs of 16 bits have.
+# Stronger decays are clamped to this one: what 2^-64 leaves is invisible beside a token, and a chunk's sum stays within
+# 2^12, so that a weak decay behind strong ones keeps the precision of 16-bit inputs.
 SMALLEST_LOG2 = tl.constexpr(-64.0)
 STEPS = tl.constexpr(256.0)  # per unit of log2; sums of whole steps within 2^12 are exact in fp32
 
 
 @triton.jit
 def _place(NB, H, TILES):
-    """Batch, head, block and tile of this program. Heads vary fast: the rows of neighbouring heads are adjacent."""
+    """Return batch, head, block and tile of this program. Heads vary fast: rows of neighbouring heads are adjacent."""
     pid = tl.program_id(0)
     tile = pid % TILES
     rest = pid // TILES
@@ -53,10 +53,10 @@ def _head_log2_decay(LOG_DECAY, head, DECAY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
 def count_documents(DOC, COUNTS, T, CHUNKS, C: tl.constexpr, GROUP: tl.constexpr):
-    """What the gates need of the documents of each chunk, packed into COUNTS [B, CHUNKS] int32; see `_marks`.
+    """Pack what the gates need to know of each chunk's documents into COUNTS [B, CHUNKS] int32; see `_marks`.
 
-    Counts instead of comparisons keep documents out of the walks, where moving them between threads costs a sixth of
-    the time. Grid (CHUNKS / GROUP, B).
+    Counts instead of comparisons keep doc_ids out of the walks, where moving them between threads costs a sixth of the
+    time. Grid (CHUNKS / GROUP, B).
     """
     chunk = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     batch = tl.program_id(1).to(tl.int64)
@@ -73,12 +73,12 @@ def count_documents(DOC, COUNTS, T, CHUNKS, C: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit
 def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr):
-    """What the gates of the chunk at token t are made of: the log decays of its tokens [C] and its counts.
+    """Load the inputs of the gates of the chunk at token t: the log decays of its tokens [C] and its counts.
 
-    Counts: how many tokens continue the document before the chunk (8 bits), how many belong to the chunk's last one (8
-    bits), and whether it has more than these two.
+    Counts: the number of tokens that continue the document before the chunk (8 bits), the number that belong to the
+    chunk's last one (8 bits), and a flag for more documents than these two.
 
-    Walks load them one chunk ahead, because nothing else would hide the latency; so t may lie outside of the slice.
+    Walks load them one chunk ahead, because nothing else would hide the latency; so t may lie outside the slice.
     """
     i = tl.arange(0, C)
     each = tl.zeros([C], tl.float32)
@@ -94,15 +94,15 @@ def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.c
 
 @triton.jit
 def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """Decays of the chunk that starts at token t, from its marks.
+    """Compute the decays of the chunk that starts at token t, from its marks.
 
-    Returns `inside` [C], the cumulative log2 of the decay up to and including each token, and `rest` [C], what `inside`
-    lacks where EXACT; `lead` [C], the weight of the entering state in each token's output; `fold` [C], the weight of
-    each token in the leaving state; `through`, the weight of the entering state in the leaving one, and `passing`, its
+    Returns `inside` [C], the cumulative log2 of the decay up to and including each token, and `rest` [C], its remainder
+    where EXACT; `lead` [C], the weight of the chunk's initial state in each token's output; `fold` [C], the weight of
+    each token in the final state; `through`, the weight of the initial state in the final state, and `passing`, its
     log2.
 
-    EXACT, for fp32 inputs with decays per token: `inside` is a sum of whole steps and has no rounding, however strong
-    the decays, and `rest` is small.
+    EXACT, for fp32 inputs with decays per token: `inside` is a sum of whole steps without rounding, however strong the
+    decays, and `rest` is small.
     """
     i = tl.arange(0, C)
     n = tl.minimum(C, T - t)
@@ -115,7 +115,7 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT
         inside = tl.cumsum(each, 0)
         total = tl.sum(each, 0)
     else:
-        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)  # of n, lest the compiler keep all weights in registers
+        inside = log2 * tl.minimum(i + 1, n).to(tl.float32)  # of n, else the compiler keeps all weights in registers
         total = log2 * n.to(tl.float32)
     continuing = counts & 255
     finishing = (counts >> 8) & 255
@@ -144,7 +144,7 @@ def _lag(inside, REVERSE: tl.constexpr):
 def _weights(inside, rest, counts, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
     """Decay between the tokens of a chunk [C, C], as `_lag` lays them out.
 
-    For a chunk of at most two documents; `_apart` sees to more.
+    For a chunk of at most two documents; `_apart` handles more.
     """
     i = tl.arange(0, C)
     if REVERSE:
@@ -161,9 +161,9 @@ def _weights(inside, rest, counts, C: tl.constexpr, REVERSE: tl.constexpr, EXACT
 
 @triton.jit
 def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
-    """Zeroes what is between documents in near [C, C], where the chunk has more than two.
+    """Zero the weights between different documents in near [C, C], where the chunk has more than two documents.
 
-    The branch is there, never taken, without documents too: between its halves the compiler spills no registers, which
+    The branch exists without documents too, never taken: between its halves the compiler spills no registers, which
     makes walks a tenth faster.
     """
     if counts >> 16 > 0:
@@ -177,7 +177,7 @@ def _apart(near, DOC, counts, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
 
 @triton.jit
 def _split(x, DTYPE: tl.constexpr):
-    """x, of fp32, in two parts of 16 bits: cut off, which is cheaper than to round, and what that leaves."""
+    """Split fp32 x into two 16-bit parts: x truncated, which is cheaper than rounding, and the remainder."""
     MASK: tl.constexpr = -65536 if tl.bfloat16 == DTYPE else -8192  # the bits that DTYPE has
     high = (x.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
     return high.to(DTYPE), (x - high).to(DTYPE)
@@ -185,10 +185,10 @@ def _split(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _update(state, x, y, weight, through, FINE: tl.constexpr):
-    """through · state + xᵀ (weight · y). The same side is weighted everywhere.
+    """Return through · state + xᵀ (weight · y). The same side is weighted everywhere.
 
-    FINE where the gradient of a per-token decay is made of the states: it is a product of two of them, which may be
-    small where they are not, so the weighted rows keep what 16 bits would drop.
+    FINE where the gradient of a per-token decay is computed from the states: it is a product of two states, which may
+    be small where they are not, so the weighted rows keep what 16 bits would drop.
     """
     rows = y * weight[:, None]
     state = state * through
@@ -200,7 +200,7 @@ def _update(state, x, y, weight, through, FINE: tl.constexpr):
 
 @triton.jit
 def _rows(desc, batch, head, t, column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """[C, WIDTH] of a tensor from token t; zero past its end."""
+    """Load [C, WIDTH] of a tensor from token t; zero past its end."""
     return desc.load([batch, head, t, column]).reshape(C, WIDTH)
 
 
@@ -215,9 +215,9 @@ def summarize_blocks(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """State Σ xᵀy [K, V] that each block adds, and the block's decay, into BLOCKS; grid B·NB·H·(V / TILE).
+    """Write the state Σ xᵀy [K, V] that each block adds, and the block's decay, to BLOCKS; grid B·NB·H·(V / TILE).
 
-    In time: x = k, y = v. Against time: x = q, y = do, the gradient that the block sends to the state entering it.
+    In time: x = k, y = v. Against time: x = q, y = do, the gradient that the block sends to its initial state.
     """
     EXACT: tl.constexpr = DECAY == 2 and x.dtype == tl.float32
     batch, head, block, tile = _place(NB, H, V // TILE)
@@ -235,7 +235,7 @@ def summarize_blocks(
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
         _, _, lead, fold, through, passing = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
         state = _update(state, a, b, lead if REVERSE else fold, through, DECAY == 2)
-        decay += passing  # a product would gather a rounding error per chunk
+        decay += passing  # a product would accumulate a rounding error per chunk
         t = ahead
         each, counts = next_each, next_counts
     slot = BLOCKS + ((batch * H + head).to(tl.int64) * (NB + 1) + block) * (K * V + 4)
@@ -251,11 +251,10 @@ def scan_blocks(
     BLOCKS, EDGE, STATES, STATE, GAIN, NB, SIZE: tl.constexpr, PART: tl.constexpr,
     REVERSE: tl.constexpr, EDGED: tl.constexpr, KEEP: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """What enters each block and the slice's end, from EDGE [B·H, SIZE] where EDGED, else from zero; grid
-    (SIZE / PART, B·H).
+    """Scan the blocks from EDGE [B·H, SIZE] where EDGED, else from zero; grid (SIZE / PART, B·H).
 
-    KEEP writes it to STATES, which may be BLOCKS; TOTAL what leaves the slice to STATE [B·H, SIZE], and the decay of
-    the slice to GAIN [B·H].
+    KEEP writes the initial state of each block, and behind them the final state, to STATES, which may be BLOCKS. TOTAL
+    writes the final state to STATE [B·H, SIZE], and the decay of the slice to GAIN [B·H].
     """
     part = tl.program_id(0)
     line = tl.program_id(1).to(tl.int64)
@@ -282,7 +281,7 @@ def scan_blocks(
 
 @triton.jit
 def _far(state, x, weight, FINE: tl.constexpr):
-    """weight · state xᵀ; FINE where sums over it cancel."""
+    """Return weight · state xᵀ; FINE where sums over it cancel."""
     if FINE and x.dtype != tl.float32:
         high, low = _split(state, x.dtype)
         far = tl.dot(high, tl.trans(x), tl.dot(low, tl.trans(x)))
@@ -293,7 +292,7 @@ def _far(state, x, weight, FINE: tl.constexpr):
 
 @triton.jit
 def _store_sums(SUMS, line, head, t, T, H, x, dx, flow, C: tl.constexpr):
-    """Σ x·dx per token of the chunk, x and dx [·, C], into SUMS [·, T + chunks, H]; behind them the edge's flow."""
+    """Write Σ x·dx per token of the chunk, x and dx [·, C], to SUMS [·, T + chunks, H]; after them the edge's flow."""
     token = t + tl.arange(0, C)
     start = line.to(tl.int64) * (T + tl.cdiv(T, C))
     tl.store(SUMS + (start + token) * H + head, tl.sum(x.to(tl.float32) * dx, 0), mask=token < T)
@@ -306,10 +305,10 @@ def walk(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """out = (x yᵀ ∘ weights) z + lead · x state, chunk by chunk; grid B·NB·H·tiles, tiles of the columns of out.
+    """Compute out = (x yᵀ ∘ weights) z + lead · x state by chunks; grid B·NB·H·tiles, tiles of the columns of out.
 
     Computed transposed, outᵀ = zᵀ (y xᵀ ∘ weightsᵀ) + stateᵀ xᵀ · lead, so that the state goes to the tensor cores from
-    registers. Kept so: columns of out × depth.
+    registers. The state is kept transposed too: columns of out × depth.
 
     | | x, y, z | REVERSE | TRANSPOSE |
     |---|---|---|---|
@@ -318,7 +317,7 @@ def walk(
     | dv | k, q, do | yes | no |
     | dk | v, do, q | yes | yes |
 
-    SUM writes Σ w·out per token to SUMS [tiles, B, T + chunks, H], and behind them per chunk the flow
+    SUM writes Σ w·out per token to SUMS [tiles, B, T + chunks, H], and after them, per chunk, the flow
     ⟨state, (lead·w)ᵀ x⟩ through its edge.
     """
     WIDTH: tl.constexpr = K if TRANSPOSE else V
@@ -369,7 +368,7 @@ def walk_key_value(
     q, k, v, do, dk, dv, LOG_DECAY, DOC, COUNTS, STATES, SUMS, B, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv in one walk against time, where the state's gradient fits into registers; grid B·NB·H. See `walk`."""
+    """Compute dk and dv in one walk against time if the state's gradient fits in registers; grid B·NB·H; see `walk`."""
     SIZE: tl.constexpr = K * V
     EXACT: tl.constexpr = DECAY == 2 and k.dtype == tl.float32
     batch, head, block, _ = _place(NB, H, 1)
@@ -412,15 +411,15 @@ def decay_gradient(
     ROW, COLUMN, STATES, GRADIENTS, LOG_DECAY, DOC, OUT, T, H, NB, L,
     SIZE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
-    """⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, into OUT [B, T, H]; grid B·NB·H.
+    """Write ⟨G_t, a_t S_{t-1}⟩, the gradient of a per-token log decay, to OUT [B, T, H]; grid B·NB·H.
 
     Summed from t to the end of the sequence, Σ q·dq − Σ k·dk is that gradient, but the sum cancels. So it runs only to
-    the nearer edge of t's chunk, where the flow ⟨gradient, state⟩ through the edge stands for all that lies behind. The
-    flow is taken from the states at the block's end and carried from chunk to chunk by what enters and leaves it there,
-    in fp32 from the same products as the states. ROW and COLUMN [B, T + chunks, H] are what `_store_sums` left.
+    the nearer edge of t's chunk, where the flow ⟨gradient, state⟩ through the edge stands for all that lies beyond. The
+    flow is computed from the states at the block's end and updated from chunk to chunk by what joins and leaves it
+    there, in fp32 from the same products as the states. ROW and COLUMN [B, T + chunks, H] are written by `_store_sums`.
 
-    Nothing flows over a decay of zero, which has no gradient; so no sum goes on beyond one. It cuts, as the start of a
-    document does.
+    Nothing flows over a decay of zero, which has no gradient; so no sum continues beyond one: it cuts, like the start
+    of a document.
     """
     batch, head, block, _ = _place(NB, H, 1)
     line = (batch * H + head).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Linear attention with decay in Triton, for Hopper: a pass over a slice for its blocks' states, one for the rest.
+"""Linear attention with decay in Triton, for Hopper: one pass over a slice for its blocks' states, one for the rest.
 
 Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
 36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_initial_state` reads q,
@@ -25,7 +25,7 @@ HERE = nullcontext()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRANULE = 128  # tokens; every chunk divides it
 SHORTEST_BLOCK, LONGEST_BLOCK = 256, 8192
-PART = 1024  # numbers of a state for a program that scans blocks
+PART = 1024  # numbers of a state per program that scans blocks
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
 _compiled: dict[tuple[object, ...], Any] = {}  # by `run`'s key; None under the interpreter
 _threads = threading.local()
@@ -34,7 +34,7 @@ Kernel = Literal["summarize", "attend", "grad_query", "grad_key_value", "grad_va
 
 
 class Launch(NamedTuple):
-    """How a program is launched: tokens per chunk, columns of the output per program, warps, pipeline stages."""
+    """Launch parameters of a program: tokens per chunk, columns of the output per program, warps, pipeline stages."""
 
     chunk: int
     tile: int
@@ -64,11 +64,11 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
 }
 # fp32 inputs: small tiles, since every operand is held three times.
 EXACT = Launch(32, 32, 8, 1)
-PLAIN = Launch(chunk=0, tile=0, warps=4, stages=3)  # of programs without chunks or tiles to choose
+PLAIN = Launch(chunk=0, tile=0, warps=4, stages=3)  # for programs without chunks or tiles to choose
 
 
 def _width(dim: int) -> int:
-    """The smallest supported dim that holds `dim`."""
+    """Return the smallest supported dim that holds `dim`."""
     for width in DIMS:
         if dim <= width:
             return width
@@ -77,13 +77,13 @@ def _width(dim: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _launch(kernel: Kernel, s: _Slice, dtype: torch.dtype, tiled: int) -> Launch:
-    """How the kernel runs on inputs of `dtype` with `tiled` columns to produce."""
+    """Return the kernel's launch parameters for inputs of `dtype` and `tiled` columns of output."""
     launch = EXACT if dtype == torch.float32 else LAUNCHES[kernel, max(s.keys, s.values)]
     return launch._replace(tile=min(launch.tile, tiled))
 
 
 def _padded(x: Tensor) -> Tensor:
-    """x [B, T, H, ·] as the tensor map needs it: a supported dim, rows that start on 16 bytes."""
+    """Return x [B, T, H, ·] as TMA needs it: a supported dim, rows aligned to 16 bytes."""
     if x.data_ptr() % 16 == 0 and _tma_reads(x.dtype, x.shape[-1], x.stride()):
         return x
     missing = _width(x.shape[-1]) - x.shape[-1]
@@ -91,7 +91,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _cropped(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x [..., rows, columns] without padding."""
+    """Return x [..., rows, columns] without padding."""
     return x if x.shape[-2:] == (rows, columns) else x[..., :rows, :columns].contiguous()
 
 
@@ -103,16 +103,16 @@ def _tma_reads(dtype: torch.dtype, dim: int, strides: tuple[int, ...]) -> bool:
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; asking first costs less than `to` that has nothing to do."""
+    """Return x in `dtype`; the check costs less than a `to` that has nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def _device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of x current, where there is one and it is not."""
+    """Return a context in which the GPU of x is current; it does nothing on a CPU, or where that is so already."""
     if not x.is_cuda:
         return HERE
     if x.device not in _threads.__dict__.setdefault("ready", set()):
-        x.new_zeros(1)  # gives the device's context to this thread (autograd's, say), without which no map can be made
+        x.new_zeros(1)  # gives this thread (autograd's, say) the device's context, which tensor maps need
         _threads.ready.add(x.device)
     return HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
@@ -120,11 +120,11 @@ def _device(x: Tensor) -> AbstractContextManager[object]:
 def run(
     program: Any, like: Tensor, grid: tuple[int, int, int], launch: Launch, constants: dict[str, Any], *args: object
 ) -> None:
-    """program[grid](*args, **constants), for inputs like `like`; constants in the program's order.
+    """Launch program[grid](*args, **constants), for inputs like `like`; constants in the program's order.
 
     At every launch Triton looks a program up by all its arguments, which takes the host longer than the launch itself.
-    Here dtype, device and constants tell all: pointers are aligned, sizes are not specialised, and constants say which
-    arguments are None.
+    Here dtype, device and constants suffice as the key: pointers are aligned, sizes are not specialised, and constants
+    say which arguments are None.
     """
     key = program.__name__, like.dtype, like.device, launch, *constants.values()
     with _device(like):
@@ -137,7 +137,7 @@ def run(
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
-    """Made without checks, which would cost the host more than the launch; `_padded` has seen to what they ask."""
+    """Tensor descriptor without checks, which cost the host more than the launch; `_padded` ensures what they ask."""
 
     def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]):
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
@@ -145,7 +145,7 @@ class _Descriptor(TensorDescriptor):  # type: ignore[misc]
 
 
 def _rows(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of x [B, T, H, ·] whose blocks are `rows` tokens × `columns` of one head."""
+    """Return a descriptor of x [B, T, H, ·] whose blocks are `rows` tokens × `columns` of one head."""
     (b, t, h, d), (sb, st, sh, sd) = x.shape, x.stride()
     return _Descriptor(x, [b, h, t, d], [sb, sh, st, sd], [1, 1, rows, columns])
 
@@ -182,7 +182,7 @@ def _cut(b: int, t: int, h: int, kdim: int, vdim: int) -> _Slice:
 
 
 def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `blocks` and `prefix`: a state per block and one more, each followed by its decays."""
+    """Shape of `blocks` and `prefix`: a state per block and one more, each followed by its decay and 3 unused."""
     s = _slice(k, v)
     return s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4
 
@@ -198,23 +198,23 @@ def _sums_shape(s: _Slice, launch: Launch) -> tuple[int, ...]:
 
 
 def _documents(doc_ids: Tensor) -> Tensor:
-    """`doc_ids` as the programs read it."""
+    """Return `doc_ids` as the programs read it."""
     return _aligned(_as(doc_ids, torch.int32))
 
 
 def _logarithms(log_decay: Tensor) -> Tensor:
-    """`log_decay` as the programs read it."""
+    """Return `log_decay` as the programs read it."""
     return _aligned(_as(log_decay, torch.float32))
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, contiguous, where a program that expects aligned pointers can read it."""
+    """Return x contiguous and aligned to 16 bytes, as the programs expect."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class _Gates(NamedTuple):
-    """What the decays are made of, as the programs read it."""
+    """Inputs of the decays, as the programs read them."""
 
     log_decay: Tensor | None
     doc_ids: Tensor | None
@@ -241,7 +241,7 @@ def _gates(log_decay: Tensor | None, doc_ids: Tensor | None, chunk: int) -> _Gat
 
 
 def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
-    """A state from outside [B, H, K, V] as the programs read it: fp32, contiguous, of the supported dims."""
+    """Return a state [B, H, K, V] as the programs read it: fp32, contiguous, padded to supported dims."""
     if state is None:
         return None
     state = state.to(torch.float32)
@@ -251,7 +251,7 @@ def _state(state: Tensor | None, s: _Slice) -> Tensor | None:
 
 
 def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool) -> Tensor:
-    """What each block of the slice does to a state."""
+    """Return, per block of the slice, the state that it adds and its decay."""
     s = _slice(x, y)
     x, y = _padded(x), _padded(y)
     launch = _launch("summarize", s, x.dtype, s.values)
@@ -281,8 +281,9 @@ def _scan(
     into: Tensor | None,
     total: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """The states that enter blocks, and that which leaves the slice, `into`; the latter and the slice's decay to
-    `total`. `edge` [B, H, K, V] enters the slice.
+    """Scan the blocks from `edge` [B, H, K, V], the state that enters the slice; None is zero.
+
+    Each block's initial state and the final state are written to `into`, the latter and the slice's decay to `total`.
     """
     edge, size = _state(edge, s), s.keys * s.values
     grid = size // PART, s.batch * s.heads, 1
@@ -311,7 +312,7 @@ def _scan(
 def _summarized(
     x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """State [B, H, K, V] and decay [B, H], which nothing is written to if they are not wanted, and blocks."""
+    """Return the state [B, H, K, V] and the decay [B, H], both undefined unless `wanted`, and the blocks."""
     s = _slice(x, y)
     blocks = _blocks(x, y, log_decay, doc_ids, reverse)
     state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
@@ -329,7 +330,7 @@ def _walk(
     states: Tensor,
     summed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output of `programs.walk` over x, y, z, padded; with `summed` (w) also what `_store_sums` leaves."""
+    """Return the output of `triton_kernels.walk` over padded x, y, z; with `summed` (w) also the sums per token."""
     s = sizes
     x, y, z = rows
     tiled = z.shape[-1]
@@ -376,7 +377,7 @@ def _walk_key_value(
     doc_ids: Tensor | None,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
+    """Return dk, dv, and Σ k·dk with flows where the decay is per token, from q, k, v, do; all padded."""
     s = sizes
     q, k, v, do = rows
     if k.dtype == torch.float32 or ("grad_key_value", max(s.keys, s.values)) not in LAUNCHES:
@@ -468,7 +469,7 @@ def _entering(
     edge: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """The states that enter the blocks, which are made here if they are not given."""
+    """Return the initial state of each block; `blocks` are computed here if they are not given."""
     if blocks is None:
         blocks = into = _blocks(x, y, log_decay, doc_ids, reverse)
     else:
@@ -493,7 +494,7 @@ def grad_query(
     doc_ids: Tensor | None,
     prefix: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`row` holds Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
+    """Return dq and `row`: Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
     rows = _padded(_as(do, q.dtype)), _padded(v), _padded(k)
     summed = _padded(q) if per_token(log_decay) else None
     dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc_ids, prefix, summed=summed)
