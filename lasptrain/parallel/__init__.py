@@ -1,1 +1,1 @@
-"""Everything that knows of other ranks: mesh, scan over ranks, attention (kernel and scan), sharding of the model."""
+"""Everything that involves other ranks: mesh, collectives, p2p, scan, sharded recurrence, sharding of the model."""

@@ -1,4 +1,4 @@
-"""The rows of a whole segment on every rank, as softmax layers need them (LASP-2H, arXiv:2502.07563)."""
+"""All-gather of a segment's rows, as softmax layers need it (LASP-2H, arXiv:2502.07563)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lasptrain.parallel.scan import Scan
 
 
 def gather(rows: Tensor, scan: Scan, memory: SavedStates) -> Tensor:
-    """Rows [B, sp · T, C] of all slices, of this slice's [B, T, C]; the gradient of rows is summed over ranks.
+    """All-gather the rows [B, sp · T, C] of all slices from this slice's [B, T, C]; gradients are summed over ranks.
 
     Args:
-        scan: says which ranks share the window.
-        memory: where the result is kept, or found if the layer is being recomputed.
+        scan: over the ranks that share the window.
+        memory: keeps the result, and returns it if the layer is being recomputed.
     """
     if scan.size == 1:
         return rows

@@ -1,4 +1,4 @@
-"""Which scan is the fastest on this mesh: measured, in less than a second, with states of the real size."""
+"""The fastest scan on this mesh: measured, in less than a second, with states of the real size."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Shape = tuple[int, int, int, int]
 def fastest_scan(
     group: dist.ProcessGroup, device: torch.device, shape: tuple[int, int, int, int], carried: bool
 ) -> str:
-    """Name of the scan that takes states [B, H, K, V] of this shape through the group and back the soonest.
+    """Return the name of the scan that is fastest for states [B, H, K, V] of this shape, forward and backward.
 
-    The time is that of the slowest rank of the job; all ranks call it and get the same name. `carried`: states go on
-    from segment to segment.
+    The time is that of the slowest rank of the job; collective over all ranks, which get the same name. `carried`:
+    states are carried from segment to segment.
     """
     seconds = [_seconds(scan(group, device), device, shape, carried) for scan in SCANS.values()]
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)

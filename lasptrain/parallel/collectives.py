@@ -24,35 +24,35 @@ def barrier() -> None:
 
 
 def all_reduce_min(value: int) -> int:
-    """The smallest of a number over all ranks."""
+    """Return the smallest of a number over all ranks."""
     found = torch.tensor(value, device=device())
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     return int(found)
 
 
 def all_reduce_max(value: N) -> N:
-    """The largest of a number over all ranks, through host memory: does not wait for a GPU."""
+    """Return the largest of a number over all ranks, through host memory: does not wait for a GPU."""
     found = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return type(value)(found)
 
 
 def all_gather_object(what: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What every rank, or every one of a group, has to say, by rank: small objects."""
+    """Return the objects of all ranks, or of those of a group, in rank order; small picklable ones."""
     told: list[T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, what, group=group)
     return cast("list[T]", told)
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x over all ranks, in its own dtype."""
+    """Return the sum of x over all ranks, in its own dtype."""
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
 
 
 def broadcast(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The x that rank 0 of the group holds, on all of its ranks; what the others give has its shape and dtype."""
+    """Return the x of the group's rank 0 on all of its ranks; theirs has the same shape and dtype."""
     x = x.detach().contiguous().clone()
     dist.broadcast(x, group=group, group_src=0)
     return x

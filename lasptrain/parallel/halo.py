@@ -1,9 +1,9 @@
-"""The rows that lie before a slice, over ranks and segments: the scan of a recurrence that knows the last n tokens.
+"""The rows before a slice, over ranks and segments: the scan of a recurrence whose state is the last n tokens.
 
-A short convolution, or attention over a sliding window, needs the last n rows of what comes before its slice. A slice
-of T < n tokens moves the rows that enter it up by T and puts its own below; a longer one leaves its own last n whatever
-enters. That is a map of states, so ring, all-gather and all-scan carry rows as they carry states, from segment to
-segment too, and gradients of rows as gradients of states.
+A short convolution, or attention over a sliding window, needs the last n rows before its slice. A slice of T < n tokens
+moves the rows that enter it up by T and puts its own below; a longer one passes on its own last n, whatever enters.
+That is a map of states, so ring, all-gather and all-scan carry rows as they carry states, from segment to segment too,
+and gradients of rows as gradients of states.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def halo(
     memory: SavedStates,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The n rows before this slice that its first tokens may see [B, n, C], and what enters the next segment.
+    """Return the n rows before this slice that its first tokens may see [B, n, C], and those before the next segment.
 
-    Rows are zeros before a window's start and where they are of an earlier document than the last of them. What enters
-    the next segment is None unless asked for.
+    Rows are zero before a window's start and where they belong to an earlier document than the last of them. Those
+    before the next segment are None unless `output_final_state`.
 
     Args:
         parts: this slice, [B, T, ·] each; their channels side by side are the C of a row.
-        doc_ids: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
-        carry: rows that entered the segment, as they were handed out here; None at a window's start.
-        memory: where the entering rows are kept, or found if the layer is being recomputed.
+        doc_ids: document numbers in the slice [B, T]; document 0 continues from the left. None: one document.
+        carry: rows before the segment, as returned here for it; None at a window's start.
+        memory: keeps the rows before the slice, and returns them if the layer is being recomputed.
     """
     if scan.size == 1 and carry is None and not output_final_state:
         first = parts[0]
@@ -55,7 +55,7 @@ def halo(
 
 
 def _moves(x: Tensor, doc_ids: Tensor | None, n: int) -> Transition:
-    """What a slice x [B, T, ·] does to the rows that enter it; a document that starts in it has no use for them."""
+    """Return the transition of a slice x [B, T, ·] of rows: those before a document that starts in it are dropped."""
     if x.shape[1] >= n:
         return FORGETTING
     goes_on = x.new_ones(x.shape[0]) if doc_ids is None else (doc_ids[:, -1] == 0).to(x.dtype)
@@ -63,8 +63,9 @@ def _moves(x: Tensor, doc_ids: Tensor | None, n: int) -> Transition:
 
 
 def _last(x: Tensor, doc_ids: Tensor | None, n: int) -> Tensor:
-    """Of the n rows that a following token may see those in x [B, n, C]: zeros where they lie before it, or are of an
-    earlier document than the last.
+    """Return the last n rows [B, n, C] of x [B, T, C], as the next token may see them.
+
+    Rows are zero where they lie before x, or belong to an earlier document than the last.
     """
     rows = x[:, -n:]
     if doc_ids is not None:
@@ -73,7 +74,7 @@ def _last(x: Tensor, doc_ids: Tensor | None, n: int) -> Tensor:
 
 
 class _Halo(Function):
-    """Rows are states [B, 1, n, C]."""
+    """The scan of rows, as states [B, 1, n, C]."""
 
     @staticmethod
     def forward(
@@ -86,7 +87,7 @@ class _Halo(Function):
         output_final_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
         final_state: Tensor | None
-        if memory.ready:  # the rows that leave have no reader left; only their gradient has a use
+        if memory.ready:  # the final rows are not read again; only their gradient is used
             final_state = unread(rows.shape, rows) if output_final_state else None
         else:
             memory.ready = True

@@ -1,6 +1,6 @@
 """The 2D mesh of ranks: `dp` replicas of the batch × `sp` slices of a window.
 
-What is called sp here is *context* parallelism in Megatron and torchtitan.
+`sp` is *context* parallelism in Megatron and torchtitan.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 def silence_torch_logs() -> None:
-    """Have the processes that this one starts keep torch's notes on its own workings to themselves."""
+    """Silence torch's logs of its own workings in the processes that this one starts."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
 
 
 def device() -> torch.device:
-    """The device of this rank: the GPU of its local rank, or the CPU."""
+    """Return the device of this rank: the GPU of its local rank, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def device_name() -> str:
-    """What this rank computes on."""
+    """Return the name of this rank's GPU, or CPU."""
     found = device()
     return torch.cuda.get_device_name(found) if found.type == "cuda" else "CPU"
 
@@ -49,11 +49,11 @@ class Mesh(NamedTuple):
         return self.flat.size()
 
     def length(self, axis: str) -> int:
-        """Ranks along `dp` or `sp`."""
+        """Return the number of ranks along `dp` or `sp`."""
         return self.grid.size(("dp", "sp").index(axis))
 
     def rank(self, axis: str) -> int:
-        """This rank's place on `dp` or `sp`."""
+        """Return this rank's index along `dp` or `sp`."""
         return self.grid.get_local_rank(axis)
 
     @property
@@ -62,18 +62,18 @@ class Mesh(NamedTuple):
 
 
 def world() -> dist.ProcessGroup:
-    """The group of all ranks."""
+    """Return the group of all ranks."""
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
 
 def world_size() -> int:
-    """Ranks of the whole job."""
+    """Return the number of ranks of the job."""
     return dist.get_world_size()
 
 
 def build(dp: int, sp: int) -> Mesh:
-    """The mesh of all ranks; consecutive ranks share a window, so that its slices travel the shortest way."""
+    """Build the mesh of all ranks; consecutive ranks share a window, so that its states travel the shortest way."""
     grid = init_device_mesh(device().type, (dp, sp), mesh_dim_names=("dp", "sp"))
     flat = grid["dp", "sp"]._flatten("dp_sp")
     for group in (*grid.get_all_groups(), flat.get_group()):
@@ -85,13 +85,13 @@ def build(dp: int, sp: int) -> Mesh:
 
 
 def timeout() -> timedelta:
-    """How long all ranks were told to wait for each other; groups made later wait torch's own 10 or 30 minutes."""
+    """Return the timeout of the group of all ranks; groups made later have torch's own 10 or 30 minutes."""
     group = world()
     return group._get_backend(group._device_types[0]).options._timeout
 
 
 def peak_memory(on: torch.device) -> int:
-    """Bytes: the most that tensors have taken on this GPU, or that this process has taken on a CPU."""
+    """Return the peak memory in bytes: of tensors on this GPU, or of this process on a CPU."""
     if on.type == "cuda":
         return torch.cuda.max_memory_allocated(on)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -99,14 +99,14 @@ def peak_memory(on: torch.device) -> int:
 
 
 def free_memory(on: torch.device) -> int:
-    """Bytes of GPU memory that this process could still take."""
+    """Return the bytes of GPU memory that this process could still allocate."""
     free, _ = torch.cuda.mem_get_info(on)
     return free + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
 
 
 @contextmanager
 def single_process_group() -> Iterator[None]:
-    """A process group of this process only, where there is none yet: for what is collective by nature."""
+    """Run the body in a group of this process only, unless there is a group already: for code that is collective."""
     if dist.is_initialized():
         yield
         return

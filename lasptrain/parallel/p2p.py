@@ -1,6 +1,6 @@
-"""Messages from rank to rank of a group: through the process group, or straight into the memory of the other GPU.
+"""Point-to-point messages in a group of ranks: through the process group, or straight into the other GPU's memory.
 
-All messages from one rank to another arrive in the order in which they were sent, and both ends ask for them in it.
+All messages from one rank to another arrive in the order in which they were sent, and are to be expected in it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ SMALLEST = 1 << 15  # bytes: four parts, whose flags are aligned as Triton expec
 
 
 class Messages(Protocol):
-    """Between ranks of a group that are neighbours in a circle. What is returned is to be called, once: it waits."""
+    """Messages between neighbours in a circle of ranks. Both methods return a function to call once, which waits."""
 
     def send(self, x: Tensor, to: int) -> Callable[[], None]:
-        """Send x; it is kept until then, and what comes after the wait on the current stream may write to it."""
+        """Send x, which is kept until the wait; work queued on the current stream after the wait may write to x."""
         ...
 
     def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
-        """The next message that is not yet expected, ready for use on the current stream."""
+        """Receive the next message not yet expected; the wait returns it, ready for use on the current stream."""
         ...
 
 
 class ProcessGroupP2P:
-    """Through the process group. Over NCCL a message is a kernel on a stream of its own, at both ends."""
+    """Messages through the process group. Over NCCL each is a kernel on a stream of its own, at both ends."""
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
@@ -60,7 +60,7 @@ def _received(work: dist.Work, x: Tensor) -> Tensor:
 
 
 def between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messages:
-    """Messages of up to `size` bytes; all ranks of the group call it together, and outside of a CUDA graph at first.
+    """Return messages of up to `size` bytes; collective over the group, and at first outside of a CUDA graph.
 
     NCCL_P2P_DISABLE=1 keeps GPUs out of each other's memory here as it does in NCCL.
     """
@@ -73,7 +73,7 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
         return ProcessGroupP2P(group)
     if not _reach_each_other(group, device):
         return _line(group)
-    from lasptrain.parallel.p2p_symmetric import SharedMemory, SymmetricP2P  # here, because Triton is not everywhere
+    from lasptrain.parallel.p2p_symmetric import SharedMemory, SymmetricP2P  # here, as Triton is not everywhere
 
     try:
         memory = SharedMemory(group, device, size)
@@ -87,7 +87,7 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
 
 @lru_cache
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether all ranks of the group are on one machine, each with a GPU that can write the memory of the others."""
+    """Return True if all ranks of the group are on one machine, each with a GPU that can write the others' memory."""
     machine = socket.gethostname(), BOOT.read_text() if BOOT.exists() else ""
     told = all_gather_object((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
     others = [index for rank, (_, index, _) in enumerate(told) if rank != dist.get_rank(group)]
@@ -98,10 +98,10 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 @lru_cache
 def _line(group: dist.ProcessGroup) -> ProcessGroupP2P:
-    """The ranks of an NCCL group, in one for messages that hide behind kernels; all of them call it together.
+    """Return messages over a new group of an NCCL group's ranks, for hiding behind kernels; collective over it.
 
-    A message on its way takes whole multiprocessors from a kernel that was cut to fill them. From a few it leaves what
-    a wave of programs has to spare; but then it has to be the first to get these.
+    A message in flight takes whole multiprocessors from a kernel that was sized to fill them. Limited to a few, it fits
+    in what a wave of programs has to spare; but then it needs priority to get those first.
     """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = 8

@@ -1,8 +1,8 @@
-"""Messages that a kernel writes straight into the memory of the other GPU, where another one waits for them.
+"""Messages that a kernel writes straight into the memory of the other GPU, where another kernel waits for them.
 
-NCCL's messages are kernels on a stream of their own, which take multiprocessors from those that compute, and hold both
-ends for longer than a state takes on its way. Here the sender only writes, on the current stream, and the receiver
-waits where the message is needed, when it has mostly long arrived. NVSHMEM's put with signal works like that too.
+NCCL's messages are kernels on a stream of their own, which take multiprocessors from those that compute, and occupy
+both ends for longer than the transfer of a state takes. Here the sender only writes, on the current stream, and the
+receiver waits where the message is needed, by when it has mostly long arrived. NVSHMEM's put with signal works so too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lasptrain.ops import triton_p2p
 
-SLOTS = 8  # messages from one rank that the next has not taken yet
+SLOTS = 8  # most messages from one rank that the next has not taken yet
 CELLS = 2 * SLOTS  # from either side
 
 
 class SavedStates(Protocol):
-    """What all ranks of a group can write: CELLS boxes of each, and two flags for every part of what is in a box."""
+    """Memory that all ranks of a group can write: CELLS boxes of each rank, and two flags for every part of a box."""
 
     def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor: ...
 
@@ -33,10 +33,10 @@ class SavedStates(Protocol):
 
 
 class SymmetricP2P:
-    """Cell `side · SLOTS + n % SLOTS` is for message n of those that go on (side 0) or back (side 1) in the circle.
+    """Messages in cells: `side · SLOTS + n % SLOTS` for message n of those forward (side 0) or back in the circle.
 
-    Its box and `full` are the receiver's, `busy` is the sender's. They say yes or no: counts would not be those of the
-    next replay of a CUDA graph.
+    A cell's box and `full` are the receiver's, `busy` is the sender's. Flags are yes or no: counts would be wrong in
+    the next replay of a CUDA graph.
     """
 
     def __init__(self, memory: SavedStates, rank: int, size: int):
@@ -71,14 +71,14 @@ class SymmetricP2P:
 
 
 def _nothing() -> None:
-    """What comes next on the stream comes after the message."""
+    """Wait for nothing: work queued next on the stream runs after the message."""
 
 
 class SharedMemory:
-    """Memory of GPUs of one machine, as PyTorch maps it into all of their processes."""
+    """Memory of the GPUs of one machine, which PyTorch maps into all of their processes."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int):
-        """All ranks of the group call it. size: bytes of a box, in which the parts are a multiple of 4."""
+        """Collective over the group. size: bytes of a box, whose number of parts is a multiple of 4."""
         self._size, self._parts = size, triton_p2p.parts(size)
         self._memory = symmetric.empty(CELLS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
         self._memory.zero_()

@@ -1,7 +1,7 @@
 """Linear attention over a window that is spread over ranks: a kernel and a scan behind two calls.
 
-    pending = attention.begin(k, v, ...)       summarise the slice, start the exchange
-    o, leaving = attention.finish(pending, q)  by now the entering state has arrived
+    pending = recurrence.begin(k, v, ...)           summarise the slice, start the exchange
+    o, final_state = recurrence.finish(pending, q)  by now the initial state has arrived
 
 Whatever the layer computes between the two hides the exchange. Autograd keeps that order backwards: the exchange of
 state gradients starts in the backward of `finish`, the gradient of q flows on, and only the backward of `begin`, which
@@ -30,24 +30,24 @@ class SavedStates:
     ready: bool = False
     decay: Tensor | None = None  # of the slice, [B, H]
     initial_state: Tensor | None = None  # [B, H, K, V]; None is zero
-    final_state: Tensor | None = None  # what the scan handed out; whoever does not need it again may drop it
-    before: SavedStates | None = None  # the same of the rows before the slice, where the layer needs some
+    final_state: Tensor | None = None  # as the scan returned it; may be dropped if not needed again
+    before: SavedStates | None = None  # the same for the rows before the slice, where the layer needs some
 
     @property
     def rows(self) -> SavedStates:
-        """`before`, made where it is not yet there."""
+        """`before`, created on first use."""
         if self.before is None:
             self.before = SavedStates()
         return self.before
 
     @property
     def parts(self) -> list[SavedStates]:
-        """This one, and `before` if there is one."""
+        """Self, and `before` if there is one."""
         return [self] if self.before is None else [self, self.before]
 
 
 class _Given(NamedTuple):
-    """An exchange that is not needed: the entering state is known."""
+    """An exchange that is not needed: the initial state is known."""
 
     scanned: Scanned
 
@@ -57,7 +57,7 @@ class _Given(NamedTuple):
 
 @dataclass
 class _Backward:
-    """What the backward of `finish` leaves for the backward of `begin`."""
+    """Values that the backward of `finish` leaves for the backward of `begin`."""
 
     q: Tensor
     do: Tensor
@@ -70,7 +70,7 @@ class _Backward:
 
 @dataclass
 class _Exchanging:
-    """A layer between `begin`, which fills what is not given at birth, and `finish`, which takes it out."""
+    """A layer between `begin`, which sets the fields not given at construction, and `finish`, which deletes them."""
 
     memory: SavedStates
     output_final_state: bool
@@ -128,9 +128,9 @@ class ShardedRecurrence:
             log_decay, doc_ids: as in `lasptrain.ops`.
             angle: [H, K/2], or [1, K/2] without gradient, fp64 radians by which keys turn over the slice, where they
                 are rotated.
-            carry: the state that entered the segment, as the scan handed it out; None at a window's start.
-            memory: where the entering state is kept, or found if the layer is being recomputed.
-            output_final_state: whether `finish` is to return what enters the next segment.
+            carry: the segment's initial state, as the scan returned it; None at a window's start.
+            memory: keeps the slice's initial state, and provides it if the layer is being recomputed.
+            output_final_state: whether `finish` is to return the next segment's initial state.
         """
         if self.scan.size == 1 and carry is None and not output_final_state:
             return _Alone(k, v, log_decay, doc_ids)
@@ -139,18 +139,19 @@ class ShardedRecurrence:
         return pending
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Outputs [B, T, H, V] for q [B, T, H, K], and what enters the next segment (None unless asked for)."""
+        """Return outputs [B, T, H, V] for q [B, T, H, K], and the next segment's initial state if asked for."""
         if isinstance(pending, _Alone):
             o: Tensor = _Whole.apply(q, *pending, self.kernel)  # type: ignore[no-untyped-call]
             return o, None
         link = pending.link
-        del pending.link  # its graph holds `pending`: a circle would keep states alive until the collector comes
+        del pending.link  # its graph holds `pending`: a cycle would keep states alive until garbage collection
         result: tuple[Tensor, Tensor | None] = _Finish.apply(q, link, self, pending)  # type: ignore[no-untyped-call]
         return result
 
     def final_state_of(self, pending: Pending) -> Tensor | None:
-        """What enters the next segment, of a `begin` that was asked for it, where the outputs are not wanted; without
-        gradient.
+        """Return the next segment's initial state, after a `begin` that was asked for it, instead of `finish`.
+
+        It has no gradient; outputs are not computed.
         """
         assert isinstance(pending, _Exchanging)
         initial_state, final_state = pending.exchange.wait()
@@ -159,7 +160,7 @@ class ShardedRecurrence:
 
 
 class _Whole(Function):
-    """A slice without exchange. Apart from the other two because at short lengths the host is what takes time."""
+    """A slice without exchange; apart from the two below, because at short lengths host time dominates."""
 
     @staticmethod
     def forward(
@@ -234,7 +235,7 @@ class _Begin(Function):
 
 
 def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
-    """States of an earlier pass. A leaving state that was dropped has no reader left; only its gradient has a use."""
+    """Return the states of an earlier pass. A final state that was dropped is not read again, only its gradient is."""
     memory = pending.memory
     if not pending.output_final_state:
         return Scanned(memory.initial_state, None)
@@ -246,7 +247,7 @@ def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
 
 
 def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
-    """Gradient [H, K/2] of the angle: turning the leaving state moves cosine rows by sine rows and back."""
+    """Return the gradient [H, K/2] of the angle: rotating the final state mixes its cosine and sine rows."""
     by_cos, by_sin = final_state.chunk(2, dim=-2)
     to_cos, to_sin = right.chunk(2, dim=-2)
     return (to_cos * by_sin - to_sin * by_cos).sum((0, -1)).double()

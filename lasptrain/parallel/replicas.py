@@ -1,4 +1,4 @@
-"""Whether ranks that should hold the same parameters do: a flipped bit on one of them would spread unseen."""
+"""Comparison of ranks that should hold the same parameters: a flipped bit on one of them would spread unseen."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lasptrain.parallel.mesh import Mesh
 
 
 def compare(model: nn.Module, layout: Mesh, kind: str, step: int) -> None:
-    """ReplicasError on every rank, naming those whose parameters are not the others'. Collective over all ranks.
+    """Raise ReplicasError on every rank, naming those whose parameters differ from their replicas' if there are any.
 
-    `kind` is the recipe's `parallel.data_parallel`, which says who holds the same.
+    Collective over all ranks. `kind` is the recipe's `parallel.data_parallel`, which says which ranks hold the same.
     """
     match kind:
         case "ddp" | "zero1":
@@ -35,7 +35,7 @@ def compare(model: nn.Module, layout: Mesh, kind: str, step: int) -> None:
 
 
 def checksum(model: nn.Module) -> int:
-    """The sum of the bits of this rank's parameters, as numbers of 32 bits: no single flip leaves it as it is."""
+    """Return the sum of this rank's parameters, their bits read as 32-bit integers: any single flip changes it."""
     total = torch.zeros((), dtype=torch.int64, device=mesh.device())
     for parameter in model.parameters():
         local = parameter.detach()
@@ -46,7 +46,7 @@ def checksum(model: nn.Module) -> int:
 
 
 def outvoted(told: list[tuple[int, int]]) -> list[int]:
-    """Ranks whose checksum is not the most common one among those who should have the same; all where none is."""
+    """Return the ranks whose checksum is not the most common one of those that should agree; all where none is."""
     odd = []
     for group in {same for same, _ in told}:
         ranks = [rank for rank, (same, _) in enumerate(told) if same == group]

@@ -1,11 +1,11 @@
 """The exclusive scan of states over the ranks of an sp group: LASP's ring, LASP-2's all-gather, ZeCO's all-scan.
 
-Rank r contributes the affine map S ↦ transition_r · S + state_r of its slice and gets the state that enters it,
+Rank r contributes the affine map S ↦ transition_r · S + state_r of its slice and gets its initial state,
 
-    entering_0 = carry,    entering_{r+1} = transition_r · entering_r + state_r,    leaving = entering_sp,
+    initial_0 = carry,    initial_{r+1} = transition_r · initial_r + state_r,    final = initial_sp,
 
-where carry is what entered the segment and leaving what enters the next one. Backward is the same scan from the right
-with transposed transitions: state_r is then the gradient that the slice's own outputs send to its entering state.
+where carry is the segment's initial state and final the next segment's. Backward is the same scan from the right with
+transposed transitions: state_r is then the gradient that the slice's own outputs send to its initial state.
 
 States are [B, H, K, V], decays [B, H]. One rank is the scan over one element.
 """
@@ -26,7 +26,7 @@ from lasptrain.parallel.p2p import Messages, between
 
 
 class Transition(NamedTuple):
-    """What a run of tokens does to a state: decays it and, where keys are rotated, moves its origin to the run's end.
+    """The effect of a run of tokens on a state: it decays it and, where keys are rotated, moves its origin to the end.
 
     The first half of the key rows are cosine features, the second half sine features (LRPE, arXiv:2307.14995). A state
     that is the last K rows of a text moves up by as many as the run adds.
@@ -34,10 +34,10 @@ class Transition(NamedTuple):
 
     decay: Tensor | None  # [B, H]; None: nothing is left of what entered
     angle: Tensor | None = None  # [H, K/2] radians
-    rows: int = 0  # by which the state moves up along K, and zeros move in; down where negative
+    rows: int = 0  # by which the state moves up along K, with zeros moving in; down where negative
 
     def rotate(self, state: Tensor) -> Tensor:
-        """The state [B, H, K, V] seen from an origin that lies `angle` further on."""
+        """Return the state [B, H, K, V] seen from an origin that lies `angle` further on."""
         if self.angle is None:
             return state
         cos, sin = (f(self.angle).to(state.dtype)[..., None] for f in (torch.cos, torch.sin))
@@ -45,7 +45,7 @@ class Transition(NamedTuple):
         return torch.cat([cos * by_cos + sin * by_sin, cos * by_sin - sin * by_cos], dim=-2)
 
     def apply(self, state: Tensor | None, plus: Tensor) -> Tensor:
-        """transition · state + plus; a state of None is zero."""
+        """Return transition · state + plus; a state of None is zero."""
         if state is None or self.decay is None:
             return plus
         return torch.addcmul(plus, self.decay[..., None, None], self._moved(self.rotate(state)))
@@ -58,7 +58,7 @@ class Transition(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What a scan gives this rank; None is a state of zeros."""
+    """The result of a scan on this rank; None is a state of zeros."""
 
     initial_state: Tensor | None
     final_state: Tensor | None
@@ -74,11 +74,10 @@ class Message(NamedTuple):
 
 
 class Exchange:
-    """An exchange of messages with work between them. On a GPU it runs on a stream of its own; elsewhere it runs when
-    it is waited for.
+    """An exchange of messages with work between them: on a GPU on a stream of its own, elsewhere within `wait`.
 
-    What it reads is kept until then. What it returns was allocated on its stream, and memory that this stream frees is
-    only taken again by a later exchange, which first waits for all that is queued on the current one.
+    Tensors that it reads are kept until the wait. Its results are allocated on its stream, and memory that this stream
+    frees is only reused by a later exchange, which first waits for all work queued on the current stream.
     """
 
     def __init__(self, body: Callable[[], Scanned], stream: torch.cuda.Stream | None, needs: tuple[Tensor | None, ...]):
@@ -94,7 +93,7 @@ class Exchange:
         self._body = None
 
     def wait(self) -> Scanned:
-        """The result, ready for use on the current stream."""
+        """Return the result, ready for use on the current stream."""
         if self._body is not None:
             self._result, self._body = self._body(), None
         elif self._stream is not None:
@@ -107,7 +106,7 @@ class Scan(Protocol):
     """One way to compute the exclusive scan.
 
     `carry` and `final_state` belong together: what one call returns as `final_state` the next takes as `carry`, and the
-    gradient of the one is what the reversed call takes and returns. Which ranks hold them is the scan's own matter.
+    gradient of the one is what the reversed call takes and returns. Which ranks hold them depends on the scan.
     """
 
     group: dist.ProcessGroup | None
@@ -129,12 +128,12 @@ class Scan(Protocol):
         ...
 
     def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:
-        """Whether `start` looks at what is in state and transition: not where nothing goes on from this rank."""
+        """Return True if `start` reads state and transition: not where this rank passes nothing on."""
         ...
 
 
 class _Scan:
-    """What all scans share: their group, their stream and their counters."""
+    """Parts common to all scans: group, stream and counters."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         self.group = group
@@ -155,13 +154,13 @@ class _Scan:
 class Ring(_Scan):
     """LASP (arXiv:2404.02882): each rank receives from its neighbour, folds in its slice, and sends on.
 
-    Carry and leaving live on rank 0 in both directions.
+    Rank 0 holds carry and final state in both directions.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         super().__init__(group, device)
         self.device = device
-        self.messages: Messages  # from the first start
+        self.messages: Messages  # set by the first `start`
 
     def start(
         self,
@@ -189,11 +188,11 @@ class Ring(_Scan):
         return self._exchange(body, (state, transition.decay, carry))
 
     def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
-        """Whether an end of the chain has one message to send or to receive, and nothing to compute."""
+        """Return True if the ends of the chain have one message to send or receive, and nothing to compute."""
         return self.size > 1 and carry is None and not output_final_state
 
     def _message(self, state: Tensor, first: int, last: int) -> Message:
-        """The state to the second rank, or from the last but one."""
+        """Send the state to the second rank, or receive it from the last but one."""
         step = 1 if first < last else -1
         self.calls += 1
         if self.rank == last:
@@ -210,7 +209,7 @@ class Ring(_Scan):
         last: int,
         output_final_state: bool,
     ) -> Scanned:
-        """From rank to rank, `first` to `last`; `start` enters the first; the last folds for `output_final_state`."""
+        """Pass the state from rank `first` to `last`, starting from `start`; the last folds if `output_final_state`."""
         step = 1 if first <= last else -1
         if transition.decay is None and self.rank != last:  # no need to wait for what enters
             self._send(state, self.rank + step)
@@ -223,7 +222,7 @@ class Ring(_Scan):
         return Scanned(initial_state, final_state)
 
     def _move(self, x: Tensor, source: int, target: int) -> Tensor:
-        """x of `source` on `target`; what the other ranks get has its shape only."""
+        """Move x from rank `source` to `target`; on other ranks only the shape of the result means anything."""
         if source != target and self.rank == source:
             self._send(x, target)
         if source != target and self.rank == target:
@@ -242,7 +241,7 @@ class AllScan(Ring):
     """ZeCO (arXiv:2507.01004): the ring with the state cut along V.
 
     A rank sends its first columns on while the next are still on their way to it, so that a long chain takes little
-    longer than one transfer of a state. Two ranks have nothing to send on, so theirs is whole.
+    longer than one transfer of a state. Two ranks have nothing to send on, so their state stays whole.
     """
 
     def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
@@ -267,7 +266,7 @@ class AllScan(Ring):
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """Parts along V as one; they are all there or all absent."""
+    """Join parts along V; they are all present or all absent."""
     present = [part for part in parts if part is not None]
     return torch.cat(present, dim=-1) if len(present) > 1 else present[0] if present else None
 
@@ -275,7 +274,7 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 class AllGather(_Scan):
     """LASP-2 (arXiv:2502.07563): all ranks gather all states and decays, and each folds what lies before it.
 
-    Carry and leaving are the same on every rank.
+    Carry and final state are the same on every rank.
     """
 
     def start(

@@ -1,6 +1,6 @@
-"""From a model on the meta device to one that is spread over a mesh: recompute → FSDP or DDP → initial weights.
+"""Spread a model from the meta device over a mesh: recompute → FSDP or DDP → initial weights.
 
-And from its optimizer to one whose states are spread likewise.
+And its optimizer's states likewise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lasptrain.recipe.sections import REPLICATED
 
 T = TypeVar("T", bound=Optimizer)
 
-SMALLEST_OFFLOAD = 1 << 16  # elements; what is smaller stays on the device
+SMALLEST_OFFLOAD = 1 << 16  # elements; smaller tensors stay on the device
 
 aten = torch.ops.aten
 KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, ops.attend}
@@ -47,7 +47,7 @@ def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 def recompute(blocks: Sequence[Block], mode: str) -> None:
-    """Activation checkpointing of blocks whose forward goes through their attribute `recompute`.
+    """Apply activation checkpointing to blocks, whose forward goes through their attribute `recompute`.
 
     `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of
     the recurrence; `offload` keeps all, in host memory.
@@ -66,7 +66,7 @@ def recompute(blocks: Sequence[Block], mode: str) -> None:
 
 
 def _offloaded(block: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """The function's result; what its backward needs waits in page-locked host memory, weights excepted."""
+    """Run the function; tensors saved for its backward, except weights, wait in page-locked host memory."""
     present = (parameter for parameter in block.parameters() if not isinstance(parameter, DTensor))
     weights = {parameter.untyped_storage().data_ptr() for parameter in present}
 
@@ -83,7 +83,7 @@ def _offloaded(block: nn.Module, function: Callable[..., Any], *args: Any) -> An
 
 
 def _fully_shard(model: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """FSDP2 of each block and of the rest, over a row of ranks or replicate × shard.
+    """Apply FSDP2 to each block and to the rest, over a row of ranks or replicate × shard.
 
     Forward inputs are not cast, because states enter in fp32.
     """
@@ -99,7 +99,7 @@ def _fully_shard(model: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh, dt
 
 
 def _replicate(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> DistributedDataParallel:
-    """DDP that leaves buffers alone and copies nothing at the start, because every rank has made the same values."""
+    """Wrap in DDP that leaves buffers alone and broadcasts nothing at the start, as all ranks hold the same values."""
     new_name = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch >= 2.13
     buffers: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
     return DistributedDataParallel(
@@ -135,14 +135,14 @@ def parallelize(
     fuse: bool = False,
     values: Iterable[tuple[str, Tensor]],
 ) -> nn.Module:
-    """The model, given on the meta device, on this rank: what to call in place of it.
+    """Spread a model on the meta device over the mesh; return the module to call in its place.
 
     Parameters are the same on every sp rank, so for parameters and gradients sp ranks are data-parallel ranks: all
     kinds work over the flattened dp × sp mesh. Gradients are reduced in at least fp32 to the MEAN over ranks, so
     callers scale the loss by the number of ranks.
 
     Args:
-        kind: who has what (ZeRO's stages, arXiv:1910.02054). `ddp`: every rank all; `zero1`: all but the optimizer's
+        kind: who holds what (ZeRO's stages, arXiv:1910.02054). `ddp`: every rank all; `zero1`: all but the optimizer's
             states, see `shard_optimizer`; `zero2` and `zero3` (also called `fsdp`): all is sharded over all ranks,
             where `zero2` gathers parameters once per update, see `set_gradient_sync`; `hsdp`: zero3 over the ranks of
             an sp group, which share a window, replicated over dp. One rank has all, whatever the kind.
@@ -154,7 +154,7 @@ def parallelize(
     flat = mesh.flat
     recompute(blocks, mode)
     if fuse:
-        torch._dynamo.config.optimize_ddp = False  # else blocks are cut at DDP's buckets, and what lies there is kept
+        torch._dynamo.config.optimize_ddp = False  # else DDP's buckets cut blocks, and activations there are saved
         for block in blocks:
             block.compile_parts()
     lone, replicated = flat.size() == 1, kind in REPLICATED
@@ -166,8 +166,9 @@ def parallelize(
 
 
 def bump_parameter_versions(optimizer: T) -> T:
-    """The optimizer, made to count up its parameters' versions, which fused kernels forget. Whoever keeps what is made
-    of a parameter sees by it that the parameter has changed.
+    """Bump parameters' version counters after each step (fused kernels do not), so cached casts are refreshed.
+
+    Returns the optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.register_step_post_hook(lambda *_: increment_version(parameters))
@@ -175,7 +176,7 @@ def bump_parameter_versions(optimizer: T) -> T:
 
 
 def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
-    """The optimizer to use in place of one that has no states yet.
+    """Return the optimizer to use in place of one that has no states yet.
 
     With `zero1` each rank keeps the states of some whole parameters, of about equal size together, updates those and
     broadcasts them as one bucket. Where parameters are sharded, so are states; with `ddp` all ranks keep all.
@@ -185,7 +186,7 @@ def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
     with warnings.catch_warnings():  # since torch 2.13 this import runs a deprecated torch.jit.script of torch's own
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.distributed.optim import ZeroRedundancyOptimizer
-    groups = [dict(group) for group in optimizer.param_groups]  # they hold all options, which go before any default
+    groups = [dict(group) for group in optimizer.param_groups]  # they hold all options, which override any default
     group = mesh.flat.get_group()
     return bump_parameter_versions(
         ZeroRedundancyOptimizer(groups, AdamW, process_group=group, parameters_as_bucket_view=True)
@@ -193,17 +194,17 @@ def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward without backward has gathered."""
+    """Free the parameters that a forward without backward has gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, on: bool, *, always: bool = False, gathered: bool = False) -> None:
-    """Whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
+    """Set whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
 
-    Until then FSDP also keeps parameters as it gathered and cast them: once per update, not once per segment. `always`
-    makes it reduce in each backward all the same: shards accumulate, and unsharded gradients never exist as a whole.
+    Until it does, FSDP also keeps parameters gathered and cast: once per update, not once per segment. `always` makes
+    it reduce in each backward all the same: shards accumulate, and unsharded gradients never exist as a whole.
     `gathered` (`zero2`) keeps parameters between the last forward and its backward too.
     """
     if isinstance(model, FSDPModule):
