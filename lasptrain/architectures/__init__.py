@@ -1,1 +1,1 @@
-"""What an architecture is, in numbers. No torch."""
+"""Architectures in numbers. No torch."""

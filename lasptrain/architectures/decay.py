@@ -6,7 +6,7 @@ import math
 
 
 def _alibi(heads: int) -> list[float]:
-    """2^(−8(h+1)/H); for an H that is no power of two, as ALiBi fills up (arXiv:2108.12409)."""
+    """Return 2^(−8(h+1)/H); for an H that is not a power of two, filled up as in ALiBi (arXiv:2108.12409)."""
     power = 2 ** math.floor(math.log2(heads))
     base = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     if power == heads:
@@ -15,14 +15,14 @@ def _alibi(heads: int) -> list[float]:
 
 
 def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[float]]:
-    """Slopes [layers][heads], all ≥ 0.
+    """Return slopes [layers][heads], all ≥ 0. Raises ValueError for an unknown schedule.
 
     Args:
         schedule: `tnl` (released TransNormerLLM), `minimax_hf` (MiniMax in transformers: as `tnl`, but for the last
-            layer and for head counts that are no power of two), `tnl_paper` (arXiv:2307.14995), `alibi`, `retnet`
+            layer and for head counts that are not powers of two), `tnl_paper` (arXiv:2307.14995), `alibi`, `retnet`
             (arXiv:2307.08621), `window` (the slowest head keeps 1/1000 over the whole window), `learned`
             (begins as `window`), `none`.
-        window: tokens of a training window; used by these two only.
+        window: tokens of a training window; `window` and `learned` only.
     """
     match schedule:
         case "none":

@@ -1,1 +1,1 @@
-"""Language models whose mixers are linear attention. Nothing here knows of kernels' insides or of other ranks."""
+"""Language models whose mixers are linear attention. Nothing here depends on the insides of kernels or on ranks."""

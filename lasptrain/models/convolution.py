@@ -1,4 +1,4 @@
-"""A short causal convolution per channel: what lets a token see its neighbours before it writes to the state."""
+"""A short causal depthwise convolution: it lets a token see its neighbours before it writes to the state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class ConvWeights(NamedTuple):
     bias: Tensor  # [C]
 
     def split(self, *channels: int) -> list[ConvWeights]:
-        """Those of consecutive channels."""
+        """Split into the weights of consecutive groups of channels."""
         return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), self.bias.split(channels), strict=True)]
 
     def __call__(self, x: Tensor, before: Tensor, doc_ids: Tensor | None) -> Tensor:
-        """silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.
+        """Return silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.
 
         Args:
             x: [B, T, C].
-            before: the n rows before it [B, n, C]; zeros where they are of an earlier document than token −1.
-            doc_ids: numbers of the documents in the slice [B, T]; document 0 goes on from the left. None: all is one.
+            before: the n rows before x [B, n, C]; zero where they belong to an earlier document than token −1.
+            doc_ids: document numbers in the slice [B, T]; document 0 continues from the left. None: one document.
         """
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         n = before.shape[1]
@@ -39,9 +39,9 @@ class ConvWeights(NamedTuple):
 
 
 def _shifted(x: Tensor, before: Tensor | None, j: int) -> Tensor:
-    """x [B, T, …] moved right by j tokens; `before` [B, n, …], zero if not given, moves in.
+    """Shift x [B, T, …] right by j tokens; `before` [B, n, …], zero if not given, moves in.
 
-    Sums of padded tensors, not one joined tensor, because a compiler makes one kernel of these.
+    Sums padded tensors instead of concatenating, because a compiler fuses these into one kernel.
     """
     length = x.shape[1]
     rest = [0, 0] * (x.dim() - 2)
@@ -54,7 +54,7 @@ def _shifted(x: Tensor, before: Tensor | None, j: int) -> Tensor:
 
 
 class Convolution(nn.Module):
-    """The weights, at first uniform in ±1/√(n + 1) with zero bias, as torch makes them but for the bias."""
+    """The weights, initially uniform in ±1/√(n + 1) as in torch, but with zero bias."""
 
     full_precision = True
 
@@ -63,5 +63,5 @@ class Convolution(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(channels, width)), nn.Parameter(torch.empty(channels))
 
     def forward(self) -> ConvWeights:
-        """Copies: where parameters are sharded, these are here only while this runs."""
+        """Return copies: where parameters are sharded, they are gathered only while this runs."""
         return ConvWeights(self.weight.clone(), self.bias.clone())

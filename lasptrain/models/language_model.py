@@ -33,7 +33,7 @@ Mixer: TypeAlias = TransNormer | LinearTransformer | StateSpace | Retention | Li
 
 
 class Output(NamedTuple):
-    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `final_state`: one state per layer."""
+    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `final_state`: one per layer."""
 
     loss: Tensor | None
     final_state: list[State]
@@ -65,7 +65,7 @@ class Block(nn.Module):
         output_final_state: bool,
         only_state: bool = False,
     ) -> tuple[Tensor, State]:
-        """x [B, T, D] after the block and the mixer's leaving state; `only_state` leaves x as it is."""
+        """Return x [B, T, D] after the block and the mixer's final state; `only_state` leaves x as it is."""
         phases: Any = self.token_mixer.prepare(x.shape[1])  # only the mixer knows what they are
         if only_state:
             return x, self.token_mixer.state(self.norm1(x), phases, doc_ids, carry, memory)
@@ -92,7 +92,7 @@ class Block(nn.Module):
         return self.feed(x if self.alpha is None else h, y), final_state
 
     def feed(self, x: Tensor, y: Tensor) -> Tensor:
-        """The second half: both residual additions and the MLP."""
+        """Run the second half: both residual additions and the MLP."""
         if self.alpha is None:
             x = x + y
             z: Tensor = x + self.mlp(self.norm2(x))
@@ -102,9 +102,9 @@ class Block(nn.Module):
         return z
 
     def compile_parts(self) -> None:
-        """Compile what lies between exchanges and kernels; all blocks share the graphs.
+        """Compile the parts between exchanges and kernels; all blocks share the graphs.
 
-        What pointwise work hands to a matrix product is made again in the backward, not kept: a quarter of all memory.
+        Pointwise results that enter matrix products are recomputed in the backward, not kept: a quarter of all memory.
         """
         functorch.ban_recompute_materialized_backward = False
         for owner, compiled in (
@@ -156,12 +156,12 @@ class LanguageModel(nn.Module):
         output_final_state: bool = False,
         per_token: bool = False,
     ) -> Output:
-        """One slice, tokens [B, T] int64, labels [B, T] int64 (−100: ignored), doc [B, T] int32.
+        """Run one slice: tokens [B, T] int64, labels [B, T] int64 (−100: ignored), doc_ids [B, T] int32.
 
         Args:
-            carry: per layer, what entered the segment; None at a window's start.
-            memories: per layer, where entering states are kept or found.
-            output_final_state: whether the leaving states are wanted.
+            carry: per layer, the segment's initial state; None at a window's start.
+            memories: per layer, keeps the initial state, and provides it in a recomputation.
+            output_final_state: whether the final states are wanted.
             per_token: losses [B·T] without gradient instead of their sum.
         """
         x, final_state = self.hidden(tokens, doc_ids, carry, memories, output_final_state, only_state=labels is None)
@@ -182,9 +182,9 @@ class LanguageModel(nn.Module):
         output_final_state: bool = False,
         only_state: bool = False,
     ) -> tuple[Tensor, list[State]]:
-        """Activations [B, T, D] before the last norm, and the leaving states.
+        """Return activations [B, T, D] before the last norm, and the final states.
 
-        With `only_state` the activations are not wanted, and the last layer makes nothing but its state.
+        With `only_state` the activations are not wanted, and the last layer computes only its state.
         """
         for module in self.layers.modules():
             if isinstance(module, Linear):
@@ -199,7 +199,7 @@ class LanguageModel(nn.Module):
         return x, final_state
 
     def logits(self, x: Tensor) -> Tensor:
-        """fp32 logits [..., vocab] of activations x [..., D]."""
+        """Return fp32 logits [..., vocab] of activations x [..., D]."""
         x = self.norm(x)
         return F.linear(x, self.head_weight.to(x.dtype)).float()
 
@@ -213,7 +213,7 @@ class LanguageModel(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def decays(self) -> Tensor:
-        """Slopes [layers, heads] in fp32, those at the beginning where they are learned."""
+        """Return slopes [layers, heads] in fp32, the initial ones where they are learned."""
         return torch.tensor(slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window), dtype=torch.float32)
 
 
@@ -275,7 +275,7 @@ def _block(cfg: Model, index: int, attention: ShardedRecurrence) -> Block:
 
 
 def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Initial full-size parameters and buffers by name, one at a time.
+    """Yield initial full-size parameters and buffers by name, one at a time.
 
     Each has a generator of its own, seeded by (seed, name), so every layout of ranks starts from the same weights.
     Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K; a data-dependent
@@ -310,6 +310,6 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """One that is a parameter's own."""
+    """Return a parameter's own generator."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -12,7 +12,7 @@ from lasptrain.models.linear import Linear, multi_linear
 
 
 def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x divided by its root mean square over the last axis, statistics in at least fp32, without weight."""
+    """Return x divided by its root mean square over the last axis, statistics in at least fp32, without weight."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
 
@@ -50,7 +50,7 @@ class Mlp(nn.Module):
 
 
 class Phases(NamedTuple):
-    """Angles θt of a slice, t = hi·STEP + lo from its start, as two small tables; and the turn θ·T over all of it."""
+    """Angles θt of a slice, t = hi·STEP + lo from its start, as two small tables; and the angle θ·T over all of it."""
 
     cos_lo: Tensor  # [STEP, H, K] at least fp32, like the other three
     sin_lo: Tensor
@@ -59,12 +59,13 @@ class Phases(NamedTuple):
     turn: Tensor  # [H, K] fp64
 
     def features(self, x: Tensor) -> Tensor:
-        """[x cos θt, x sin θt] [B, T, H, 2K] of x [B, T, H, K]."""
+        """Return [x cos θt, x sin θt] [B, T, H, 2K] of x [B, T, H, K]."""
         cos, sin = self._table(x.shape[1])
         return torch.cat([x * cos, x * sin], dim=-1).to(x.dtype)
 
     def rotated(self, x: Tensor, start: int = 0) -> Tensor:
-        """x [B, T, H, 2K] whose first half of channels is turned by θt against the second (RoPE, arXiv:2104.09864);
+        """Rotate the first half of the channels of x [B, T, H, 2K] by θt against the second (RoPE, arXiv:2104.09864).
+
         t counts from `start`.
         """
         cos, sin = (table[start:] for table in self._table(start + x.shape[1]))
@@ -81,7 +82,7 @@ STEP = 256  # tokens of the finer table
 
 
 def phases(theta: Tensor, length: int, dtype: torch.dtype) -> Phases:
-    """The phases [H, K] of frequencies θ over so many tokens, tables in `dtype`; angles are made in fp64."""
+    """Return the phases of frequencies θ [H, K] over `length` tokens, tables in `dtype`, angles computed in fp64."""
     theta = theta.double()
     lo = theta * torch.arange(STEP, device=theta.device, dtype=torch.float64)[:, None, None]
     blocks = torch.arange(-(-length // STEP), device=theta.device, dtype=torch.float64)
@@ -97,16 +98,16 @@ class Rotary:
         self.key_dim, self.base = key_dim, base
 
     def __call__(self, length: int, device: torch.device, dtype: torch.dtype) -> Phases:
-        """The phases of a slice of so many tokens."""
+        """Return the phases of a slice of `length` tokens."""
         channel = torch.arange(0, self.key_dim, 2, device=device, dtype=torch.float64)
         return phases((self.base ** (-channel / self.key_dim))[None], length, dtype)
 
 
 class Lrpe(nn.Module):
-    """LRPE (arXiv:2307.14995) with learnt θ [H, K].
+    """LRPE (arXiv:2307.14995) with learned θ [H, K].
 
     Positions count from the start of the slice, because only differences matter; the state that crosses slices is
-    turned by θ·T instead. So angles stay as exact at four million tokens as at a thousand.
+    rotated by θ·T instead. So angles are as exact at four million tokens as at a thousand.
     """
 
     full_precision = True
@@ -116,5 +117,5 @@ class Lrpe(nn.Module):
         self.theta = nn.Parameter(torch.empty(heads, key_dim))
 
     def forward(self, length: int) -> Phases:
-        """The phases of a slice of so many tokens."""
+        """Return the phases of a slice of `length` tokens."""
         return phases(self.theta, length, self.theta.dtype)

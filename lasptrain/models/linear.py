@@ -21,10 +21,10 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
         self.operand: Tensor | None = None  # the weight in the precision of products
-        self._made_of: tuple[int, int] | None = None  # where that weight lay, and its version
+        self._made_of: tuple[int, int] | None = None  # address and version of the weight it was cast from
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Have the weight ready in `dtype`. Does nothing where it is, or where FSDP sees to it."""
+        """Refresh the weight's copy in `dtype`. Does nothing where it is up to date, or where FSDP casts."""
         weight = self.weight
         if weight.dtype == dtype or hasattr(weight, "full_tensor"):
             return
@@ -40,7 +40,7 @@ class Linear(nn.Linear):
 
 
 class HasWeight(Protocol):
-    """A weight [out, in], and if it was made before the same in the precision of products."""
+    """A weight [out, in], and its copy in the precision of products if there is one."""
 
     @property
     def weight(self) -> Tensor: ...
@@ -50,11 +50,11 @@ class HasWeight(Protocol):
 
 
 def multi_linear(x: Tensor, *layers: HasWeight) -> tuple[Tensor, ...]:
-    """x Wᵀ for each layer [..., out], of one x [..., in] whose gradient is summed inside of the products."""
+    """Return x Wᵀ [..., out] for each layer, of one x [..., in], whose gradient is summed inside the products."""
     weights = [layer.weight for layer in layers]
     operands = [layer.weight if layer.operand is None else layer.operand for layer in layers]
     operands = [operand if operand.dtype == x.dtype else operand.to(x.dtype) for operand in operands]
-    if not torch.is_grad_enabled():  # torch.compile before 2.12 cannot look into a Function there
+    if not torch.is_grad_enabled():  # torch.compile before 2.12 cannot trace a Function there
         return tuple(F.linear(x, operand) for operand in operands)
     y: tuple[Tensor, ...] = _Products.apply(x, *weights, *(o.detach() for o in operands))  # type: ignore[no-untyped-call]
     return y
@@ -81,7 +81,7 @@ class _Products(Function):
 
 @operator
 def input_gradient(dy: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Σ dy W [T, in] of several dy [T, out] and W [out, in]; each product adds to the sum of those before it."""
+    """Return Σ dy W [T, in] of several dy [T, out] and W [out, in]; each product adds to the sum of those before it."""
     dx = dy[0] @ weights[0]
     for g, weight in zip(dy[1:], weights[1:], strict=True):
         dx.addmm_(g, weight)
@@ -95,7 +95,7 @@ def _(dy: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 @operator
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dyᵀ x [out, in] of dy [T, out] and x [T, in], accumulated and, where `dtype` says so, returned in fp32."""
+    """Return dyᵀ x [out, in] of dy [T, out] and x [T, in] in `dtype`, accumulated in at least fp32."""
     if dtype == x.dtype:
         return dy.T @ x
     if x.is_cuda:

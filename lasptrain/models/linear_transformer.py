@@ -30,16 +30,16 @@ class LinearTransformer(Recurrence):
         self.slope = None
 
     def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
-        """k and v, [B, T, H, ·]; v with its column of ones."""
+        """Return k and v, [B, T, H, ·]; v with its column of ones."""
         k, v = multi_linear(h, self.k, self.v)
         return self._feature(k), self._value(v)
 
     def queries(self, h: Tensor, phases: None) -> tuple[Tensor]:
-        """q [B, T, H, K], scaled where nothing normalises it."""
+        """Return q [B, T, H, K], scaled where there is no normaliser."""
         return (self._query(self.q(h)),)
 
     def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor]:
-        """`keys` and `queries` at once."""
+        """Return `keys` and `queries` at once."""
         k, v, q = multi_linear(h, self.k, self.v, self.q)
         return self._feature(k), self._value(v), self._query(q)
 
@@ -55,7 +55,7 @@ class LinearTransformer(Recurrence):
         return q if self.normalizer else q * self.scale
 
     def output(self, o: Tensor) -> Tensor:
-        """y [B, T, D] from o [B, T, H, ·]."""
+        """Return y [B, T, D] from o [B, T, H, ·]."""
         if self.normalizer:
             o = o[..., :-1] / (o[..., -1:] + 1e-10)
         y: Tensor = self.out(self.norm(o).flatten(2))

@@ -27,17 +27,17 @@ class Lightning(Recurrence):
         self.register_buffer("slope", torch.empty(heads) if decayed else None)
 
     def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
-        """k and v, [B, T, H, ·]."""
+        """Return k and v, [B, T, H, ·]."""
         k, v = multi_linear(h, self.k, self.v)
         return self._active(k), self._active(v)
 
     def queries(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
-        """q [B, T, H, K] and the gate [B, T, H·V]."""
+        """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return self._active(q), gate
 
     def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`keys` and `queries` at once."""
+        """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
         return self._active(k), self._active(v), self._active(q), gate
 
@@ -45,6 +45,6 @@ class Lightning(Recurrence):
         return F.silu(x).view(*x.shape[:2], self.heads, -1)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
-        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        """Return y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(torch.sigmoid(gate) * self.norm(o.flatten(2)))
         return y

@@ -1,8 +1,8 @@
 """Mixers: the layers that move information between tokens.
 
-Each takes the normalised input h [B, T, D] and what the scan needs, and returns y [B, T, D] with its leaving state. If
-ranks share the window it makes k and v first, so that the exchange travels while q and the gate are computed. What
-`phases` returns is small and full precision; the block makes it outside of recomputation and hands it in.
+Each takes the normalised input h [B, T, D] and the arguments of the scan, and returns y [B, T, D] with its final state.
+If ranks share the window, it computes k and v first, so that the exchange overlaps with q and the gate. The result of
+`prepare` is small and in full precision; the block calls it outside of recomputation and passes it in.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from lasptrain.models.layers import Phases
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
-State = tuple[Tensor | None, ...]  # what a mixer carries from segment to segment; only the mixer understands it
+State = tuple[Tensor | None, ...]  # carried by a mixer from segment to segment; private to the mixer
 
 
 COMPILED = ("keys", "queries", "project", "output")  # the parts of a mixer between exchanges
 
 
 class Recurrence(nn.Module):
-    """A mixer that is one linear recurrence: what all have in common is the order of work around the exchange.
+    """A mixer that is one linear recurrence: the order of work around the exchange, common to all of them.
 
-    `keys` gives k and v, `queries` q and what else `output` takes, `project` both at once. Slopes of None: no decay.
+    `keys` returns k and v, `queries` q and the other arguments of `output`, `project` both. Slopes of None: no decay.
     """
 
     compiled: ClassVar[tuple[str, ...]] = COMPILED
@@ -59,7 +59,7 @@ class Recurrence(nn.Module):
     def state(
         self, h: Tensor, phases: Phases | None, doc_ids: Tensor | None, carry: State, memory: SavedStates
     ) -> State:
-        """What leaves the segment, without outputs."""
+        """Return the next segment's initial state, without computing outputs."""
         k, v = self.keys(h, phases)
         return (self.attention.final_state_of(self._begin(k, v, phases, doc_ids, carry, memory, True)),)
 

@@ -33,17 +33,17 @@ class Retention(Recurrence):
         return self.rotary(length, self.q.weight.device, wide)
 
     def keys(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
-        """k and v, [B, T, H, ·]."""
+        """Return k and v, [B, T, H, ·]."""
         k, v = multi_linear(h, self.k, self.v)
         return phases.rotated(self._heads(k)), self._heads(v)
 
     def queries(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
-        """q [B, T, H, K] and the gate [B, T, H·V]."""
+        """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return phases.rotated(self._heads(q) * self.scale), gate
 
     def project(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`keys` and `queries` at once."""
+        """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
         return phases.rotated(self._heads(k)), self._heads(v), phases.rotated(self._heads(q) * self.scale), gate
 
@@ -51,6 +51,6 @@ class Retention(Recurrence):
         return x.view(*x.shape[:2], self.heads, -1)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
-        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        """Return y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(self.norm(o).flatten(2) * F.silu(gate))
         return y

@@ -17,9 +17,9 @@ from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 class Softmax(nn.Module):
     """y = W attend(q, k, v), q, k, v linear, scores scaled by K^−½, q and k rotated where `rotary` is a base.
 
-    What crosses slices are rows: k (before it is rotated, because positions count from the first key in sight), v, and
-    a column that says what documents need. A sliding window takes the rows that it reaches from the slice before, over
-    segments too; without one, all rows of the segment are gathered, and what it leaves is all rows so far.
+    Rows cross slices: k (before it is rotated, because positions count from the first visible key), v, and a column
+    with document information. A sliding window takes the rows that it reaches from the slice before, over segments too;
+    without one, all rows of the segment are gathered, and the final state is all rows so far.
     """
 
     compiled = ("rotated",)
@@ -63,7 +63,7 @@ class Softmax(nn.Module):
         return y, (final_state,)
 
     def state(self, h: Tensor, phases: None, doc_ids: Tensor | None, carry: State, memory: SavedStates) -> State:
-        """What leaves the segment, without outputs."""
+        """Return the next segment's initial state, without computing outputs."""
         k, v = multi_linear(h, self.k, self.v)
         return (self._seen(k, v, doc_ids, carry[0], memory, True)[-1],)
 
@@ -76,7 +76,7 @@ class Softmax(nn.Module):
         memory: SavedStates,
         output_final_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Keys and values [B, J, ·] up to the last query's, documents of queries and of keys, and what leaves."""
+        """Return keys and values [B, J, ·] up to the last query's, doc_ids of queries and keys, and the final state."""
         rows = torch.cat([k, v], dim=-1)
         see = self._all if self.sliding_window is None else self._near
         rows, query_doc_ids, key_doc_ids, final_state = see(rows, doc_ids, carry, memory, output_final_state)
@@ -86,7 +86,7 @@ class Softmax(nn.Module):
     def _near(
         self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Rows with those before them that the window reaches; their last column is 0 where there are none to see."""
+        """Return rows and those before them that the window reaches. In transit, the last column is 0 where none are."""
         assert self.sliding_window is not None
         n, scan = self.sliding_window - 1, self.attention.scan
         if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
@@ -101,8 +101,9 @@ class Softmax(nn.Module):
     def _all(
         self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """All rows up to this slice's last; while they travel, their last column is 1 where a document starts, as one
-        does with a window.
+        """Return all rows up to this slice's last.
+
+        In transit, their last column is 1 where a document starts, as one does with a window.
         """
         scan, length = self.attention.scan, rows.shape[1]
         if scan.size == 1 and carry is None and not output_final_state:
@@ -122,7 +123,7 @@ class Softmax(nn.Module):
         return marked[:, :stop, :-1], numbers[:, stop - length :], numbers, final_state
 
     def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, T, H, K] and k [B, J, G, K] at positions that count from the first key."""
+        """Rotate q [B, T, H, K] and k [B, J, G, K] to positions that count from the first key."""
         if self.rotary is None:
             return q, k
         wide = torch.promote_types(q.dtype, torch.float32)

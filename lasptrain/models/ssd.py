@@ -17,13 +17,13 @@ from lasptrain.models.mixer import COMPILED, State
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
-# Its result is made again in the backward: a compiler would keep x moved by every tap.
+# Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 EPS = 1e-5  # of every norm of this architecture
 
 
 class StepWeights(NamedTuple):
-    """What makes a step's logit x Wᵀ + b, in full precision; takes the place of a `Linear` in `multi_linear`."""
+    """Weights of a step's logit x Wᵀ + b, in full precision; takes the place of a `Linear` in `multi_linear`."""
 
     weight: Tensor  # [H, D]
     bias: Tensor  # [H]
@@ -32,7 +32,7 @@ class StepWeights(NamedTuple):
 
 
 class Step(nn.Module):
-    """The weights of a data-dependent step; W is zero and b = ln(e − 1) at first, so that every step is one."""
+    """The weights of a data-dependent step; initially W is zero and b = ln(e − 1), so that every step is one."""
 
     full_precision = True
     FIRST_BIAS = 0.541324854612918
@@ -43,7 +43,7 @@ class Step(nn.Module):
         self.log_slope = nn.Parameter(torch.empty(heads)) if learned else None
 
     def forward(self) -> StepWeights:
-        """Copies: where parameters are sharded, these are here only while this runs."""
+        """Return copies: where parameters are sharded, they are gathered only while this runs."""
         log_slope = None if self.log_slope is None else self.log_slope.clone()
         return StepWeights(self.weight.clone(), self.bias.clone(), log_slope)
 
@@ -56,13 +56,13 @@ class GatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, o: Tensor, gate: Tensor) -> Tensor:
-        """[B, T, H·V] of o [B, T, H, V] and the gate [B, T, H·V]."""
+        """Return [B, T, H·V] of o [B, T, H, V] and the gate [B, T, H·V]."""
         o = o * F.silu(gate).view(o.shape)
         return srms(o, EPS).flatten(2) * self.weight.to(o.dtype)
 
 
 class SsdWeights(NamedTuple):
-    """The weights of a mixer that are small and stay in full precision, where it has them."""
+    """The small weights of a mixer, which stay in full precision; None where it has none."""
 
     step: StepWeights | None
     taps: ConvWeights | None
@@ -132,7 +132,7 @@ class StateSpace(nn.Module):
         return self.output(o, gate), (final_state, rows)
 
     def state(self, h: Tensor, small: SsdWeights, doc_ids: Tensor | None, carry: State, memory: SavedStates) -> State:
-        """What leaves the segment, without outputs."""
+        """Return the next segment's initial state, without computing outputs."""
         rows = None
         if small.taps is None:
             k, v, decay = self.keys(h, small)
@@ -155,17 +155,17 @@ class StateSpace(nn.Module):
         )
 
     def keys(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
+        """Return k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
         k, v, *dt = multi_linear(h, self.k, self.v, *small.steps)
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small)
 
     def queries(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor]:
-        """q [B, T, H, K] and the gate [B, T, H·V]."""
+        """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return self._heads(F.silu(q)), gate
 
     def project(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`keys` and `queries` at once."""
+        """Return `keys` and `queries` at once."""
         k, v, q, gate, *dt = multi_linear(h, self.k, self.v, self.q, self.gate, *small.steps)
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small), self._heads(F.silu(q)), gate
 
@@ -178,7 +178,7 @@ class StateSpace(nn.Module):
         memory: SavedStates,
         output_final_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What `project` makes, convolved, and the rows that enter the next segment."""
+        """Return the results of `project`, convolved, and the rows before the next segment."""
         assert small.taps is not None
         n = small.taps.weight.shape[1] - 1
         v, k, q, gate, *dt = multi_linear(h, self.v, self.k, self.q, self.gate, *small.steps)
@@ -197,7 +197,7 @@ class StateSpace(nn.Module):
         small: SsdWeights,
         doc_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k, v, log decay and q of the products and the rows before them."""
+        """Return k, v, log decay and q from the products and the rows before them."""
         assert small.taps is not None
         taps = small.taps.split(*self.channels)
         parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
@@ -211,7 +211,7 @@ class StateSpace(nn.Module):
     def _stepped(
         self, v: Tensor, dt: list[Tensor], small: SsdWeights, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Values times their steps, and the log decay, of what `multi_linear` made; steps are in at least fp32."""
+        """Return values times their steps, and the log decay, from products v and dt; steps are in at least fp32."""
         dtype = dtype or v.dtype
         if small.step is None:
             return self._heads(v.to(dtype)), -self.slope
@@ -220,6 +220,6 @@ class StateSpace(nn.Module):
         return (self._heads(v) * step[..., None]).to(dtype), -slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
-        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        """Return y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(self.norm(o, gate))
         return y

@@ -41,17 +41,17 @@ class TransNormer(Recurrence):
         return None if self.lrpe is None else self.lrpe(length)
 
     def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
-        """k and v, [B, T, H, ·]."""
+        """Return k and v, [B, T, H, ·]."""
         k, v = multi_linear(h, self.k, self.v)
         return self._features(k, phases), split_heads(v, self.heads)
 
     def queries(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
-        """q [B, T, H, ·] and the gate [B, T, H·V]."""
+        """Return q [B, T, H, ·] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return self._features(q, phases), gate
 
     def project(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`keys` and `queries` at once."""
+        """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
         return self._features(k, phases), split_heads(v, self.heads), self._features(q, phases), gate
 
@@ -60,6 +60,6 @@ class TransNormer(Recurrence):
         return x if phases is None else phases.features(x)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
-        """y [B, T, D] from o [B, T, H, V] and the gate."""
+        """Return y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(gate * srms(o.flatten(2)))
         return y
