@@ -86,7 +86,7 @@ class Softmax(nn.Module):
     def _near(
         self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return rows and those before them that the window reaches. In transit, the last column is 0 where none are."""
+        """Return rows and those before them that the window reaches; in transit, a last column is 0 where none are."""
         assert self.sliding_window is not None
         n, scan = self.sliding_window - 1, self.attention.scan
         if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
