@@ -44,8 +44,8 @@ from lasptrain.training.validation import Validation, validate
 def train(recipe: Recipe, run: Path) -> None:
     """Train `recipe` in the folder `run`, from its newest checkpoint on, to the last step.
 
-    Collective over all ranks. Raises the errors of `lasptrain.errors`; what was committed stays. Where a signal or a
-    number ends the training, the newest step has been saved.
+    Collective over all ranks. Raises the errors of `lasptrain.errors`; what was committed stays. Where Stopped or
+    NumericalError ends the training, the newest step has been saved.
     """
     place = f"{recipe.mesh.dp} × {recipe.mesh.sp} × {meshes.device_name()}"
     job = build(settled.recall(recipe, run, place))
@@ -81,7 +81,7 @@ def train(recipe: Recipe, run: Path) -> None:
 
 
 def beginning(job: Job, start: int, there: int) -> Iterator[str]:
-    """What is to be known of a run that goes on from step `start`, where `there` were all steps until now."""
+    """Yield lines about a run that continues from step `start`, where `there` was `train.steps` until now."""
     recipe = job.recipe
     yield from (f"training reads {line}" for line in epochs(recipe, job.dataset))
     if start < recipe.train.steps and (told := jump(recipe.optim, there, recipe.train.steps, start)):
@@ -93,7 +93,7 @@ def beginning(job: Job, start: int, there: int) -> Iterator[str]:
 
 @contextmanager
 def explain_oom(job: Job) -> Iterator[None]:
-    """A GPU out of memory becomes ResourceError, with what takes it and what would need less."""
+    """Turn a GPU's out-of-memory error into ResourceError, naming what takes memory and what would need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -105,7 +105,7 @@ def explain_oom(job: Job) -> Iterator[None]:
 
 
 def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics: Metrics) -> Validation | None:
-    """Every step from `start` on; the last validation, if there was one. Ends with the newest step saved."""
+    """Run every step from `start` on; return the last validation, if any. Ends with the newest step saved."""
     recipe, done, validation = job.recipe, start, None
     steps = recipe.train.steps
     is_main = job.mesh.flat.get_rank() == 0
@@ -165,7 +165,7 @@ def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
 
 
 def on_segment(silence: float) -> None:
-    """At every segment: this rank is alive, and if any rank was asked to stop, all do. Raises Stopped."""
+    """Send a heartbeat; raise Stopped on all ranks if any was asked to stop. Called at every segment."""
     watchdog.heartbeat(silence)
     number = all_reduce_max(signals.pending())
     if number:
@@ -175,7 +175,7 @@ def on_segment(silence: float) -> None:
 def handle_bad_step(
     job: Job, run: Path, step: int, values: dict[str, Value], saver: checkpoint.Saver, metrics: Metrics
 ) -> None:
-    """Record what the guard says about a step, and go back to older weights if it says so."""
+    """Record the guard's verdict on a step, and go back to older weights if it is `rollback`."""
     guard = job.guard
     numbers = {key: values[key] for key in ("loss", "grad_norm")}
     metrics.log_bad_step(step, guard.verdict, guard.reason, job.loader.window_starts(step - 1), **numbers)
@@ -187,7 +187,7 @@ def handle_bad_step(
                 f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
                 f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
             )
-        save(job, saver, step)  # or the next start would take weights that were given up
+        save(job, saver, step)  # else the next start would take the abandoned weights
 
 
 def _due(every: int, step: int, steps: int) -> bool:
@@ -195,7 +195,7 @@ def _due(every: int, step: int, steps: int) -> bool:
 
 
 def train_step(job: Job, step: int) -> dict[str, Value]:
-    """Update number `step` (0 is the first), if the guard lets it pass, and its metrics.
+    """Run update `step` (0 is the first), applied if the guard lets it pass, and return its metrics.
 
     Raises NumericalError or, from `job.on_segment`, Stopped before anything has changed.
     """
@@ -231,7 +231,7 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
 
 
 def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-    """Gradients of the global batch, clipped. Returns its mean loss and the norm the gradients had, on every rank."""
+    """Compute clipped gradients of the global batch; return its mean loss and the norm before, on every rank."""
     recipe = job.recipe
     loss = gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, micro_batches, job.on_segment)
     return loss, clip_gradients(job.model, recipe.optim.clip)
@@ -267,13 +267,13 @@ def gradients(
 
 
 def ask(job: Job) -> dict[str, float]:
-    """How the model does at `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
+    """Return the scores on `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
     whole = gather(job.model, True) if job.recipe.eval.tasks else None
     return {} if whole is None else evaluate_in_training(whole, job.recipe, job.mesh)
 
 
 def evaluate(job: Job) -> Validation:
-    """Loss on the held-out windows of `eval.windows`."""
+    """Return the loss on `eval.windows` held-out windows."""
     loader, windows = validation_loader(job), job.recipe.eval.windows
     rounds = loader.validation_rounds(windows)
 

@@ -1,1 +1,1 @@
-"""The parts of a step."""
+"""The parts of a training step."""

@@ -1,4 +1,4 @@
-"""What happens to a step whose loss or gradient is not one to learn from: the recipe's `guard`. No torch.
+"""Treatment of steps whose loss or gradient is not one to learn from: the recipe's `guard`. No torch.
 
 A step that is left out changes no weight and still counts, so that data stays a function of the step.
 """
@@ -12,12 +12,12 @@ from lasptrain.recipe.sections import Guard as Policy
 
 Verdict = Literal["take", "warn", "skip", "rollback", "stop"]
 
-LATELY = 64  # norms whose median a spike is measured by
-ENOUGH = 16  # of them, before anything is called a spike
+LATELY = 64  # norms, against whose median a spike is measured
+ENOUGH = 16  # norms seen before anything is called a spike
 
 
 class Guard:
-    """Judges steps in order; every rank comes to the same verdict, because loss and norm are the same on all."""
+    """Judge of steps, in order; all ranks reach the same verdict, because loss and norm are the same on all."""
 
     def __init__(self, policy: Policy | None = None) -> None:
         self._policy = policy or Policy()
@@ -27,7 +27,7 @@ class Guard:
         self.reason = ""
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """What to do with a step of this loss and gradient norm; `reason` tells why where that is not `take`."""
+        """Return the verdict on a step of this loss and gradient norm; `reason` says why if it is not `take`."""
         self.verdict, self.reason = self._judge(loss, norm)
         if self.verdict in ("skip", "rollback"):
             self._left_out += 1
@@ -51,10 +51,10 @@ class Guard:
         return "take", ""
 
     def state(self) -> dict[str, Any]:
-        """What of the past later verdicts depend on, as JSON."""
+        """Return the part of the past that later verdicts depend on, as JSON."""
         return {"norms": self._norms, "left_out": self._left_out}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         norms: Sequence[float] = state.get("norms", ())
         self._norms, self._left_out = [float(norm) for norm in norms][-LATELY:], int(state.get("left_out", 0))

@@ -32,14 +32,14 @@ from lasptrain.training.optimizer import build_optimizer
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is made of, on this rank."""
+    """The parts of a run on this rank."""
 
     recipe: Recipe  # its vocabulary is a number
     device: torch.device
     mesh: Mesh
     dataset: TokenDataset
     model: LanguageModel
-    wrapped: nn.Module  # the model as it is spread over the mesh
+    wrapped: nn.Module  # the model as spread over the mesh
     optimizer: Optimizer
     loader: SliceLoader
     flops_per_token: int
@@ -49,9 +49,9 @@ class Job:
 
 
 def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None) -> Job:
-    """Mesh, data, model and optimizer of this rank; the model has its initial weights.
+    """Build mesh, data, model and optimizer of this rank; the model has its initial weights.
 
-    `attention` makes what takes the place of the recipe's scan, from the name of a kernel, for comparisons.
+    `attention` makes another recurrence than the recipe's, from a kernel's name and the mesh, for comparisons.
     """
     device = meshes.device()
     dp, sp = recipes.resolve_mesh(recipe, meshes.world_size())
@@ -96,7 +96,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | 
 
 
 def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) -> Recipe:
-    """The recipe with `mesh.scan: auto` decided: by trial where there are GPUs that share windows, else by rule."""
+    """Return the recipe with `mesh.scan: auto` decided: measured where GPUs share windows, else by rule."""
     if recipe.mesh.scan != "auto" or mesh.length("sp") == 1 or device.type != "cuda":
         return links.with_scan(recipe, mesh.length("sp"), segment)
     shape = (recipe.train.micro_batch, recipe.model.heads, recipe.model.K, recipe.model.V)
@@ -107,7 +107,7 @@ def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) ->
 def open_loader(
     recipe: Recipe, dataset: TokenDataset, mesh: Mesh, split: str, window: int, batch: int, segment: int
 ) -> SliceLoader:
-    """This rank's slices of a split, `batch` windows of `window` tokens at a time; only training is read ahead."""
+    """Open this rank's slices of a split, `batch` windows of `window` tokens at a time; only training prefetches."""
     return SliceLoader(
         dataset.split(split),
         window=window,
@@ -128,7 +128,7 @@ def open_loader(
 
 
 def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageModel:
-    """The recipe's model on the meta device, its parameters in at least fp32."""
+    """Return the recipe's model, its parameters in at least fp32."""
     train = recipe.train
     return on_meta(
         recipe.model, recipe.data.window, attention, dtype=DTYPES[train.precision], loss_chunk=train.loss_chunk
@@ -136,14 +136,12 @@ def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageMode
 
 
 def checkpoint_meta(job: Job) -> dict[str, Any]:
-    """What is saved beside tensors: what a checkpoint must agree with, what the guard remembers, and of how many
-    steps this is one, which the learning rate depends on.
-    """
+    """Return the JSON saved beside tensors: fingerprint, guard state, and `steps`, which sets the learning rate."""
     return fingerprint_of(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
 
 
 def fingerprint_of(job: Job) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: the data and its order, the model and its decays."""
+    """Return what a checkpoint must agree with to be continued: the data and its order, the model and its decays."""
     recipe = job.recipe
     return {
         "model": recipe.model.model_dump(mode="json"),
@@ -159,7 +157,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
 
 
 def validation_loader(job: Job) -> SliceLoader:
-    """This rank's slices of held-out text. Raises DataError where it is shorter than a window."""
+    """Open this rank's slices of held-out text. Raises DataError where it is shorter than a window."""
     recipe = job.recipe
     window = recipe.eval.window or recipe.data.window
     segment = window if window % job.loader.segment else job.loader.segment

@@ -43,7 +43,7 @@ def initialise_state(optimizer: Optimizer) -> None:
 
 
 def initial_state(parameter: Tensor, *, step_beside: bool = True) -> dict[str, Tensor]:
-    """AdamW's state of a parameter before its first step; `step_beside`: the step number is on its device too."""
+    """Return AdamW's state of a parameter before its first step; `step_beside` puts the step number on its device."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device if step_beside else "cpu"),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -55,7 +55,7 @@ def learning_rate(cfg: Optim, steps: int, step: int) -> float:
     """Return the learning rate of update `step`, 0 being the first of `steps`.
 
     The first `warmup` updates rise linearly to `lr`. From there `cosine` falls to `min_lr * lr` over the rest, `wsd`
-    stays and falls linearly over the last `decay` updates (a fifth of all if None), `constant` stays. The lowest
+    stays there and falls linearly over the last `decay` updates (a fifth of all if None), `constant` stays. The lowest
     value belongs to the update after the last one, so no update is wasted on a rate of zero.
     """
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
@@ -71,8 +71,9 @@ def learning_rate(cfg: Optim, steps: int, step: int) -> float:
 
 
 def jump(cfg: Optim, there: int, here: int, step: int) -> str | None:
-    """What is to be said where a run of `there` steps goes on from update `step` as one of `here`: None if the learning
-    rate is the same.
+    """Return a message if the learning rate jumps where a run of `there` steps continues from `step` as one of `here`.
+
+    None if it is the same.
     """
     old, new = (learning_rate(cfg, steps, step) for steps in (there, here))
     if old == new:
@@ -84,7 +85,7 @@ def jump(cfg: Optim, there: int, here: int, step: int) -> str | None:
 
 
 def _progress(step: int, first: int, end: int) -> float:
-    """How far `step` is between `first` and `end`, within [0, 1]."""
+    """Return the position of `step` between `first` and `end`, within [0, 1]."""
     return min(max((step - first) / max(end - first, 1), 0.0), 1.0)
 
 

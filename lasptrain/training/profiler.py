@@ -1,4 +1,4 @@
-"""What one step does, for a person to look at: a trace of all operators and, on a GPU, every allocation."""
+"""Profile of one step, for a person to look at: a trace of all operators and, on a GPU, every allocation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The gradient of one window, taken segment by segment: exact back-propagation in memory that does not grow with it.
 
-Forward without gradients over all segments but the last keeps, per layer and segment, the state that entered this
-rank's slice: in host memory, so that the window's length costs a GPU nothing. Then, from the last segment back to the
-first, each is run with gradients from its kept states, and the gradient of the states that entered it is handed to the
-segment before. A window of one segment has no extra forward.
+Forward without gradients over all segments but the last keeps, per layer and segment, the initial state of this rank's
+slice: in host memory, so that the window's length costs a GPU nothing. Then, from the last segment back to the first,
+each is run with gradients from its kept states, and the gradient of its initial states is passed to the segment before.
+A window of one segment has no extra forward.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lasptrain.parallel.recurrence import SavedStates
 
 
 def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
-    """What takes the gradient of a state that enters a segment; its value too where nothing else keeps that."""
+    """Return a leaf for the gradient of a segment's initial state, with its value if nothing else keeps that (`read`)."""
     return None if state is None else (state if read else unread(state.shape, state)).detach().requires_grad_()
 
 
 def _forward_states(
     model: nn.Module, layers: int, segments: Sequence[Slice], on_segment: Callable[[], None] = lambda: None
 ) -> tuple[list[list[SavedStates]], list[State] | None]:
-    """What entered this rank's slice of each segment, per layer, and the states that enter the last segment."""
+    """Return the initial states of this rank's slice per segment and layer, and the carry into the last segment."""
     kept: list[list[SavedStates]] = []
     carry: list[State] | None = None
     with torch.no_grad():
@@ -77,7 +77,7 @@ def backward(
         out = model(segment.tokens, segment.labels, segment.doc_ids, entered, memories, output_final_state=not last)
         final_state = [] if last else [s for state in out.final_state for s in state]
         pairs = [(s, g) for s, g in zip(final_state, grads, strict=True) if s is not None and g is not None]
-        with torch.autograd.set_multithreading_enabled(False):  # to wake another thread costs a short slice the most
+        with torch.autograd.set_multithreading_enabled(False):  # waking a second thread dominates on short slices
             torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
         grads = [] if entered is None else [None if s is None else s.grad for state in entered for s in state]
         loss = out.loss.detach()

@@ -1,6 +1,6 @@
-"""Stragglers: every rank times the same small piece of work of its own, and its waits for data; who is behind is named.
+"""Straggler detection: every rank times the same small piece of work, and its waits for data; who is behind is named.
 
-In every exchange all wait for the slowest, so that steps take as long everywhere and do not tell who it is.
+In every exchange all ranks wait for the slowest, so steps take equally long everywhere and do not show which it is.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lasptrain.parallel import collectives
 PERIOD = 20.0  # seconds of training between looks
 BETWEEN = 4.0  # seconds between pieces of work
 THRESHOLD = 1.5  # times as slow as the median is a straggler
-LOOKS = 2  # in a row at which a rank has to be one before it is told
+LOOKS = 2  # in a row at which a rank must be a straggler before it is reported
 
 
 class Slowest(NamedTuple):
-    """The slowest rank, and how many times as long as with a rank of median speed a step takes because of it."""
+    """The slowest rank, and the ratio of a step's time to that with a rank of median speed in its place."""
 
     rank: int
     ratio: float
@@ -30,12 +30,12 @@ class Slowest(NamedTuple):
 
 
 class StragglerDetector:
-    """Looks at the ranks of a run now and then. Collective over all of them, which find the same."""
+    """Looks at the ranks of a run now and then. Collective over all ranks, which get the same result."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._hosts = collectives.all_gather_object(socket.gethostname())
-        self._worked = -math.inf  # when this rank did so last
+        self._worked = -math.inf  # when this rank last did so
         self._next = 1  # steps until the next look
         self._rank, self._looks = -1, 0
         self._start()
@@ -45,7 +45,7 @@ class StragglerDetector:
         self._waited, self._spent, self._steps = 0.0, 0.0, 0
 
     def observe(self, data_wait: float, step_time: float) -> Slowest | None:
-        """After a step that took `step_time` seconds, `data_wait` of it for data: the slowest rank, at some steps."""
+        """Note a step of `step_time` seconds, `data_wait` of them for data; return the slowest rank, at some steps."""
         if len(self._hosts) == 1:
             return None
         self._waited, self._spent, self._steps = self._waited + data_wait, self._spent + step_time, self._steps + 1
@@ -63,14 +63,14 @@ class StragglerDetector:
         return found
 
     def straggler(self, found: Slowest) -> str | None:
-        """What is to be said of the rank that a look has found, if it has been far behind for long enough."""
+        """Return a message about the rank that a look has found, if it has been far behind for long enough."""
         if self._looks < LOOKS:
             return None
         return f"rank {found.rank} on {self._hosts[found.rank]} slows a step down {found.ratio:.1f} times: {found.why}"
 
 
 def slowest(rows: list[tuple[float, float]]) -> Slowest:
-    """Of ranks that take so many seconds for the same work, and spend such a share of their time waiting for data."""
+    """Return the slowest rank; rows: seconds for the same work, and share of time spent waiting for data, by rank."""
     usual, patient = median_low(seconds for seconds, _ in rows), median_low(share for _, share in rows)
     found = []
     for rank, (seconds, share) in enumerate(rows):
@@ -81,7 +81,7 @@ def slowest(rows: list[tuple[float, float]]) -> Slowest:
 
 
 def work(device: torch.device) -> float:
-    """Seconds of matrix products: some 2 ms of a GPU, 40 ms of a core, which other processes may interrupt."""
+    """Return the seconds of matrix products: some 2 ms of a GPU, 40 ms of a core, which other processes interrupt."""
     cuda = device.type == "cuda"
     size, times = (4096, 10) if cuda else (256, 64)
     x = torch.ones(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32)

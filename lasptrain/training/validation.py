@@ -25,13 +25,13 @@ class Validation:
     by_position: dict[int, float]  # loss of positions [2^i, 2^(i+1)), key 2^i; positions count from 1
 
     def scalars(self) -> dict[str, float]:
-        """Names and numbers for logs."""
+        """Return names and numbers for logs."""
         positions = {f"loss_at_{start}": loss for start, loss in self.by_position.items()}
         return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, **positions}
 
 
 def _losses(model: nn.Module, segments: MicroBatch) -> Iterable[tuple[int, Tensor, Tensor]]:
-    """Per segment its number, labels [b, C] and losses [b, C] of this rank's slice."""
+    """Yield per segment its number, labels [B, T] and losses [B, T] of this rank's slice."""
     carry = None
     for m, piece in enumerate(segments):
         out = model(
