@@ -18,7 +18,7 @@ from lasptrain.run.folder import CHECKPOINTS
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded besides tensors: the step, what `save` was given as `meta`, and the folder it came from."""
+    """Things loaded besides tensors: the step, the `meta` that `save` was given, and the folder they came from."""
 
     step: int
     meta: Json
@@ -60,7 +60,7 @@ def load(
 
 
 def _verify(folder: Path, step: int, group: dist.ProcessGroup | None) -> tuple[Json, list[str]]:
-    """Return (manifest, what is wrong with the step), the same on every rank; ranks share the hashing."""
+    """Return (manifest, problems of the step), the same on every rank; ranks share the hashing."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     what = f"{folder} cannot be read"
     manifest, problem, seen = first(vote(what, lambda: survey(folder, step) if rank == 0 else None, group))

@@ -22,7 +22,7 @@ from lasptrain.errors import CheckpointError, ResourceError
 from lasptrain.recipe.sections import Checkpoint
 from lasptrain.run.folder import CHECKPOINTS
 
-TIMEOUT = timedelta(minutes=30)  # for which a rank that writes waits for another
+TIMEOUT = timedelta(minutes=30)  # of a rank that writes, when it waits for another
 
 
 def save(
@@ -101,12 +101,12 @@ class Saver:
         self._stall += time.perf_counter() - began
 
     def stall(self) -> float:
-        """Seconds for which `save` has held up training since this was asked last."""
+        """Return the seconds for which `save` has held up training since the last call."""
         stall, self._stall = self._stall, 0.0
         return stall
 
     def wait(self, *, last: bool = False) -> None:
-        """Let the save that is under way end. ResourceError where too many failed, or the `last` one did."""
+        """Wait for the save under way. Raises ResourceError where too many failed, or the `last` one did."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
@@ -123,7 +123,7 @@ class Saver:
             self._failed, self.newest = 0, step
 
     def poll(self) -> None:
-        """Set `newest` if a save has ended well. Local, so what failed is left to the next collective call."""
+        """Set `newest` if a save has succeeded. Local, so a failure is left to the next collective call."""
         if self._pending is not None and self._pending[1].done() and self._pending[1].exception() is None:
             self.newest = self._pending[0]
 

@@ -25,11 +25,9 @@ from lasptrain.files import sha256
 from lasptrain.run.folder import CHECKPOINTS
 from lasptrain.training.optimizer import initial_state
 
-# One process, one tensor at a time
-
 
 class CheckpointReader:
-    """The newest step of a run, read by one process tensor by tensor. CheckpointError where it is not intact."""
+    """The newest step of a run, read by one process tensor by tensor. Raises CheckpointError if it is not intact."""
 
     def __init__(self, run: Path) -> None:
         steps = committed(run)
@@ -54,7 +52,7 @@ class CheckpointReader:
         self.shapes = {name: form.shape for name, form in self._forms.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the model by its name there."""
+        """Return a tensor of the model by its name there."""
         tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
         with without_process_group():
             load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=Planner(), no_dist=True)
@@ -63,7 +61,7 @@ class CheckpointReader:
 
 @contextlib.contextmanager
 def without_process_group() -> Iterator[None]:
-    """DCP warns where there is no process group, even if told so, and cloaks errors in one that is no Exception."""
+    """Silence DCP's warning that there is no process group; unwrap its CheckpointException, which is no Exception."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
@@ -73,7 +71,7 @@ def without_process_group() -> Iterator[None]:
 
 
 class _OnceRead(Reader):
-    """Reads the table of tensors once."""
+    """Reader that reads the table of tensors once."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         self.kept: Metadata = getattr(self, "kept", None) or super().read_metadata()
@@ -81,9 +79,9 @@ class _OnceRead(Reader):
 
 
 def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:
-    """Commit a step of one process: fp32 tensors of `model`, which is on meta, as `read` gives them, no moments yet.
+    """Commit a step from one process: fp32 tensors of `model`, which is on meta, as `read` returns them, zero moments.
 
-    Tensors are asked for one at a time; DCP holds what is in a file until it is whole, so each has a file of its own.
+    Tensors are read one at a time; DCP holds a file's contents until it is whole, so each has a file of its own.
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -108,7 +106,7 @@ def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor],
 
 
 class LazyPlanner(DefaultSavePlanner):
-    """DCP's planner, which makes each tensor when its turn to be written comes."""
+    """DCP's planner, except that it makes each tensor when it is to be written."""
 
     def __init__(self, value: Callable[[str], Tensor]) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from lasptrain.run.folder import CHECKPOINTS
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's own table of tensors
 SPARE = 1.1  # free space asked for, as a multiple of what is written
-LAG = 60.0  # seconds for which a network file system may show one machine what another no longer sees
+LAG = 60.0  # seconds by which a network file system may show one machine changes later than another
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def committed(run: Path) -> list[int]:
-    """The steps in RUN/checkpoints, newest first, intact or not."""
+    """Return the steps in RUN/checkpoints, newest first, intact or not."""
     folder = run / CHECKPOINTS
     entries = list(folder.iterdir()) if folder.is_dir() else []
     matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
@@ -45,7 +45,7 @@ def committed(run: Path) -> list[int]:
 
 
 def latest(run: Path) -> Path | None:
-    """The folder of the newest step whose manifest is intact; its other files are not looked at."""
+    """Return the folder of the newest step whose manifest is intact; its other files are not looked at."""
     for step in committed(run):
         folder = folder_of(run, step)
         if not read_manifest(folder, step)[1]:
@@ -54,7 +54,7 @@ def latest(run: Path) -> Path | None:
 
 
 class Step(NamedTuple):
-    """A step on disk: bytes of its files, ranks that wrote it, Unix time of its commit, what is wrong with it."""
+    """A step on disk: bytes of its files, ranks that wrote it, Unix time of its commit, its problems."""
 
     step: int
     size: int
@@ -64,7 +64,7 @@ class Step(NamedTuple):
 
 
 def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
-    """The steps of RUN, newest first; `thorough` reads all their bytes, otherwise sizes are compared. One process."""
+    """Yield the steps of RUN, newest first; `thorough` hashes files, otherwise sizes are compared. One process."""
     for step in committed(run):
         folder = folder_of(run, step)
         try:
@@ -109,7 +109,7 @@ def delete(run: Path, steps: list[int]) -> None:
 
 
 def remove_partial(run: Path) -> None:
-    """Delete what killed saves and deletions left. For one process that alone may write RUN."""
+    """Delete leftovers of killed saves and deletions. For one process that alone may write RUN."""
     folder = run / CHECKPOINTS
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if re.fullmatch(r"\.step-\d+\.(tmp-[0-9a-f]+|del)", path.name):
@@ -154,12 +154,12 @@ def commit(folder: Path, step: int, meta: Json, files: Json, world: int) -> None
 
 
 def _digest(manifest: Json) -> str:
-    """SHA-256 of a manifest without its own digest."""
+    """Return the SHA-256 of a manifest without its own digest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
-    """Return (manifest, None), or ({}, what is wrong with it). Raises CheckpointError if a newer lasptrain wrote it."""
+    """Return (manifest, None), or ({}, its problem). Raises CheckpointError if a newer lasptrain wrote it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("sha256", None)
@@ -188,13 +188,13 @@ def _plain(name: object) -> bool:
 
 
 def survey(folder: Path, step: int) -> tuple[Json, str | None, Json]:
-    """`read_manifest`, and those of its files that are here with their size."""
+    """Return `read_manifest`, and those of its files that are present with their size."""
     manifest, problem = read_manifest(folder, step)
     return manifest, problem, {n: e for n, e in manifest.get("files", {}).items() if _present_on_disk(folder / n, e)}
 
 
 def wait_visible(folder: Path, seen: Json) -> None:
-    """Until this rank sees what rank 0 has seen, which another machine may show later; not for longer than LAG."""
+    """Wait until this rank sees the files that rank 0 has seen, which its machine may show later; at most LAG."""
     deadline = time.monotonic() + LAG
     while (
         not all(_present_on_disk(folder / name, entry) for name, entry in seen.items()) and time.monotonic() < deadline
@@ -210,7 +210,7 @@ def _present_on_disk(path: Path, entry: Json) -> bool:
 
 
 def problems_of(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[str]:
-    """What is wrong with a file that the manifest describes as `entry`."""
+    """Yield the problems of a file that the manifest describes as `entry`."""
     if path.is_symlink() or not path.is_file():
         yield f"{path.name} is missing"
     elif (size := path.stat().st_size) != entry["size"]:
@@ -220,7 +220,7 @@ def problems_of(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[s
 
 
 def compare_meta(folder: Path, expect: Json, meta: Json) -> None:
-    """Raise CheckpointError listing the keys of `expect` whose value in the checkpoint is another one."""
+    """Raise CheckpointError listing the keys of `expect` whose value in the checkpoint differs."""
     saved, now = dict(_leaves(meta)), dict(_leaves(json.loads(json.dumps(expect))))
     lines = [f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
     if lines:

@@ -27,9 +27,9 @@ from lasptrain.training.optimizer import initial_state, initialise_state
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """Every tensor of the state by its name in a checkpoint, sharing memory with the live state; tied ones once.
+    """Return every tensor of the state by its name in a checkpoint, sharing memory with the live state; tied ones once.
 
-    What only another rank has is on the meta device: a name, a shape and a dtype.
+    Tensors that only another rank has are on the meta device: a name, a shape and a dtype.
     """
     module = model.module if isinstance(model, DistributedDataParallel) else model
     states = {} if optimizer is None else _states(optimizer)
@@ -46,7 +46,7 @@ def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tenso
 
 
 def _states(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
-    """AdamW's state by parameter; with ZeRO-1 that of most parameters is on other ranks, and here on meta."""
+    """Return AdamW's state by parameter; with ZeRO-1 that of most parameters is on other ranks, and here on meta."""
     own = getattr(optimizer, "optim", optimizer)  # a ZeroRedundancyOptimizer's, of the parameters that it updates here
     initialise_state(own)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -59,7 +59,7 @@ def _states(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
 
 
 def present(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that this rank has. Every other one is present on some rank, and is saved and loaded there."""
+    """Return those that this rank has. Every other one is present on some rank, and is saved and loaded there."""
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
 
 
@@ -71,9 +71,9 @@ def write_files(folder: Path, tensors: dict[str, Tensor], rank: int, group: dist
 
 
 class Writer(FileSystemWriter):
-    """DCP's writer, which tells why the disk refused: its serialiser hides that behind an error of its own.
+    """DCP's writer, except that it raises the disk's error, which DCP's serialiser hides behind its own.
 
-    To be used with one thread: errors of further ones would be lost.
+    For use with one thread: errors of further ones would be lost.
     """
 
     def write_data(self, plan: Any, planner: Any) -> Any:
@@ -119,7 +119,7 @@ def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool)
 
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of a tensor; what is no tensor has none."""
+    """Shape and dtype of a tensor; () and None for what is no tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -135,7 +135,7 @@ class TensorSpec(NamedTuple):
 
 
 class Reader(FileSystemReader):
-    """DCP's reader, which runs nothing it finds in the table of tensors and follows it to `files` only."""
+    """DCP's reader, except that it executes nothing in the table of tensors and follows it to `files` only."""
 
     def __init__(self, folder: Path, files: Json) -> None:
         super().__init__(folder)
@@ -154,14 +154,14 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """DCP's planner, which never unpickles objects: we store tensors only."""
+    """DCP's planner, except that it never unpickles objects: we store tensors only."""
 
     def load_bytes(self, read_item: Any, value: object) -> NoReturn:
         raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes that DCP's table of tensors consists of, and no other global."""
+    """Unpickler that knows the classes that DCP's table of tensors consists of, and no other global."""
 
     CLASSES: tuple[type, ...] = (
         Metadata,

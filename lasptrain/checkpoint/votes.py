@@ -1,4 +1,4 @@
-"""One rank's error becomes the same error on all of them."""
+"""Votes, by which one rank's error becomes the same error on all ranks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) ->
 
 
 def first(values: list[T | None]) -> T:
-    """The value of rank 0, which alone has one."""
+    """Return the value of rank 0, which alone has one."""
     assert values[0] is not None
     return values[0]
 
 
 def reason_of(error: BaseException) -> str:
-    """One error in the words of a message: no class for what is plain without it."""
+    """Return an error in the words of a message, without its class where it is plain without."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
