@@ -231,7 +231,7 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
 
 
 def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-    """Compute clipped gradients of the global batch; return its mean loss and the norm before, on every rank."""
+    """Compute clipped gradients of the global batch; return mean loss and norm before clipping, on every rank."""
     recipe = job.recipe
     loss = gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, micro_batches, job.on_segment)
     return loss, clip_gradients(job.model, recipe.optim.clip)

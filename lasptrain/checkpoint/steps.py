@@ -194,7 +194,7 @@ def survey(folder: Path, step: int) -> tuple[Json, str | None, Json]:
 
 
 def wait_visible(folder: Path, seen: Json) -> None:
-    """Wait until this rank sees the files that rank 0 has seen, which its machine may show later; at most LAG."""
+    """Wait, at most LAG, until this rank sees what rank 0 has seen, which another machine may show later."""
     deadline = time.monotonic() + LAG
     while (
         not all(_present_on_disk(folder / name, entry) for name, entry in seen.items()) and time.monotonic() < deadline

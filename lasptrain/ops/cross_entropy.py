@@ -115,8 +115,8 @@ def _losses_and_gradient(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> 
 
 @cache
 def _fused() -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
-    """Compile the above for a GPU: one pass reads the logits for the sum, one writes the gradient.
+    """Return `_losses_and_gradient` compiled for a GPU, on first use, to keep imports light.
 
-    Compiled on first use, to keep imports light.
+    One pass reads the logits for the sum, one writes the gradient.
     """
     return torch.compile(_losses_and_gradient, dynamic=False)

@@ -136,7 +136,7 @@ def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageMode
 
 
 def checkpoint_meta(job: Job) -> dict[str, Any]:
-    """Return the JSON saved beside tensors: fingerprint, guard state, and `steps`, which sets the learning rate."""
+    """Return JSON saved beside tensors: fingerprint, guard state, and `steps`, which the learning rate depends on."""
     return fingerprint_of(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
 
 

@@ -20,7 +20,7 @@ from lasptrain.parallel.recurrence import SavedStates
 
 
 def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
-    """Return a leaf for the gradient of a segment's initial state, with its value if nothing else keeps that (`read`)."""
+    """Return a leaf for the gradient of a segment's initial state, with its value if nothing else keeps it (`read`)."""
     return None if state is None else (state if read else unread(state.shape, state)).detach().requires_grad_()
 
 

@@ -30,7 +30,7 @@ class Slowest(NamedTuple):
 
 
 class StragglerDetector:
-    """Looks at the ranks of a run now and then. Collective over all ranks, which get the same result."""
+    """Comparison of a run's ranks now and then. Collective over all ranks, which get the same result."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
