@@ -1,1 +1,1 @@
-"""Language models whose mixers are linear attention. Nothing here depends on the insides of kernels or on ranks."""
+"""Language models whose mixers are linear attention. Nothing here depends on kernels' insides or on other ranks."""
