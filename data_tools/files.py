@@ -120,7 +120,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        of_library = type(error).__name__ in ("ZstdError", "LZMAError")  # which may not be there
+        of_library = type(error).__name__ == "LZMAError"  # which may not be there
         if not of_library and not isinstance(error, (EOFError, OSError, zlib.error)):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

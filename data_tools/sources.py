@@ -12,7 +12,7 @@ import platform
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby
@@ -143,9 +143,10 @@ class Source:
         done = 0
         for path in self.files:
             with naming(path), path.open("rb") as raw:
+                size = os.fstat(raw.fileno()).st_size
                 for place, text, position, last in _texts(path, raw, reading, dropped):
                     yield place, text, done + position, last
-                done += os.fstat(raw.fileno()).st_size
+                done += size
 
     def _repositories(self, dropped: Counter[str]) -> Iterator[Part]:
         """Of each repository its text files one after another, each under its name."""
@@ -368,33 +369,6 @@ def _whole_line(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
         yield last
 
 
-class _Frames(io.RawIOBase):
-    """The content of zstandard frames; unlike the library's own reader it says so when a file ends inside of one."""
-
-    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]):
-        self._raw, self._new, self._frame = raw, decompressor, decompressor()
-        self._packed = self._content = b""
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            packed = self._packed or self._raw.read(1 << 17)
-            if not packed:
-                if self._inside:
-                    raise EOFError("it ends inside of a zstandard frame")
-                return 0
-            self._content, self._packed = self._frame.decompress(packed), b""
-            self._inside = not self._frame.eof
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, self._new()
-        count = min(len(buffer), len(self._content))
-        buffer[:count], self._content = self._content[:count], self._content[count:]
-        return count
-
-
 def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
     """The content of a file that is packed as its ending says; SetupError where the library for it is missing."""
     match packed:
@@ -402,10 +376,10 @@ def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
         case ".zst" | ".zstd":
             try:
-                import zstandard
+                from pyarrow import CompressedInputStream, PythonFile
             except ImportError:
-                raise SetupError(f"{path}: needs zstandard: pip install 'lasptrain[data]'") from None
-            return io.BufferedReader(_Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj()), 1 << 17)
+                raise SetupError(f"{path}: needs pyarrow: pip install 'lasptrain[data]'") from None
+            return io.BufferedReader(CompressedInputStream(PythonFile(raw, mode="r"), "zstd"), 1 << 17)
         case ".bz2" | ".xz":
             try:
                 import bz2

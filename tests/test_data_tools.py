@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-import zstandard
 from pyarrow import parquet
 
 from data_tools import commands, synthetic, windows
@@ -142,13 +141,19 @@ def texts(spec: Path | str, reading: Reading = Reading()) -> list[tuple[str, str
     return [(document.place, document.text, document.done) for document in source.documents(reading, Counter())]
 
 
+def zstd(content: bytes) -> bytes:
+    """A frame."""
+    packed: bytes = pyarrow.compress(content, codec="zstd", asbytes=True)
+    return packed
+
+
 def test_compressed_files_and_tables_are_read_as_what_they_hold(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"line {i}\n", "body": f"body {i}"}) for i in range(600)]
     content = "\n".join(lines).encode()
     middle = len(content) // 2
-    frames = [zstandard.compress(content[:middle]), zstandard.compress(content[middle:])]
+    frames = [zstd(content[:middle]), zstd(b""), zstd(content[middle:])]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
-    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"one text"))
+    (tmp_path / "b.txt.zst").write_bytes(zstd(b"one text"))
     table = pyarrow.table({"text": [f"row {i}" for i in range(600)] + [None], "other": [*range(600), 1]})
     parquet.write_table(table, tmp_path / "c.parquet")
     found = texts(tmp_path, Reading(max_bad=1))
@@ -172,8 +177,8 @@ def test_compressed_files_and_tables_are_read_as_what_they_hold(tmp_path: Path) 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
-    ".zst": zstandard.compress,
-    ".zstd": zstandard.compress,
+    ".zst": zstd,
+    ".zstd": zstd,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
 }
@@ -195,12 +200,13 @@ def test_all_usual_names_are_read_in_any_case(tmp_path: Path) -> None:
         "a text": len(PACK),
         **{f"line of {packed}": 3 * 3 for packed in PACK},
     }
-    for packed in (".bz2", ".xz"):
+    for packed in (".bz2", ".xz", ".zst"):
         path = tmp_path / f"a.json{packed}"
-        for damaged in (path.read_bytes()[:-9], b"none at all"):
+        whole = path.read_bytes()
+        for damaged in (whole[:-9], whole + whole[:-1], b"none at all"):
             path.write_bytes(damaged)
             with pytest.raises(DataError, match=rf"a\.json\{packed}: it cannot be read: "):
-                texts(path)
+                texts(path, Reading(max_bad=1))
 
 
 def named(folder: Path, *names: str) -> Path:
