@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, Literal, cast
 
 from data_tools.files import FIT, TABLE, TEXT, below, choose, counted, ending, endings, naming
 from data_tools.json_rows import rows
-from data_tools.long_json import text_under
 from data_tools.tokenizer import Cutter
 from lasptrain.data.shard import file_sha256
 from lasptrain.errors import DataError, SetupError
@@ -30,7 +29,7 @@ PYTHON_SOURCE = "python:source"
 REPOSITORIES = "repositories:"  # before a folder: each folder in it is one document
 LARGEST_CODE = 1 << 20  # bytes; a longer file of a repository is data
 READ = 1 << 20  # bytes of a text file that are read at once
-LONG_LINE = 1 << 24  # bytes of JSON from which on a line is read in parts
+LONGEST_LINE = 1 << 30  # bytes of a line of JSON, which is in memory as a whole
 ROWS = 256  # of a parquet file that are in memory at once
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 HIDDEN = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
@@ -259,18 +258,20 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
         yield from ((str(path), text, raw.tell(), last) for text, last in _plain(path, stream, reading, dropped))
         return
     is_value = held == ".json"
-    for number, line in _lines(stream):
-        place, is_value = f"{path}:{number}", is_value and _is_no_line(line)
-        if is_value:
-            texts = _json_value(path, chain((line,), iter(lambda: stream.read(READ), b"")), reading, dropped)
-            yield from ((place, text, raw.tell(), True) for place, text in texts)
-        elif len(line) < LONG_LINE:
+    for number, begin in enumerate(iter(lambda: stream.readline(READ), b""), start=1):
+        begin = begin.removeprefix(codecs.BOM_UTF8) if number == 1 else begin
+        if is_value and _is_no_line(begin):
+            content = chain((begin,), iter(lambda: stream.read(READ), b""))
+            values = _json_value(path, content, reading, dropped)
+            yield from ((place, text, raw.tell(), True) for place, text in values)
+            return
+        place = f"{path}:{number}"
+        line = _whole_line(begin, stream, place)
+        if line.strip():
+            is_value = False
             text = _json_text(line, place, reading, dropped)
             if text is not None:
                 yield place, text, raw.tell(), True
-        else:
-            parts = _long_json(line, stream, place, reading, dropped)
-            yield from ((place, text, raw.tell(), last) for text, last in parts)
 
 
 def _is_no_line(line: bytes) -> bool:
@@ -307,31 +308,6 @@ def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]
     yield "", True
 
 
-def _long_json(
-    line: bytes, stream: BinaryIO, place: str, reading: Reading, dropped: Counter[str]
-) -> Iterator[tuple[str | None, bool]]:
-    """(text, whether it is the last) of the text in a line that begins with `line` and goes on in the stream."""
-    content, invalid, repaired, before = _whole_line(line, stream), dropped["invalid"], False, 0
-    decoded = _decoded(place, content, reading, dropped)
-    try:
-        for text in text_under(reading.field, (part for part in decoded if part is not None)):
-            if not repaired and (problem := _surrogate(text, before)):
-                repaired = _invalid(f"{place}: {problem}", "", reading, dropped) is not None
-                if not repaired:
-                    break
-            before += len(text)
-            yield _without_surrogates(text) if repaired else text, False
-    except ValueError as error:
-        if dropped["invalid"] == invalid:
-            _malformed(f"{place}: {error}", reading, dropped)
-            yield None, True
-            return
-    finally:
-        for _ in content:
-            pass
-    yield (None if dropped["invalid"] > invalid else ""), True
-
-
 def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Counter[str]) -> Iterator[str | None]:
     """The text of bytes, part by part; None, and nothing more, where the policy drops what is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -350,23 +326,13 @@ def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Co
         yield text
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of each line that is not blank; of a long one the beginning, the stream has the rest."""
-    number = 0
-    while line := stream.readline(LONG_LINE):
-        number += 1
-        begin = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if begin.strip() or len(line) == LONG_LINE:
-            yield number, begin
-
-
-def _whole_line(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
-    """A line of which the beginning has been read, READ bytes at a time."""
-    yield from (begin[at : at + READ] for at in range(0, len(begin), READ))
-    last = begin
-    while last and not last.endswith(b"\n"):
-        last = stream.readline(READ)
-        yield last
+def _whole_line(begin: bytes, stream: BinaryIO, place: str) -> bytes:
+    """A line of which the beginning has been read. Raises DataError above LONGEST_LINE bytes, before it reads more."""
+    rest = 0 if begin.endswith(b"\n") else max(0, LONGEST_LINE + 1 - len(begin))
+    line = begin + stream.readline(rest)
+    if len(line) > LONGEST_LINE:
+        raise DataError(f"{place}: more than {LONGEST_LINE:,} bytes in a line of JSON; write it as {TEXT}, or split it")
+    return line
 
 
 def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
@@ -460,12 +426,12 @@ def _row_text(row: Any, place: str, reading: Reading, dropped: Counter[str]) -> 
     return text
 
 
-def _surrogate(text: str, before: int = 0) -> str | None:
-    """What is wrong with a text that has half of a character, and so many characters before it."""
+def _surrogate(text: str) -> str | None:
+    """What is wrong with a text that has half of a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"character {before + error.start} is a lone surrogate"
+        return f"character {error.start} is a lone surrogate"
     return None
 
 
