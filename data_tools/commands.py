@@ -9,8 +9,7 @@ from pathlib import Path
 
 from data_tools import synthetic, tokenizer
 from data_tools.files import counted
-from data_tools.packing import BestFit
-from data_tools.prepare import ANY_LENGTH, Progress
+from data_tools.prepare import Preparation
 from data_tools.prepare import prepare as prepare_folder
 from data_tools.sources import Reading, left_out, open_source
 from data_tools.synthetic import Kind
@@ -124,33 +123,10 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokeniz
     return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate, left_out(sources))
 
 
-def prepare(
-    sources: list[str],
-    tokenizer_path: str,
-    out: Path,
-    reading: Reading,
-    validation_ppm: int = 20_000,
-    seed: int = 0,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    lengths: tuple[int, int] = ANY_LENGTH,
-    packing: BestFit | None = None,
-) -> Inspection:
+def prepare(preparation: Preparation, out: Path) -> Inspection:
     """Write a dataset and show what is in it."""
-    found = left_out(sources)
-    folder = prepare_folder(
-        sources,
-        tokenizer_path,
-        out,
-        reading=reading,
-        validation_ppm=validation_ppm,
-        seed=seed,
-        workers=workers,
-        progress=progress,
-        lengths=lengths,
-        packing=packing,
-    )
-    return replace(inspect(folder), left_out=found)
+    found = left_out(preparation.sources)
+    return replace(inspect(prepare_folder(preparation, out)), left_out=found)
 
 
 def inspect(folder: Path, window: int | None = None) -> Inspection:

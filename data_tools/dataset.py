@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data_tools.files import counted
 from data_tools.prepare import Progress, ensure_dataset, is_dataset
-from data_tools.prepared import cache_folder, packing, sources
+from data_tools.prepared import cache_folder, preparations, sources
 from data_tools.sources import left_out as not_read
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import mix
@@ -19,12 +19,8 @@ def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
     Raises DataError where it is missing, damaged, or made with another tokenizer than `data.tokenizer`.
     """
     parts = [
-        TokenDataset.open(
-            ensure_dataset(
-                name, data.tokenizer, cache_folder(data), data.validation, data.seed, progress, packing=packing(data)
-            )
-        )
-        for name, _ in sources(data)
+        TokenDataset.open(ensure_dataset(preparation, cache_folder(data)))
+        for preparation in preparations(data, progress)
     ]
     if isinstance(data.source, str):
         return parts[0]

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -54,28 +54,67 @@ ANY_LENGTH = (0, 1 << 62)  # tokens of a document
 Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in bytes of source, "write" in tokens
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that says what a dataset will hold, and by how many processes it is made.
+
+    `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
+    `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
+    cut them.
+    """
+
+    sources: Sequence[str]
+    tokenizer_path: str | Path
+    reading: Reading = field(default_factory=Reading)
+    validation_ppm: int = 20_000
+    seed: int = 0
+    lengths: tuple[int, int] = ANY_LENGTH
+    packing: BestFit | None = None
+    workers: int | None = None
+    progress: Progress | None = None
+
+    @cached_property
+    def opened(self) -> list[Source]:
+        """The sources, opened once. Raises DataError for one that cannot be read."""
+        return [open_source(source) for source in self.sources]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded once. Raises DataError for a file that is none."""
+        return load_tokenizer(self.tokenizer_path)
+
+    @property
+    def align(self) -> int:
+        """Tokens of which the start of a window is a multiple."""
+        return self.packing.window if self.packing else 1
+
+    def layout(self, documents: Documents) -> Layout:
+        """Lay out the shuffled documents of a split."""
+        order = _order(documents, self.seed)
+        if self.packing:
+            return best_fit(documents.starts, documents.lengths, order, self.packing)
+        return concat(documents.starts, documents.lengths, order)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Pass on how far a stage is, if anyone asked."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+
 def is_dataset(source: str) -> bool:
     """Whether a recipe's source is a prepared folder, not text."""
     with naming(Path(source)):
         return (Path(source) / FILE).is_file()
 
 
-def ensure_dataset(
-    source: str,
-    tokenizer_path: str | Path,
-    cache: Path,
-    validation_ppm: int,
-    seed: int,
-    progress: Progress | None = None,
-    workers: int | None = None,
-    packing: BestFit | None = None,
-) -> Path:
-    """The folder of the dataset a recipe names: `source` itself if it is one, else prepared once under `cache`.
+def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
+    """The folder of the one source's dataset: the source itself if it is one, else prepared once under `cache`.
 
     Any number of processes on any number of machines may call it at once: one prepares, the others wait for it.
     Raises DataError when the dataset was made with another tokenizer, or is not packed where `packing` is asked.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer, packing = preparation.tokenizer, preparation.packing
+    (source,) = preparation.sources
     folder = Path(source)
     if is_dataset(source):
         manifest = Manifest.load(folder)
@@ -91,75 +130,52 @@ def ensure_dataset(
                 f"the recipe has data.packing: best_fit with data.window: {packing.window}"
             )
         return folder
-    opened = open_source(source)
-    final = _kept(opened, tokenizer, cache, validation_ppm, seed, packing)
+    final = _kept(preparation, cache)
     if not (final / FILE).exists():
         with _building(final, wait=True) as hidden:
             if hidden is not None:
-                reading = Reading()
-                task = _Task(
-                    [opened], tokenizer_path, reading, validation_ppm, seed, workers, progress, packing=packing
-                )
-                _build(hidden, task)
+                _build(hidden, preparation)
     return final
 
 
-def find_dataset(
-    source: str, tokenizer_path: str | Path, cache: Path, validation_ppm: int, seed: int, packing: BestFit | None = None
-) -> Path | None:
+def find_dataset(preparation: Preparation, cache: Path) -> Path | None:
     """The folder that `ensure_dataset` would find; None where it would prepare one, or read more than FOUND of text."""
+    (source,) = preparation.sources
     if (Path(source) / FILE).exists():
         return Path(source)
     try:
-        opened = open_source(source)
-        if opened.bytes > FOUND:
+        if preparation.opened[0].bytes > FOUND:
             return None
-        final = _kept(opened, load_tokenizer(tokenizer_path), cache, validation_ppm, seed, packing)
+        final = _kept(preparation, cache)
     except (DataError, OSError):
         return None
     return final if (final / FILE).exists() else None
 
 
-def _kept(
-    opened: Source, tokenizer: Tokenizer, cache: Path, validation_ppm: int, seed: int, packing: BestFit | None
-) -> Path:
+def _kept(preparation: Preparation, cache: Path) -> Path:
     """Where the dataset of a source is kept: under a name that is its content's."""
-    arguments: list[int | str] = [1, opened.name, opened.sha256, tokenizer.sha256, validation_ppm, seed]
+    (source,) = preparation.opened
+    tokenizer, packing = preparation.tokenizer, preparation.packing
+    arguments: list[int | str] = [1, source.name, source.sha256, tokenizer.sha256]
+    arguments += [preparation.validation_ppm, preparation.seed]
     if packing:
         arguments += [packing.window, packing.long_documents]
     key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
-    return cache / "datasets" / f"{re.sub('[^A-Za-z0-9.]+', '-', opened.name)}-{key}"
+    return cache / "datasets" / f"{re.sub('[^A-Za-z0-9.]+', '-', source.name)}-{key}"
 
 
-def prepare(
-    sources: Sequence[str],
-    tokenizer_path: str | Path,
-    out: Path,
-    *,
-    reading: Reading = Reading(),  # noqa: B008  (frozen)
-    validation_ppm: int = 20_000,
-    seed: int = 0,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    lengths: tuple[int, int] = ANY_LENGTH,
-    packing: BestFit | None = None,
-) -> Path:
-    """Write the dataset of `sources` to the folder `out`, which appears when it is complete.
+def prepare(preparation: Preparation, out: Path) -> Path:
+    """Write a dataset to the folder `out`, which appears when it is complete.
 
-    `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
-    `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
-    cut them. Raises SetupError when `out` is not empty or being written, DataError for text that `reading` does not
-    tolerate.
+    Raises SetupError when `out` is not empty or being written, DataError for text that `reading` does not tolerate.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SetupError(f"{out}: it is not empty; a dataset is written to a new folder")
-    opened = [open_source(source) for source in sources]
+    _ = preparation.opened  # what cannot be read is refused before anything is written
     with _building(out, wait=False) as hidden:
         if hidden is None:
             raise SetupError(f"{out}: another process has just written it")
-        _build(
-            hidden, _Task(opened, tokenizer_path, reading, validation_ppm, seed, workers, progress, lengths, packing)
-        )
+        _build(hidden, preparation)
     return out
 
 
@@ -198,50 +214,23 @@ def _building(final: Path, wait: bool) -> Iterator[Path | None]:
         raise SetupError(f"{final}: {error.strerror or error}") from error
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Everything that says what a dataset will hold, and by how many processes it is made."""
-
-    sources: list[Source]
-    tokenizer_path: str | Path
-    reading: Reading
-    validation_ppm: int
-    seed: int
-    workers: int | None
-    progress: Progress | None
-    lengths: tuple[int, int] = ANY_LENGTH
-    packing: BestFit | None = None
-
-    @property
-    def align(self) -> int:
-        return self.packing.window if self.packing else 1
-
-    def layout(self, documents: Documents) -> Layout:
-        order = _order(documents, self.seed)
-        if self.packing:
-            return best_fit(documents.starts, documents.lengths, order, self.packing)
-        return concat(documents.starts, documents.lengths, order)
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        if self.progress:
-            self.progress(stage, done, total)
-
-
-def _build(folder: Path, task: _Task) -> None:
+def _build(folder: Path, preparation: Preparation) -> None:
     """Write the shards and, last, `dataset.json`."""
-    tokenizer = load_tokenizer(task.tokenizer_path)
-    name = " + ".join(source.name for source in task.sources)
+    tokenizer = preparation.tokenizer
+    name = " + ".join(source.name for source in preparation.opened)
     dropped: Counter[str] = Counter()
     what = f"1 {tokenizer.sha256} {UNIT}"
     with Spool(folder, tokenizer.vocab_size, what) as spool:
-        splits = _documents(task, tokenizer, spool, dropped)
+        splits = _documents(preparation, spool, dropped)
         if splits["train"].tokens == 0:
             held = len(splits["validation"].lengths)
             told = ", ".join(f"{count:,} {why}" for why, count in (+dropped).items()) or "none"
             raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {told}")
-        layouts = {split: task.layout(documents) for split, documents in splits.items()}
+        layouts = {split: preparation.layout(documents) for split, documents in splits.items()}
         if layouts["train"].tokens == 0:
-            raise DataError(f"{name}: {splits['train'].tokens:,} tokens to train on, no window of {task.align:,}")
+            raise DataError(
+                f"{name}: {splits['train'].tokens:,} tokens to train on, no window of {preparation.align:,}"
+            )
         shards: list[ShardEntry] = []
         counts = dict.fromkeys(SPLITS, np.zeros(tokenizer.vocab_size, np.int64))
         for split, layout in layouts.items():
@@ -252,21 +241,21 @@ def _build(folder: Path, task: _Task) -> None:
                 name,
                 split,
                 f"lasptrain {__version__}",
-                task.align,
+                preparation.align,
             )
             written = _write_shards(folder, header, spool, layout)
             counts[split] = counts[split] + sum(_counts(folder / shard.name) for shard in written)
             shards += written
-            task.report("write", sum(shard.tokens for shard in shards), sum(d.tokens for d in layouts.values()))
+            preparation.report("write", sum(shard.tokens for shard in shards), sum(d.tokens for d in layouts.values()))
             dropped["tokens beyond their window"] += layout.cut
             dropped["tokens short of a window"] += layout.left
-    _manifest(task, tokenizer, splits, layouts, counts, dropped, shards).save(folder)
+    _manifest(preparation, splits, layouts, counts, dropped, shards).save(folder)
     for path in folder.iterdir():
         if path.name != FILE and path.suffix != ".ltok":
             path.unlink()
 
 
-def _documents(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter[str]) -> dict[str, Documents]:
+def _documents(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> dict[str, Documents]:
     """Encode everything into the spool; which documents are in which split.
 
     Content alone decides the split: adding documents moves none, and equal ones fall on one side.
@@ -274,7 +263,7 @@ def _documents(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter
     splits = {split: Documents() for split in SPLITS}
     start, end = 0, 0
     content, text_bytes, replaced = _content_hash(), 0, 0
-    for piece, count in _encoded(task, tokenizer, spool, dropped):
+    for piece, count in _encoded(preparation, spool, dropped):
         text = piece.text.encode()
         content.update(text)
         text_bytes += len(text)
@@ -283,10 +272,10 @@ def _documents(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter
         if not piece.last:
             continue
         length = end - start + 1
-        shortest, longest = task.lengths
+        shortest, longest = preparation.lengths
         if piece.kept and shortest <= length <= longest:
             digest = int.from_bytes(content.digest(), "little")
-            split = "validation" if digest % MILLION < task.validation_ppm else "train"
+            split = "validation" if digest % MILLION < preparation.validation_ppm else "train"
             splits[split].add(start, length, text_bytes, digest)
             dropped["replaced ▁"] += replaced
         elif piece.kept:
@@ -300,14 +289,14 @@ def _content_hash() -> hashlib.blake2b:
 
 
 def _manifest(
-    task: _Task,
-    tokenizer: Tokenizer,
+    preparation: Preparation,
     splits: dict[str, Documents],
     layouts: dict[str, Layout],
     counts: dict[str, Int64s],
     dropped: Counter[str],
     shards: list[ShardEntry],
 ) -> Manifest:
+    tokenizer = preparation.tokenizer
     token_bytes = np.asarray(tokenizer.token_bytes)
     return Manifest(
         tokenizer=TokenizerEntry(
@@ -317,7 +306,9 @@ def _manifest(
             bos=tokenizer.bos,
             token_bytes=tuple(tokenizer.token_bytes),
         ),
-        order=OrderEntry(seed=task.seed, align=task.align, packing="best_fit" if task.packing else "concat"),
+        order=OrderEntry(
+            seed=preparation.seed, align=preparation.align, packing="best_fit" if preparation.packing else "concat"
+        ),
         splits={
             split: _totals(documents, layouts[split], int(counts[split] @ token_bytes))
             for split, documents in splits.items()
@@ -327,7 +318,7 @@ def _manifest(
         lengths=_histogram(splits["train"], layouts["train"]),
         sources=tuple(
             SourceEntry(name=source.name, files=len(source.files), bytes=source.bytes, sha256=source.sha256)
-            for source in task.sources
+            for source in preparation.opened
         ),
         shards=tuple(shards),
     )
@@ -399,19 +390,19 @@ def _counts(path: Path) -> Int64s:
     return counts
 
 
-def _encoded(task: _Task, tokenizer: Tokenizer, spool: Spool, dropped: Counter[str]) -> Iterator[tuple[Piece, int]]:
+def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> Iterator[tuple[Piece, int]]:
     """Every piece with how many ids it has, without BOS, in the order of the sources; the ids go to the spool."""
-    total, done = sum(source.bytes for source in task.sources), 0
-    for source in task.sources:
-        pieces = source.pieces(task.reading, dropped)
+    total, done = sum(source.bytes for source in preparation.opened), 0
+    for source in preparation.opened:
+        pieces = source.pieces(preparation.reading, dropped)
         first = list(islice(pieces, PROBED))
         pieces = chain(first, pieces)
-        if not cuts_safely(tokenizer, (piece.text for piece in first)):
+        if not cuts_safely(preparation.tokenizer, (piece.text for piece in first)):
             pieces = _whole(pieces)
-        encode = partial(worker.encode, task.tokenizer_path)
-        for unit, counts in _in_order(encode, _units(pieces), spool, _workers(task.workers, total)):
+        encode = partial(worker.encode, preparation.tokenizer_path)
+        for unit, counts in _in_order(encode, _units(pieces), spool, _workers(preparation.workers, total)):
             yield from zip(unit, counts, strict=True)
-            task.report("encode", done + unit[-1].done, total)
+            preparation.report("encode", done + unit[-1].done, total)
         done += source.bytes
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from data_tools.packing import BestFit
-from data_tools.prepare import find_dataset
+from data_tools.prepare import Preparation, Progress, find_dataset
 from lasptrain.console.tables import figures
 from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
@@ -21,11 +21,6 @@ def cache_folder(data: Data) -> Path:
     return Path(data.cache or f"{home}/lasptrain").expanduser()
 
 
-def packing(data: Data) -> BestFit | None:
-    """How documents are packed, where it is not one after another."""
-    return BestFit(data.window, data.long_documents) if data.packing == "best_fit" else None
-
-
 def sources(data: Data) -> list[tuple[str, Fraction]]:
     """What is read, and the part of all windows that comes from it."""
     if isinstance(data.source, str):
@@ -34,10 +29,25 @@ def sources(data: Data) -> list[tuple[str, Fraction]]:
     return [(part.path, Fraction(part.weight) / total) for part in data.source]
 
 
+def preparations(data: Data, progress: Progress | None = None) -> list[Preparation]:
+    """How each source is prepared."""
+    packing = BestFit(data.window, data.long_documents) if data.packing == "best_fit" else None
+    return [
+        Preparation(
+            [name],
+            data.tokenizer,
+            validation_ppm=data.validation,
+            seed=data.seed,
+            packing=packing,
+            progress=progress,
+        )
+        for name, _ in sources(data)
+    ]
+
+
 def training_tokens(data: Data) -> list[int] | None:
     """Tokens to train on of each source; None where one is not prepared yet. Reads no more text than `find_dataset`."""
-    cache, pack = cache_folder(data), packing(data)
-    folders = [find_dataset(name, data.tokenizer, cache, data.validation, data.seed, pack) for name, _ in sources(data)]
+    folders = [find_dataset(preparation, cache_folder(data)) for preparation in preparations(data)]
     found = [Manifest.load(folder).splits["train"].tokens for folder in folders if folder is not None]
     return found if len(found) == len(folders) else None
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_tools import windows
 from data_tools.dataset import open_dataset
-from data_tools.prepare import prepare
+from data_tools.prepare import Preparation, prepare
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, Mixture, mix, shares
@@ -33,7 +33,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[TokenDataset]:
         for number in range(documents):
             text = "".join(letters[(number * 7 + i * (number + 1)) % 10] for i in range(5 + number % 40))
             (folder / name / f"{number:03}.txt").write_text(text)
-        prepare([str(folder / name)], "bytes", folder / f"{name}.set", validation_ppm=300_000, workers=1)
+        prepare(Preparation([str(folder / name)], "bytes", validation_ppm=300_000, workers=1), folder / f"{name}.set")
         found.append(TokenDataset.open(folder / f"{name}.set"))
     return found
 
@@ -132,7 +132,9 @@ def test_what_cannot_be_mixed_is_refused(parts: list[TokenDataset], tmp_path: Pa
         shares([1.0, 0.001], 8)
     (tmp_path / "d.txt").write_text("text of another tokenizer " * 50)
     model = str(RECIPES.parent / "tokenizers" / "python-4k.model")
-    other = TokenDataset.open(prepare([str(tmp_path / "d.txt")], model, tmp_path / "set", validation_ppm=0))
+    other = TokenDataset.open(
+        prepare(Preparation([str(tmp_path / "d.txt")], model, validation_ppm=0), tmp_path / "set")
+    )
     with pytest.raises(DataError, match=r"made with tokenizer python-4k\.model, .* sources that are mixed share one"):
         mix([parts[0], other], [1.0, 1.0], 8)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_tools import commands
-from data_tools.prepare import prepare
+from data_tools.prepare import Preparation, prepare
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.shard import BLOCK, FOOTER, PAGE, Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, LaspError
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(60):
         words = random.integers(97, 122, int(random.integers(1, 5000))).astype(np.uint8).tobytes()
         (text / f"{i:02}.txt").write_bytes(words)
-    return prepare([str(text)], "bytes", base / "out", validation_ppm=300_000)
+    return prepare(Preparation([str(text)], "bytes", validation_ppm=300_000), base / "out")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from data_tools import encode as worker
 from data_tools import prepare as preparing
 from data_tools.files import counted
 from data_tools.packing import BestFit
-from data_tools.prepare import ensure_dataset, prepare
+from data_tools.prepare import Preparation, ensure_dataset, prepare
 from data_tools.sources import Piece, Reading, open_source
 from data_tools.spool import Ids
 from data_tools.synthetic import Kind
@@ -224,10 +224,10 @@ def test_what_is_not_read_is_counted_and_said(tmp_path: Path, capsys: pytest.Cap
     said = "2 .md, 2 dot files, 2 other files, 1 .tar.gz, 1 socket"
     with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(corpus):
         bound.bind("socket.jsonl")
-    made = commands.prepare([str(corpus)], "bytes", tmp_path / "out", Reading(), validation_ppm=0)
+    made = commands.prepare(Preparation([str(corpus)], "bytes", validation_ppm=0), tmp_path / "out")
     assert f"\n  left out     {said}\n" in str(made) and made.manifest.splits["train"].documents == 1
     named(tmp_path, "only.txt")
-    whole = commands.prepare([str(tmp_path / "only.txt")], "bytes", tmp_path / "whole", Reading(), validation_ppm=0)
+    whole = commands.prepare(Preparation([str(tmp_path / "only.txt")], "bytes", validation_ppm=0), tmp_path / "whole")
     assert "\n  left out     nothing\n" in str(whole)
     recipe = load(RECIPES / "quickstart.yaml", [f"data.source={corpus}", f"data.cache={tmp_path}", "data.validation=0"])
     for _ in range(2):
@@ -316,7 +316,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
 CLOSED = """
 import os, pathlib, sys
 from data_tools import commands
-from data_tools.prepare import ensure_dataset
+from data_tools.prepare import Preparation, ensure_dataset
 from data_tools.sources import open_source
 from lasptrain.errors import LaspError
 
@@ -326,8 +326,8 @@ if os.getuid() == 0:  # who may read everything
     os.setuid(65534)
 for name in sys.argv[1:]:
     for reads in (
-        lambda: commands.prepare([name], "bytes", pathlib.Path("out"), commands.Reading()),
-        lambda: ensure_dataset(name, "bytes", pathlib.Path("cache"), 0, 0),
+        lambda: commands.prepare(Preparation([name], "bytes"), pathlib.Path("out")),
+        lambda: ensure_dataset(Preparation([name], "bytes", validation_ppm=0), pathlib.Path("cache")),
     ):
         try:
             print(reads())
@@ -466,7 +466,7 @@ def test_synthetic_documents_go_to_a_new_file(tmp_path: Path) -> None:
 
 
 def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
-    folder = prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    folder = prepare(Preparation([str(corpus)], "bytes", validation_ppm=0, workers=1), tmp_path / "out")
     shown = windows.show_window(folder, "bytes", 512, 2, 0, "train")
     split = TokenDataset.open(folder).whole("train")
     tokens = split.read(split.window_start(512, 0, 2), 512)
@@ -483,7 +483,7 @@ def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_reading_is_timed(corpus: Path, tmp_path: Path) -> None:
-    folder = prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    folder = prepare(Preparation([str(corpus)], "bytes", validation_ppm=0, workers=1), tmp_path / "out")
     timed = windows.time_reading(folder, 100, reads=5)
     assert 0 < timed.best <= timed.mean and re.match(
         r"slices of 100 tokens, read, checked and widened: best \d+\.\d+ ms, mean \d+\.\d+ ms", str(timed)
@@ -498,7 +498,7 @@ def test_reading_is_timed(corpus: Path, tmp_path: Path) -> None:
 def test_training_does_not_wait_for_its_data(tmp_path: Path) -> None:
     """A rank at 2 million tokens/s waits less than 1 % of a step at 100,000."""
     (tmp_path / "a.txt").write_text("a line of text\n" * 20_000)
-    folder = prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", validation_ppm=0, workers=1)
+    folder = prepare(Preparation([str(tmp_path / "a.txt")], "bytes", validation_ppm=0, workers=1), tmp_path / "out")
     found = windows.time_waiting(folder, 1 << 18, rate=2e6, steps=4)
     assert 0 < found.mean < 0.01 * (1 << 18) / 100_000
     assert re.match(
@@ -508,7 +508,9 @@ def test_training_does_not_wait_for_its_data(tmp_path: Path) -> None:
 
 def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
     whole, long, short = (
-        Manifest.load(prepare([str(corpus)], "bytes", tmp_path / name, validation_ppm=0, workers=1, lengths=lengths))
+        Manifest.load(
+            prepare(Preparation([str(corpus)], "bytes", validation_ppm=0, workers=1, lengths=lengths), tmp_path / name)
+        )
         for name, lengths in (("whole", (0, 10**9)), ("long", (100, 10**9)), ("short", (0, 99)))
     )
     assert long.splits["train"].documents == 3 and long.dropped["shorter"] == short.splits["train"].documents
@@ -519,7 +521,9 @@ def test_documents_are_chosen_by_length(corpus: Path, tmp_path: Path) -> None:
 def test_a_packed_dataset(corpus: Path, tmp_path: Path) -> None:
     """Windows of 256: their documents are whole but for the long ones, and the same bytes from two calls."""
     made = {
-        name: prepare([str(corpus)], "bytes", tmp_path / name, workers=1, validation_ppm=0, packing=packing)
+        name: prepare(
+            Preparation([str(corpus)], "bytes", workers=1, validation_ppm=0, packing=packing), tmp_path / name
+        )
         for name, packing in {
             "concat": None,
             "one": BestFit(256),
@@ -542,19 +546,20 @@ def test_a_packed_dataset(corpus: Path, tmp_path: Path) -> None:
         assert "best_fit, windows of a multiple of 256" in str(commands.inspect(made[name]))
     assert manifests["cut"].dropped["tokens beyond their window"] == 331 + 318 + 551 - 3 * 256
     cached = [
-        ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 0, 0, packing=packing)
+        ensure_dataset(Preparation([str(corpus)], "bytes", validation_ppm=0, packing=packing), tmp_path / "cache")
         for packing in (None, BestFit(256), BestFit(256, "cut"))
     ]
     assert [files(folder)["train-00000.ltok"] for folder in cached] == [
         files(made[name])["train-00000.ltok"] for name in ("concat", "one", "cut")
     ]
-    assert ensure_dataset(str(made["one"]), "bytes", tmp_path / "cache", 0, 0, packing=BestFit(256)) == made["one"]
+    packed = {name: Preparation([str(made[name])], "bytes", packing=BestFit(256)) for name in made}
+    assert ensure_dataset(packed["one"], tmp_path / "cache") == made["one"]
     with pytest.raises(
         DataError, match=r"concat: packed by concat .* the recipe has data\.packing: best_fit with .* 256"
     ):
-        ensure_dataset(str(made["concat"]), "bytes", tmp_path / "cache", 0, 0, packing=BestFit(256))
+        ensure_dataset(packed["concat"], tmp_path / "cache")
     with pytest.raises(DataError, match=r"[0-9,]+ tokens to train on, no window of 65,536"):
-        prepare([str(corpus)], "bytes", tmp_path / "none", workers=1, packing=BestFit(1 << 16))
+        prepare(Preparation([str(corpus)], "bytes", workers=1, packing=BestFit(1 << 16)), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -581,7 +586,9 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_dataset_holds_the_documents(corpus: Path, tmp_path: Path) -> None:
-    dataset = TokenDataset.open(prepare([str(corpus)], "bytes", tmp_path / "out", validation_ppm=100_000, seed=3))
+    dataset = TokenDataset.open(
+        prepare(Preparation([str(corpus)], "bytes", validation_ppm=100_000, seed=3), tmp_path / "out")
+    )
     tokenizer = load_tokenizer("bytes")
     read = {}
     for name, split in dataset.splits.items():
@@ -601,7 +608,9 @@ def test_a_dataset_holds_the_documents(corpus: Path, tmp_path: Path) -> None:
 
 def test_unigram_entropy(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("aaab")
-    manifest = Manifest.load(prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", validation_ppm=0))
+    manifest = Manifest.load(
+        prepare(Preparation([str(tmp_path / "a.txt")], "bytes", validation_ppm=0), tmp_path / "out")
+    )
     assert manifest.unigram_entropy == pytest.approx(0.950271, abs=1e-6)  # shares 3/5, 1/5, 1/5
     assert manifest.lengths.documents == (0, 0, 1) and manifest.lengths.tokens == (0, 0, 5)
 
@@ -614,15 +623,16 @@ def test_the_same_bytes_from_any_number_of_workers(
     (corpus / "a.json.bz2").write_bytes(bz2.compress(json.dumps([{"text": f"row {i}"} for i in range(99)]).encode()))
     (corpus / "linked").symlink_to(named(tmp_path / "elsewhere", "b.txt", "c.txt"))
     stages = []
-    one = prepare([str(corpus)], MODEL, tmp_path / "1", workers=1, validation_ppm=100_000)
+    one = prepare(Preparation([str(corpus)], MODEL, workers=1, validation_ppm=100_000), tmp_path / "1")
     two = prepare(
-        [str(corpus)], MODEL, tmp_path / "2", workers=2, validation_ppm=100_000, progress=lambda *x: stages.append(x)
+        Preparation([str(corpus)], MODEL, workers=2, validation_ppm=100_000, progress=lambda *x: stages.append(x)),
+        tmp_path / "2",
     )
-    three = prepare([str(corpus)], MODEL, tmp_path / "three", workers=3, validation_ppm=100_000)
+    three = prepare(Preparation([str(corpus)], MODEL, workers=3, validation_ppm=100_000), tmp_path / "three")
     assert files(one) == files(two) == files(three) and len(files(one)) > 3
     assert {stage for stage, _, _ in stages} == {"encode", "write"}
     assert all(0 < done <= total for _, done, total in stages) and stages[-1][1] == stages[-1][2]
-    other = prepare([str(corpus)], MODEL, tmp_path / "3", workers=1, validation_ppm=100_000, seed=1)
+    other = prepare(Preparation([str(corpus)], MODEL, workers=1, validation_ppm=100_000, seed=1), tmp_path / "3")
     assert Manifest.load(other).fingerprint != Manifest.load(one).fingerprint
     assert commands.verify(one).failures == 0
     assert "windows of 512" in str(commands.inspect(one, 512))
@@ -631,8 +641,13 @@ def test_the_same_bytes_from_any_number_of_workers(
 def test_many_callers_prepare_once(corpus: Path, tmp_path: Path) -> None:
     found: list[Path] = []
 
+    def ensured(seed: int = 0) -> Path:
+        return ensure_dataset(
+            Preparation([str(corpus)], "bytes", validation_ppm=100_000, seed=seed), tmp_path / "cache"
+        )
+
     def call() -> None:
-        found.append(ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0))
+        found.append(ensured())
 
     threads = [threading.Thread(target=call) for _ in range(4)]
     for thread in threads:
@@ -641,28 +656,28 @@ def test_many_callers_prepare_once(corpus: Path, tmp_path: Path) -> None:
         thread.join()
     assert len(set(found)) == 1 and len(found) == 4
     times = {path: path.stat().st_mtime_ns for path in found[0].iterdir()}
-    again = ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0)
+    again = ensured()
     assert {path: path.stat().st_mtime_ns for path in again.iterdir()} == times
-    assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 1) != again
+    assert ensured(seed=1) != again
     (corpus / "a.txt").write_text("changed text")
-    changed = ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0)
+    changed = ensured()
     assert changed != again
     (corpus / "linked").symlink_to(named(tmp_path / "elsewhere", "b.txt"))
-    linked = ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0)
+    linked = ensured()
     (tmp_path / "elsewhere" / "c.JSON").write_text(json.dumps([{"text": "c"}]))
-    assert ensure_dataset(str(corpus), "bytes", tmp_path / "cache", 100_000, 0) not in (again, changed, linked)
+    assert ensured() not in (again, changed, linked)
     assert linked != changed
-    assert ensure_dataset(str(again), "bytes", tmp_path / "cache", 1, 1) == again
+    assert ensure_dataset(Preparation([str(again)], "bytes", validation_ppm=1, seed=1), tmp_path / "cache") == again
 
 
 def test_what_a_killed_prepare_left_is_replaced(corpus: Path, tmp_path: Path) -> None:
     hidden = tmp_path / ".out.partial"
     hidden.mkdir()
     (hidden / "train-00000.ltok").write_text("half")
-    out = prepare([str(corpus)], "bytes", tmp_path / "out")
+    out = prepare(Preparation([str(corpus)], "bytes"), tmp_path / "out")
     assert not hidden.exists() and commands.verify(out).failures == 0
     with pytest.raises(SetupError, match="it is not empty"):
-        prepare([str(corpus)], "bytes", out)
+        prepare(Preparation([str(corpus)], "bytes"), out)
 
 
 KILLED = """
@@ -672,7 +687,7 @@ from data_tools import prepare
 if __name__ == "__main__":
     prepare.UNIT = 200
     kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    prepare.prepare([sys.argv[1]], "bytes", pathlib.Path(sys.argv[2]), workers=2, progress=kill)
+    prepare.prepare(prepare.Preparation([sys.argv[1]], "bytes", workers=2, progress=kill), pathlib.Path(sys.argv[2]))
 """
 
 
@@ -689,9 +704,9 @@ def test_a_killed_prepare_leaves_nothing_visible_and_no_process(
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
     monkeypatch.setattr(preparing, "UNIT", 200)
-    whole = prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1)
+    whole = prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "whole")
     assert len((tmp_path / ".out.partial" / "units").read_bytes().splitlines()) > 1
-    assert files(prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)) == files(whole)
+    assert files(prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "out")) == files(whole)
 
 
 @pytest.mark.parametrize("damage", ["none", "half a unit", "half a line", "flipped", "text", "shorter"])
@@ -709,7 +724,7 @@ def test_prepare_goes_on_from_the_units_that_were_finished(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare([str(corpus)], "bytes", tmp_path / "out", workers=1, progress=stop)
+        prepare(Preparation([str(corpus)], "bytes", workers=1, progress=stop), tmp_path / "out")
     ids, units = tmp_path / ".out.partial" / "ids", tmp_path / ".out.partial" / "units"
     match damage:
         case "half a unit":
@@ -732,9 +747,9 @@ def test_prepare_goes_on_from_the_units_that_were_finished(
         return encode(path, unit)
 
     monkeypatch.setattr(worker, "encode", count)
-    out = prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)
+    out = prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "out")
     again = len(encoded)
-    assert files(out) == files(prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1))
+    assert files(out) == files(prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "whole"))
     reused = {"none": 10, "half a unit": 10, "half a line": 9}.get(damage)
     whole = len(encoded) - again
     assert whole - again == reused if reused else 0 <= again <= whole
@@ -760,10 +775,10 @@ def test_a_text_file_of_any_size_takes_little_memory(tmp_path: Path) -> None:
 
 LONG = """
 import pathlib, resource, sys
-from data_tools.prepare import prepare
+from data_tools.prepare import Preparation, prepare
 
 for name in sys.argv[1:]:
-    prepare([name], "bytes", pathlib.Path(name + ".set"), validation_ppm=0, workers=1)
+    prepare(Preparation([name], "bytes", validation_ppm=0, workers=1), pathlib.Path(name + ".set"))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 
@@ -829,16 +844,16 @@ def test_a_full_disk_is_named_and_what_was_done_is_used(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ResourceError, match="out: the disk is full"):
-        prepare([str(corpus)], "bytes", tmp_path / "out", workers=1, progress=full)
+        prepare(Preparation([str(corpus)], "bytes", workers=1, progress=full), tmp_path / "out")
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / "ids").stat().st_size > 0
-    whole = prepare([str(corpus)], "bytes", tmp_path / "whole", workers=1)
-    assert files(prepare([str(corpus)], "bytes", tmp_path / "out", workers=1)) == files(whole)
+    whole = prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "whole")
+    assert files(prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "out")) == files(whole)
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
-    out = prepare([str(corpus)], "bytes", tmp_path / "out")
+    out = prepare(Preparation([str(corpus)], "bytes"), tmp_path / "out")
     with pytest.raises(DataError, match=r"made with tokenizer bytes .* the recipe has python-4k\.model \(SHA-256 "):
-        ensure_dataset(str(out), MODEL, tmp_path / "cache", 0, 0)
+        ensure_dataset(Preparation([str(out)], MODEL, validation_ppm=0), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -858,7 +873,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(corpus: Path, tmp_path: Path)
 def test_bad_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        prepare([str(tmp_path / name)], "bytes", tmp_path / "out", workers=1)
+        prepare(Preparation([str(tmp_path / name)], "bytes", workers=1), tmp_path / "out")
     assert (
         "\n" not in str(caught.value) and not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
     )
@@ -917,4 +932,4 @@ def test_preparing_needs_no_torch() -> None:
 def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
     for source in ("", "/nonexistent", str(tmp_path)):
         with pytest.raises(LaspError):
-            ensure_dataset(source, "bytes", tmp_path / "cache", 0, 0)
+            ensure_dataset(Preparation([source], "bytes", validation_ppm=0), tmp_path / "cache")

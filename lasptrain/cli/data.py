@@ -52,6 +52,7 @@ def prepare(
 
     from data_tools import commands
     from data_tools.packing import BestFit
+    from data_tools.prepare import Preparation
     from data_tools.sources import Reading
     from lasptrain.console.progress import preparing
 
@@ -61,13 +62,20 @@ def prepare(
     if packing == "concat" and long_documents == "cut":
         raise RecipeError("--long-documents: found cut with --packing concat; only best_fit cuts documents")
     best_fit = None if window is None else BestFit(window, long_documents)
-    reading = Reading(errors, field, max_bad)
-    lengths = (min_tokens, max_tokens or 1 << 62)
     began = time.monotonic()
     with preparing() as progress:
-        prepared = commands.prepare(
-            sources, tokenizer, out, reading, validation, seed, workers, progress, lengths, best_fit
+        preparation = Preparation(
+            sources,
+            tokenizer,
+            reading=Reading(errors, field, max_bad),
+            validation_ppm=validation,
+            seed=seed,
+            lengths=(min_tokens, max_tokens or 1 << 62),
+            packing=best_fit,
+            workers=workers,
+            progress=progress,
         )
+        prepared = commands.prepare(preparation, out)
     typer.echo(str(prepared))
     typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
 
