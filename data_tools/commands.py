@@ -1,4 +1,4 @@
-"""What `lasptrain data …` does: each function returns a result that prints itself."""
+"""The commands of `lasptrain data`: each function returns a result that prints itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainedTokenizer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a dataset holds; with a window, also how many fit; when it has just been made, what was `left_out`."""
+    """Contents of a dataset; with a `window`, the number that fit; of a new one, the files `left_out` by kind."""
 
     folder: Path
     manifest: Manifest
@@ -44,7 +44,7 @@ class Inspection:
     left_out: Mapping[str, int] | None = None
 
     def rate(self, seconds: float) -> str:
-        """How fast it was made."""
+        """Speed of preparation, in MB/s of text and tokens/s, after so many seconds."""
         splits = self.manifest.splits.values()
         tokens, size = sum(split.tokens for split in splits), sum(split.bytes for split in splits)
         return f"{seconds:.1f} s: {size / seconds / 1e6:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
@@ -91,7 +91,7 @@ class Verification:
 
 
 def _cut(manifest: Manifest) -> str:
-    """The share of documents that windows of some lengths cut."""
+    """Format the share of documents that windows of some lengths cut."""
     shares = {int(window): share for window, share in manifest.lengths.cut.items()}
     if manifest.order.packing == "best_fit":
         shares = {window: share for window, share in shares.items() if window % manifest.order.align == 0}
@@ -101,7 +101,7 @@ def _cut(manifest: Manifest) -> str:
 
 
 def told_left_out(found: Mapping[str, int]) -> str:
-    """A line about what stands beside the files of sources and was not read; none if there is no such thing."""
+    """Format a line that counts the files left out of sources, by kind; empty if there are none."""
     return f"\nleft out: {counted(found)}" if found else ""
 
 
@@ -148,7 +148,7 @@ def synthesize(
 
 
 def verify(folder: Path) -> Verification:
-    """Read every byte of a dataset and check all there is to check."""
+    """Read every byte of a dataset and check it: checksums, ids, document starts and SHA-256 of each shard."""
     lines, failures = [], 0
     for entry in Manifest.load(folder).shards:
         try:

@@ -1,4 +1,4 @@
-"""The dataset that a recipe names: prepared once, found ever after."""
+"""The dataset that a recipe names: prepared once, then taken from the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lasptrain.recipe.sections import Data
 
 
 def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
-    """Open what `data.source` names, after preparing it if that was never done; any number of ranks may call at once.
+    """Open the dataset that `data.source` names, and prepare it first if need be; any number of ranks may call at once.
 
     Raises DataError where it is missing, damaged, or made with another tokenizer than `data.tokenizer`.
     """
@@ -28,7 +28,7 @@ def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
 
 
 def left_out(data: Data) -> Iterator[str]:
-    """A line for each source of text that has files which are not read."""
+    """Yield a line for each source of text that has files which are not read."""
     for name, _ in sources(data):
         found = {} if is_dataset(name) else not_read([name])
         if found:

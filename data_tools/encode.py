@@ -1,4 +1,4 @@
-"""What a worker of `prepare` does, with nothing to import that it does not need."""
+"""Encoding in a worker process of `prepare`; a module of its own, so that workers import little."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lasptrain.errors import DataError
 
 
 def end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next unit for ever."""
+    """End this worker when its parent is killed; it would wait for its next unit for ever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -34,7 +34,7 @@ def _tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def encode(tokenizer_path: str | Path, unit: list[Piece]) -> list[npt.NDArray[np.uint32]]:
-    """The ids of each piece, without BOS: uint32 [tokens]. Raises DataError for an id that cannot be."""
+    """Encode each piece, without BOS: uint32 [tokens]. Raises DataError for BOS or an id outside of the vocabulary."""
     tokenizer = _tokenizer(tokenizer_path)
     encoded: list[npt.NDArray[np.uint32]] = []
     for piece in unit:

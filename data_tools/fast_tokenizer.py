@@ -15,7 +15,7 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of piec
 
 
 def tokenizer_json(path: Path) -> str:
-    """The text of tokenizer.json, which puts BOS before every text.
+    """Convert a sentencepiece model to the text of a tokenizer.json that puts BOS before every text.
 
     Merges are every way to make a piece of two others, best piece first, which is the order in which sentencepiece
     joins. Raises DataError for a model that is not BPE, or that changes text before it cuts it.

@@ -1,4 +1,4 @@
-"""Files of text: which names are read, what stands below a folder, and what is left out of it."""
+"""Files of text: names that are read, files below a folder, and a count of those left out."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Found = tuple[Path, Path]  # where it really is, and the name under which it was
 
 
 def endings(name: str) -> tuple[str, str] | None:
-    """What a file holds (TEXT, TABLE or one of JSON) and how it is packed (one of PACKED or ""), by its name in any
-    case; None if it is not read.
+    """Parse a file name, in any case, into content (TEXT, TABLE or one of JSON) and compression (one of PACKED or "");
+    None if such a file is not read.
     """
     name = name.lower()
     packed = next((ending for ending in PACKED if name.endswith(ending)), "")
@@ -36,7 +36,7 @@ def endings(name: str) -> tuple[str, str] | None:
 
 
 def below(root: Path, without: Collection[str], left_out: Counter[str]) -> Iterator[Found]:
-    """All that is no folder below a folder, except in folders `without` these names; each folder is read once.
+    """Walk a folder: everything below it but folders, except in folders named in `without`; each folder is read once.
 
     Links are followed, after all else, so that what stands below the folder itself keeps its own name. One to a folder
     that is read anyway, or that it stands in, is counted. Raises DataError with the name of what cannot be read.
@@ -75,7 +75,7 @@ def _real(path: Path) -> Path:
 
 
 def choose(found: Iterable[Found], takes: Callable[[Path], bool], left_out: Counter[str]) -> list[Path]:
-    """The regular files among `found` that `takes` wants, each once, under its first name; the others are counted.
+    """Choose the regular files that `takes` accepts, each once, under its first name; count the others in `left_out`.
 
     Opens none, so a FIFO is not waited for. Raises DataError with the name of a file, or of a link's end, that cannot
     be read.
@@ -107,7 +107,7 @@ def ending(path: Path) -> str:
 
 
 def counted(left_out: Mapping[str, int]) -> str:
-    """For example `3 .md, 2 dot files`, the most frequent first; empty where nothing is left out."""
+    """Format counts, the most frequent first: `3 .md, 2 dot files`; empty if nothing is left out."""
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
     rest = sum(count for _, count in kinds[SHOWN:])
     kinds = kinds[:SHOWN] + ([("of other endings", rest)] if rest else [])
@@ -116,7 +116,9 @@ def counted(left_out: Mapping[str, int]) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the file system and of decompression become DataError with the name of the file, and where it leads."""
+    """Turn errors of the file system and of decompression into DataError with the name of the file, and of its target
+    if it is a link.
+    """
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The rows of a JSON value that is no line: of a list, or objects one after another."""
+"""A parser of JSON that is not in lines, row by row: one list, or objects one after another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLANK = re.compile(r"[ \t\r\n]*+")
 
 
 def rows(parts: Iterator[str]) -> Iterator[Any]:
-    """Every row of the JSON that `parts` spell, one in memory at a time.
+    """Parse the rows of a JSON text that comes in parts, one row in memory at a time.
 
     Raises ValueError, also after it has given rows, where the parts are no such JSON or a row is above LARGEST.
     """
@@ -35,7 +35,7 @@ def rows(parts: Iterator[str]) -> Iterator[Any]:
 
 
 class _Text:
-    """What is left of a text; the start of it is in memory."""
+    """The unparsed rest of a text; its beginning is in memory."""
 
     def __init__(self, parts: Iterator[str]) -> None:
         self._parts, self._held, self.at = parts, "", 0
@@ -51,7 +51,7 @@ class _Text:
                 return self._held[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """The next value, which is then behind."""
+        """Parse the next value and move behind it."""
         self.mark()
         while True:
             try:
@@ -67,7 +67,7 @@ class _Text:
                     return found
 
     def _more(self) -> bool:
-        """Take in as much as is held, so that a row of n characters is parsed log n times; forget what is behind."""
+        """Read as much again as is held, so that a row of n characters is parsed log n times; drop the parsed part."""
         held = [self._held[self.at :]]
         size = len(held[0])
         if size > LARGEST:

@@ -1,4 +1,4 @@
-"""In which order and in what pieces documents are written, so that windows cut few of them."""
+"""Packing: the order and the pieces in which documents are written, so that windows cut few of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LongDocuments = Literal["continue", "cut"]
 class BestFit:
     """Windows of `window` tokens, each filled with whole documents.
 
-    A document of more tokens heads another window with what is left of it, a BOS before that, or loses it.
+    The rest of a longer document heads another window, after a BOS (`continue`), or is left out (`cut`).
     """
 
     window: int
@@ -28,7 +28,7 @@ class BestFit:
 
 @dataclass
 class Layout:
-    """The pieces of documents in the order in which they are written, and how many tokens of theirs are not."""
+    """Pieces of documents in the order in which they are written, and the number of tokens left out."""
 
     starts: array[int] = field(default_factory=lambda: array("q"))
     lengths: array[int] = field(default_factory=lambda: array("q"))
@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of all pieces, with a BOS for each."""
+        """Tokens of all pieces, with a BOS for each."""
         return sum(self.lengths)
 
     def extend(self, pieces: Iterable[Piece]) -> None:
@@ -47,18 +47,18 @@ class Layout:
 
 
 def concat(starts: Sequence[int], lengths: Sequence[int], order: Iterable[int]) -> Layout:
-    """Documents one after another; a window's edge cuts them wherever it falls."""
+    """Lay documents one after another; a window's edge cuts them wherever it falls."""
     layout = Layout()
     layout.extend((starts[i], lengths[i]) for i in order)
     return layout
 
 
 def best_fit(starts: Sequence[int], lengths: Sequence[int], order: Iterable[int], packing: BestFit) -> Layout:
-    """Windows that documents fill to the last token, no padding: the total is a multiple of the window.
+    """Fill windows with documents to the last token, without padding: the total is a multiple of the window.
 
-    Longest first, each into the fullest window that takes it (arXiv:2404.10830), among BLOCK pieces at a time. What did
-    not fill a window tries again with the next ones; what is left at the end is laid out one after another, and less
-    than a window of it is left out.
+    Longest first, each into the fullest window that takes it (arXiv:2404.10830), among BLOCK pieces at a time. Pieces
+    that did not fill a window try again with the next block; the rest at the end is laid out one after another, and
+    less than a window of it is left out.
     """
     layout = Layout()
     if packing.long_documents == "cut":
@@ -82,7 +82,7 @@ def best_fit(starts: Sequence[int], lengths: Sequence[int], order: Iterable[int]
 
 
 def _pieces(starts: Sequence[int], lengths: Sequence[int], order: Iterable[int], packing: BestFit) -> Iterator[Piece]:
-    """Documents in pieces of at most a window, each with a BOS of its own."""
+    """Cut documents into pieces of at most a window, each with a BOS of its own."""
     for i in order:
         start, length = starts[i], lengths[i]
         yield start, min(length, packing.window)
@@ -92,9 +92,9 @@ def _pieces(starts: Sequence[int], lengths: Sequence[int], order: Iterable[int],
 
 
 def _fill(pieces: list[Piece], window: int) -> tuple[list[Piece], list[Piece]]:
-    """Pieces of windows that are full, window by window, and the others.
+    """Best fit of pieces into windows: the pieces of full windows, window by window, and the others.
 
-    Where a window comes follows from its longest piece, and within it pieces keep their order: as random as theirs.
+    The place of a window follows from its longest piece, and within it pieces keep their order: as random as theirs.
     """
     open_windows: dict[int, list[list[int]]] = {}  # by the room they have
     rooms: list[int] = []  # sorted

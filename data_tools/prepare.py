@@ -56,7 +56,7 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything that says what a dataset will hold, and by how many processes it is made.
+    """Sources and options of a dataset to be prepared, and the number of processes.
 
     `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
     `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
@@ -85,7 +85,7 @@ class Preparation:
 
     @property
     def align(self) -> int:
-        """Tokens of which the start of a window is a multiple."""
+        """Grid of tokens on which windows start."""
         return self.packing.window if self.packing else 1
 
     def layout(self, documents: Documents) -> Layout:
@@ -96,19 +96,19 @@ class Preparation:
         return concat(documents.starts, documents.lengths, order)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Pass on how far a stage is, if anyone asked."""
+        """Call `progress`, if there is one."""
         if self.progress:
             self.progress(stage, done, total)
 
 
 def is_dataset(source: str) -> bool:
-    """Whether a recipe's source is a prepared folder, not text."""
+    """True if a recipe's source is a prepared folder, not text."""
     with naming(Path(source)):
         return (Path(source) / FILE).is_file()
 
 
 def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
-    """The folder of the one source's dataset: the source itself if it is one, else prepared once under `cache`.
+    """Find or prepare the dataset of one source: the source itself if it is one, else prepared once under `cache`.
 
     Any number of processes on any number of machines may call it at once: one prepares, the others wait for it.
     Raises DataError when the dataset was made with another tokenizer, or is not packed where `packing` is asked.
@@ -139,7 +139,7 @@ def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
 
 
 def find_dataset(preparation: Preparation, cache: Path) -> Path | None:
-    """The folder that `ensure_dataset` would find; None where it would prepare one, or read more than FOUND of text."""
+    """Find the folder that `ensure_dataset` would; None if it would prepare one, or read more than FOUND of text."""
     (source,) = preparation.sources
     if (Path(source) / FILE).exists():
         return Path(source)
@@ -153,7 +153,7 @@ def find_dataset(preparation: Preparation, cache: Path) -> Path | None:
 
 
 def _kept(preparation: Preparation, cache: Path) -> Path:
-    """Where the dataset of a source is kept: under a name that is its content's."""
+    """Path of a source's dataset in the cache, whose name is a hash of all that its content follows from."""
     (source,) = preparation.opened
     tokenizer, packing = preparation.tokenizer, preparation.packing
     arguments: list[int | str] = [1, source.name, source.sha256, tokenizer.sha256]
@@ -181,9 +181,9 @@ def prepare(preparation: Preparation, out: Path) -> Path:
 
 @contextmanager
 def _building(final: Path, wait: bool) -> Iterator[Path | None]:
-    """A hidden folder that becomes `final` if all goes well, or None if `final` was made while waiting for the lock.
+    """Lock and yield a hidden folder that becomes `final` if all goes well; None if `final` was made meanwhile.
 
-    What a process left there that was killed is used: its finished units (see `Spool`), not its shards.
+    Of a process that was killed the finished units are used (see `Spool`), not the shards.
     """
     hidden, lock = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.lock")
     try:
@@ -256,7 +256,7 @@ def _build(folder: Path, preparation: Preparation) -> None:
 
 
 def _documents(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> dict[str, Documents]:
-    """Encode everything into the spool; which documents are in which split.
+    """Encode everything into the spool and sort documents into splits.
 
     Content alone decides the split: adding documents moves none, and equal ones fall on one side.
     """
@@ -348,7 +348,7 @@ def _histogram(documents: Documents, layout: Layout) -> LengthsEntry:
 
 
 def _order(documents: Documents, seed: int) -> Iterator[int]:
-    """The shuffle of documents is the permutation before the first epoch's."""
+    """Shuffle documents: by the permutation before the first epoch's."""
     return (permute(len(documents.lengths), i, seed, epoch=-1) for i in range(len(documents.lengths)))
 
 
@@ -381,7 +381,7 @@ def _write_shards(folder: Path, header: ShardHeader, spool: Spool, layout: Layou
 
 
 def _counts(path: Path) -> Int64s:
-    """How often each id stands in a shard, which is read back for it: int64 [vocab_size]."""
+    """Count each id in a shard, which is read back for it: int64 [vocab_size]."""
     shard, span = Shard(path), 1 << 22
     counts = np.zeros(shard.header.vocab_size, np.int64)
     for start in range(0, shard.header.n_tokens, span):
@@ -391,7 +391,7 @@ def _counts(path: Path) -> Int64s:
 
 
 def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> Iterator[tuple[Piece, int]]:
-    """Every piece with how many ids it has, without BOS, in the order of the sources; the ids go to the spool."""
+    """Encode every piece, in the order of the sources, into the spool; yields (piece, number of its ids)."""
     total, done = sum(source.bytes for source in preparation.opened), 0
     for source in preparation.opened:
         pieces = source.pieces(preparation.reading, dropped)
@@ -407,7 +407,7 @@ def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> I
 
 
 def _whole(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Documents in one piece, for a tokenizer whose ids change where a text is cut."""
+    """Join the pieces of each document, for a tokenizer whose ids change where a text is cut."""
     texts: list[str] = []
     for piece in pieces:
         texts.append(piece.text)
@@ -417,7 +417,7 @@ def _whole(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _units(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Runs of pieces with about UNIT characters."""
+    """Group pieces into units of about UNIT characters."""
     unit: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -431,7 +431,7 @@ def _units(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _digest(unit: list[Piece]) -> str:
-    """SHA-256 of the texts and of where they begin."""
+    """SHA-256 of the texts and their lengths."""
     digest = hashlib.sha256()
     for piece in unit:
         text = piece.text.encode()
@@ -440,7 +440,7 @@ def _digest(unit: list[Piece]) -> str:
 
 
 def _workers(asked: int | None, source_bytes: int) -> int:
-    """As many as asked for, else one for each CPU that has enough to do; one where no process can be started."""
+    """Number of workers: as asked, else one for each CPU that has enough to do; one where no process can be started."""
     if multiprocessing.current_process().daemon:
         return 1
     return asked or max(1, min(len(os.sched_getaffinity(0)), source_bytes >> 22))
@@ -452,7 +452,7 @@ Found = tuple[list[Piece], str, list[int] | None]  # unit, its digest, ids in ea
 def _in_order(
     encode: Callable[[list[Piece]], list[Ids]], units: Iterable[list[Piece]], spool: Spool, workers: int
 ) -> Iterator[tuple[list[Piece], list[int]]]:
-    """(unit, ids in each of its pieces) in the order of the units, encoded here or in `workers` processes."""
+    """Encode units here or in `workers` processes; yields (unit, number of ids in each piece), in order."""
     found: Iterator[Found] = ((unit, digest, spool.recall(digest)) for unit in units for digest in [_digest(unit)])
     if workers == 1:
         for unit, digest, counts in found:

@@ -1,4 +1,4 @@
-"""The datasets that a recipe names: where they are when they are prepared, how often training reads them. No torch."""
+"""The datasets that a recipe names: their place in the cache, and the epochs that training reads of them. No torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lasptrain.recipe.sections import Data
 
 
 def cache_folder(data: Data) -> Path:
-    """Where prepared datasets are kept."""
+    """Folder in which prepared datasets are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(data.cache or f"{home}/lasptrain").expanduser()
 
 
 def sources(data: Data) -> list[tuple[str, Fraction]]:
-    """What is read, and the part of all windows that comes from it."""
+    """Sources, each with the share of all windows that comes from it."""
     if isinstance(data.source, str):
         return [(data.source, Fraction(1))]
     total = sum(Fraction(part.weight) for part in data.source)
@@ -30,7 +30,7 @@ def sources(data: Data) -> list[tuple[str, Fraction]]:
 
 
 def preparations(data: Data, progress: Progress | None = None) -> list[Preparation]:
-    """How each source is prepared."""
+    """Preparation of each source."""
     packing = BestFit(data.window, data.long_documents) if data.packing == "best_fit" else None
     return [
         Preparation(
@@ -53,7 +53,7 @@ def training_tokens(data: Data) -> list[int] | None:
 
 
 def epochs(data: Data, tokens: Sequence[int], windows: int) -> list[str]:
-    """How often so many windows read each source, which have so many tokens: a line for each that has some."""
+    """Format the epochs that so many `windows` read of each source, a line each; `tokens` are those of the sources."""
     return [
         f"{figures(float(order.epochs(count, data.window, windows * share)))} epochs of {name}: {count:,} tokens"
         for (name, share), count in zip(sources(data), tokens, strict=True)

@@ -1,4 +1,4 @@
-"""Where text comes from: the running Python's library, files and folders of text, folders of repositories."""
+"""Sources of text: the running Python's library, files and folders of text, folders of repositories."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Errors = Literal["fail", "replace", "skip"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How text is read: what happens to text that is not Unicode, which JSON key holds it, how many bad lines pass."""
+    """Options of reading: the policy for text that is not Unicode, the JSON key, and the bad lines tolerated."""
 
     errors: Errors = "fail"
     field: str = "text"
@@ -49,7 +49,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Document:
-    """One text, where it stands, and how many bytes of the source have been read with it."""
+    """A text, its place (file or file:line), and the bytes of the source read up to its end."""
 
     place: str
     text: str
@@ -58,10 +58,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a document, in order; of the `last` one, `kept` says whether the document counts.
-
-    What is not kept has been counted in `dropped`.
-    """
+    """A piece of a document, in order; a document whose `last` piece is not `kept` has been counted as dropped."""
 
     place: str
     text: str
@@ -76,10 +73,10 @@ Part = tuple[str, str | None, int, bool]
 
 @dataclass(frozen=True)
 class Source:
-    """A named list of files in the order they are read. `root` is what their names are relative to.
+    """A named list of files in the order they are read; their names are relative to `root`.
 
-    `repositories`: the files of each folder right below `root` are one document. `left_out`: what stands beside the
-    files and is not read, by kind.
+    `repositories`: the files of each folder right below `root` are one document. `left_out`: number of files beside
+    them that are not read, by kind.
     """
 
     name: str
@@ -104,7 +101,7 @@ class Source:
         return digest.hexdigest()
 
     def documents(self, reading: Reading, dropped: Counter[str]) -> Iterator[Document]:
-        """Every document that has text; the others are counted in `dropped`.
+        """Read every document that has text; count the others in `dropped`.
 
         Raises DataError with file and line for what `reading` does not tolerate.
         """
@@ -117,7 +114,7 @@ class Source:
                 texts = []
 
     def pieces(self, reading: Reading, dropped: Counter[str]) -> Iterator[Piece]:
-        """Every document, piece by piece: of a text file of any size only a few MiB are in memory."""
+        """Read every document piece by piece: of a text file of any size only a few MiB are in memory."""
         cutter, blank = Cutter(), True
         for place, text, done, last in (
             self._repositories(dropped) if self.repositories else self._files(reading, dropped)
@@ -148,7 +145,7 @@ class Source:
                 done += size
 
     def _repositories(self, dropped: Counter[str]) -> Iterator[Part]:
-        """Of each repository its text files one after another, each under its name."""
+        """Read the text files of each repository one after another, each under its name."""
         done = 0
         for name, files in groupby(self.files, key=lambda path: path.relative_to(self.root).parts[0]):
             between = ""
@@ -167,7 +164,7 @@ class Source:
 
 
 def open_source(spec: str, tests: bool = False) -> Source:
-    """The source of that name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below;
+    """Open a source by name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below;
     `repositories:FOLDER` takes each folder in it as one document.
 
     Links are followed; a file that they lead to twice is read once. Raises DataError when there is nothing to read, or
@@ -198,7 +195,7 @@ def open_source(spec: str, tests: bool = False) -> Source:
 
 
 def left_out(specs: Iterable[str]) -> dict[str, int]:
-    """What stands beside the files of all these sources and is not read, by kind."""
+    """Count the files of all these sources that are not read, by kind."""
     return dict(sum((Counter(open_source(spec).left_out) for spec in specs), Counter[str]()))
 
 
@@ -231,7 +228,7 @@ def _size(path: Path) -> int:
 
 
 def _code(content: bytes) -> str | None:
-    """The text of a file of a repository, or None if it is no text, or so long that nobody wrote it."""
+    """Decode a file of a repository; None if it is no text, or so long that nobody wrote it."""
     if len(content) > LARGEST_CODE or b"\0" in content:
         return None
     try:
@@ -241,7 +238,7 @@ def _code(content: bytes) -> str | None:
 
 
 def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
-    """Each text of a file."""
+    """Read each text of a file."""
     if path.suffix == ".py":
         text = _python(raw.read())
         if text is None:
@@ -275,7 +272,7 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
 
 
 def _is_no_line(line: bytes) -> bool:
-    """Whether a file that begins with this line is a list, or holds objects that take several lines each."""
+    """True if a file that begins with this line is a list, or holds objects that take several lines each."""
     line = line.strip()
     return line.startswith(b"[") or line == b"{"
 
@@ -283,7 +280,7 @@ def _is_no_line(line: bytes) -> bool:
 def _json_value(
     path: Path, content: Iterable[bytes], reading: Reading, dropped: Counter[str]
 ) -> Iterator[tuple[str, str]]:
-    """(place, text) of each row of JSON that is not in lines; DataError where it is no such JSON."""
+    """Read (place, text) of each row of JSON that is not in lines. Raises DataError where it is no such JSON."""
     number = 0
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # what is not UTF-8 is found in its row
     try:
@@ -297,7 +294,7 @@ def _json_value(
 
 
 def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]) -> Iterator[tuple[str | None, bool]]:
-    """(text, whether it is the last) of a file that is one document, READ bytes at a time."""
+    """Read a file that is one document, READ bytes at a time: yields (text, True at the end)."""
     first = True
     for text in _decoded(f"{path}", iter(lambda: stream.read(READ), b""), reading, dropped):
         if text is None:
@@ -309,7 +306,7 @@ def _plain(path: Path, stream: BinaryIO, reading: Reading, dropped: Counter[str]
 
 
 def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Counter[str]) -> Iterator[str | None]:
-    """The text of bytes, part by part; None, and nothing more, where the policy drops what is not UTF-8."""
+    """Decode bytes part by part; yields None, and nothing more, where the policy drops text that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     before = 0
     for part in chain(content, (b"",)):
@@ -327,7 +324,7 @@ def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Co
 
 
 def _whole_line(begin: bytes, stream: BinaryIO, place: str) -> bytes:
-    """A line of which the beginning has been read. Raises DataError above LONGEST_LINE bytes, before it reads more."""
+    """Read the rest of a line. Raises DataError above LONGEST_LINE bytes, before it reads more."""
     rest = 0 if begin.endswith(b"\n") else max(0, LONGEST_LINE + 1 - len(begin))
     line = begin + stream.readline(rest)
     if len(line) > LONGEST_LINE:
@@ -336,7 +333,7 @@ def _whole_line(begin: bytes, stream: BinaryIO, place: str) -> bytes:
 
 
 def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
-    """The content of a file that is packed as its ending says; SetupError where the library for it is missing."""
+    """Decompress a file as its ending says. Raises SetupError where the library for it is missing."""
     match packed:
         case ".gz":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
@@ -357,7 +354,7 @@ def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
 
 
 def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
-    """The text of each row of a parquet file."""
+    """Read the text of each row of a parquet file. Raises SetupError without pyarrow, DataError for a bad file."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -380,14 +377,14 @@ def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[Part]
 
 
 def _malformed(problem: str, reading: Reading, dropped: Counter[str]) -> None:
-    """Counts a line that holds no text; DataError when there are too many."""
+    """Count a line that holds no text. Raises DataError when there are too many."""
     dropped["malformed"] += 1
     if dropped["malformed"] > reading.max_bad:
         raise DataError(f"{problem}; {reading.max_bad} such lines are tolerated, see prepare --max-bad")
 
 
 def _python(content: bytes) -> str | None:
-    """The text of a Python file in its declared encoding, or None if it is not in it."""
+    """Decode a Python file in its declared encoding; None if it is not in it."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         return content.decode(encoding)
@@ -427,7 +424,7 @@ def _row_text(row: Any, place: str, reading: Reading, dropped: Counter[str]) -> 
 
 
 def _surrogate(text: str) -> str | None:
-    """What is wrong with a text that has half of a character."""
+    """Describe the first lone surrogate of a text; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -440,7 +437,7 @@ def _without_surrogates(text: str) -> str:
 
 
 def _invalid(problem: str, repaired: str, reading: Reading, dropped: Counter[str]) -> str | None:
-    """What the policy makes of text that is not Unicode."""
+    """Apply the policy to text that is not Unicode: `repaired`, None to leave it out, or DataError."""
     match reading.errors:
         case "fail":
             raise DataError(f"{problem}; prepare --errors replace, or skip, takes it")

@@ -1,4 +1,4 @@
-"""Ids on their way from text to shards, unit by unit; a run that goes on after a kill finds those that were done."""
+"""Encoded ids between text and shards, unit by unit; a run that goes on after a kill reuses finished units."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Spool:
         self._journal.close()
 
     def recall(self, digest: str) -> list[int] | None:
-        """Ids in each piece of the next unit, if an earlier run has encoded this one; asked before any `add`."""
+        """Number of ids in each piece of the next unit, None if no earlier run has encoded it; before any `add`."""
         if not self._known:
             return None
         line = self._known.popleft()
@@ -74,7 +74,7 @@ class Spool:
         return list(counts) if len(data) == size and zlib.crc32(data) == crc else None
 
     def add(self, digest: str, pieces: Sequence[Ids]) -> list[int]:
-        """Append a unit: integers [tokens] for each piece. How many ids each has."""
+        """Append a unit: integers [tokens] for each piece. Returns the number of ids in each."""
         self._known.clear()
         self._ids.truncate(self.bytes)  # what an earlier run wrote last may be half a unit
         self._journal.truncate(self._journal_bytes)
@@ -90,7 +90,7 @@ class Spool:
         return counts
 
     def read(self, start: int, count: int) -> Iterator[Ids]:
-        """Ids [start, start + count), READ at a time."""
+        """Read ids [start, start + count), READ at a time."""
         size = self.dtype.itemsize
         for at in range(start, start + count, READ):
             length = min(READ, start + count - at) * size
@@ -98,7 +98,7 @@ class Spool:
 
 
 class Documents:
-    """Where the documents of one split lie in the spool, and how many tokens each has, BOS included."""
+    """Documents of one split: their starts in the spool, tokens with BOS, and digests."""
 
     def __init__(self) -> None:
         self.starts = array("q")
@@ -108,7 +108,7 @@ class Documents:
 
     @property
     def tokens(self) -> int:
-        """Of all documents."""
+        """Tokens of all documents."""
         return sum(self.lengths)
 
     def add(self, start: int, length: int, text_bytes: int, digest: int) -> None:

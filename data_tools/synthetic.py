@@ -40,7 +40,7 @@ MOST_PAIRS, LEAST_CHARACTERS_PER_PAIR = 256, 250
 
 
 def _word(of: random.Random) -> str:
-    """A name that no text has: three syllables and two digits."""
+    """Draw a name that no text has: three syllables and two digits."""
     syllables = (of.choice(CONSONANTS) + of.choice(VOWELS) for _ in range(3))
     return "".join(syllables) + str(of.randrange(10, 100))
 
@@ -87,7 +87,7 @@ def _tracking(of: random.Random, characters: int, chains: int = 2, length: int =
 
 
 def pairs(of: random.Random, count: int, keys: Sequence[str] = LONG_KEYS) -> dict[str, str]:
-    """So many different keys, each with a capital letter."""
+    """Draw so many different keys, each with a capital letter."""
     return {key: of.choice(LETTERS).upper() for key in of.sample(keys, count)}
 
 
@@ -99,7 +99,7 @@ FACTS: dict[Kind, Callable[[random.Random, int], Facts]] = {
 
 
 class Document(NamedTuple):
-    """A text with facts hidden in it, and what is asked at its end."""
+    """A text with facts hidden in it, and the questions at its end."""
 
     body: str
     questions: list[tuple[str, list[str]]]  # and their answers
@@ -108,14 +108,14 @@ class Document(NamedTuple):
 
     @property
     def row(self) -> dict[str, Any]:
-        """As something to be learnt: all questions with their answers."""
+        """Row of training text: all questions with their answers."""
         end = "." if self.step else ""
         asked = " ".join(f"{question}{self.step}{', '.join(answers)}{end}" for question, answers in self.questions)
         return {"text": f"{self.body}{self.gap}{asked}"}
 
     @property
     def prompt(self) -> dict[str, Any]:
-        """As something to be asked (`lasptrain eval --file`): the first question."""
+        """Row of prompts (`lasptrain eval --file`): the first question."""
         question, answers = self.questions[0]
         prompt = f"{self.body}{self.gap}{question}"
         if not self.step:
@@ -124,9 +124,9 @@ class Document(NamedTuple):
 
 
 def _repeated(of: random.Random, characters: int) -> Document:
-    """About as many characters of pairs, and one more as a question.
+    """Draw about as many characters of pairs, and one more as a question.
 
-    Half of the documents have keys of one letter, and some have two keys only: what is learnt first. The mean time
+    Half of the documents have keys of one letter, and some have two keys only, which are learnt first. The mean time
     until a key returns is spread evenly, by its logarithm, up to about half of the document, so that every distance is
     asked for. In three of four documents, if they are long enough, noise parts them in up to four places, and leaves
     them a half to a fiftieth of all: distance without anything to be remembered.
@@ -147,15 +147,15 @@ def _repeated(of: random.Random, characters: int) -> Document:
 
 
 def _split(of: random.Random, count: int) -> list[int]:
-    """`count` in up to four parts."""
+    """Split `count` into up to four random parts."""
     edges = sorted({0, count, *(of.randint(0, count) for _ in range(of.randrange(4)))})
     return [b - a for a, b in pairwise(edges)]
 
 
 def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number: int) -> Document:
-    """Document `number`: `text` from a place of its own on, with facts hidden between its lines.
+    """Make document `number`: `text` from a random place on, with facts hidden between its lines.
 
-    About as many characters as drawn from `lengths`, so that documents of 1 to 2, 2 to 4, … thousand hold the same
+    Its characters are drawn from `lengths`, so that documents of 1 to 2, 2 to 4, … thousand hold the same
     share of all text: the many short ones teach what the few long ones then ask for. `text` goes round where it is
     shorter.
     """
@@ -180,7 +180,7 @@ def document(kind: Kind, text: str, lengths: tuple[int, int], seed: int, number:
 
 
 def documents(kind: Kind, texts: Sequence[str], lengths: tuple[int, int], count: int, seed: int) -> Iterator[Document]:
-    """`count` documents over `texts`, one after another. Raises DataError where these hold nothing."""
+    """Make `count` documents over `texts`, one after another. Raises DataError where these hold nothing."""
     text = "\n".join(texts)
     if kind != "pairs" and not text.strip():
         raise DataError("0 characters of text to hide facts in")
@@ -188,7 +188,7 @@ def documents(kind: Kind, texts: Sequence[str], lengths: tuple[int, int], count:
 
 
 def write(file: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes JSON lines to a new file, complete or not at all; how many."""
+    """Write JSON lines to a new file, complete or not at all. Returns their number; raises SetupError if it exists."""
     if file.exists():
         raise SetupError(f"{file}: it exists; documents are written to a new file")
     file.parent.mkdir(parents=True, exist_ok=True)

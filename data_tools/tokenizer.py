@@ -1,4 +1,4 @@
-"""Tokenizers: a sentencepiece model or raw bytes behind one shape, how a model is trained, where long texts are cut."""
+"""Tokenizers: sentencepiece, tokenizer.json or raw bytes behind one protocol; training; cutting of long texts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Tokenizer(Protocol):
-    """Text ↔ ids. `encode` never emits BOS; `token_bytes[i]` is how many bytes of text id i stands for."""
+    """Text ↔ ids. `encode` never emits BOS; `token_bytes[i]` is the number of bytes of text of id i."""
 
     name: str
     sha256: str
@@ -49,10 +49,10 @@ class Tokenizer(Protocol):
     token_bytes: list[int]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS."""
+        """Encode a text, without BOS."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. BOS and ids outside of the vocabulary stand for nothing."""
+        """Decode ids. BOS and ids outside of the vocabulary stand for nothing."""
 
 
 class ByteTokenizer:
@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
     """A sentencepiece model read from a file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a file that is no model, or a model without BOS."""
+        """Read a model. Raises DataError for a file that is no model, or a model without BOS."""
         try:
             content = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -111,7 +111,7 @@ class FastTokenizer:
     """A `tokenizer.json` of Hugging Face's tokenizers; the package `tokenizers` reads it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a file that is no tokenizer or names no BOS, or where the package is missing."""
+        """Read a tokenizer. Raises DataError for a file that is none or names no BOS, or without the package."""
         try:
             from tokenizers import Tokenizer as Reader
         except ImportError:
@@ -158,7 +158,7 @@ class FastTokenizer:
 
 
 def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
-    """The BOS that the configuration beside a tokenizer names, or the first token that it puts before a text."""
+    """Find BOS: named in the configuration beside a tokenizer, or the first token that it puts before a text."""
     try:
         named = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("bos_token")
     except (OSError, ValueError):
@@ -173,7 +173,7 @@ def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer of a path: a sentencepiece model, or a tokenizer.json; or the built-in one for "bytes"."""
+    """Load the tokenizer of a path, a sentencepiece model or a tokenizer.json, or the built-in one for "bytes"."""
     if str(spec) == BYTES:
         return ByteTokenizer()
     return FastTokenizer(Path(spec)) if Path(spec).suffix == ".json" else SentencePieceTokenizer(Path(spec))
@@ -195,19 +195,19 @@ def train(texts: Iterable[str], vocab: int) -> bytes:
 
 
 def cut(text: str, longest: int = PIECE) -> Iterator[str]:
-    """Pieces of about `longest` characters that BPE encodes to the same ids as the whole."""
+    """Cut a text into pieces of about `longest` characters that BPE encodes to the same ids as the whole."""
     return Cutter(longest).add(text, last=True)
 
 
 class Cutter:
-    """Cuts a text that comes in parts, however long, where `cut` would cut the whole; holds LONGEST and one part."""
+    """Incremental `cut` for a text that comes in parts, however long: the same pieces; holds LONGEST and one part."""
 
     def __init__(self, longest: int = PIECE) -> None:
         self._longest = longest
         self._rest = ""
 
     def add(self, text: str, last: bool) -> Iterator[str]:
-        """The pieces whose ends are certain with this part of the text; with its last part, all."""
+        """Take a part of the text; yields the pieces whose ends are then certain, with the `last` part all."""
         text, start = self._rest + text, 0
         while len(text) - start > (self._longest if last else self._longest + LONGEST):
             end = _cut_place(text, start, self._longest)
@@ -219,7 +219,7 @@ class Cutter:
 
 
 def cuts_safely(tokenizer: Tokenizer, texts: Iterable[str], probes: int = 1000) -> bool:
-    """Whether cutting at good places changed no id at up to `probes` places of these texts."""
+    """True if cutting changed no id at up to `probes` good places of these texts."""
     for text in texts:
         places = list(GOOD_PLACE.finditer(text, 1))
         for match in places[:: max(1, len(places) // 10)]:
@@ -234,8 +234,8 @@ def cuts_safely(tokenizer: Tokenizer, texts: Iterable[str], probes: int = 1000) 
 
 
 class Check(NamedTuple):
-    """What a tokenizer does to texts. `changed` names those that do not come back, with the first character that is
-    another one; `cuts` is whether long texts may be cut; `differing` counts texts that another tokenizer encodes
+    """Result of a tokenizer's check. `changed` names the texts that do not come back, with the first character that
+    differs; `cuts`: long texts may be cut; `unknown` counts tokens, `differing` texts that another tokenizer encodes
     otherwise.
     """
 
@@ -253,7 +253,7 @@ class Check(NamedTuple):
 
 
 def check(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], other: Tokenizer | None = None) -> Check:
-    """How a tokenizer fares on (place, text) pairs: round trip, unknown pieces, cuts, parity with another one.
+    """Check a tokenizer on (place, text) pairs: round trip, unknown pieces, cuts, parity with another one.
 
     U+2581, sentencepiece's own sign for the space, comes back as a space; that is no failure.
     """
@@ -278,7 +278,9 @@ def check(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], other: Tokeniz
 
 
 def _cut_place(text: str, start: int, longest: int) -> int:
-    """After the last newline that keeps the piece short; else before a space that follows a non-space; else late."""
+    """Find the end of a piece: after the last newline that keeps it short; else before a space that follows a
+    non-space; else late.
+    """
     newline = text.rfind("\n", start, start + longest)
     if newline >= 0:
         return newline + 1

@@ -1,4 +1,4 @@
-"""What training reads of datasets: the text of a window, and the shares of several sources."""
+"""Windows as training reads them: their text, the time to read them, and the shares of several sources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lasptrain.run.folder import RECIPE, recipe_of
 
 @dataclass(frozen=True)
 class WindowText:
-    """What a window of a dataset holds: its documents with the tokens they span, and how each begins and ends."""
+    """Text of a window: documents as (first token, end, text). Prints the beginning and the end of each."""
 
     folder: Path
     place: int
@@ -40,7 +40,7 @@ def _ends(text: str, most: int = 60) -> str:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How several sources come together: a line for each."""
+    """Shares and epochs of several sources: a line for each."""
 
     lines: tuple[str, ...]
 
@@ -51,7 +51,7 @@ class Mixing:
 def show_window(
     folder: Path, tokenizer_path: str, window: int, sample: int, seed: int, split: str, at: int | None = None
 ) -> WindowText:
-    """The window that a sample reads, or that starts `at` a token, as text; documents that began before it stand first,
+    """Decode the window that a sample reads, or that starts `at` a token; documents that began before it stand first,
     without a BOS.
 
     Raises DataError for another tokenizer than the dataset's, or a split without such a window.
@@ -65,7 +65,7 @@ def show_window(
 
 
 def show_windows(run: Path, step: int | None = None, at: int | None = None) -> tuple[WindowText, ...]:
-    """The windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded.
+    """Decode the windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded.
 
     Raises RecipeError for a step beyond the recipe's last, DataError for a place that is in no source.
     """
@@ -121,7 +121,7 @@ class Timing:
 
 
 def time_reading(folder: Path, tokens: int, reads: int = 100) -> Timing:
-    """How long one thread takes for a slice of the training split, where samples would read it."""
+    """Time one thread reading slices of the training split, where samples would read them."""
     split = TokenDataset.open(folder).whole("train")
     starts = [permute(split.tokens, i, seed=0) for i in range(min(reads, split.tokens))]
     seconds = []
@@ -134,7 +134,7 @@ def time_reading(folder: Path, tokens: int, reads: int = 100) -> Timing:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What training waits for its data while the next window is read beside it: seconds a step, share of a step."""
+    """Time that training waits for data while the next window is read beside it: mean seconds, share of a step."""
 
     window: int
     rate: float  # tokens/s
@@ -150,7 +150,7 @@ class Waiting:
 
 
 def time_waiting(folder: Path, window: int, rate: float, steps: int) -> Waiting:
-    """How long a rank that uses so many tokens/s of the training split waits for its windows, but for the first."""
+    """Time a rank that uses `rate` tokens/s of the training split waiting for its windows, but for the first."""
     dataset = TokenDataset.open(folder)
     loader = SliceLoader(
         dataset.whole("train"),
@@ -179,7 +179,7 @@ def time_waiting(folder: Path, window: int, rate: float, steps: int) -> Waiting:
 
 
 def preview(recipe: Recipe) -> Mixing:
-    """What a recipe's training will read of each of its sources; prepares those that never were."""
+    """Preview the share and the epochs of each source that a recipe reads; prepares those that never were."""
     data, train = recipe.data, recipe.train
     dataset = open_dataset(data)
     parts, counts = [dataset], [data.mix_block]

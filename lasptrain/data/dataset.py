@@ -30,24 +30,24 @@ class Split:
         self.tokens = self._ends[-1] if shards else 0
 
     def window_start(self, window: int, seed: int, sample: int) -> int:
-        """The token where a sample's window starts."""
+        """Token at which a sample's window starts."""
         return window_start(self.tokens, window, self.align, seed, sample)
 
     def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
-        """Whether a sample begins to read tokens again: 0, and the number of the epoch, 2 or more."""
+        """(0, number of the epoch, 2 or more) if a sample begins to read tokens again, else None."""
         number = self.epoch(window, sample)
         return (0, number) if number > self.epoch(window, sample - 1) else None
 
     def epoch(self, window: int, sample: int) -> int:
-        """The number of the epoch in which a sample ends; 1 before the first one too."""
+        """Number of the epoch in which a sample ends; 1 before the first one too."""
         return max(1, math.ceil(epochs(self.tokens, window, sample + 1)))
 
     def validation_starts(self, window: int) -> Sequence[int]:
-        """Where windows start that are cut from the start of the split, without shift or shuffle."""
+        """Starts of windows cut from the start of the split, without shift or shuffle."""
         return range(0, self.tokens // window * window, window)
 
     def read(self, start: int, count: int) -> torch.Tensor:
-        """Tokens [start, start + count) of the ring: int64 [count].
+        """Read tokens [start, start + count) of the ring: int64 [count].
 
         Every block touched, every id, and the number of BOS are verified. Raises DataError with shard and place.
         """
@@ -69,7 +69,7 @@ class Split:
 
 
 class Windows(Protocol):
-    """Where windows come from: one split, or several mixed. A place is where a window, or a slice of it, starts."""
+    """One split, or several mixed. A place is the start of a window or of a slice of it."""
 
     name: str
     tokens: int  # of the shortest ring
@@ -79,13 +79,13 @@ class Windows(Protocol):
         """Place of the window that a sample reads."""
 
     def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
-        """Number of the source of which a sample begins to read tokens again, and of the epoch that begins, if so."""
+        """(source, epoch) by number if a sample begins to read tokens of a source again, else None."""
 
     def validation_starts(self, window: int) -> Sequence[int]:
         """Places of fixed windows, for validation."""
 
     def read(self, start: int, count: int) -> torch.Tensor:
-        """Tokens from a place on: int64 [count]."""
+        """Read tokens from a place on: int64 [count]."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class TokenDataset:
         return cls(folder, manifest, splits)
 
     def whole(self, name: str) -> Split:
-        """The split of that name of one dataset."""
+        """Split of that name of a dataset that is not mixed."""
         split = self.split(name)
         assert isinstance(split, Split)
         return split
 
     def split(self, name: str) -> Windows:
-        """The split of that name. Raises DataError when there is none."""
+        """Split of that name. Raises DataError when there is none."""
         if name not in self.splits:
             raise DataError(f"{self.folder}: no split {name!r}, it has {', '.join(sorted(self.splits)) or 'none'}")
         return self.splits[name]
@@ -133,7 +133,7 @@ class TokenDataset:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this."""
+        """Number of ids."""
         return self.manifest.tokenizer.vocab_size
 
     @property

@@ -21,8 +21,8 @@ from lasptrain.ops.cross_entropy import IGNORED
 class Slice(NamedTuple):
     """This rank's piece of one segment, for b windows.
 
-    tokens, labels: int64 [b, C]. doc: int32 [b, C], how many documents have started in the slice up to and including
-    the token, or None where documents are not kept apart.
+    tokens, labels: int64 [b, C]. doc_ids: int32 [b, C], number of documents that have started in the slice up to and
+    including the token, or None where documents are not kept apart.
     """
 
     tokens: torch.Tensor
@@ -30,7 +30,7 @@ class Slice(NamedTuple):
     doc_ids: torch.Tensor | None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Slice:
-        """The same slice on a device."""
+        """Copy to a device."""
         doc_ids = None if self.doc_ids is None else self.doc_ids.to(device, non_blocking=non_blocking)
         return Slice(
             self.tokens.to(device, non_blocking=non_blocking),
@@ -39,7 +39,7 @@ class Slice(NamedTuple):
         )
 
     def pinned(self) -> Slice:
-        """The same slice in page-locked memory, from which a GPU copies while its host goes on."""
+        """Copy to page-locked memory, from which a GPU copies while its host goes on."""
         doc_ids = None if self.doc_ids is None else self.doc_ids.pin_memory()
         return Slice(self.tokens.pin_memory(), self.labels.pin_memory(), doc_ids)
 
@@ -99,24 +99,24 @@ class SliceLoader:
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def window_starts(self, step: int) -> list[int]:
-        """The place of each of the global batch's windows of a step."""
+        """Places of the global batch's windows of a step."""
         first = step * self.batch
         samples = range(first, first + self.batch)
         return [self.split.window_start(self.window, self.seed, sample) for sample in samples]
 
     def epochs_begun(self, step: int) -> dict[int, int]:
-        """Sources of which a step begins to read tokens again, by number, and which epoch of each it is, from 2 on."""
+        """{source: epoch} by number, epochs from 2 on, of the sources whose tokens a step begins to read again."""
         samples = range(step * self.batch, (step + 1) * self.batch)
         return dict(filter(None, (self.split.begins(self.window, self.seed, sample) for sample in samples)))
 
     def read_step(self, step: int) -> list[MicroBatch]:
-        """What this rank trains on in a step: of its windows d, d + dp, …, `micro_batch` at a time."""
+        """Read this rank's slices of a step: windows dp_rank, dp_rank + dp, …, `micro_batch` at a time."""
         starts = self.window_starts(step)[self.dp_rank :: self.dp]
         groups = range(0, len(starts), self.micro_batch)
         return [self._micro_batch(starts[i : i + self.micro_batch]) for i in groups]
 
     def step(self, step: int) -> list[MicroBatch]:
-        """`read_step(step)`, normally read already, and a thread starts on the next; its errors are raised here."""
+        """`read_step(step)`, normally read ahead, while a thread starts on the next; its errors are raised here."""
         if self._thread is None:
             return self.read_step(step)
         ahead = self._ahead.pop(step, None) or self._thread.submit(self.read_step, step)
@@ -130,7 +130,7 @@ class SliceLoader:
         return self.split.validation_starts(self.window)
 
     def validation_rounds(self, windows: int) -> int:
-        """How many times `validation_slices` is asked, by every rank, to cover the first `windows` windows."""
+        """Number of calls of `validation_slices`, by every rank, that cover the first `windows` windows."""
         fit = len(self._held_out)
         if windows > fit:
             raise DataError(

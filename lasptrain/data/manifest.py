@@ -1,4 +1,4 @@
-"""`dataset.json`: what a folder of shards holds. Written last; a folder without it is not a dataset."""
+"""`dataset.json`, the manifest of a folder of shards. Written last; a folder without it is not a dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Entry(BaseModel):
 
 
 class ShardEntry(_Entry):
-    """One shard. `identity` is what `Shard.identity` must be, `sha256` that of the whole file. Names are plain."""
+    """One shard. `identity` must equal `Shard.identity`; `sha256` is that of the whole file. Names are plain."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.ltok$")
     split: str
@@ -34,7 +34,7 @@ class ShardEntry(_Entry):
 
 
 class TokenizerEntry(_Entry):
-    """The tokenizer the shards were made with; `token_bytes` is how many bytes of text each id stands for."""
+    """The tokenizer the shards were made with; `token_bytes` is the number of bytes of text of each id."""
 
     name: str
     sha256: Sha256
@@ -44,8 +44,8 @@ class TokenizerEntry(_Entry):
 
 
 class OrderEntry(_Entry):
-    """How documents were laid out: shuffled once with `seed`, then one after another, windows starting anywhere; or by
-    best fit, windows starting at multiples of `align`, which documents fill to the last token.
+    """Layout of documents: shuffled once with `seed`, then one after another, windows starting anywhere; or by best
+    fit, windows starting at multiples of `align`, which documents fill to the last token.
     """
 
     seed: int
@@ -54,8 +54,8 @@ class OrderEntry(_Entry):
 
 
 class SplitEntry(_Entry):
-    """Totals of one split; `bytes` is the text that its tokens stand for, `duplicates` the documents that had been
-    there before. A document counts as often as it has pieces.
+    """Totals of one split; `bytes` is the size of its text, `duplicates` the documents that had been there before. A
+    document counts as often as it has pieces.
     """
 
     tokens: Count
@@ -67,8 +67,8 @@ class SplitEntry(_Entry):
 class LengthsEntry(_Entry):
     """Lengths of the training documents: element i of a histogram is for 2^i <= tokens < 2^(i+1).
 
-    `cut` is, for each window length, the share of documents that a window's edge would cut
-    where windows start at its multiples.
+    `cut` is, for each window length, the share of documents that a window's edge cuts if windows start at its
+    multiples.
     """
 
     documents: tuple[Count, ...]
@@ -77,7 +77,7 @@ class LengthsEntry(_Entry):
 
 
 class SourceEntry(_Entry):
-    """Where the text came from; `sha256` covers the names and contents of its files."""
+    """Source of the text; `sha256` covers the names and contents of its files."""
 
     name: str
     files: Count
@@ -100,7 +100,7 @@ class Manifest(_Entry):
     shards: tuple[ShardEntry, ...]
 
     def computed_fingerprint(self) -> str:
-        """SHA-256 of what determines every token a run sees: shards, tokenizer and order, not folder, time or names."""
+        """SHA-256 of all that determines the tokens of a run: shards, tokenizer, order; not folder, time or names."""
         shards = [[shard.sha256, shard.tokens, shard.split] for shard in self.shards]
         content = [shards, self.tokenizer.model_dump(exclude={"name"}), self.order.model_dump()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

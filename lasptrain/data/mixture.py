@@ -1,4 +1,4 @@
-"""Several datasets in fixed shares: which of them a sample reads is as pure a function of (seed, sample) as where.
+"""Several datasets in fixed shares: the dataset and the place that a sample reads are a function of (seed, sample).
 
 Of every block of `sum(counts)` samples, dataset k gives exactly counts[k] windows, at places that a permutation of the
 block says; each has its own ring, order and epochs. A window comes from one dataset.
@@ -48,7 +48,7 @@ def shares(weights: Sequence[float], block: int) -> list[int]:
 
 
 class Mixture:
-    """The same split of several datasets. A place is `number of the dataset · SPAN + token of its ring`."""
+    """One split of several datasets. A place is `number of the dataset · SPAN + token of its ring`."""
 
     def __init__(self, splits: Sequence[Split], counts: Sequence[int]):
         self.splits, self.counts = splits, counts
@@ -58,7 +58,7 @@ class Mixture:
         self._ends = list(accumulate(counts))
 
     def sample(self, seed: int, sample: int) -> tuple[int, int]:
-        """(dataset, its own sample) of a sample."""
+        """Map a sample to (number of the dataset, sample of that dataset)."""
         block, place = divmod(sample, self._ends[-1])
         slot = permute(self._ends[-1], place, splitmix64(seed), block)
         number = bisect_right(self._ends, slot)
@@ -71,7 +71,7 @@ class Mixture:
         return number * SPAN + self.splits[number].window_start(window, seed, own)
 
     def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
-        """Number of the source of which a sample begins to read tokens again, and of the epoch that begins, if so."""
+        """(source, epoch) by number if a sample begins to read tokens of a source again, else None."""
         number, own = self.sample(seed, sample)
         split, first = self.splits[number], own - own % self.counts[number]
         epoch = split.epoch(window, own)
@@ -88,33 +88,33 @@ class Mixture:
         return [k * SPAN + p[i] for i in range(longest) for k, p in enumerate(places) if i < len(p)]
 
     def read(self, start: int, count: int) -> torch.Tensor:
-        """Tokens [start, start + count) of the ring that the place is in: int64 [count]."""
+        """Read tokens [start, start + count) of the ring that the place is in: int64 [count]."""
         number, token = divmod(start, SPAN)
         return self.splits[number].read(token, count)
 
 
 @dataclass(frozen=True)
 class MixedDataset(TokenDataset):
-    """Datasets in shares; what is not theirs together is that of the first."""
+    """Datasets in shares; folder and manifest are those of the first."""
 
     parts: tuple[TokenDataset, ...] = ()
     counts: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the datasets' own and their shares."""
+        """SHA-256 over the datasets' fingerprints and shares."""
         content = [[part.fingerprint, count] for part, count in zip(self.parts, self.counts, strict=True)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def unigram_entropy(self) -> float:
-        """Mean over windows: what a model of token frequencies would reach that knows a window's dataset."""
+        """Mean over windows, nats per token: of a model of token frequencies that knows a window's dataset."""
         pairs = zip(self.parts, self.counts, strict=True)
         return sum(part.unigram_entropy * count for part, count in pairs) / sum(self.counts)
 
 
 def mix(parts: Sequence[TokenDataset], weights: Sequence[float], block: int) -> TokenDataset:
-    """The datasets in shares of `weights`; raises DataError where they were made with different tokenizers."""
+    """Mix datasets in shares of `weights`. Raises DataError where they were made with different tokenizers."""
     first = parts[0]
     for part in parts[1:]:
         if part.tokenizer_sha256 != first.tokenizer_sha256:

@@ -1,4 +1,4 @@
-"""Which window a sample reads: a pure function of (seed, sample), computed in constant time and stored nowhere.
+"""Data order: the window of a sample is a pure function of (seed, sample), computed in constant time, never stored.
 
 A split of `total` tokens is a ring: its end joins its start at a document edge. Each epoch cuts it into
 W = total // window windows from a shifted start and visits them in the order of a Feistel permutation, so every window
@@ -16,7 +16,7 @@ MASK = (1 << 64) - 1
 
 
 def splitmix64(value: int) -> int:
-    """A fixed mixing of 64 bits."""
+    """Mix 64 bits (SplitMix64)."""
     value = (value + 0x9E3779B97F4A7C15) & MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
@@ -25,7 +25,7 @@ def splitmix64(value: int) -> int:
 
 @lru_cache(maxsize=64)
 def keys(seed: int, epoch: int, size: int) -> tuple[int, ...]:
-    """Seven keys of 64 bits: one for each round, and one for the shift of the epoch."""
+    """Derive seven keys of 64 bits: one for each round, and one for the shift of the epoch."""
     digest = hashlib.blake2b(
         f"{seed} {epoch} {size}".encode(), digest_size=8 * (ROUNDS + 1), usedforsecurity=False
     ).digest()
@@ -33,7 +33,7 @@ def keys(seed: int, epoch: int, size: int) -> tuple[int, ...]:
 
 
 def permute(size: int, index: int, seed: int, epoch: int = 0) -> int:
-    """Where a pseudorandom bijection of range(size) sends `index`.
+    """Apply a pseudorandom bijection of range(size) to `index`.
 
     A Feistel network on the next even number of bits; values outside of the range walk their cycle until they are in.
     Fewer rounds leave patterns in successive differences.
@@ -53,12 +53,12 @@ def permute(size: int, index: int, seed: int, epoch: int = 0) -> int:
 
 
 def epochs(total: int, window: int, samples: Fraction | int) -> Fraction:
-    """How many epochs so many samples are; one that is longer than the ring is several."""
+    """Number of epochs in so many samples; a window longer than the ring is several."""
     return samples * (Fraction(window, total) if window > total else Fraction(1, total // window))
 
 
 def window_start(total: int, window: int, align: int, seed: int, sample: int) -> int:
-    """The token of the ring where the window of `sample` starts.
+    """Token of the ring at which the window of `sample` starts.
 
     `total` and `window` are tokens and multiples of `align`. Sample s·G + g is window g of step s for G windows a step.
     A window longer than the ring goes round it more than once.

@@ -43,7 +43,7 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says about itself. `tokenizer` is the model's SHA-256; windows start at multiples of `align`."""
+    """Header of a shard. `tokenizer` is the model's SHA-256; windows start at multiples of `align`."""
 
     vocab_size: int
     bos: int
@@ -59,12 +59,12 @@ class ShardHeader:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Two bytes hold the ids of a vocabulary of up to 65,536."""
+    """Smallest type of ids: `u16` for a vocabulary of up to 65,536, else `u32`."""
     return "u16" if vocab_size <= 1 << 16 else "u32"
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The little-endian numpy type of `u16` or `u32`."""
+    """Little-endian numpy type of `u16` or `u32`."""
     return np.dtype({"u16": "<u2", "u32": "<u4"}[dtype])
 
 
@@ -75,7 +75,7 @@ def file_sha256(path: Path) -> str:
 
 
 class ShardWriter:
-    """Writes one shard, document by document; leaving the context writes index, checksums and, last, the header.
+    """Writer of one shard, document by document; leaving the context writes index, checksums and, last, the header.
 
     Memory: one block of tokens and a number for each document.
     """
@@ -180,7 +180,7 @@ class Shard:
         self.identity = hashlib.sha256(head + table + foot).hexdigest()
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens [start, start + count) of the shard, every touched block verified: u16 or u32 [count]."""
+        """Read tokens [start, start + count), every touched block verified: u16 or u32 [count]."""
         size = self._dtype.itemsize
         if not 0 <= start <= start + count <= self.header.n_tokens:
             raise DataError(f"shard {self.name}: tokens {start}..{start + count} asked, it has {self.header.n_tokens}")
@@ -188,11 +188,11 @@ class Shard:
         return tokens
 
     def starts(self, first: int, count: int) -> Int64s:
-        """Where documents [first, first + count) start, in tokens: int64 [count]."""
+        """Read the starts of documents [first, first + count), in tokens: int64 [count]."""
         return np.frombuffer(self._part("starts", first * 8, count * 8), "<u8").astype(np.int64)
 
     def documents_before(self, token: int) -> int:
-        """How many documents start before `token`: a binary search over blocks of the index, then inside one."""
+        """Count documents that start before `token`: a binary search over blocks of the index, then inside one."""
         low, high = 0, -(-self.header.n_documents // STARTS_PER_BLOCK)
         while high - low > 1:  # the document before `token`, if any, starts in a block of [low, high)
             middle = (low + high) // 2
@@ -252,7 +252,7 @@ class Shard:
         return ShardHeader(**values)
 
     def _parse_foot(self, fd: int, foot: bytearray) -> bytearray:
-        """The table of checksums; sets the places of the three parts."""
+        """Read the table of checksums and set the places of the three parts."""
         *parts, table_crc, crc, magic = FOOTER.unpack(foot)
         span = f"bytes {self.bytes - FOOTER.size}..{self.bytes}"
         if magic != MAGIC or crc != zlib.crc32(FOOTER.pack(*parts, table_crc, 0, MAGIC)[:52]):
@@ -284,7 +284,7 @@ class Shard:
             raise DataError(f"shard {self.name}: {len(self._table)} checksums for {blocks} blocks")
 
     def _part(self, part: str, offset: int, length: int) -> memoryview:
-        """Bytes [offset, offset + length) of a part; reads whole blocks and checks each against the table."""
+        """Read bytes [offset, offset + length) of a part: whole blocks, each checked against the table."""
         base, total = self._parts[part]
         first = offset // BLOCK
         low, high = first * BLOCK, min(-(-(offset + length) // BLOCK) * BLOCK, total)
@@ -312,7 +312,7 @@ class Shard:
             os.close(fd)
 
     def _pread(self, fd: int, offset: int, length: int, part: str) -> bytearray:
-        """Exactly `length` bytes at `offset`; a short read means that the file has shrunk."""
+        """Read exactly `length` bytes at `offset`; a short read means that the file has shrunk."""
         data = bytearray(length)
         view, done = memoryview(data), 0
         while done < length:
