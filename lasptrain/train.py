@@ -31,7 +31,7 @@ from lasptrain.parallel.shard import reshard, set_gradient_sync
 from lasptrain.process import signals, watchdog
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Parallel
-from lasptrain.run import auto as settled
+from lasptrain.run import auto
 from lasptrain.run.metrics import Metrics, Value, mfu
 from lasptrain.training import segments
 from lasptrain.training.job import Job, build, checkpoint_meta, fingerprint_of, validation_loader
@@ -48,15 +48,14 @@ def train(recipe: Recipe, run: Path) -> None:
     NumericalError ends the training, the newest step has been saved.
     """
     place = f"{recipe.mesh.dp} × {recipe.mesh.sp} × {meshes.device_name()}"
-    job = build(settled.recall(recipe, run, place))
+    job = build(auto.load(recipe, run, place))
     is_main = job.mesh.flat.get_rank() == 0
     if is_main:
-        auto = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
-        settled.note(recipe, run, place, auto)
+        choices = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
+        auto.store(recipe, run, place, choices)
     recipe = job.recipe
-    validation_loader(job).validation_rounds(
-        recipe.eval.windows
-    )  # what is too short is refused now, not after the last step
+    # Too little held-out text is refused now, not after the last step.
+    validation_loader(job).validation_rounds(recipe.eval.windows)
     if is_main:
         remove_partial(run)
     loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
@@ -125,7 +124,7 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
                 values |= {"slowest_rank": slowest.rank, "slowest_ratio": slowest.ratio}
                 metrics.straggler(done, stragglers.straggler(slowest))
             metrics.log(done, **values)
-            if job.guard.verdict != "take":
+            if job.guard.verdict != "accept":
                 handle_bad_step(job, run, done, values, saver, metrics)
             if _due(recipe.eval.every, done, steps):
                 validation = evaluate(job)
@@ -211,7 +210,7 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
             f"step {step + 1}: {job.guard.reason}; try a lower optim.lr, or guard.nonfinite: skip. The weights are "
             f"those of step {step}; the windows of step {step + 1} start at tokens {job.loader.window_starts(step)}"
         )
-    if verdict in ("take", "warn"):
+    if verdict in ("accept", "warn"):
         set_learning_rate(job.optimizer, lr)
         job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)

@@ -83,7 +83,7 @@ def trade(x: Tensor) -> None:
     assert isinstance(messages, SymmetricP2P)
     other = 1 - dist.get_rank()
     messages.send(x, other)()
-    messages.expect(x, other)()
+    messages.recv(x, other)()
 
 
 def die_once(recipe: Recipe, run: Path) -> None:

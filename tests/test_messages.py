@@ -26,21 +26,21 @@ class Host:
 
     def __init__(self, folder: Path, ranks: int):
         from lasptrain.ops.triton_p2p import parts
-        from lasptrain.parallel.p2p_symmetric import CELLS
+        from lasptrain.parallel.p2p_symmetric import BUFFERS
 
         self.parts = parts(BOX)
-        boxes, flags = ranks * CELLS * BOX, ranks * 2 * CELLS * self.parts
-        self.boxes = _mapped(folder / "boxes", boxes, torch.uint8).view(ranks, CELLS, BOX)
-        self.flags = _mapped(folder / "flags", flags, torch.int32).view(ranks, 2, CELLS, self.parts)
+        boxes, flags = ranks * BUFFERS * BOX, ranks * 2 * BUFFERS * self.parts
+        self.boxes = _mapped(folder / "boxes", boxes, torch.uint8).view(ranks, BUFFERS, BOX)
+        self.flags = _mapped(folder / "flags", flags, torch.int32).view(ranks, 2, BUFFERS, self.parts)
 
-    def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor:
-        return self.boxes[rank, cell].view(dtype)
+    def buffer(self, rank: int, slot: int, dtype: torch.dtype) -> Tensor:
+        return self.boxes[rank, slot].view(dtype)
 
-    def full(self, rank: int, cell: int) -> Tensor:
-        return self.flags[rank, 0, cell]
+    def full(self, rank: int, slot: int) -> Tensor:
+        return self.flags[rank, 0, slot]
 
-    def busy(self, rank: int, cell: int) -> Tensor:
-        return self.flags[rank, 1, cell]
+    def busy(self, rank: int, slot: int) -> Tensor:
+        return self.flags[rank, 1, slot]
 
 
 def _mapped(file: Path, size: int, dtype: torch.dtype) -> Tensor:
@@ -67,7 +67,7 @@ def exchanged(rank: int, ranks: int, folder: Path) -> bool:
         for side, source in ((0, before), (1, after)):
             want = message(source, n, side)
             want = want if side == 0 or want.dim() < 2 else want.mT
-            got = ends.expect(want, source)()
+            got = ends.recv(want, source)()
             right = right and got.dtype == want.dtype and torch.equal(got, want) and got.is_contiguous()
     return right
 
@@ -81,7 +81,7 @@ def out_of_order(rank: int, ranks: int, folder: Path) -> bool:
         for n in range(SLOTS):
             ends.send(message(0, n, 0), 1)()
         return True
-    arrivals = [ends.expect(message(0, n, 0), 0) for n in range(SLOTS)]
+    arrivals = [ends.recv(message(0, n, 0), 0) for n in range(SLOTS)]
     return all(torch.equal(arrivals[n](), message(0, n, 0)) for n in (5, 2, 7, 0, 1, 3, 4, 6))
 
 
@@ -100,7 +100,7 @@ def one_too_many(rank: int, ranks: int, folder: Path) -> bool:
         time.sleep(0.01)
     time.sleep(1)
     early = sent.exists()
-    arrivals = [ends.expect(message(0, n, 0), 0) for n in range(SLOTS + 1)]
+    arrivals = [ends.recv(message(0, n, 0), 0) for n in range(SLOTS + 1)]
     return not early and all(torch.equal(arrival(), message(0, n, 0)) for n, arrival in enumerate(arrivals))
 
 

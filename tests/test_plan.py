@@ -160,7 +160,7 @@ def test_measured_rates_are_kept_in_a_file_and_predicted_from(tmp_path: Path) ->
     assert measured.hop and measured.gather and measured.links.slowest(2) == measured.gather
     assert min(*measured.hop, *measured.gather, *measured.rates) > 0
     assert measured.links.between == links.ASSUMED.between
-    known = [row[2] for row in rates.told(measured.rates, measured.links, measured)]
+    known = [row[2] for row in rates.provenance(measured.rates, measured.links, measured)]
     assert known == ["measured, CPU"] * 5 + ["assumed"]
     for text, told in (("{}", "holds no rates"), ("no", "holds no rates")):
         file.write_text(text)

@@ -302,15 +302,15 @@ def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
 
 def test_what_auto_came_to_is_kept_for_the_next_start(tmp_path: Path) -> None:
     recipe = load(RECIPES / "quickstart.yaml")
-    auto.note(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather"})
-    found = auto.recall(recipe, tmp_path, "1 × 2 × CPU")
+    auto.store(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather"})
+    found = auto.load(recipe, tmp_path, "1 × 2 × CPU")
     assert (found.train.segment, found.parallel.reduce, found.mesh.scan) == (4096, "step", "all_gather")
     given = load(RECIPES / "quickstart.yaml", ["train.segment=2048"])
-    assert auto.recall(given, tmp_path, "1 × 2 × CPU").train.segment == 2048  # what is said outright stands
-    assert auto.recall(recipe, tmp_path, "2 × 2 × CPU") == recipe
+    assert auto.load(given, tmp_path, "1 × 2 × CPU").train.segment == 2048  # what is said outright stands
+    assert auto.load(recipe, tmp_path, "2 × 2 × CPU") == recipe
     for damaged in ("{", '{"place": "1 × 2 × CPU", "values": {"scan": "guess"}}', '{"place": "1 × 2 × CPU"}'):
         (tmp_path / auto.FILE).write_text(damaged)
-        assert auto.recall(recipe, tmp_path, "1 × 2 × CPU") == recipe
+        assert auto.load(recipe, tmp_path, "1 × 2 × CPU") == recipe
 
 
 def test_a_run_is_the_same_in_any_environment(folder: Path, undisturbed: list[float]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasptrain import ops, train
 from lasptrain.bench.rivals import Pending, whole_windows
-from lasptrain.bench.steps import clear, shared, timed, turns
+from lasptrain.bench.steps import reset, shared, timed, turns
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
@@ -80,7 +80,7 @@ def _rank(recipe: Recipe, ranks: int, tokens: int) -> tuple[str, list[dict[str, 
 
 def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Row:
     device = mesh.device()
-    clear(device)
+    reset(device)
     one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
     one = one.replace(train={"kernel": kernel})
     made = ShardedRecurrence if kept else Recomputing

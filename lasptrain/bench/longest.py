@@ -20,7 +20,7 @@ from rich.table import Table
 
 from data_tools.dataset import open_dataset
 from lasptrain import train
-from lasptrain.bench.steps import alone, clear, shared
+from lasptrain.bench.steps import reset, shared, unshared
 from lasptrain.cost import plan
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
@@ -130,7 +130,7 @@ def _trial(
 ) -> tuple[str, int, int]:
     """Train a window on every rank; return the device, the window and the peak memory in bytes."""
     device, kind = mesh.device(), Form(*form)
-    clear(device)
+    reset(device)
     limit = _limit(device, capacity)
     vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
     laid, window = laid_out(recipe, kind, vocab, mesh.world_size(), share, most, limit)
@@ -167,7 +167,7 @@ def laid_out(
         tokens = max(1, round(share * most / ranks / GRAIN)) * GRAIN
     else:
         tokens = max(1, int(share * predicted(recipe, vocab, ranks, sp, capacity) / sp / GRAIN)) * GRAIN
-    whole = alone(recipe, tokens, ranks) if sp == 1 else shared(recipe, tokens, ranks, "ring")
+    whole = unshared(recipe, tokens, ranks) if sp == 1 else shared(recipe, tokens, ranks, "ring")
     segment = "auto" if form.sharing == "streaming" else tokens * sp
     return whole.replace(train={"segment": segment}), tokens * sp
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from lasptrain import train
-from lasptrain.bench.steps import clear
+from lasptrain.bench.steps import reset
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
@@ -99,7 +99,7 @@ def _laid_out(recipe: Recipe, layout: Layout, ranks: int) -> Recipe:
 
 
 def _curve(recipe: Recipe, steps: int) -> tuple[str, list[float]]:
-    clear(mesh.device())
+    reset(mesh.device())
     return device_name(), _losses(recipe, steps)
 
 

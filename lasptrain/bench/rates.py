@@ -101,9 +101,9 @@ def _there_and_back(x: Tensor) -> None:
     match dist.get_rank():
         case 0:
             messages.send(x, 1)()
-            messages.expect(x, 1)()
+            messages.recv(x, 1)()
         case 1:
-            messages.expect(x, 0)()
+            messages.recv(x, 0)()
             messages.send(x, 0)()
 
 

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lasptrain.bench.left_product import LeftProduct
-from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, rotated, whole_windows
 from lasptrain.ops import state_dtype
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
@@ -70,7 +70,7 @@ class RingAttention:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None, distance: int
     ) -> Tensor:
         """Output of queries over the block of the rank `distance` to the left."""
-        return self.block(q, turned(k, angle, -distance), v, log_decay, distance * q.shape[1])
+        return self.block(q, rotated(k, angle, -distance), v, log_decay, distance * q.shape[1])
 
 
 def _through_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, behind: int) -> Tensor:

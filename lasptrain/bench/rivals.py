@@ -102,7 +102,7 @@ def whole_windows(name: str, doc_ids: Tensor | None, carry: Tensor | None, outpu
         raise SetupError(f"{name}: takes neither documents nor segments; set data.reset_at_documents=false")
 
 
-def turned(x: Tensor, angle: Tensor | None, slices: int) -> Tensor:
+def rotated(x: Tensor, angle: Tensor | None, slices: int) -> Tensor:
     """Rotate features [B, T, H, K], cosine then sine half, as if positions began `slices` slices further left; a slice
     turns by `angle` [H, K/2] radians, None for no rotation.
     """

@@ -21,7 +21,7 @@ from rich.table import Table
 from lasptrain import train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
-from lasptrain.bench.steps import Repeats, alone, clear, shared, timed, turns
+from lasptrain.bench.steps import Repeats, reset, shared, timed, turns, unshared
 from lasptrain.console.tables import number
 from lasptrain.cost import gpus, links, plan
 from lasptrain.errors import SetupError
@@ -132,13 +132,13 @@ def _row(case: Case, deadline: float) -> Row:
     row = _blank(case)
     if method != NONE and window % ranks:
         return row(failure=f"{ranks} ranks cannot share it")
-    one = alone(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
+    one = unshared(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
     rates = gpus.of(device_name()).sustained
     tokens = window if method == NONE else window // ranks
     made = Repeats(1, 1) if kind == "long" else turns(tokens)
     if all_reduce_max(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
         return row(failure="no time left")
-    clear(mesh.device())
+    reset(mesh.device())
     job = build(one)
     seconds, memory = timed(lambda step: float(train.train_step(job, step)["step_time"] or 0), mesh.device(), made)
     job.loader.close()

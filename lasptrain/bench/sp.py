@@ -25,7 +25,7 @@ from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
 from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import METHODS, NONE, RIVALS, SPLIT
-from lasptrain.bench.steps import alone, clear, shared, timed, turns
+from lasptrain.bench.steps import reset, shared, timed, turns, unshared
 from lasptrain.console.tables import number
 from lasptrain.cost import gpus, links, plan
 from lasptrain.cost.rates import MeasuredHardware
@@ -127,7 +127,7 @@ def _predicted(
 
 def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[str, int, dict[str, Any]]:
     """Time steps with one window over all ranks, or with NONE a window each; return device, vocabulary and row."""
-    clear(mesh.device())
+    reset(mesh.device())
     update, close, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic()
     seconds, memory = timed(update, mesh.device(), turns(tokens))
@@ -162,7 +162,7 @@ def _trainer(
         rival = Megatron(whole, mesh.world(), SPLIT[method])
         return rival.step, rival.loader.close, lambda: rival.traffic.bytes_sent
     if method == NONE:
-        job = build(alone(recipe, tokens, ranks))
+        job = build(unshared(recipe, tokens, ranks))
     elif method in RIVALS:
         make, whole = RIVALS[method], _in_one_segment(recipe, method, tokens, ranks)
         job = build(whole, lambda kernel, mesh: cast(ShardedRecurrence, make(kernel, mesh.sp_group)))
@@ -228,9 +228,9 @@ def _step_table(rows: list[Step], title: str) -> Table:
         ("tokens per rank", "method", "tokens/s per rank", "predicted", "time × none", "peak GiB", "sent MB"),
         [*failures.values()],
     )
-    alone = {row.tokens: row.tokens_per_s for row in rows if row.method == NONE}
+    unshared = {row.tokens: row.tokens_per_s for row in rows if row.method == NONE}
     for row in rows:
-        speed, base = row.tokens_per_s, alone.get(row.tokens)
+        speed, base = row.tokens_per_s, unshared.get(row.tokens)
         lacking = "OOM" if row.oom else "failed"
         table.add_row(
             f"{row.tokens:,}",

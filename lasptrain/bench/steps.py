@@ -28,7 +28,7 @@ def turns(tokens: int) -> Repeats:
     return Repeats(3, 5) if tokens <= SHORT else Repeats(2, 3)
 
 
-def alone(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
+def unshared(recipe: Recipe, tokens: int, ranks: int) -> Recipe:
     """Return the recipe with a window of `tokens` for each rank."""
     return recipe.replace(data={"window": tokens, "repeat": True}, train={"batch": ranks}, mesh={"sp": 1})
 
@@ -39,7 +39,7 @@ def shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> R
     return recipe.replace(data=data, train={"batch": 1}, mesh={"sp": ranks, "scan": scan})
 
 
-def clear(device: torch.device) -> None:
+def reset(device: torch.device) -> None:
     """Free the remains of an earlier model: memory in reference cycles and caches, and compiled graphs, whose number
     is limited.
     """

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from lasptrain.bench.rivals import Pending, Traffic, turned, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, rotated, whole_windows
 from lasptrain.errors import SetupError
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
@@ -55,11 +55,11 @@ class Ulysses:
         mine = None
         if log_decay is not None:
             mine = log_decay.chunk(ranks, dim=-1)[self.scan.rank].contiguous()
-        return Pending(self._gather(turned(k, angle, self.scan.rank)), self._gather(v), mine, angle)
+        return Pending(self._gather(rotated(k, angle, self.scan.rank)), self._gather(v), mine, angle)
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, None]:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""
-        q = self._gather(turned(q, pending.angle, self.scan.rank))
+        q = self._gather(rotated(q, pending.angle, self.scan.rank))
         o = self.local(q, pending.k, pending.v, pending.log_decay)
         scattered: Tensor = _Trade.apply(o.unflatten(1, (self.scan.size, -1)).movedim(1, 0), self.scan)  # type: ignore[no-untyped-call]
         return scattered.movedim(0, 2).flatten(2, 3), None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lasptrain.console.stdio import argument, visible
+from lasptrain.console.stdio import argument, escape_controls
 from lasptrain.console.tables import show
 from lasptrain.errors import RecipeError
 
@@ -95,7 +95,7 @@ def generate(
 
     prompts = [argument("--prompt", prompt) for prompt in prompts]
     for prompt, continued in zip(prompts, main.generate(run, prompts, tokens, temperature, top_p, seed), strict=True):
-        typer.echo(visible(prompt) + typer.style(visible(continued), bold=True))
+        typer.echo(escape_controls(prompt) + typer.style(escape_controls(continued), bold=True))
 
 
 def _usual_lengths(window: int) -> tuple[int, ...]:

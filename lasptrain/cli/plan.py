@@ -73,7 +73,7 @@ def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Meas
 
 def _rates(known: Hardware, measured: rates.MeasuredHardware | None, *, links: bool) -> Table:
     table = Table(title="predicted from", show_header=False)
-    for row in rates.told(known.rates, known.links, measured)[: None if links else len(known.rates)]:
+    for row in rates.provenance(known.rates, known.links, measured)[: None if links else len(known.rates)]:
         table.add_row(*row)
     return table
 

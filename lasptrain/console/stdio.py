@@ -37,7 +37,7 @@ def ignore_broken_pipe() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Return the text with control characters spelt out, where stdout is a terminal that would obey them."""
     if not sys.stdout.isatty():
         return text

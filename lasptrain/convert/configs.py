@@ -58,7 +58,7 @@ def check(target: str, found: Json, model: Model, where: str) -> None:
         raise ConvertError(f"{where}: model_type is {kind!r}; expected {expected['model_type']!r}")
 
 
-def agree(target: str, theirs: Model, ours: Model, where: str) -> None:
+def check_compatible(target: str, theirs: Model, ours: Model, where: str) -> None:
     """Raise ConvertError where a folder's model and the recipe's differ in a key of `target`'s config.json."""
     check(target, config(target, theirs, {}, ""), ours, where)
 

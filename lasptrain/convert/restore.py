@@ -180,7 +180,7 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
         recipe = with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
         if recipe.model.arch != theirs.arch:
             raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
-        configs.agree(target, theirs, recipe.model, where)
+        configs.check_compatible(target, theirs, recipe.model, where)
     model = on_meta(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
     meta = {
         "model": recipe.model.model_dump(mode="json"),

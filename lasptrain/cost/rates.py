@@ -49,7 +49,7 @@ def read(file: Path) -> MeasuredHardware:
         raise RecipeError(f"--rates: {file}: holds no rates; {expected}") from None
 
 
-def told(rates: Rates, links: Links, measured: MeasuredHardware | None) -> list[tuple[str, str, str]]:
+def provenance(rates: Rates, links: Links, measured: MeasuredHardware | None) -> list[tuple[str, str, str]]:
     """Provenance of predictions: the name and value of each number, and `measured` or `assumed`."""
     gpu = "assumed" if measured is None else f"measured, {measured.device}"
     hop = "assumed" if measured is None or measured.hop is None else f"measured, {measured.device}"

@@ -196,7 +196,7 @@ class ResultsLog:
                 f"{self.file}: holds answers under {present[0].get('identity')}, now {identity}; use another --out"
             )
         self._answers = {_key(record): record for record in present[1:]}
-        self._speaks = is_main
+        self._is_main = is_main
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             lines = [{"identity": identity}, *self.records]
@@ -240,7 +240,7 @@ class ResultsLog:
     def add(self, record: Record) -> None:
         """Add an answer and append it to the file at once."""
         self._answers[_key(record)] = record
-        if self._speaks:
+        if self._is_main:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_tools import prepared
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from lasptrain.console.stdio import visible
+from lasptrain.console.stdio import escape_controls
 from lasptrain.console.tables import show
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import MixedDataset
@@ -97,5 +97,5 @@ def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Ta
 
 def _sample(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], count: int) -> str:
     continued = generate(model, prompt, count)
-    before, after = (escape(visible(tokenizer.decode(tokens))) for tokens in (prompt, continued))
+    before, after = (escape(escape_controls(tokenizer.decode(tokens))) for tokens in (prompt, continued))
     return f"[dim]{before}[/dim][bold]{after}[/bold]\n"

@@ -21,7 +21,7 @@ from lasptrain.models.minimax import Lightning
 from lasptrain.models.mixer import State
 from lasptrain.models.retnet import Retention
 from lasptrain.models.softmax import Softmax
-from lasptrain.models.ssd import EPS, StateSpace, Step
+from lasptrain.models.ssd import EPS, StateSpace, TimeStep
 from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
@@ -288,10 +288,10 @@ def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Ite
         path, _, part = name.rpartition(".")
         owner = owners[path]
         empty = torch.empty(parameter.shape, device=device)
-        if isinstance(owner, Step) and part == "log_slope":
+        if isinstance(owner, TimeStep) and part == "log_slope":
             yield name, model.decays()[int(path.split(".")[1])].log().to(device)
-        elif isinstance(owner, Step):
-            first = Step.FIRST_BIAS if part == "bias" else 0.0
+        elif isinstance(owner, TimeStep):
+            first = TimeStep.FIRST_BIAS if part == "bias" else 0.0
             yield name, torch.full(parameter.shape, first, device=device, dtype=torch.float64)
         elif isinstance(owner, Lrpe):
             count = parameter.numel()

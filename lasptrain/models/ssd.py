@@ -22,7 +22,7 @@ again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 EPS = 1e-5  # of every norm of this architecture
 
 
-class StepWeights(NamedTuple):
+class TimeStepWeights(NamedTuple):
     """Weights of a step's logit x Wᵀ + b, in full precision; takes the place of a `Linear` in `multi_linear`."""
 
     weight: Tensor  # [H, D]
@@ -31,7 +31,7 @@ class StepWeights(NamedTuple):
     operand: None = None
 
 
-class Step(nn.Module):
+class TimeStep(nn.Module):
     """The weights of a data-dependent step; initially W is zero and b = ln(e − 1), so that every step is one."""
 
     full_precision = True
@@ -42,10 +42,10 @@ class Step(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(heads, dim)), nn.Parameter(torch.empty(heads))
         self.log_slope = nn.Parameter(torch.empty(heads)) if learned else None
 
-    def forward(self) -> StepWeights:
+    def forward(self) -> TimeStepWeights:
         """Return copies: where parameters are sharded, they are gathered only while this runs."""
         log_slope = None if self.log_slope is None else self.log_slope.clone()
-        return StepWeights(self.weight.clone(), self.bias.clone(), log_slope)
+        return TimeStepWeights(self.weight.clone(), self.bias.clone(), log_slope)
 
 
 class GatedNorm(nn.Module):
@@ -64,11 +64,11 @@ class GatedNorm(nn.Module):
 class SsdWeights(NamedTuple):
     """The small weights of a mixer, which stay in full precision; None where it has none."""
 
-    step: StepWeights | None
+    step: TimeStepWeights | None
     taps: ConvWeights | None
 
     @property
-    def steps(self) -> list[StepWeights]:
+    def steps(self) -> list[TimeStepWeights]:
         return [] if self.step is None else [self.step]
 
 
@@ -100,7 +100,7 @@ class StateSpace(nn.Module):
         self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
         self.out = Linear(heads * value_dim, dim)
         self.norm = GatedNorm(heads * value_dim)
-        self.dt = Step(dim, heads, learned=learned) if data_dependent else None
+        self.dt = TimeStep(dim, heads, learned=learned) if data_dependent else None
         self.channels = (heads * value_dim, heads * key_dim, heads * key_dim)  # of v, k, q
         self.conv = Convolution(sum(self.channels), conv) if conv else None
         self.slope: Tensor

@@ -22,14 +22,14 @@ def parts(size: int) -> int:
     return triton.cdiv(size, PART)
 
 
-def put(x: Tensor, box: Tensor, full: Tensor, busy: Tensor) -> None:
+def send(x: Tensor, buffer: Tensor, full: Tensor, busy: Tensor) -> None:
     """Queue a copy of x [...], contiguous, to the receiver's box [≥ n] once that is empty; flags [≥ parts] int32."""
-    _move(x, x, box, busy, full, 0)
+    _move(x, x, buffer, busy, full, 0)
 
 
-def take(x: Tensor, box: Tensor, full: Tensor, busy: Tensor) -> None:
+def receive(x: Tensor, buffer: Tensor, full: Tensor, busy: Tensor) -> None:
     """Queue a copy of the message in the box to x [...], contiguous, once it has arrived."""
-    _move(x, box, x, full, busy, 1)
+    _move(x, buffer, x, full, busy, 1)
 
 
 def _move(x: Tensor, source: Tensor, target: Tensor, awaited: Tensor, told: Tensor, before: int) -> None:

@@ -30,7 +30,7 @@ class Messages(Protocol):
         """Send x, which is kept until the wait; work queued on the current stream after the wait may write to x."""
         ...
 
-    def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
+    def recv(self, like: Tensor, source: int) -> Callable[[], Tensor]:
         """Receive the next message not yet expected; the wait returns it, ready for use on the current stream."""
         ...
 
@@ -45,7 +45,7 @@ class ProcessGroupP2P:
         x = x.contiguous()
         return partial(_sent, self._group.send([x], to, 0), x)  # `dist.send` checks for longer than a launch takes
 
-    def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
+    def recv(self, like: Tensor, source: int) -> Callable[[], Tensor]:
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
         return partial(_received, self._group.recv([x], source, 0), x)
 

@@ -19,17 +19,17 @@ from torch import Tensor
 from lasptrain.ops import triton_p2p
 
 SLOTS = 8  # most messages from one rank that the next has not taken yet
-CELLS = 2 * SLOTS  # from either side
+BUFFERS = 2 * SLOTS  # from either side
 
 
-class SavedStates(Protocol):
+class PeerMemory(Protocol):
     """Memory that all ranks of a group can write: CELLS boxes of each rank, and two flags for every part of a box."""
 
-    def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor: ...
+    def buffer(self, rank: int, slot: int, dtype: torch.dtype) -> Tensor: ...
 
-    def full(self, rank: int, cell: int) -> Tensor: ...
+    def full(self, rank: int, slot: int) -> Tensor: ...
 
-    def busy(self, rank: int, cell: int) -> Tensor: ...
+    def busy(self, rank: int, slot: int) -> Tensor: ...
 
 
 class SymmetricP2P:
@@ -39,35 +39,35 @@ class SymmetricP2P:
     the next replay of a CUDA graph.
     """
 
-    def __init__(self, memory: SavedStates, rank: int, size: int):
+    def __init__(self, memory: PeerMemory, rank: int, size: int):
         self.memory, self.rank, self.size = memory, rank, size
-        self._sent, self._expected = [0, 0], [0, 0]
+        self._sent, self._received = [0, 0], [0, 0]
 
     def send(self, x: Tensor, to: int) -> Callable[[], None]:
-        cell = self._next(self._sent, self._side(self.rank, to))
-        triton_p2p.put(x.contiguous(), *self._cell(x.dtype, cell, self.rank, to))
+        slot = self._next(self._sent, self._side(self.rank, to))
+        triton_p2p.send(x.contiguous(), *self._slot(x.dtype, slot, self.rank, to))
         return _nothing
 
-    def expect(self, like: Tensor, source: int) -> Callable[[], Tensor]:
-        cell = self._next(self._expected, self._side(source, self.rank))
-        return partial(self._take, like, source, cell)
+    def recv(self, like: Tensor, source: int) -> Callable[[], Tensor]:
+        slot = self._next(self._received, self._side(source, self.rank))
+        return partial(self._receive, like, source, slot)
 
-    def _take(self, like: Tensor, source: int, cell: int) -> Tensor:
+    def _receive(self, like: Tensor, source: int, slot: int) -> Tensor:
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        triton_p2p.take(x, *self._cell(x.dtype, cell, source, self.rank))
+        triton_p2p.receive(x, *self._slot(x.dtype, slot, source, self.rank))
         return x
 
-    def _cell(self, dtype: torch.dtype, cell: int, sender: int, receiver: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _slot(self, dtype: torch.dtype, slot: int, sender: int, receiver: int) -> tuple[Tensor, Tensor, Tensor]:
         memory = self.memory
-        return memory.box(receiver, cell, dtype), memory.full(receiver, cell), memory.busy(sender, cell)
+        return memory.buffer(receiver, slot, dtype), memory.full(receiver, slot), memory.busy(sender, slot)
 
     def _side(self, source: int, to: int) -> int:
         return 0 if (source + 1) % self.size == to else 1
 
     def _next(self, counts: list[int], side: int) -> int:
-        cell = side * SLOTS + counts[side] % SLOTS
+        slot = side * SLOTS + counts[side] % SLOTS
         counts[side] += 1
-        return cell
+        return slot
 
 
 def _nothing() -> None:
@@ -80,23 +80,23 @@ class SharedMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int):
         """Collective over the group. size: bytes of a box, whose number of parts is a multiple of 4."""
         self._size, self._parts = size, triton_p2p.parts(size)
-        self._memory = symmetric.empty(CELLS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
+        self._memory = symmetric.empty(BUFFERS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
         self._memory.zero_()
         self._shared = symmetric.rendezvous(self._memory, group)
         self._shared.barrier()
         self._views: dict[tuple[object, ...], Tensor] = {}
 
-    def box(self, rank: int, cell: int, dtype: torch.dtype) -> Tensor:
-        return self._view(rank, self._size // dtype.itemsize, dtype, cell * self._size // dtype.itemsize)
+    def buffer(self, rank: int, slot: int, dtype: torch.dtype) -> Tensor:
+        return self._view(rank, self._size // dtype.itemsize, dtype, slot * self._size // dtype.itemsize)
 
-    def full(self, rank: int, cell: int) -> Tensor:
-        return self._flags(rank, cell)
+    def full(self, rank: int, slot: int) -> Tensor:
+        return self._flags(rank, slot)
 
-    def busy(self, rank: int, cell: int) -> Tensor:
-        return self._flags(rank, CELLS + cell)
+    def busy(self, rank: int, slot: int) -> Tensor:
+        return self._flags(rank, BUFFERS + slot)
 
     def _flags(self, rank: int, row: int) -> Tensor:
-        return self._view(rank, self._parts, torch.int32, CELLS * self._size // 4 + row * self._parts)
+        return self._view(rank, self._parts, torch.int32, BUFFERS * self._size // 4 + row * self._parts)
 
     def _view(self, rank: int, count: int, dtype: torch.dtype, offset: int) -> Tensor:
         key = rank, dtype, offset

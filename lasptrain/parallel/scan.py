@@ -196,7 +196,7 @@ class Ring(_Scan):
         step = 1 if first < last else -1
         self.calls += 1
         if self.rank == last:
-            return Message(self.messages.expect(state, last - step))
+            return Message(self.messages.recv(state, last - step))
         self.bytes_sent += state.numel() * state.element_size()
         return Message(self.messages.send(state, first + step))
 
@@ -234,7 +234,7 @@ class Ring(_Scan):
         self.messages.send(x, to)()
 
     def _receive(self, like: Tensor, source: int) -> Tensor:
-        return self.messages.expect(like, source)()
+        return self.messages.recv(like, source)()
 
 
 class AllScan(Ring):

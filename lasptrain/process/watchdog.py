@@ -86,7 +86,7 @@ class Watchdog(threading.Thread):
             elif any(now > pulse.until for pulse in alive):
                 self._end_hung(alive)
             if now > died + LOST and DYING not in states.values():  # else the agent would blame the next one
-                self._end_bereft(alive)
+                self._end_orphaned(alive)
                 return
 
     def end(self) -> None:
@@ -116,7 +116,7 @@ class Watchdog(threading.Thread):
         _send(signal.SIGKILL, hung)
         time.sleep(PERIOD)
 
-    def _end_bereft(self, pulses: list[Heartbeat]) -> None:
+    def _end_orphaned(self, pulses: list[Heartbeat]) -> None:
         for pulse in pulses:
             self._tell(pulse.rank, ORPHANED, "lost the other ranks and did not notice")
         _send(signal.SIGKILL, pulses)

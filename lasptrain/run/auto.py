@@ -13,7 +13,7 @@ FILE = "auto.json"
 SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of keys decided by timing or by memory
 
 
-def recall(recipe: Recipe, run: Path, place: str) -> Recipe:
+def load(recipe: Recipe, run: Path, place: str) -> Recipe:
     """Return the recipe with the choices stored for `place`; keys without one stay `auto`."""
     try:
         noted = json.loads((run / FILE).read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ def recall(recipe: Recipe, run: Path, place: str) -> Recipe:
     return recipe
 
 
-def note(recipe: Recipe, run: Path, place: str, values: dict[str, Any]) -> None:
+def store(recipe: Recipe, run: Path, place: str, values: dict[str, Any]) -> None:
     """Store the `values` chosen for the recipe's `auto` keys, for the next start at the same `place`."""
     if decided := _open(recipe):
         told = {"place": place, "values": {key: values[key] for key in sorted(decided)}}

@@ -36,7 +36,7 @@ class Metrics:
     def __init__(
         self, run: Path, *, steps: int, start: int = 0, is_main: bool = True, console: Console | None = None
     ) -> None:
-        self._run, self._steps, self._speaks = run, steps, is_main
+        self._run, self._steps, self._is_main = run, steps, is_main
         self._status: Record = {"state": "running", "step": start, "steps": steps, "committed": start or None}
         self._renewed = -math.inf
         if not is_main:
@@ -53,7 +53,7 @@ class Metrics:
 
     def log(self, step: int, **values: Value) -> None:
         """Report update number `step` (1 is the first): loss, lr, grad_norm, tokens_per_s, step_time, …"""
-        if not self._speaks:
+        if not self._is_main:
             return
         self._write({"step": step, **values})
         self._plot("train", step, values)
@@ -64,7 +64,7 @@ class Metrics:
 
     def log_eval(self, step: int, **values: Value) -> None:
         """Report a loss on held-out windows after update `step`, and what came with it."""
-        if not self._speaks:
+        if not self._is_main:
             return
         self._write({"step": step, "event": "eval", **values})
         self._plot("eval", step, values)
@@ -72,7 +72,7 @@ class Metrics:
 
     def epochs(self, step: int, begun: dict[str, int]) -> None:
         """Report that update `step` begins to read tokens of these sources again, and which epoch of each it is."""
-        if not self._speaks or not begun:
+        if not self._is_main or not begun:
             return
         self._write({"step": step, "event": "epoch", "epochs": begun})
         for source, number in begun.items():
@@ -80,7 +80,7 @@ class Metrics:
 
     def log_bad_step(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
         """Report the guard's verdict on update `step`, whose `windows` start at these tokens."""
-        if not self._speaks:
+        if not self._is_main:
             return
         self._write({"step": step, "event": verdict, "reason": reason, "windows": windows, **values})
         self._status["last_error"] = f"step {step}: {verdict}: {reason}"
@@ -89,7 +89,7 @@ class Metrics:
 
     def straggler(self, step: int, what: str | None) -> None:
         """Report the rank that slows the others down after update `step`, or that none does any more."""
-        if not self._speaks or (what is None) == ("straggler" not in self._status):
+        if not self._is_main or (what is None) == ("straggler" not in self._status):
             return
         if what is None:
             del self._status["straggler"]
@@ -101,7 +101,7 @@ class Metrics:
 
     def committed(self, step: int | None) -> None:
         """Report `step` as the newest on disk, unless it is None or has been reported."""
-        if not self._speaks or step is None or self._status["committed"] == step:
+        if not self._is_main or step is None or self._status["committed"] == step:
             return
         self._status["committed"] = step
         self._renew()
@@ -109,14 +109,14 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the display."""
-        if self._speaks:
+        if self._is_main:
             self._display.say(text)
 
     def close(self, state: str = "finished") -> None:
         """Close the display and the files; `state` goes to status.json."""
-        if not self._speaks:
+        if not self._is_main:
             return
-        self._speaks = False
+        self._is_main = False
         self._display.close()
         self._file.close()
         self._events.close()

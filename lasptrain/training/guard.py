@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lasptrain.recipe.sections import Guard as Policy
 
-Verdict = Literal["take", "warn", "skip", "rollback", "stop"]
+Verdict = Literal["accept", "warn", "skip", "rollback", "stop"]
 
 LATELY = 64  # norms, against whose median a spike is measured
 ENOUGH = 16  # norms seen before anything is called a spike
@@ -23,7 +23,7 @@ class Guard:
         self._policy = policy or Policy()
         self._norms: list[float] = []
         self._left_out = 0  # steps in a row
-        self.verdict: Verdict = "take"
+        self.verdict: Verdict = "accept"
         self.reason = ""
 
     def judge(self, loss: float, norm: float) -> Verdict:
@@ -48,7 +48,7 @@ class Guard:
             usual = median(self._norms)
             if norm > policy.factor * usual:
                 return policy.spike, f"gradient norm {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}"
-        return "take", ""
+        return "accept", ""
 
     def state(self) -> dict[str, Any]:
         """Return the part of the past that later verdicts depend on, as JSON."""
