@@ -198,8 +198,8 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: P
 
 def test_what_the_guard_says() -> None:
     guard = Guard(Policy(nonfinite="skip", spike="warn", limit=2))
-    assert [guard.judge(1.0, 1.0 + i / 100) for i in range(ENOUGH)] == ["take"] * ENOUGH
-    assert guard.judge(1.0, 9.0) == "take"
+    assert [guard.judge(1.0, 1.0 + i / 100) for i in range(ENOUGH)] == ["accept"] * ENOUGH
+    assert guard.judge(1.0, 9.0) == "accept"
     assert guard.judge(1.0, 20.0) == "warn" and "19 times the usual 1.08" in guard.reason
     assert [guard.judge(float("nan"), 1.0), guard.judge(1.0, float("inf"))] == ["skip", "skip"]
     again = Guard(Policy(nonfinite="skip", spike="warn", limit=2))
@@ -207,7 +207,7 @@ def test_what_the_guard_says() -> None:
     for other in (guard, again):
         assert other.judge(float("nan"), 1.0) == "stop" and "guard.limit" in other.reason
     assert Guard().judge(1.0, float("nan")) == "stop"
-    assert Guard().judge(1.0, 1e30) == "take"
+    assert Guard().judge(1.0, 1e30) == "accept"
 
 
 @contextmanager
