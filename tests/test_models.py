@@ -303,7 +303,7 @@ def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> N
     assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
 
 
-@pytest.mark.parametrize("sliding", [None, 1, 9, 100])
+@pytest.mark.parametrize("sliding_window", [None, 1, 9, 100])
 @pytest.mark.parametrize("before", [0, 8])
 def test_attention_in_blocks_is_attention(
     monkeypatch: pytest.MonkeyPatch, sliding_window: int | None, before: int
