@@ -25,11 +25,11 @@ from lasptrain.errors import SetupError
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.models.layers import Mlp, Phases
 from lasptrain.models.linear_transformer import LinearTransformer
-from lasptrain.models.mixer import State
+from lasptrain.models.mixer import Context, State
 from lasptrain.models.tnl import TransNormer
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
@@ -104,17 +104,9 @@ class _Whole:
 
     traffic: Traffic
 
-    def forward(
-        self,
-        h: Tensor,
-        phases: Phases | None,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> tuple[Tensor, State]:
-        whole_windows("megatron", doc_ids, carry[0], output_final_state)
-        y, state = super().forward(_gather(h, self.traffic), phases, None, carry, memory, False)  # type: ignore[misc]
+    def forward(self, h: Tensor, phases: Phases | None, context: Context) -> tuple[Tensor, State]:
+        whole_windows("megatron", context.doc_ids, context.carry[0], context.output_final_state)
+        y, state = super().forward(_gather(h, self.traffic), phases, context)  # type: ignore[misc]
         return _scatter(y, self.traffic), state
 
 

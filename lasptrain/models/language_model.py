@@ -18,7 +18,7 @@ from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
 from lasptrain.models.linear_transformer import LinearTransformer
 from lasptrain.models.minimax import Lightning
-from lasptrain.models.mixer import State
+from lasptrain.models.mixer import Context, State
 from lasptrain.models.retnet import Retention
 from lasptrain.models.softmax import Softmax
 from lasptrain.models.ssd import EPS, StateSpace, TimeStep
@@ -56,20 +56,12 @@ class Block(nn.Module):
         self.add_module(self.mixer_name, mixer)
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
 
-    def forward(
-        self,
-        x: Tensor,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-        only_state: bool = False,
-    ) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, context: Context, only_state: bool = False) -> tuple[Tensor, State]:
         """Return x [B, T, D] after the block and the mixer's final state; `only_state` leaves x as it is."""
         phases: Any = self.token_mixer.prepare(x.shape[1])  # only the mixer knows what they are
         if only_state:
-            return x, self.token_mixer.state(self.norm1(x), phases, doc_ids, carry, memory)
-        x, final_state = self.recompute(self.mix, x, phases, doc_ids, carry, memory, output_final_state)
+            return x, self.token_mixer.state(self.norm1(x), phases, context._replace(output_final_state=True))
+        x, final_state = self.recompute(self.mix, x, phases, context)
         return x, final_state
 
     @property
@@ -78,17 +70,9 @@ class Block(nn.Module):
         mixer: Mixer = getattr(self, self.mixer_name)
         return mixer
 
-    def mix(
-        self,
-        x: Tensor,
-        phases: Phases | None,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, phases: Phases | None, context: Context) -> tuple[Tensor, State]:
         h = self.norm1(x)
-        y, final_state = self.token_mixer(h, phases, doc_ids, carry, memory, output_final_state)
+        y, final_state = self.token_mixer(h, phases, context)
         return self.feed(x if self.alpha is None else h, y), final_state
 
     def feed(self, x: Tensor, y: Tensor) -> Tensor:
@@ -194,7 +178,8 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.blocks):
             entered = (None, None) if carry is None else carry[i]
             memory = SavedStates() if memories is None else memories[i]
-            x, state = layer(x, doc_ids, entered, memory, output_final_state, only_state and i + 1 == len(self.layers))
+            context = Context(doc_ids, entered, memory, output_final_state)
+            x, state = layer(x, context, only_state and i + 1 == len(self.layers))
             final_state.append(state)
         return x, final_state
 
@@ -218,12 +203,7 @@ class LanguageModel(nn.Module):
 
 
 def on_meta(
-    cfg: Model,
-    window: int,
-    attention: ShardedRecurrence,
-    *,
-    dtype: torch.dtype = torch.float32,
-    loss_chunk: int = 2048,
+    cfg: Model, window: int, attention: ShardedRecurrence, *, dtype: torch.dtype = torch.float32, loss_chunk: int = 2048
 ) -> LanguageModel:
     """A `LanguageModel` on the meta device, its parameters in at least fp32."""
     with torch.device("meta"):

@@ -8,7 +8,7 @@ If ranks share the window, it computes k and v first, so that the exchange overl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +16,22 @@ from lasptrain.models.layers import Phases
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
 State = tuple[Tensor | None, ...]  # carried by a mixer from segment to segment; private to the mixer
+
+
+class Context(NamedTuple):
+    """The arguments of the scan, as the model passes them to a mixer.
+
+    Attributes:
+        doc_ids: documents that have started in the slice [B, T]; document 0 continues from the left. None: all is one.
+        carry: the state that entered the segment; a tuple of None at a window's start.
+        memory: where states at the slice's edges are saved, or found when the layer is recomputed.
+        output_final_state: whether the next segment's initial state is wanted.
+    """
+
+    doc_ids: Tensor | None
+    carry: State
+    memory: SavedStates
+    output_final_state: bool
 
 
 COMPILED = ("keys", "queries", "project", "output")  # the parts of a mixer between exchanges
@@ -38,45 +54,27 @@ class Recurrence(nn.Module):
     def prepare(self, length: int) -> Phases | None:
         return None
 
-    def forward(
-        self,
-        h: Tensor,
-        phases: Phases | None,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> tuple[Tensor, State]:
+    def forward(self, h: Tensor, phases: Phases | None, context: Context) -> tuple[Tensor, State]:
         if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, phases), phases, doc_ids, carry, memory, output_final_state)
+            pending = self._begin(*self.keys(h, phases), phases, context)
             q, *rest = self.queries(h, phases)
         else:
             k, v, q, *rest = self.project(h, phases)
-            pending = self._begin(k, v, phases, doc_ids, carry, memory, output_final_state)
+            pending = self._begin(k, v, phases, context)
         o, final_state = self.attention.finish(pending, q)
         return self.output(o, *rest), (final_state,)
 
-    def state(
-        self, h: Tensor, phases: Phases | None, doc_ids: Tensor | None, carry: State, memory: SavedStates
-    ) -> State:
+    def state(self, h: Tensor, phases: Phases | None, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         k, v = self.keys(h, phases)
-        return (self.attention.final_state_of(self._begin(k, v, phases, doc_ids, carry, memory, True)),)
+        return (self.attention.final_state_of(self._begin(k, v, phases, context)),)
 
-    def _begin(
-        self,
-        k: Tensor,
-        v: Tensor,
-        phases: Phases | None,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> Pending:
+    def _begin(self, k: Tensor, v: Tensor, phases: Phases | None, context: Context) -> Pending:
         decay = None if self.slope is None else -self.slope
         turn = None if phases is None else phases.turn
+        doc_ids, (carry, *_), memory, wanted = context
         return self.attention.begin(
-            k, v, decay, doc_ids, angle=turn, carry=carry[0], memory=memory, output_final_state=output_final_state
+            k, v, decay, doc_ids, angle=turn, carry=carry, memory=memory, output_final_state=wanted
         )
 
 

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from lasptrain.models.layers import Rotary
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import State
+from lasptrain.models.mixer import Context, State
 from lasptrain.ops import softmax
 from lasptrain.parallel.all_gather import gather
 from lasptrain.parallel.halo import halo
-from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
 class Softmax(nn.Module):
@@ -44,50 +44,33 @@ class Softmax(nn.Module):
     def prepare(self, length: int) -> None:
         return None
 
-    def forward(
-        self,
-        h: Tensor,
-        phases: None,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> tuple[Tensor, State]:
+    def forward(self, h: Tensor, phases: None, context: Context) -> tuple[Tensor, State]:
         q, k, v = multi_linear(h, self.q, self.k, self.v)
-        keys, values, query_doc_ids, key_doc_ids, final_state = self._seen(
-            k, v, doc_ids, carry[0], memory, output_final_state
-        )
+        keys, values, query_doc_ids, key_doc_ids, final_state = self._seen(k, v, context)
         q, keys = self.rotated(self._heads(q), self._heads(keys))
         o = softmax.attend(q, keys, self._heads(values), query_doc_ids, key_doc_ids, self.sliding_window)
         y: Tensor = self.out(o.flatten(2))
         return y, (final_state,)
 
-    def state(self, h: Tensor, phases: None, doc_ids: Tensor | None, carry: State, memory: SavedStates) -> State:
+    def state(self, h: Tensor, phases: None, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         k, v = multi_linear(h, self.k, self.v)
-        return (self._seen(k, v, doc_ids, carry[0], memory, True)[-1],)
+        return (self._seen(k, v, context)[-1],)
 
     def _seen(
-        self,
-        k: Tensor,
-        v: Tensor,
-        doc_ids: Tensor | None,
-        carry: Tensor | None,
-        memory: SavedStates,
-        output_final_state: bool,
+        self, k: Tensor, v: Tensor, context: Context
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return keys and values [B, J, ·] up to the last query's, doc_ids of queries and keys, and the final state."""
         rows = torch.cat([k, v], dim=-1)
         see = self._all if self.sliding_window is None else self._near
-        rows, query_doc_ids, key_doc_ids, final_state = see(rows, doc_ids, carry, memory, output_final_state)
+        rows, query_doc_ids, key_doc_ids, final_state = see(rows, context)
         keys, values = rows.split(k.shape[-1], dim=-1)
         return keys, values, query_doc_ids, key_doc_ids, final_state
 
-    def _near(
-        self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _near(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return rows and those before them that the window reaches; in transit, a last column is 0 where none are."""
         assert self.sliding_window is not None
+        doc_ids, (carry, *_), memory, output_final_state = context
         n, scan = self.sliding_window - 1, self.attention.scan
         if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
             return rows, doc_ids, doc_ids, None
@@ -98,13 +81,12 @@ class Softmax(nn.Module):
         unseen = (before[..., -1] == 0).to(own.dtype)
         return torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), final_state
 
-    def _all(
-        self, rows: Tensor, doc_ids: Tensor | None, carry: Tensor | None, memory: SavedStates, output_final_state: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _all(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return all rows up to this slice's last.
 
         In transit, their last column is 1 where a document starts, as one does with a window.
         """
+        doc_ids, (carry, *_), memory, output_final_state = context
         scan, length = self.attention.scan, rows.shape[1]
         if scan.size == 1 and carry is None and not output_final_state:
             return rows, doc_ids, doc_ids, None

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import COMPILED, State
+from lasptrain.models.mixer import COMPILED, Context, State
 from lasptrain.parallel.halo import halo
-from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
+from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
 
 # Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -109,50 +109,32 @@ class StateSpace(nn.Module):
     def prepare(self, length: int) -> SsdWeights:
         return SsdWeights(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
 
-    def forward(
-        self,
-        h: Tensor,
-        small: SsdWeights,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> tuple[Tensor, State]:
+    def forward(self, h: Tensor, small: SsdWeights, context: Context) -> tuple[Tensor, State]:
         rows = None
         if small.taps is not None:
-            k, v, decay, q, gate, rows = self._with_neighbours(h, small, doc_ids, carry, memory, output_final_state)
-            pending = self._begin(k, v, decay, doc_ids, carry, memory, output_final_state)
+            k, v, decay, q, gate, rows = self._with_neighbours(h, small, context)
+            pending = self._begin(k, v, decay, context)
         elif self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, small), doc_ids, carry, memory, output_final_state)
+            pending = self._begin(*self.keys(h, small), context)
             q, gate = self.queries(h, small)
         else:
             k, v, decay, q, gate = self.project(h, small)
-            pending = self._begin(k, v, decay, doc_ids, carry, memory, output_final_state)
+            pending = self._begin(k, v, decay, context)
         o, final_state = self.attention.finish(pending, q)
         return self.output(o, gate), (final_state, rows)
 
-    def state(self, h: Tensor, small: SsdWeights, doc_ids: Tensor | None, carry: State, memory: SavedStates) -> State:
+    def state(self, h: Tensor, small: SsdWeights, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         rows = None
         if small.taps is None:
             k, v, decay = self.keys(h, small)
         else:
-            k, v, decay, _, _, rows = self._with_neighbours(h, small, doc_ids, carry, memory, True)
-        return self.attention.final_state_of(self._begin(k, v, decay, doc_ids, carry, memory, True)), rows
+            k, v, decay, _, _, rows = self._with_neighbours(h, small, context)
+        return self.attention.final_state_of(self._begin(k, v, decay, context)), rows
 
-    def _begin(
-        self,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
-    ) -> Pending:
-        return self.attention.begin(
-            k, v, decay, doc_ids, carry=carry[0], memory=memory, output_final_state=output_final_state
-        )
+    def _begin(self, k: Tensor, v: Tensor, decay: Tensor, context: Context) -> Pending:
+        doc_ids, (carry, _), memory, wanted = context
+        return self.attention.begin(k, v, decay, doc_ids, carry=carry, memory=memory, output_final_state=wanted)
 
     def keys(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Return k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
@@ -170,21 +152,14 @@ class StateSpace(nn.Module):
         return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small), self._heads(F.silu(q)), gate
 
     def _with_neighbours(
-        self,
-        h: Tensor,
-        small: SsdWeights,
-        doc_ids: Tensor | None,
-        carry: State,
-        memory: SavedStates,
-        output_final_state: bool,
+        self, h: Tensor, small: SsdWeights, context: Context
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Return the results of `project`, convolved, and the rows before the next segment."""
         assert small.taps is not None
         n = small.taps.weight.shape[1] - 1
         v, k, q, gate, *dt = multi_linear(h, self.v, self.k, self.q, self.gate, *small.steps)
-        before, final_state = halo(
-            (v, k, q), n, doc_ids, carry[1], self.attention.scan, memory.rows, output_final_state
-        )
+        doc_ids, (_, carry), memory, wanted = context
+        before, final_state = halo((v, k, q), n, doc_ids, carry, self.attention.scan, memory.rows, wanted)
         return *self.convolved(v, k, q, before, dt, small, doc_ids), gate, final_state
 
     def convolved(
