@@ -36,6 +36,7 @@ from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.shard import shard_optimizer
+from lasptrain.recipe.formats import FORMAT
 from lasptrain.recipe.sections import Checkpoint, Optim
 from lasptrain.training.optimizer import build_optimizer, clip_gradients
 from tests.disk import Disk, build, dark, killed, mixed
@@ -440,8 +441,8 @@ def test_manifest_names_must_be_plain_and_format_known(run: Path) -> None:
     _rewrite(folder, files={"../../outside": {}})
     with pytest.raises(CheckpointError, match="none of the steps"):
         _load_state(run)
-    _rewrite(folder, files={}, format=2)
-    with pytest.raises(CheckpointError, match="format 2, written by lasptrain"):
+    _rewrite(folder, files={}, format=FORMAT + 1)
+    with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}, written by lasptrain"):
         _load_state(run)
 
 

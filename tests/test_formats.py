@@ -62,7 +62,7 @@ def test_a_run_of_a_later_format_is_refused(program: Program) -> None:
     file = program.folder / "run" / "recipe.yaml"
     file.write_text(f"format: {FORMAT + 1}\n{file.read_text()}")
     code, _, said = program.end("generate", "run", "--prompt", "a")
-    assert code == 2 and f"written by a newer lasptrain; expected at most {FORMAT}" in said
+    assert code == 2 and f"of a newer lasptrain; expected at most {FORMAT}" in said
 
 
 @pytest.mark.parametrize("key", RENAMED)

@@ -24,9 +24,8 @@ from lasptrain.process.environment import first_host
 from lasptrain.process.failure import Failure, failure_of, root_cause
 from lasptrain.process.launcher import _no_signal_lost, launch
 from lasptrain.process.location import resolve
-from lasptrain.recipe.loading import load
+from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
 from tests import program
 from tests.program import PATIENCE, Started
@@ -443,19 +442,14 @@ def test_folders_that_are_no_runs_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_run_of_a_different_recipe_is_refused_with_the_keys(tmp_path: Path, recipe: Recipe) -> None:
     runs.adopt(tmp_path, recipe)
-    other = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"dim": 16}),
-            "data": recipe.data.model_copy(update={"seed": 7}),
-        }
-    )
+    other = recipe.replace(model={"dim": 16}, data={"seed": 7})
     runs.adopt(tmp_path, other)  # nothing was saved yet
     runs.adopt(tmp_path, recipe)
     (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
     before = (tmp_path / "recipe.yaml").read_text()
     with pytest.raises(CheckpointError, match=r"model.dim: 8 there, 16 here; data.seed: 0 there, 7 here; use --fresh"):
         runs.adopt(tmp_path, other)
-    assert (tmp_path / "recipe.yaml").read_text() == before == dump(recipe)
+    assert (tmp_path / "recipe.yaml").read_text() == before == dump_saved(recipe)
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
     if model.arch not in ("tnl", "linear_transformer"):
         raise SetupError(f"megatron: model.arch = {model.arch} is not split; expected tnl or linear_transformer")
     attention = ShardedRecurrence(kernel) if local is None else cast(ShardedRecurrence, _Heads(local))
+    whole = job.language_model(recipe, attention)
     with torch.device("meta"):
-        whole = job.language_model(recipe, attention)
         for index, block in enumerate(whole.blocks):
             block.mixer, block.mlp = (
                 _mixer(model, index, n, attention),

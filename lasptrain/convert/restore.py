@@ -22,8 +22,8 @@ from lasptrain.errors import ConvertError
 from lasptrain.files import atomic_folder, replace
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.recipe.formats import upgraded
-from lasptrain.recipe.loading import dump_saved, load, load_saved
+from lasptrain.recipe.formats import FORMAT, upgraded
+from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
@@ -116,7 +116,7 @@ def _known(folder: files.Folder) -> Origin:
     if record is None:
         raise ConvertError(f"{where}: missing; expected an export of lasptrain, or --recipe for weights of others")
     try:
-        recipe = _loaded(record["recipe"], load_saved)
+        recipe = _loaded(record["recipe"], record["format"])
         meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], record["format"])}
         origin = Origin(record["target"], recipe, record["step"], meta, record["slopes"])
         if origin.target in tables.TABLES and origin.model.vocab != "auto":
@@ -154,11 +154,11 @@ def tokenizer(folder: files.Folder) -> Path:
     raise ConvertError(f"{folder.path}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")
 
 
-def _loaded(text: str, load: Callable[[Path], Recipe] = load) -> Recipe:
+def _loaded(text: str, written: int = FORMAT) -> Recipe:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "recipe.yaml")
         file.write_text(text, encoding="utf-8")
-        return load(file)
+        return load(file, written=written)
 
 
 def _config(folder: files.Folder) -> dict[str, Any]:

@@ -22,10 +22,14 @@ from lasptrain.recipe.sections import Problem
 from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, shown
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply overrides (`section.key=value`). RecipeError holds every problem, one per line."""
+def load(path: str | Path, overrides: list[str] | None = None, written: int = FORMAT) -> Recipe:
+    """Read a recipe and apply overrides (`section.key=value`). RecipeError holds every problem, one per line.
+
+    `written`: the format where the file does not say one; keys of an earlier one get their present names.
+    """
     file = find_file(Path(path))
     source = _Source(file if file is not None else Path(path))
+    source.upgrade(written)
     for override in overrides or []:
         source.override(override)
     recipe = source.validate()
@@ -37,20 +41,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def load_saved(path: Path) -> Recipe:
-    """Read the recipe of a run folder of this or an earlier format. RecipeError where it is of a later one."""
-    source = _Source(path)
-    number = source.raw.pop("format", 1)
-    if not isinstance(number, int) or number > FORMAT:
-        raise RecipeError(f"{path}: format {number!r}, written by a newer lasptrain; expected at most {FORMAT}")
-    for name, values in source.raw.items():
-        if isinstance(values, dict):
-            source.raw[name] = upgraded(name, values, number)
-    return source.validate()
-
-
 def dump_saved(recipe: Recipe) -> str:
-    """The recipe as YAML for a run folder, which `load_saved` reads."""
+    """Return the recipe as YAML that says its format, for a run folder."""
     return f"format: {FORMAT}\n{dump(recipe)}"
 
 
@@ -90,6 +82,15 @@ class _Source:
         self.raw: dict[str, object] = raw
         if raw.get("mesh") == "auto":
             raw["mesh"] = {}
+
+    def upgrade(self, written: int) -> None:
+        """Give keys that an earlier format wrote their present names. RecipeError where the format is a later one."""
+        number = self.raw.pop("format", written)
+        if not isinstance(number, int) or number > FORMAT:
+            raise RecipeError(f"{self.file}: format {number!r}, of a newer lasptrain; expected at most {FORMAT}")
+        for name, values in self.raw.items():
+            if isinstance(values, dict):
+                self.raw[name] = upgraded(name, values, number)
 
     def override(self, text: str) -> None:
         """Apply one `section.key=value`; its value is read by the rules of the file."""

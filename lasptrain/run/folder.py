@@ -14,7 +14,7 @@ from typing import Any
 
 from lasptrain import files
 from lasptrain.errors import CheckpointError, SetupError
-from lasptrain.recipe.loading import dump_saved, load_saved
+from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
@@ -94,7 +94,7 @@ def recipe_of(run: Path) -> Recipe:
     """
     if not (run / RECIPE).is_file():
         raise CheckpointError(f"{run}: holds no {RECIPE}; expected the folder of a run")
-    return load_saved(run / RECIPE)
+    return load(run / RECIPE, written=1)
 
 
 def differences(there: Recipe, here: Recipe) -> list[str]:
