@@ -87,7 +87,7 @@ def split(rank: int, world: int) -> dict[str, float]:
         traffic = Traffic(dist.group.WORLD)
         of = recipe(arch)
         part = split_model(of, traffic, "chunked", local).to_empty(device="cpu")
-        whole = job.language_model(of, ShardedRecurrence("chunked"))
+        whole = job.language_model(of, ShardedRecurrence("chunked")).to_empty(device="cpu")
         if form == "softmax":
             whole = split_model(of, Traffic(None), "chunked", softmax).to_empty(device="cpu")
         with torch.no_grad():
