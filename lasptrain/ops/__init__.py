@@ -165,68 +165,34 @@ def grad_key_value(
 
 
 @fake("summarize")
-def _(kernel: str, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool) -> Triple:
-    b, _, h, kdim = k.shape
+def _(kernel: str, k: Tensor, v: Tensor, *_: object) -> Triple:
+    b, _t, h, kdim = k.shape
     dtype = state_dtype(k)
     state, decay = k.new_empty((b, h, kdim, v.shape[-1]), dtype=dtype), k.new_empty((b, h), dtype=dtype)
     return state, decay, k.new_empty(_module(kernel).block_shape(k, v), dtype=dtype)
 
 
 @fake("attend")
-def _(
-    kernel: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    initial_state: Tensor | None,
-    blocks: Tensor | None,
-) -> Pair:
-    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(
-        _module(kernel).block_shape(k, v), dtype=state_dtype(q)
-    )
+def _(kernel: str, q: Tensor, k: Tensor, v: Tensor, *_: object) -> Pair:
+    blocks = q.new_empty(_module(kernel).block_shape(k, v), dtype=state_dtype(q))
+    return torch.empty_like(v, memory_format=torch.contiguous_format), blocks
 
 
 @fake("grad_initial_state")
-def _(kernel: str, q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool) -> Pair:
-    b, _, h, kdim = q.shape
+def _(kernel: str, q: Tensor, do: Tensor, *_: object) -> Pair:
+    b, _t, h, kdim = q.shape
     dtype = state_dtype(q)
-    return q.new_empty((b, h, kdim, do.shape[-1]), dtype=dtype), q.new_empty(
-        _module(kernel).block_shape(q, do), dtype=dtype
-    )
+    blocks = q.new_empty(_module(kernel).block_shape(q, do), dtype=dtype)
+    return q.new_empty((b, h, kdim, do.shape[-1]), dtype=dtype), blocks
 
 
 @fake("grad_query")
-def _(
-    kernel: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    prefix: Tensor,
-) -> Pair:
+def _(kernel: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, *_: object) -> Pair:
     shape = _module(kernel).row_shape(k, v) if per_token(log_decay) else (0,)
-    row = q.new_empty(shape, dtype=state_dtype(q))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), row
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=state_dtype(q))
 
 
 @fake("grad_key_value")
-def _(
-    kernel: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    dfinal: Tensor | None,
-    dblocks: Tensor | None,
-    prefix: Tensor,
-    row: Tensor,
-) -> Triple:
-    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+def _(kernel: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, *_: object) -> Triple:
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     return dk, dv, q.new_empty(q.shape[:3] if per_token(log_decay) else (0,), dtype=state_dtype(q))
