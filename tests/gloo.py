@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 CONTEXT = mp.get_context("forkserver")  # torch is imported once, not by every rank
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "lasptrain.train", "lasptrain.ops.chunked"])
+PATIENCE = 300.0  # seconds that a busy machine may take for what has no limit of its own
 GRACE = 5.0  # seconds the other ranks get to end by themselves after one has failed
 
 
@@ -29,7 +30,7 @@ def serve() -> None:
     forkserver.ensure_running()
 
 
-def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) -> list[T]:
+def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = PATIENCE) -> list[T]:
     """Return `[fn(rank, world, *args) for rank in range(world)]`, each rank in a process of its own.
 
     The default process group is gloo over a file, so no port is taken; a world of one has a real group too.

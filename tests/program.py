@@ -9,10 +9,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.gloo import CONTEXT
+from tests.gloo import CONTEXT, PATIENCE
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 300  # seconds that a busy machine may take for what has no limit of its own
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +44,8 @@ from lasptrain.run.metrics import read_metrics
 from lasptrain.training import segments, stragglers
 from lasptrain.training.guard import ENOUGH, Guard
 from lasptrain.training.job import Job
-from tests.gloo import spawn
+from tests.clock import Clock
+from tests.gloo import PATIENCE, spawn
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: P
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
 
@@ -317,19 +317,26 @@ def test_the_slowest_is_measured_by_the_median() -> None:
     assert stragglers.slowest([(1.0, 0.9)] * 3).ratio == 1
 
 
-STARTUP_GRACE = {"data": (SliceLoader, "step", 0.8), "work": (torch, "mm", 0.01)}  # before which rank 1 sleeps, seconds
+LATE = {  # calls in which rank 1 loses so many seconds, while every look at the clock takes one
+    "data": (SliceLoader, "step", 8.0, 5.0, "it waits for data in 90% of the time"),  # 9 s of 10, rank 0: 1 of 2
+    "work": (torch, "mm", 2 / 64, 3.0, "matrix products take 3.0 times the median"),
+}
 
 
 def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
-    """Train while rank 1 reads slowly, then while it computes slowly."""
-    stragglers.PERIOD = 0
+    """Train while rank 1 reads slowly, then while it computes slowly, by a clock of its own."""
+    clock = Clock(tick=1)
+    patch = pytest.MonkeyPatch()  # for good: the process ends with this function
+    patch.setattr(train, "time", SimpleNamespace(perf_counter=clock))
+    patch.setattr(train, "StragglerDetector", partial(stragglers.StragglerDetector, now=clock))
+    patch.setattr(stragglers, "PERIOD", 0)
     small = ["model.vocab=320", "train.micro_batch=2", "train.segment=64", "train.steps=3", "eval.every=0"]
     recipe = recipes.load(file, small)
-    for name, (owner, function, seconds) in STARTUP_GRACE.items():
+    for name, (owner, function, seconds, *_) in LATE.items():
         fast = getattr(owner, function)
 
         def slow(*args: Any, fast: Any = fast, seconds: float = seconds, **kwargs: Any) -> Any:
-            time.sleep(seconds)
+            clock.seconds += seconds
             return fast(*args, **kwargs)
 
         setattr(owner, function, slow if rank == 1 else fast)
@@ -339,16 +346,42 @@ def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
 
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed", times=2)
 def test_a_slow_rank_is_named(recipe: Path, tmp_path: Path) -> None:
-    for name in STARTUP_GRACE:
+    for name in LATE:
         (tmp_path / name).mkdir()
     spawn(2, slowed, recipe, tmp_path)
-    for name, why in (("data", "it waits for data in"), ("work", "matrix products take")):
+    for name, (*_, ratio, why) in LATE.items():
         (told,) = read_metrics(tmp_path / name, "straggler")
-        assert re.match(rf"rank 1 on {socket.gethostname()} slows a step down \S+ times: {why}", told["what"])
+        assert told["what"] == f"rank 1 on {socket.gethostname()} slows a step down {ratio} times: {why}"
         assert json.loads((tmp_path / name / "status.json").read_text())["straggler"] == told["what"]
-        assert all(
-            record["slowest_rank"] == 1 and record["slowest_ratio"] > 1.5 for record in read_metrics(tmp_path / name)
-        )
+        found = [(record["slowest_rank"], record["slowest_ratio"]) for record in read_metrics(tmp_path / name)]
+        assert found == [(1, pytest.approx(ratio))] * 3
+
+
+def looks(rank: int, world: int) -> list[tuple[int, float, float]]:
+    """Steps of 2 s at which ranks are looked at, the seconds of their work, and the slowest's ratio; rank 2 is slow."""
+    clock = Clock()
+
+    def mm(*_: object, **__: object) -> None:
+        clock.seconds += (3 if rank == 2 else 1) / 64
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", mm)
+        detector = stragglers.StragglerDetector(torch.device("cpu"), clock)
+        for step in range(1, 25):
+            before = clock.seconds
+            slowest = detector.observe(0.0, 2.0)
+            worked = clock.seconds - before
+            clock.seconds = before + 2
+            if slowest is not None:
+                found.append((step, worked, slowest.ratio))
+    return found
+
+
+def test_ranks_are_looked_at_every_20_seconds_of_training() -> None:
+    for rank, found in enumerate(spawn(3, looks)):
+        seconds = 3.0 if rank == 2 else 1.0
+        assert found == [(step, seconds, 3.0) for step in (1, 11, 21)]
 
 
 # Saving beside training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize
 from lasptrain.recipe.sections import Model, Parallel
 from lasptrain.training import segments as stream
+from tests.clock import Clock
 from tests.gloo import spawn
 
 WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
@@ -232,7 +232,7 @@ def check_all(rank: int, world: int, cases: list[Case]) -> int:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_layout_is_one_device(world: int) -> None:
     mine = [case for case in cases() if case[2].dp * case[2].sp == world]
-    assert spawn(world, check_all, mine, timeout=300) == [len(mine)] * world
+    assert spawn(world, check_all, mine) == [len(mine)] * world
 
 
 def check_apart(rank: int, world: int, cases: list[Case]) -> list[int]:
@@ -352,21 +352,21 @@ def test_recomputation_repeats_no_exchange() -> None:
 
 def chosen(rank: int, world: int) -> list[str]:
     """The scan found the fastest when the other two are slow on one rank, for segments alone and in a row."""
-    group, found = meshes.build(1, world).sp_group, []
+    group, clock, found = meshes.build(1, world).sp_group, Clock(), []
     for best, carried in zip(SCANS, (False, True, True), strict=True):
         with pytest.MonkeyPatch.context() as patch:
             for name, scan in SCANS.items():
-                patch.setitem(SCANS, name, scan if name == best else slowed(scan, rank == 1))
-            found.append(fastest_scan(group, CPU, (1, 2, 4, 4), carried))
+                patch.setitem(SCANS, name, scan if name == best else slowed(scan, clock, rank == 1))
+            found.append(fastest_scan(group, CPU, (1, 2, 4, 4), carried, clock))
     return found
 
 
-def slowed(scan: type[Ring] | type[AllGather], here: bool) -> type[Ring] | type[AllGather]:
-    """The scan, on this rank 10 ms late."""
+def slowed(scan: type[Ring] | type[AllGather], clock: Clock, here: bool) -> type[Ring] | type[AllGather]:
+    """The scan, where it is `here` a second late by that clock."""
 
     class Slow(scan):  # type: ignore[misc, valid-type]
         def start(self, *args: Any, **kwargs: Any) -> Any:
-            time.sleep(0.01 * here)
+            clock.seconds += here
             return super().start(*args, **kwargs)
 
     return Slow

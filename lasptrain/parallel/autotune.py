@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,20 +15,24 @@ Shape = tuple[int, int, int, int]
 
 
 def fastest_scan(
-    group: dist.ProcessGroup, device: torch.device, shape: tuple[int, int, int, int], carried: bool
+    group: dist.ProcessGroup,
+    device: torch.device,
+    shape: tuple[int, int, int, int],
+    carried: bool,
+    now: Callable[[], float] = time.perf_counter,
 ) -> str:
     """Return the name of the scan that is fastest for states [B, H, K, V] of this shape, forward and backward.
 
     The time is that of the slowest rank of the job; collective over all ranks, which get the same name. `carried`:
     states are carried from segment to segment.
     """
-    seconds = [_seconds(scan(group, device), device, shape, carried) for scan in SCANS.values()]
+    seconds = [_seconds(scan(group, device), device, shape, carried, now) for scan in SCANS.values()]
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return [*SCANS][int(slowest.argmin())]
 
 
-def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool) -> float:
+def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool, now: Callable[[], float]) -> float:
     state = torch.zeros(shape, device=device)
     transition = Transition(torch.ones(shape[:2], device=device))
     carry = state if carried else None
@@ -39,11 +44,11 @@ def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool) -> f
     for _ in range(WARM):
         there_and_back()
     _wait(device)
-    began = time.perf_counter()
+    began = now()
     for _ in range(COUNT):
         there_and_back()
     _wait(device)
-    return time.perf_counter() - began
+    return now() - began
 
 
 def _wait(device: torch.device) -> None:

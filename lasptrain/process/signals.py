@@ -38,15 +38,15 @@ def interrupt() -> None:
         signal.signal(signal.SIGINT, hear)
 
 
-def listen(leave: Callable[[int], None] = lambda number: None) -> None:
+def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[], float] = time.monotonic) -> None:
     """Install the handlers. `leave` gets the number of the signal by which this process then ends, nothing unsaved."""
 
     def hear(number: int, frame: FrameType | None) -> None:
         global _noted, _at
-        if _noted and time.monotonic() - _at > ECHO:
+        if _noted and now() - _at > ECHO:
             os._exit(TERMINATED)
         if not _noted:
-            _noted, _at = number, time.monotonic()
+            _noted, _at = number, now()
             if not _unsaved:
                 leave(number)
                 os._exit(CODES[signal.Signals(number)])

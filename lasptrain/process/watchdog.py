@@ -69,25 +69,32 @@ class Watchdog(threading.Thread):
     Ranks alive `LOST` seconds after another one has died are killed after `tell(rank, ORPHANED, message)`.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[int, str, str], None]) -> None:
+    def __init__(
+        self, folder: Path, tell: Callable[[int, str, str], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(daemon=True, name="watch")
-        self._folder, self._tell = folder, tell
+        self._folder, self._tell, self._now = folder, tell, now
+        self._died = math.inf  # when a rank was first seen to be gone
         self._over = threading.Event()
 
     def run(self) -> None:
-        died = math.inf
-        while not self._over.wait(PERIOD):
-            pulses = self._pulses()
-            states = {pulse: _state(pulse.pid) for pulse in pulses}
-            alive = [pulse for pulse, state in states.items() if state not in ("", "Z", "X", DYING)]
-            now = time.monotonic()
-            if len(alive) < len(pulses):
-                died = min(died, now)
-            elif any(now > pulse.until for pulse in alive):
-                self._end_hung(alive)
-            if now > died + LOST and DYING not in states.values():  # else the agent would blame the next one
-                self._end_orphaned(alive)
-                return
+        while not self._over.wait(PERIOD) and not self.look():
+            pass
+
+    def look(self) -> bool:
+        """End ranks that are hung or orphaned; return True where nothing is left to watch."""
+        pulses = self._pulses()
+        states = {pulse: _state(pulse.pid) for pulse in pulses}
+        alive = [pulse for pulse, state in states.items() if state not in ("", "Z", "X", DYING)]
+        now = self._now()
+        if len(alive) < len(pulses):
+            self._died = min(self._died, now)
+        elif any(now > pulse.until for pulse in alive):
+            self._end_hung(alive)
+        last = now > self._died + LOST and DYING not in states.values()  # or the agent would blame the next one
+        if last:
+            self._end_orphaned(alive)
+        return last
 
     def end(self) -> None:
         """Stop watching."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections.abc import Callable
 from statistics import fmean, median_low
 from typing import NamedTuple
 
@@ -32,8 +33,8 @@ class Slowest(NamedTuple):
 class StragglerDetector:
     """Comparison of a run's ranks now and then. Collective over all ranks, which get the same result."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._now = device, now
         self._hosts = collectives.all_gather_object(socket.gethostname())
         self._worked = -math.inf  # when this rank last did so
         self._next = 1  # steps until the next look
@@ -49,9 +50,9 @@ class StragglerDetector:
         if len(self._hosts) == 1:
             return None
         self._waited, self._spent, self._steps = self._waited + data_wait, self._spent + step_time, self._steps + 1
-        if time.monotonic() - self._worked > BETWEEN or self._steps == self._next:
-            self._work.append(work(self._device))
-            self._worked = time.monotonic()
+        if self._now() - self._worked > BETWEEN or self._steps == self._next:
+            self._work.append(work(self._device, self._now))
+            self._worked = self._now()
         if self._steps < self._next:
             return None
         rows = collectives.all_gather_object((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
@@ -80,7 +81,7 @@ def slowest(rows: list[tuple[float, float]]) -> Slowest:
     return max(found, key=lambda one: one.ratio)
 
 
-def work(device: torch.device) -> float:
+def work(device: torch.device, now: Callable[[], float]) -> float:
     """Return the seconds of matrix products: some 2 ms of a GPU, 40 ms of a core, which other processes interrupt."""
     cuda = device.type == "cuda"
     size, times = (4096, 10) if cuda else (256, 64)
@@ -88,9 +89,9 @@ def work(device: torch.device) -> float:
     out = torch.empty_like(x)
     if cuda:
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = now()
     for _ in range(times):
         torch.mm(x, x, out=out)
     if cuda:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now() - began
