@@ -141,6 +141,7 @@ def heed(recipe: Recipe, run: Path) -> None:
         except Stopped:
             (run / f"saving-{dist.get_rank()}").touch()
             time.sleep(recipe.train.steps)
+            (run / f"saved-{dist.get_rank()}").touch()
             raise
 
 

@@ -22,7 +22,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import Ring
 from lasptrain.process import local_ranks
 from lasptrain.recipe.loading import load
-from tests.gloo import spawn
+from tests.gloo import PATIENCE, spawn
 from tests.test_recipe import RECIPES
 from tests.trial import trial
 
@@ -54,11 +54,11 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
     *_, found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
     assert all(bool(row.sent) == (row.method != sp.NONE) for row in found.steps)
-    assert all((row.ratio or 0) > 0.2 for row in found.steps[1:])
+    assert [row.ratio is None for row in found.steps] == [True] + [False] * 5
     assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
     assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in [*methods, "megatron"]]
     assert all(row.sent == row.formula for row in found.layers)
-    assert found.layers[0].ratio == 1.0 and all(row.ratio is not None and row.ratio > 0.2 for row in found.layers)
+    assert found.layers[0].ratio == 1.0 and all(row.ratio for row in found.layers)
     assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.layers)
     console = Console(width=120, record=True)
     console.print(*sp.report(found))
@@ -68,6 +68,20 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
 def test_methods_are_compared_turn_by_turn() -> None:
     times = {sp.NONE: [1.0, 2.0, 4.0, 3.0], "ring": [1.1, 2.2, 4.4, 9.0]}
     assert layers.compared(times, "ring") == pytest.approx(1.1) and layers.compared({"ring": [1.0]}, "ring") is None
+
+
+def test_whole_steps_are_compared_turn_by_turn(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both get ever slower, and are interrupted now and then; what takes 1.5 times as long still does."""
+    recipe, taken = load(RECIPES / "quickstart.yaml"), list[int]()
+
+    def beside(step: int) -> float:
+        taken.append(step)
+        return float(step + 1)
+
+    monkeypatch.setattr(sp, "_trainer", lambda *_: (beside, taken.clear, lambda: 0))
+    updates = [1.5 * (step + 1) for step in range(100)]
+    updates[sum(sp.turns(64))] *= 9
+    assert sp._ratio(recipe, updates.__getitem__, 64, 0) == 1.5 and taken == []
 
 
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
@@ -243,14 +257,14 @@ def test_ranks_do_not_outlive_what_measures(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"import tests.trial as t; t.run_forever({str(tmp_path)!r})"]
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while len(pids := [int(file.name) for file in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(pids) == 2
     finally:
         process.terminate()
         process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

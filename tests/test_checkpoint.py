@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ from lasptrain.recipe.formats import FORMAT
 from lasptrain.recipe.sections import Checkpoint, Optim
 from lasptrain.training.optimizer import build_optimizer, clip_gradients
 from tests.disk import Disk, build, dark, killed, mixed
-from tests.gloo import CONTEXT, spawn
+from tests.gloo import CONTEXT, PATIENCE, spawn
 
 Record = Callable[[str, object], None]  # of pytest, see conftest.py
 SAVED = ("fsdp", "zero1")  # kinds that runs are saved under
@@ -627,14 +628,17 @@ def _fork(function: Callable[..., None], *args: Any) -> int:
 
 
 def _kill_trials(folder: Path, trials: int) -> None:
-    """Kill rank 0, rank 1 or both at a random time, over and over in one run folder; runs in a process of its own."""
+    """Kill rank 0, rank 1 or both at a random time, over and over in one run folder; a quarter of the times in a save.
+
+    Runs in a process of its own.
+    """
     torch.set_num_threads(1)
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     chance = random.Random(0)
     run, acknowledged = folder / "run", folder / "acknowledged"
     acknowledged.write_text("0")
-    caught = 0
-    for trial in range(trials):
+    trial = caught = 0
+    while trial < trials or caught < trials // 4:
         ranks = [_fork(_rank_of_trial, rank, run, folder / f"store-{trial}", acknowledged) for rank in (0, 1)]
         started = acknowledged.read_text()
         while acknowledged.read_text() == started:
@@ -649,14 +653,14 @@ def _kill_trials(folder: Path, trials: int) -> None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         caught += any(run.glob("checkpoints/.step-*"))
-    assert caught >= trials // 4, f"only {caught} of {trials} were killed while saving"
+        trial += 1
 
 
 @pytest.mark.fault("kill -9 of a rank or two at a random time, while saving", times=25)
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     process = CONTEXT.Process(target=_kill_trials, args=(tmp_path, TRIALS + 1), daemon=True)
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     process.kill()
     assert process.exitcode == 0, (tmp_path / "stderr").read_text()
     assert int((tmp_path / "acknowledged").read_text()) > TRIALS
@@ -668,10 +672,10 @@ def _load_late(rank: int, world: int, run: Path) -> tuple[int, str]:
     save(run, 3, net, optimizer, META, keep=2)
     saved = _full(net, optimizer)
     net, optimizer = _build("ddp", seed=1)
-    began, real, shown = time.monotonic(), Path.stat, 0.7
+    real, unseen = Path.stat, itertools.repeat(None, 8)  # looks at files
 
     def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
-        if path.suffix == ".distcp" and time.monotonic() - began < shown:
+        if path.suffix == ".distcp" and next(unseen, True) is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return real(path, follow_symlinks=follow_symlinks)
 
@@ -680,7 +684,7 @@ def _load_late(rank: int, world: int, run: Path) -> tuple[int, str]:
             patch.setattr(Path, "stat", stat)
         loaded = load(run, net, optimizer)
         assert loaded is not None and _same(_full(net, optimizer), saved)
-        shown = 1e9
+        unseen = itertools.repeat(None)
         patch.setattr(steps, "LAG", 0.3)
         try:
             load(run, net, optimizer)

@@ -41,6 +41,7 @@ from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
 from lasptrain.eval.tasks.files import rows
 from lasptrain.process.location import resolve
 from lasptrain.recipe.loading import load
+from tests.gloo import PATIENCE
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -262,7 +263,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     said = [line.partition("; ") for line in done.stdout.splitlines()]
@@ -700,7 +701,8 @@ def test_a_killed_prepare_leaves_nothing_visible_and_no_process(
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(corpus), str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(MODEL.parent.parent)}
-    ended = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)  # waits for all
+    # This waits for all processes.
+    ended = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
     monkeypatch.setattr(preparing, "UNIT", 200)

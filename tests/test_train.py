@@ -41,7 +41,7 @@ from lasptrain.run import auto
 from lasptrain.run.metrics import Metrics, read_metrics
 from lasptrain.training.job import build
 from tests import program
-from tests.gloo import spawn
+from tests.gloo import PATIENCE, spawn
 from tests.program import Started
 from tests.test_recipe import RECIPES
 
@@ -123,7 +123,7 @@ def undisturbed(folder: Path) -> list[float]:
 def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) -> None:
     process = start(folder, "--run", "killed", "--set", "checkpoint.every=2")
     metrics = folder / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (metrics.exists() and metrics.read_text().count('"grad_norm"') >= 3):
         assert time.monotonic() < deadline and process.process.is_alive()
         time.sleep(0.001)
@@ -319,7 +319,7 @@ def test_a_run_is_the_same_in_any_environment(folder: Path, undisturbed: list[fl
     strange |= {"PATH": os.environ["PATH"], "PYTHONHASHSEED": "7", "PYTHONPATH": str(program.ROOT)}
     command = [sys.executable, "-m", "lasptrain", "pretrain", "tiny.yaml", "--run", "strange"]
     command += ["--set", f"data.cache={folder / 'elsewhere'}"]
-    done = subprocess.run(command, cwd=folder, env=strange, capture_output=True, text=True, timeout=program.PATIENCE)
+    done = subprocess.run(command, cwd=folder, env=strange, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "committed step 6" in done.stdout
     assert losses(folder / "strange") == undisturbed
