@@ -39,7 +39,7 @@ def test_a_step_leaves_no_states_behind(monkeypatch: pytest.MonkeyPatch) -> None
 
     trained = model()
     stream.backward(trained, 3, pieces(2), 1.0)  # what is imported on first use may hold on to frames
-    monkeypatch.setattr(stream, "Memory", Watched)
+    monkeypatch.setattr(stream, "SavedStates", Watched)
     gc.collect()
     gc.disable()
     try:
