@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -305,9 +307,14 @@ def test_names_that_cannot_name_a_run(refused: Refused, name: str) -> None:
     assert any(": name: found" in line for line in refused(f"name: {json.dumps(name)}\n" + GOOD))
 
 
+@cache
+def quickstart() -> dict[str, Any]:
+    return load(RECIPES / "quickstart.yaml").model_dump()
+
+
 @given(st.text(max_size=120))
 def test_a_name_stays_inside_its_folder(name: str) -> None:
-    fields = load(RECIPES / "quickstart.yaml").model_dump() | {"name": name}
+    fields = quickstart() | {"name": name}
     try:
         assert Recipe.model_validate(fields).name == name
     except ValidationError:
