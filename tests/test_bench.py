@@ -50,6 +50,7 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
     assert "2.50" in ours and "3.50" in ours and "4.000" in broken and "will not run" in text
 
 
+@pytest.mark.slow
 def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
@@ -120,6 +121,7 @@ def test_texts_are_read_beside_the_forward_of_training() -> None:
     assert "segments of 64 tokens" in console.export_text()
 
 
+@pytest.mark.slow
 def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(longest, "SHARES", (1.3, 1.6))
     monkeypatch.setattr(longest, "LOWER", (0.6, 1.0))
@@ -143,6 +145,7 @@ def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: p
     assert found.cells[0].window == 2048 and "no time was left" in console.export_text()
 
 
+@pytest.mark.slow
 def test_states_that_are_not_kept_are_made_again() -> None:
     changes = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp64"]
     assert all(one < 1e-12 for one in spawn(2, forgotten))
@@ -168,6 +171,7 @@ def forgotten(rank: int, world: int) -> float:
     return float((got - want).abs().max())
 
 
+@pytest.mark.slow
 def test_every_layout_trains_alike() -> None:
     small = ["model.dim=32", "model.layers=2", "model.heads=2", "model.mlp=48", "data.window=64"]
     exact = ["train.precision=fp32", "optim.warmup=2", "data.source=python:source"]
@@ -203,6 +207,7 @@ def test_what_a_rank_refuses_is_said_once() -> None:
         list(sp.measure(load(RECIPES / "quickstart.yaml", changes), 2, ["ulysses"], [32], []))
 
 
+@pytest.mark.slow
 def test_ever_more_ranks_share_the_work() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     recipe = load(RECIPES / "quickstart.yaml", small)
@@ -230,6 +235,7 @@ def test_what_time_does_not_allow_is_not_run() -> None:
     assert row.seconds is None and row.failure == "no time left"
 
 
+@pytest.mark.slow
 def test_recall_is_learnt_alike_by_ranks_that_share_sequences() -> None:
     assert mqar.sizes(256, 16) == [(64, 4), (128, 8), (256, 16)] and mqar.sizes(96, 3) == [(96, 3)]
     small = ["model.dim=16", "model.heads=2", "model.key_dim=8", "model.value_dim=8", "model.mlp=16", "optim.warmup=2"]
@@ -254,6 +260,7 @@ def test_what_cannot_be_recalled_is_refused_before_training() -> None:
             mqar.measure(recipe, *arguments)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_what_measures(tmp_path: Path) -> None:
     pids: list[int] = []
     command = [sys.executable, "-c", f"import tests.trial as t; t.run_forever({str(tmp_path)!r})"]

@@ -656,6 +656,7 @@ def _kill_trials(folder: Path, trials: int) -> None:
         trial += 1
 
 
+@pytest.mark.slow
 @pytest.mark.fault("kill -9 of a rank or two at a random time, while saving", times=25)
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     process = CONTEXT.Process(target=_kill_trials, args=(tmp_path, TRIALS + 1), daemon=True)

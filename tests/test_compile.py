@@ -45,7 +45,9 @@ def test_no_graph_break(decay: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
-@pytest.mark.parametrize("own", [{"arch": "tnl"}, {"arch": "ssd", "data_dependent": True, "conv": 4}])
+@pytest.mark.parametrize(
+    "own", [pytest.param({"arch": "tnl"}, marks=pytest.mark.slow), {"arch": "ssd", "data_dependent": True, "conv": 4}]
+)
 def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     cfg = Model.model_validate({"dim": 32, "layers": 2, "heads": 2, "mlp": 48, "vocab": 64, **own})
@@ -106,6 +108,7 @@ def test_a_compiled_convolution_keeps_no_more_than_none(monkeypatch: pytest.Monk
     assert 0 < kept(4) <= kept(0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
 def test_ddp_compiles_the_same_graphs_as_fsdp() -> None:
     assert spawn(2, graphs, "ddp") == spawn(2, graphs, "zero3") != [0, 0]

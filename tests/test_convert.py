@@ -276,6 +276,7 @@ def test_what_goes_wrong_behind_the_window_is_seen(tmp_path: Path, monkeypatch: 
     assert max(parity.full, parity.padded) < 1e-5
 
 
+@pytest.mark.slow
 @transformers_needed
 def test_a_process_of_its_own_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Exports) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -304,6 +305,7 @@ def test_what_is_not_the_model_gets_no_name(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not verify.installed("fla"), reason="needs flash-linear-attention")
 @pytest.mark.parametrize("name", ["linear_transformer", "retnet"])
 def test_flash_linear_attention_computes_the_same_interpreted(name: str, exports: Exports) -> None:

@@ -785,6 +785,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_document_of_any_size_takes_no_more_memory(tmp_path: Path) -> None:
     """As a text file: 17 MB take what 6 MB take. As a line of JSON it is as good a document."""
     line = "a line of text that is as long as others, é\n"

@@ -491,6 +491,7 @@ def test_lengths() -> None:
             parse_lengths(wrong)
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_while_it_trains_and_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,7 +146,7 @@ def flipped(rank: int, recipe: Recipe, run: Path) -> None:
 
 
 @pytest.mark.fault("a signal, wherever a run is", times=5)
-@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Path, tmp_path: Path, kind: str) -> None:
     for run in (kind, f"{kind}-undisturbed", "flipped"):
         (tmp_path / run).mkdir()
@@ -179,6 +179,7 @@ def test_a_signal_while_the_first_step_is_compiled(
     assert interruption.value.code == 75 and checkpoint.committed(tmp_path) == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("kill -9 or a signal at a random time of a whole run", times=4)
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path) -> None:
     """The short form of tests/soak.py, in a process of its own: it forks."""

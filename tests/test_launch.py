@@ -109,7 +109,7 @@ def test_ranks_get_the_resolved_recipe(folder: Path, start: Start) -> None:
     ("target", "code", "message"),
     [
         ("refuse", 6, "error: step 3: loss nan; expected a number\n"),
-        ("deaf", 7, "error: rank 1 was killed by SIGKILL: out of host memory?\n"),
+        pytest.param("deaf", 7, "error: rank 1 was killed by SIGKILL: out of host memory?\n", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
@@ -150,6 +150,7 @@ def since_the_fault(folder: Path) -> float:
     return time - (folder / "runs" / "tiny" / "fault").stat().st_mtime
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_bug_in_a_rank_shows_one_traceback(folder: Path, start: Start) -> None:
     code, said = end(start("bug", "tiny.yaml", "1"))
@@ -207,6 +208,7 @@ def status(folder: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a signal, wherever a run is")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)])
 def test_a_signal_to_the_launcher_ends_all(folder: Path, start: Start, number: int, code: int) -> None:
@@ -272,6 +274,7 @@ def test_a_signal_is_not_lost_in_a_finalizer(signals: None) -> None:
         time.sleep(30)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a signal, wherever a run is")
 def test_a_second_signal_leaves_at_once(folder: Path, start: Start) -> None:
     (folder / "slow.yaml").write_text("name: tiny\n" + RECIPE.replace("steps: 2", "steps: 600"))
@@ -286,6 +289,7 @@ def test_a_second_signal_leaves_at_once(folder: Path, start: Start) -> None:
     assert status(folder)["code"] == 143
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_lost_rank_is_started_again_where_asked(folder: Path, start: Start) -> None:
     code, said = end(start("die_once", "tiny.yaml", "2", RESTARTS="1"))
@@ -295,6 +299,7 @@ def test_a_lost_rank_is_started_again_where_asked(folder: Path, start: Start) ->
     assert (status(folder)["state"], status(folder)["restarts"]) == ("finished", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_stopped_rank_is_named_and_ended(folder: Path, start: Start) -> None:
     (folder / "tiny.yaml").write_text(RECIPE.replace("timeout: 20", "timeout: 60, hang: 2"))
@@ -316,6 +321,7 @@ def test_a_port_that_is_taken_is_told(start: Start) -> None:
     assert code == 5 and said.startswith(f"error: --rdzv: no rendezvous at {place}: ") and said.count("\n") == 1, said
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_joins(folder: Path, start: Start) -> None:
     arguments = ["--standalone", "--nproc-per-node", "2", "-m", "tests.fake_train", "agree", "tiny.yaml", "8"]
     code, said = end(start(*arguments, module="torch.distributed.run", OMP_NUM_THREADS="1"))
@@ -333,12 +339,14 @@ def slurm(start: Start, target: str, *recipes: str) -> list[tuple[int, str]]:
     return [end(task) for task in tasks]
 
 
+@pytest.mark.slow
 def test_under_slurm_it_joins(start: Start) -> None:
     first, second = slurm(start, "refuse", "tiny.yaml", "tiny.yaml")
     assert first[0] == 7
     assert second == (6, "error: step 3: loss nan; expected a number\n")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("no rendezvous, or ranks that do not belong together")
 def test_ranks_with_different_recipes_are_refused(folder: Path, start: Start) -> None:
     (folder / "other.yaml").write_text(RECIPE.replace("1e-3", "2e-3"))

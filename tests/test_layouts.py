@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import combinations, product
@@ -229,9 +229,25 @@ def check_all(rank: int, world: int, cases: list[Case]) -> int:
     return len(cases)
 
 
+@cache
+def few() -> list[Case]:
+    """Some of the cases, for daily work: every model on ranks that share a window, and every other choice once."""
+    choices: dict[Case, set[object]] = {}
+    for case in cases():
+        arch, dtype, layout = case
+        choices[case] = {(arch, dtype, layout.sp > 1), (layout.dp, layout.sp), *enumerate(astuple(layout)[2:])}
+    missing = set[object]().union(*choices.values()) - {(*model, False) for model in MODELS}
+    chosen: list[Case] = []
+    while missing:
+        chosen.append(max(cases(), key=lambda case: len(choices[case] & missing)))
+        missing -= choices[chosen[-1]]
+    return chosen
+
+
+@pytest.mark.parametrize("daily", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "rest"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_layout_is_one_device(world: int) -> None:
-    mine = [case for case in cases() if case[2].dp * case[2].sp == world]
+def test_every_layout_is_one_device(world: int, daily: bool) -> None:
+    mine = [case for case in cases() if case[2].dp * case[2].sp == world and (case in few()) is daily]
     assert spawn(world, check_all, mine) == [len(mine)] * world
 
 
@@ -241,6 +257,7 @@ def check_apart(rank: int, world: int, cases: list[Case]) -> list[int]:
     return dist.get_process_group_ranks(mesh_of(layout).sp_group)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_window_need_not_be_neighbours() -> None:
     cases: list[Case] = [
         ("tnl", dtype, Layout(2, 2, scan, kind, segments=segments, apart=True))
@@ -290,6 +307,7 @@ def gathers(rank: int, world: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_zero2_gathers_parameters_once_per_update() -> None:
     units = 3 + 1 + 1  # blocks, what stays in full precision, the rest
     want = {"ddp/1": 0, "ddp/2": 0, "zero2/1": units, "zero2/2": units, "zero3/1": 2 * units, "zero3/2": 2 * units}

@@ -27,6 +27,8 @@ from tests.test_recipe import RECIPES
 
 B, T, H, K, V = 2, 24, 6, 8, 5  # T of a slice
 
+WORLDS = (2, pytest.param(3, marks=pytest.mark.slow))
+
 
 def gradients(
     attention: ShardedRecurrence | Ulysses | RingAttention, rank: int, turned: bool, decayed: bool
@@ -122,13 +124,13 @@ def test_megatron_refuses_what_it_does_not_split() -> None:
             split_model(recipe(arch), Traffic(None), "chunked")
 
 
-def test_rivals_are_the_scan() -> None:
-    for world in (2, 3):
-        for worst in spawn(world, compare):
-            assert max(worst.values()) < 1e-12, worst
+@pytest.mark.parametrize("world", WORLDS)
+def test_rivals_are_the_scan(world: int) -> None:
+    for worst in spawn(world, compare):
+        assert max(worst.values()) < 1e-12, worst
 
 
-def test_a_split_model_is_the_whole_one() -> None:
-    for world in (2, 3):
-        for worst in spawn(world, split):
-            assert max(worst.values()) < 1e-11, max(worst.items(), key=lambda item: item[1])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_split_model_is_the_whole_one(world: int) -> None:
+    for worst in spawn(world, split):
+        assert max(worst.values()) < 1e-11, max(worst.items(), key=lambda item: item[1])

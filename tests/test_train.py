@@ -84,6 +84,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["full", "gone"])
 def test_training_outlives_the_reader_of_its_output(folder: Path, reader: str) -> None:
     command = [sys.executable, "-m", "lasptrain", "pretrain", "tiny.yaml", "--run", reader]
@@ -98,6 +99,7 @@ def test_training_outlives_the_reader_of_its_output(folder: Path, reader: str) -
     assert json.loads((folder / reader / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_too_little_held_out_text_is_refused_before_the_first_step(folder: Path) -> None:
     code, _, said = start(folder, "--run", "short", "--set", "eval.window=24000").end()
     assert code == 3 and said.startswith("error: eval.window: 24,000 tokens do not fit into the ")
@@ -119,6 +121,7 @@ def undisturbed(folder: Path) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.fault("kill -9 or a signal at a random time of a whole run")
 def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) -> None:
     process = start(folder, "--run", "killed", "--set", "checkpoint.every=2")
@@ -134,6 +137,7 @@ def test_a_killed_run_continues_bitwise(folder: Path, undisturbed: list[float]) 
     assert losses(folder / "killed") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_mesh(folder: Path, undisturbed: list[float]) -> None:
     shutil.copytree(folder / "undisturbed", folder / "moved")  # as it was after step 4
     shutil.rmtree(folder / "moved" / "checkpoints" / "step-6")
@@ -165,6 +169,7 @@ def move(rank: int, world: int, file: Path, run: Path) -> None:
         train.train(recipes.load(file, overrides), run)
 
 
+@pytest.mark.slow
 def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every_other(
     folder: Path, group: None, undisturbed: list[float]
 ) -> None:
@@ -185,6 +190,7 @@ def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every
         assert found == pytest.approx(want, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> None:
     common = ["--run", "nodes", "--nnodes", "2", "--nproc", "1", "--rdzv", f"127.0.0.1:{free_port()}"]
     nodes = [start(folder, *common, "--node-rank", str(rank)) for rank in (0, 1)]
@@ -313,6 +319,7 @@ def test_what_auto_came_to_is_kept_for_the_next_start(tmp_path: Path) -> None:
         assert auto.load(recipe, tmp_path, "1 × 2 × CPU") == recipe
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_in_any_environment(folder: Path, undisturbed: list[float]) -> None:
     """No home, no UTF-8, another clock and other hashes; data prepared there too."""
     strange = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TZ": "Pacific/Kiritimati"}

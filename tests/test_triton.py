@@ -24,8 +24,15 @@ CASES = [
 ]
 
 
-def test_in_the_interpreter() -> None:
-    assert f"{2 * len(CASES)} passed" in interpreted(__file__, "recurrence")
+FEW = ("none", "closed", "closing")  # decays of the cases that take a few seconds
+
+
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "rest"])
+def test_in_the_interpreter(few: bool) -> None:
+    count = sum((case.decay in FEW) is few for case in CASES)
+    named = " or ".join(FEW)
+    told = interpreted(__file__, f"recurrence and {'' if few else 'not'} ({named})")
+    assert f"{2 * count} passed" in told
 
 
 @inside
