@@ -38,11 +38,11 @@ def spawn(world: int, fn: Callable[..., T], *args: Any, timeout: float = PATIENC
     the rank that failed first, or naming the ranks that were still running after `timeout` seconds.
     No process outlives the call.
     """
-    deadline = time.monotonic() + timeout
+    deadline, given = time.monotonic() + timeout, pickle.dumps(args)
     with tempfile.TemporaryDirectory(prefix="gloo-") as name:
         folder = Path(name)
         processes: list[BaseProcess] = [
-            CONTEXT.Process(target=_rank, args=(rank, world, folder, timeout, fn, args), daemon=True)
+            CONTEXT.Process(target=_rank, args=(rank, world, folder, timeout, fn, given), daemon=True)
             for rank in range(world)
         ]
         try:
@@ -83,7 +83,7 @@ def _raise_failure(folder: Path, processes: list[BaseProcess], late: list[int], 
         raise AssertionError(f"ranks {late} of {len(processes)} still ran after {timeout:g} s")
 
 
-def _rank(rank: int, world: int, folder: Path, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, folder: Path, timeout: float, fn: Callable[..., Any], given: bytes) -> None:
     """Run `fn` on one rank and leave its pickled result, or (time, rank, traceback), in `folder`."""
     import torch
     import torch.distributed as dist
@@ -93,7 +93,7 @@ def _rank(rank: int, world: int, folder: Path, timeout: float, fn: Callable[...,
         store = f"file://{folder}/store"
         limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
-        result = pickle.dumps(fn(rank, world, *args))
+        result = pickle.dumps(fn(rank, world, *pickle.loads(given)))  # noqa: S301
         dist.barrier()  # no rank takes its group down while another still talks
     except BaseException:  # SystemExit too: the parent reports whatever ended the rank
         record = pickle.dumps((time.monotonic_ns(), rank, traceback.format_exc()))

@@ -79,6 +79,7 @@ class Layout:
 
 
 Case = tuple[Arch, torch.dtype, Layout]
+Reference = tuple[Tensor, dict[str, Tensor]]  # loss, and its gradients by name
 
 
 def windows() -> Tensor:
@@ -113,7 +114,7 @@ def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 
 @cache
-def single(arch: Arch, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+def single(arch: Arch, dtype: torch.dtype) -> Reference:
     """Mean loss and its gradients of one process, one segment, from the token-by-token reference."""
     model = LanguageModel(config(arch), WINDOW, ShardedRecurrence("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
@@ -154,8 +155,8 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     return loss, grads, scan
 
 
-def compare(arch: Arch, dtype: torch.dtype, layout: Layout) -> None:
-    want_loss, want = single(arch, dtype)
+def compare(arch: Arch, dtype: torch.dtype, layout: Layout, reference: Reference) -> None:
+    want_loss, want = reference
     loss, grads, _ = distributed(arch, dtype, layout)
     assert abs(float(loss) / float(want_loss) - 1) < BOUNDS[dtype], layout
     assert grads.keys() == want.keys()
@@ -223,9 +224,17 @@ def test_cases_hold_every_pair_of_choices() -> None:
         assert {row[7] for row in rows} == ({1} if arch == "full hybrid" else {1, 2, 3, 5}), arch
 
 
-def check_all(rank: int, world: int, cases: list[Case]) -> int:
-    for case in cases:
-        compare(*case)
+References = dict[tuple[Arch, torch.dtype], Reference]
+
+
+def references(cases: list[Case]) -> References:
+    """Those of the cases, computed once and not by every rank."""
+    return {(arch, dtype): single(arch, dtype) for arch, dtype, _ in cases}
+
+
+def check_all(rank: int, world: int, cases: list[Case], references: References) -> int:
+    for arch, dtype, layout in cases:
+        compare(arch, dtype, layout, references[arch, dtype])
     return len(cases)
 
 
@@ -248,12 +257,12 @@ def few() -> list[Case]:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_layout_is_one_device(world: int, daily: bool) -> None:
     mine = [case for case in cases() if case[2].dp * case[2].sp == world and (case in few()) is daily]
-    assert spawn(world, check_all, mine) == [len(mine)] * world
+    assert spawn(world, check_all, mine, references(mine)) == [len(mine)] * world
 
 
-def check_apart(rank: int, world: int, cases: list[Case]) -> list[int]:
+def check_apart(rank: int, world: int, cases: list[Case], references: References) -> list[int]:
     layout = cases[0][2]
-    assert check_all(rank, world, cases) == len(cases)
+    assert check_all(rank, world, cases, references) == len(cases)
     return dist.get_process_group_ranks(mesh_of(layout).sp_group)
 
 
@@ -268,7 +277,7 @@ def test_ranks_of_a_window_need_not_be_neighbours() -> None:
             (torch.float32, "zero3", 2),
         )
     ]
-    assert spawn(4, check_apart, cases) == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert spawn(4, check_apart, cases, references(cases)) == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
 def patience(rank: int, world: int) -> set[float]:
@@ -331,7 +340,7 @@ def noticed(rank: int, world: int) -> list[bool]:
 
         AllGather.start = lossy  # type: ignore[method-assign]
         try:
-            compare("tnl", torch.float32, Layout(1, world))
+            compare("tnl", torch.float32, Layout(1, world), single("tnl", torch.float32))
             found.append(False)
         except AssertionError:
             found.append(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,17 +89,15 @@ def error(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_is_the_recurrence(kernel: str, length: int, decay: str, boundary: str) -> None:
-    if kernel == "reference" and length > 65:
-        pytest.skip("the reference is slow and does not depend on the length")
+def test_kernels_are_the_recurrence(length: int, decay: str, boundary: str) -> None:
     x = inputs(length, decay, boundary)
     want = expected(x)
-    for with_blocks in (True, False):
+    kernels = KERNELS if length <= 65 else ["chunked"]  # the reference is slow and does not depend on the length
+    for kernel, with_blocks in product(kernels, (True, False)):
         got = measured(kernel, x, with_blocks)
         assert got.keys() == want.keys()
         for name in want:
-            assert error(got[name], want[name]) < 1e-12, name
+            assert error(got[name], want[name]) < 1e-12, (kernel, with_blocks, name)
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])

@@ -6,7 +6,7 @@ Anchors, tags, merge keys and duplicate keys are refused.
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -18,33 +18,16 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-class Scalar(NamedTuple):
-    """A value's pattern in plain style, the letters it may start with, and how to read it (YAML 1.2, core schema)."""
-
-    tag: str
-    pattern: re.Pattern[str]
-    first: str
-    read: Callable[[str], object]
-
-
-_SCALARS = (
-    Scalar("null", re.compile(r"(~|null|Null|NULL|)\Z"), "~nN", lambda text: None),
-    Scalar("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), "tTfF", lambda text: text.lower() == "true"),
-    Scalar("int", re.compile(r"[-+]?[0-9]+\Z"), "-+0123456789", int),
-    Scalar("int", re.compile(r"0o[0-7]+\Z"), "0", lambda text: int(text, 8)),
-    Scalar("int", re.compile(r"0x[0-9a-fA-F]+\Z"), "0", lambda text: int(text, 16)),
-    Scalar(
-        "float",
-        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z"),
-        "-+.0123456789",
-        float,
-    ),
-    Scalar(
-        "float",
-        re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"),
-        "-+.",
-        lambda text: float(text.replace(".", "")),
-    ),
+Read = Callable[[str], object]
+# By the core schema of YAML 1.2: tag and pattern of a value in plain style, and how to read it.
+_SCALARS: tuple[tuple[str, str, Read], ...] = (
+    ("null", r"~|null|Null|NULL|", lambda text: None),
+    ("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    ("int", r"[-+]?[0-9]+", int),
+    ("int", r"0o[0-7]+", lambda text: int(text, 8)),
+    ("int", r"0x[0-9a-fA-F]+", lambda text: int(text, 16)),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 )
 
 
@@ -52,8 +35,8 @@ class _Dumper(yaml.SafeDumper):
     """YAML writer that quotes strings which YAML 1.1 or 1.2 would read as something else; lists on one line."""
 
 
-for _scalar in _SCALARS:
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_scalar.tag}", _scalar.pattern, list(_scalar.first))
+for _tag, _pattern, _ in _SCALARS:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z"), None)
 _Dumper.add_representer(
     list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
 )
@@ -139,13 +122,11 @@ class Reader:
         if event.style is not None:
             return text
         self.written[path] = text
-        for scalar in _SCALARS:
-            if scalar.pattern.match(text):
-                if len(text) > 100:
-                    self._refuse(event, path, f"found a number of {len(text)} characters; expected at most 100")
-                    return None
-                return scalar.read(text)
-        return text
+        read = next((read for _, pattern, read in _SCALARS if re.fullmatch(pattern, text)), str)
+        if read is not str and len(text) > 100:
+            self._refuse(event, path, f"found a number of {len(text)} characters; expected at most 100")
+            return None
+        return read(text)
 
     def _list(self, path: Path_) -> list[object]:
         values: list[object] = []
@@ -156,16 +137,13 @@ class Reader:
     def _dict(self, path: Path_) -> dict[str, object]:
         values: dict[str, object] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            key = self._key(event, path)
-            where = (*path, key)
+            where = (*path, key := self._key(event, path))
             line = _line(event.start_mark)
+            first = self.lines.setdefault(where, line)
             if key in values:
-                first = self.lines[where]
                 self._refuse(event, where, f"given twice, on line {first} and on line {line}; keep one")
-                self._value(next(self._events), where)
-            else:
-                self.lines[where] = line
-                values[key] = self._value(next(self._events), where)
+            value = self._value(next(self._events), where)
+            values.setdefault(key, value)
         return values
 
     def _key(self, event: yaml.Event, path: Path_) -> str:
