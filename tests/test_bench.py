@@ -109,6 +109,7 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
     assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
 
 
+@pytest.mark.slow
 def test_texts_are_read_beside_the_forward_of_training() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     with meshes.single_process_group():

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ELSEWHERE = [name for name, (_, model) in MODELS.items() if model["arch"] in ("ssd", "minimax", "tnl")]
 ELSEWHERE.remove("plain")
+VARIANTS = ("ssd-constant", "ssd-nope", "minimax-sliding", "tnl-untied", "linear_transformer-sum")
 Exports = Callable[[str], tuple[Path, Path]]
 transformers_needed = pytest.mark.skipif(not verify.installed("transformers"), reason="needs the extra convert")
+
+
+def daily(names: Iterable[str]) -> list[Any]:
+    """The names as parameters, the variants slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in names]
 
 
 def recipe_text(model: dict[str, Any]) -> str:
@@ -139,7 +145,7 @@ def equal(one: Path, other: Path) -> bool:
     return all(torch.equal(a.read(name), b.read(name)) for name in a.shapes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", daily(MODELS))
 def test_what_comes_back_is_what_left(tmp_path: Path, name: str, exports: Exports) -> None:
     run, out = exports(name)
     target = json.loads((out / RECORD).read_text())["target"]
@@ -237,7 +243,7 @@ def loaded(folder: Path) -> Any:
 
 @transformers_needed
 @pytest.mark.filterwarnings("ignore")  # of another library
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", daily(ELSEWHERE))
 def test_transformers_computes_the_same(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, exports: Exports
 ) -> None:

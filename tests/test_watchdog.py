@@ -56,7 +56,6 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
         process.wait()
 
 
-@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_the_rank_that_has_done_least_is_hung_once_any_has_broken_its_word(ranks: Ranks) -> None:
     ranks.add(signs=5, until=10)
     ranks.add(signs=3, until=99)
@@ -75,7 +74,6 @@ def test_ranks_that_have_done_as_much_are_all_hung(ranks: Ranks) -> None:
     assert ranks.sent[2:] == [(0, signal.SIGKILL), (1, signal.SIGKILL)]
 
 
-@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_a_rank_that_is_stopped_is_hung_however_much_it_has_done(ranks: Ranks) -> None:
     ranks.add(signs=3, until=10)
     ranks.add(signs=5, until=10, command="kill -STOP $$")
@@ -86,7 +84,6 @@ def test_a_rank_that_is_stopped_is_hung_however_much_it_has_done(ranks: Ranks) -
     assert ranks.sent[2:] == [(1, signal.SIGKILL)]
 
 
-@pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_ranks_may_notice_by_themselves_that_one_has_died_and_are_ended_after_that(ranks: Ranks) -> None:
     """Also where they break their word meanwhile: they are not what hung."""
     ranks.add(signs=3, until=100)
@@ -106,7 +103,6 @@ def test_the_last_word_of_a_rank_that_leaves_binds_nobody(ranks: Ranks, tmp_path
     assert not ranks.look(1000) and (ranks.told, ranks.sent) == ([], [])
 
 
-@pytest.mark.fault("a signal, wherever a run is")
 def test_a_signal_within_the_echo_of_the_first_is_none(signals: None, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(100.0)
 
