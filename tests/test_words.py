@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(file for top in ("lasptrain", "data_tools") for file in (ROOT / top).rglob("*.py"))
+SHIPPED = "modeling_transnormer.py"  # a copy is in every export: its bytes stay
+FILES = sorted(
+    file for top in ("lasptrain", "data_tools") for file in (ROOT / top).rglob("*.py") if file.name != SHIPPED
+)
 QUESTIONS = {"What", "How", "Whether", "Where", "Who", "Which", "Those", "Why", "When"}
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """What a GPU sustains: matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
+    """Rates that a GPU sustains: matrix products in FLOP/s, copies in bytes/s, memory in bytes."""
 
     products: float
     copies: float

@@ -41,7 +41,7 @@ class Row:
 
     @property
     def gap(self) -> str:
-        """What stands between prompt and answer: a space, unless there is one."""
+        """Return the text between prompt and answer: a space, unless there is one."""
         return self.own_gap if self.own_gap is not None else "" if self.prompt[-1:].isspace() else " "
 
 
@@ -58,7 +58,7 @@ class File:
     sha256: str
 
     def count(self, most: int | None) -> int:
-        """How many rows are asked: all, or the first `most`."""
+        """Return the number of rows that are asked: all, or the first `most`."""
         return self.rows if most is None else min(self.rows, most)
 
 
@@ -194,7 +194,7 @@ def _check(row: dict[str, Any], where: str, ruler: bool) -> None:
 
 
 def _can_be_asked(prompt: Any, answers: Any) -> bool:
-    """Whether they are texts, in characters that a tokenizer takes, and there is something to answer."""
+    """Return True if they are texts, in characters that a tokenizer takes, with something to answer."""
     if not isinstance(prompt, str) or not isinstance(answers, list) or not answers:
         return False
     if not all(isinstance(answer, str) and answer.strip() for answer in answers):
