@@ -1,4 +1,4 @@
-"""What `bench kernels` makes of its measurements."""
+"""Measurements of `lasptrain bench` on small models, and their tables and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, scale, sp
-from lasptrain.bench.kernels import Row, floors, report
+from lasptrain.bench.kernels import Row, floors, result
+from lasptrain.bench.methods import NONE
 from lasptrain.bench.steps import turns
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import RecipeError, SetupError
@@ -44,7 +45,7 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
         Row("broken", 4096, 4.0, None, None, failure="will not run"),
     ]
     console = Console(width=150, record=True)
-    console.print(report(rows, RATES, 16, 128, "bf16", "head"))
+    console.print(*result("GPU", rows, RATES, 16, 128, "bf16", "head").tables)
     text = console.export_text()
     ours, *_, broken = (line for line in text.splitlines() if "lasptrain" in line or "broken" in line)
     assert "2.50" in ours and "3.50" in ours and "4.000" in broken and "will not run" in text
@@ -55,20 +56,21 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     methods = ["none", "all_gather", "all_scan", "ulysses", "ring_attention"]
     *_, found = sp.measure(load(RECIPES / "quickstart.yaml", small), 2, [*methods, "megatron"], [32], [64])
-    assert all(bool(row.sent) == (row.method != sp.NONE) for row in found.steps)
-    assert [row.ratio is None for row in found.steps] == [True] + [False] * 5
-    assert [(row.method, row.tokens) for row in found.layers] == [(method, 32) for method in methods]
-    assert [(row.method, row.tokens) for row in found.steps] == [(method, 64) for method in [*methods, "megatron"]]
-    assert all(row.sent == row.formula for row in found.layers)
-    assert found.layers[0].ratio == 1.0 and all(row.ratio for row in found.layers)
-    assert all((row.sent > 0) == (row.method != sp.NONE) for row in found.layers)
+    layered = found.facts["layers"]
+    assert all(bool(row.sent) == (row.method != NONE) for row in found.rows)
+    assert [row.ratio is None for row in found.rows] == [True] + [False] * 5
+    assert [(row.method, row.tokens) for row in layered] == [(method, 32) for method in methods]
+    assert [(row.method, row.tokens) for row in found.rows] == [(method, 64) for method in [*methods, "megatron"]]
+    assert all(row.sent == row.formula for row in layered)
+    assert layered[0].ratio == 1.0 and all(row.ratio for row in layered)
+    assert all((row.sent > 0) == (row.method != NONE) for row in layered)
     console = Console(width=120, record=True)
-    console.print(*sp.report(found))
+    console.print(*found.tables)
     assert console.export_text().count("all_gather") == 2
 
 
 def test_methods_are_compared_turn_by_turn() -> None:
-    times = {sp.NONE: [1.0, 2.0, 4.0, 3.0], "ring": [1.1, 2.2, 4.4, 9.0]}
+    times = {NONE: [1.0, 2.0, 4.0, 3.0], "ring": [1.1, 2.2, 4.4, 9.0]}
     assert layers.compared(times, "ring") == pytest.approx(1.1) and layers.compared({"ring": [1.0]}, "ring") is None
 
 
@@ -100,11 +102,11 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
         sp.Step("megatron_left", 1 << 15, 1e4, 1 << 35, 9),
         sp.Step("megatron_left", 1 << 16, failure="no", oom=True),
     ]
-    results = sp.Results("GPU", 2, [], steps)
+    results = sp.result("GPU", 2, [], steps)
     plot.draw(results, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes()[16:20] == (1050).to_bytes(4, "big")
     console = Console(width=120, record=True)
-    console.print(*sp.report(results))
+    console.print(*results.tables)
     text = console.export_text()
     assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
 
@@ -113,12 +115,11 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
 def test_texts_are_read_beside_the_forward_of_training() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     with meshes.single_process_group():
-        device, fused, parameters, rate, reads = prefill._rank(load(RECIPES / "quickstart.yaml", small), [100, 600], 64)
-    found = prefill.Results(device, 1, 64, fused, parameters, rate, [prefill.Read(*row) for row in reads])
-    assert [row.tokens for row in found.reads] == [100, 600] and not found.fused
-    assert found.training > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.reads)
+        found = prefill.result(*prefill._rank(load(RECIPES / "quickstart.yaml", small), [100, 600], 64))
+    assert [row.tokens for row in found.rows] == [100, 600] and not found.facts["fused"]
+    assert found.facts["training"] > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.rows)
     console = Console(width=120, record=True)
-    console.print(prefill.report(found))
+    console.print(*found.tables)
     assert "segments of 64 tokens" in console.export_text()
 
 
@@ -130,7 +131,7 @@ def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: p
     recipe, capacity = load(RECIPES / "quickstart.yaml", small), 16 << 20
     chosen = [longest.Form("ddp", "none", sharing) for sharing in ("on", "streaming")]
     *_, found = longest.measure(recipe, 2, 4096, capacity, 600, chosen)
-    on, streaming = found.cells
+    on, streaming = found.rows
     assert on.failed and on.window % 2048 == 0 and on.memory > 0
     vocab = 4096
     fits = [longest.predicted(recipe, vocab, 2, sp, capacity) for sp in (1, 2)]
@@ -139,21 +140,23 @@ def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: p
     assert window <= fits[1] < window + 2048 and laid.train.segment == window == laid.data.window
     assert (streaming.window, streaming.failed) == (4096, False)
     console = Console(width=120, record=True)
-    console.print(longest.report(found))
+    console.print(*found.tables)
     assert f" {on.window:,} │ " in (text := console.export_text()) and "≥ 4,096" in text
     *_, found = longest.measure(recipe, 2, 4096, capacity, 0, chosen[1:])
-    console.print(longest.report(found))
-    assert found.cells[0].window == 2048 and "no time was left" in console.export_text()
+    console.print(*found.tables)
+    assert found.rows[0].window == 2048 and "no time was left" in console.export_text()
 
 
 @pytest.mark.slow
 def test_states_that_are_not_kept_are_made_again() -> None:
     changes = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp64"]
     assert all(one < 1e-12 for one in spawn(2, forgotten))
-    device, rows = ablation.measure(load(RECIPES / "quickstart.yaml", changes), 2, 16)
-    assert [(row.kernel, row.kept) for row in rows] == [(k, s) for k in ("reference", "chunked") for s in (False, True)]
+    found = ablation.measure(load(RECIPES / "quickstart.yaml", changes), 2, 16)
+    assert [(row.kernel, row.kept) for row in found.rows] == [
+        (k, s) for k in ("reference", "chunked") for s in (False, True)
+    ]
     console = Console(width=120, record=True)
-    console.print(ablation.report(device, 2, 16, rows))
+    console.print(*found.tables)
     assert console.export_text().count("chunked") == 2
 
 
@@ -178,11 +181,11 @@ def test_every_layout_trains_alike() -> None:
     exact = ["train.precision=fp32", "optim.warmup=2", "data.source=python:source"]
     changes = [*small, *exact, "data.tokenizer=tokenizers/python-4k.model"]
     *_, found = parity.measure(load(RECIPES / "tnl_0.4b_16k.yaml", changes), 2, 4)
-    assert len(found.curves) == 11 and len({curve.layout for curve in found.curves}) == 11
-    assert all(len(set(curve.losses)) == 4 for curve in found.curves)
-    assert max(parity.differences(found.curves)) < 1e-4
+    assert len(found.rows) == 11 and len({curve.layout for curve in found.rows}) == 11
+    assert all(len(set(curve.losses)) == 4 for curve in found.rows)
+    assert max(parity.differences(found.rows)) < 1e-4
     console = Console(width=120, record=True)
-    console.print(parity.report(found))
+    console.print(*found.tables)
     assert "zero2, sp 2" in console.export_text()
 
 
@@ -222,7 +225,7 @@ def test_ever_more_ranks_share_the_work() -> None:
     assert one.speed and two.speed and odd.speed and uneven.failure == "2 ranks cannot share it"
     assert scale.compared(two, found.rows) == pytest.approx(two.speed / one.speed)
     console = Console(width=160, record=True)
-    console.print(*scale.report(found))
+    console.print(*found.tables)
     text = console.export_text()
     assert all(
         words in text for words in ("weak scaling", "strong scaling", "long windows", "–: 2 ranks cannot share it")
@@ -242,11 +245,11 @@ def test_recall_is_learnt_alike_by_ranks_that_share_sequences() -> None:
     small = ["model.dim=16", "model.heads=2", "model.key_dim=8", "model.value_dim=8", "model.mlp=16", "optim.warmup=2"]
     recipe = load(RECIPES / "mqar.yaml", [*small, "train.steps=12", "train.batch=4"])
     alone, shared = (mqar.measure(recipe, n, 128, 8, 40) for n in (1, 2))
-    assert alone["sizes"] == [[64, 4], [128, 8]] and [len(row) for _, row in alone["curve"]] == [2]
-    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    assert alone["losses"][0] == pytest.approx(math.log(64), rel=0.1)  # rows of the vocabulary
-    assert [size[:2] for size in alone["harder"]] == [[64, 8], [64, 16]]
-    shown = "\n".join(str(cell) for table in mqar.report(alone) for column in table.columns for cell in column.cells)
+    assert alone.facts["sizes"] == [[64, 4], [128, 8]] and [len(row) for _, row in alone.rows] == [2]
+    assert shared.facts["losses"] == pytest.approx(alone.facts["losses"], rel=1e-4)
+    assert alone.facts["losses"][0] == pytest.approx(math.log(64), rel=0.1)  # rows of the vocabulary
+    assert [size[:2] for size in alone.facts["harder"]] == [[64, 8], [64, 16]]
+    shown = "\n".join(str(cell) for table in alone.tables for column in table.columns for cell in column.cells)
     assert shown.split()[0] == "12"
 
 

@@ -415,12 +415,12 @@ def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, 
 
 def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) -> None:
     one = recipes.load(recipe, ["model.vocab=320", "train.micro_batch=4", "train.segment=64"])
-    device, size, _, rows = saving._rank(one, tmp_path / "bench", 2)
+    facts, rows = saving._rank(one, tmp_path / "bench", 2)
     assert checkpoint.committed(tmp_path / "bench")[1] == saving.WARM + saving.QUIET
     assert all(0 < stall < written for stall, written, _ in rows) and len(rows) == 2
     console = Console(width=120, record=True)
-    console.print(saving.report(saving.Results(device, 1, size, 2.0, 50, [saving.Save(0.5, 3.0, 1.5)])))
-    assert "0.50%" in (text := console.export_text()) and "2.00%" in text and f"{size:,} bytes" in text
+    console.print(*saving.result(facts | {"step": 2.0, "every": 50}, [saving.Save(0.5, 3.0, 1.5)]).tables)
+    assert "0.50%" in (text := console.export_text()) and "2.00%" in text and f"{facts['size']:,} bytes" in text
     trained(recipe, tmp_path / "run", "train.steps=7")
     stalls = {record["step"]: record["checkpoint_stall"] for record in read_metrics(tmp_path / "run")}
     assert {step for step, stall in stalls.items() if stall > 0} == {4, 7}

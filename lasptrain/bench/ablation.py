@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from rich.table import Table
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lasptrain import ops, train
+from lasptrain import ops
+from lasptrain.bench.result import Column, Result, table
 from lasptrain.bench.rivals import Pending, whole_windows
-from lasptrain.bench.steps import reset, shared, timed, turns
+from lasptrain.bench.steps import shared, trained, turns
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training.job import build
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Whole steps with one kernel, with or without kept states."""
 
     kernel: str
@@ -61,52 +55,41 @@ class Recomputing(ShardedRecurrence):
         return o, None
 
 
-def measure(recipe: Recipe, ranks: int, tokens: int) -> tuple[str, list[Row]]:
-    """Return the device, and rows for unfused and fused kernels without and with kept states, `tokens` per rank.
+def measure(recipe: Recipe, ranks: int, tokens: int) -> Result[Row]:
+    """Measure unfused and fused kernels without and with kept states, `tokens` per rank.
 
     Starts one process per rank on this machine, which share one window per step in one segment without documents.
     """
     device, rows = on_ranks(ranks, _rank, recipe, ranks, tokens)
-    return device, [Row(**row) for row in rows]
+    return result(device, ranks, tokens, [Row(*row) for row in rows])
 
 
-def _rank(recipe: Recipe, ranks: int, tokens: int) -> tuple[str, list[dict[str, Any]]]:
-    device = mesh.device()
-    fused = ops.select("auto", device)
+def _rank(recipe: Recipe, ranks: int, tokens: int) -> tuple[str, list[Row]]:
+    fused = ops.select("auto", mesh.device())
     unfused = "chunked" if fused == "triton" else "reference"
     forms = [(kernel, kept) for kernel in (unfused, fused) for kept in (False, True)]
-    return device_name(), [asdict(_row(recipe, ranks, tokens, *form)) for form in forms]
+    return device_name(), [_row(recipe, ranks, tokens, *form) for form in forms]
 
 
 def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Row:
-    device = mesh.device()
-    reset(device)
-    one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False)
-    one = one.replace(train={"kernel": kernel})
+    one = shared(recipe, tokens, ranks, "ring", reset_at_documents=False).replace(train={"kernel": kernel})
     made = ShardedRecurrence if kept else Recomputing
 
-    def attention(kernel: str, mesh: Mesh) -> ShardedRecurrence:
-        return made(kernel, SCANS["ring"](mesh.sp_group, device))
+    def attention(kernel: str, of: Mesh) -> ShardedRecurrence:
+        return made(kernel, SCANS["ring"](of.sp_group, mesh.device()))
 
-    job = build(one, attention)
-    seconds, memory = timed(lambda step: float(train.train_step(job, step)["step_time"] or 0), device, turns(tokens))
-    job.loader.close()
+    _, seconds, memory = trained(one, turns(tokens), attention)
     return Row(kernel, kept, tokens / seconds, memory)
 
 
-def report(device: str, ranks: int, tokens: int, rows: list[Row]) -> Table:
-    """A table with a line for each row, beside the first."""
-    table = Table(title=f"whole steps, {tokens:,} tokens per rank, {ranks} × {device}")
-    for column in ("kernel", "states kept", "tokens/s per rank", "× first", "peak GiB"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
-    for row in rows:
-        gain = f"{row.tokens_per_s / rows[0].tokens_per_s:.2f}"
-        speed, memory = f"{row.tokens_per_s:,.0f}", f"{row.memory / 2**30:.1f}"
-        table.add_row(row.kernel, "yes" if row.kept else "no", speed, gain, memory)
-    return table
-
-
-def write(file: Path, device: str, ranks: int, tokens: int, rows: list[Row]) -> None:
-    """Write the rows as JSON."""
-    head = {"device": device, "torch": torch.__version__, "ranks": ranks, "tokens": tokens}
-    file.write_text(json.dumps({**head, "rows": [asdict(row) for row in rows]}, indent=1))
+def result(device: str, ranks: int, tokens: int, rows: list[Row]) -> Result[Row]:
+    """Return a result whose table has every row beside the first."""
+    columns: list[Column[Row]] = [
+        ("kernel", lambda row: row.kernel, "<"),
+        ("states kept", lambda row: "yes" if row.kept else "no", ""),
+        ("tokens/s per rank", lambda row: row.tokens_per_s, ",.0f"),
+        ("× first", lambda row: row.tokens_per_s / rows[0].tokens_per_s, ".2f"),
+        ("peak GiB", lambda row: row.memory / 2**30, ".1f"),
+    ]
+    title = f"whole steps, {tokens:,} tokens per rank, {ranks} × {device}"
+    return Result(rows, [table(title, rows, columns)], {"device": device, "ranks": ranks, "tokens": tokens})

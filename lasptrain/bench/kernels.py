@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from lasptrain.console.tables import number
+from lasptrain.bench.result import Column, Result, table
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import SetupError
 from lasptrain.ops.precision import DTYPES
@@ -23,8 +19,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 64  # tokens per chunk of the product floor
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One implementation at one length: medians in ms, memory beyond its inputs in GB."""
 
     name: str
@@ -36,10 +31,8 @@ class Row:
     failure: str | None = None  # why there is no backward
 
 
-def measure(
-    tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int
-) -> tuple[list[Row], Rates]:
-    """Return rows for every length, ours first, and the rates that bound them.
+def measure(tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int) -> Result[Row]:
+    """Measure every length, ours first, and the rates that bound them.
 
     Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
     token, with gradient). Backward runs on the calling thread, as in training. Raises SetupError without a GPU.
@@ -51,7 +44,7 @@ def measure(
             implementations, learned = _implementations(length, heads, decay, documents)
             for name, forward in implementations.items():
                 rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
-    return rows, rates
+    return result(torch.cuda.get_device_name(), rows, rates, heads, dim, dtype, decay)
 
 
 def measure_rates(dtype: str) -> Rates:
@@ -166,48 +159,36 @@ def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates) -> list[
     ]
 
 
-def report(rows: Sequence[Row], rates: Rates, heads: int, dim: int, dtype: str, decay: str) -> Table:
-    """A table with every time beside the memory floor and, for ours, beside the fastest other."""
-    failures = {row.failure for row in rows if row.failure}
-    table = Table(
-        title=f"H {heads}, D {dim}, {dtype}, decay {decay}; "
-        f"copies {rates.copies / 1e12:.2f} TB/s, products {rates.products / 1e12:.0f} TFLOP/s",
-        caption="\n".join(sorted(failures)) or None,
+def result(device: str, rows: list[Row], rates: Rates, heads: int, dim: int, dtype: str, decay: str) -> Result[Row]:
+    """Return a result whose table has every time beside the floors and, for ours, beside the fastest other."""
+    least = {row.tokens: floors(row.tokens, heads, dim, dtype, rates) for row in rows}
+    shown = [row for length in least for row in (*(one for one in rows if one.tokens == length), *least[length])]
+
+    def above(row: Row) -> float | None:
+        floor = least[row.tokens][0].both
+        return row.both and floor and row.both / floor
+
+    def gain(row: Row, time: Callable[[Row], float | None]) -> float | None:
+        ours, *others = [time(one) for one in rows if one.tokens == row.tokens]
+        found = [other for other in others if other is not None]
+        return min(found) / ours if found and ours and row.name == rows[0].name else None
+
+    columns: list[Column[Row]] = [
+        ("tokens", lambda row: row.tokens, ","),
+        ("", lambda row: row.name, "<"),
+        ("forward ms", lambda row: row.forward, ".3f"),
+        ("× floor", lambda row: row.forward / least[row.tokens][0].forward, ".2f"),
+        ("both ms", lambda row: row.both, ".3f"),
+        ("× floor", above, ".2f"),
+        ("speed-up", lambda row: gain(row, lambda one: one.both), ".2f"),
+        ("replayed ms", lambda row: row.replayed, ".3f"),
+        ("speed-up", lambda row: gain(row, lambda one: one.replayed), ".2f"),
+        ("GB", lambda row: row.extra, ".2f"),
+    ]
+    title = (
+        f"H {heads}, D {dim}, {dtype}, decay {decay}; "
+        f"copies {rates.copies / 1e12:.2f} TB/s, products {rates.products / 1e12:.0f} TFLOP/s"
     )
-    columns = ("tokens", "", "forward ms", "× floor", "both ms", "× floor", "speed-up", "replayed ms", "speed-up", "GB")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
-    for length in dict.fromkeys(row.tokens for row in rows):
-        least = floors(length, heads, dim, dtype, rates)
-        found = [row for row in rows if row.tokens == length]
-        for row in [*found, *least]:
-            others = found[1:] if row is found[0] else []
-            table.add_row(
-                f"{length:,}",
-                row.name,
-                f"{row.forward:.3f}",
-                f"{row.forward / least[0].forward:.2f}",
-                number(row.both, ".3f"),
-                number(row.both and least[0].both and row.both / least[0].both, ".2f"),
-                _gain(row.both, [other.both for other in others]),
-                number(row.replayed, ".3f"),
-                _gain(row.replayed, [other.replayed for other in others]),
-                number(row.extra, ".2f"),
-            )
-    return table
-
-
-def _gain(ours: float | None, others: Sequence[float | None]) -> str:
-    found = [other for other in others if other is not None]
-    return f"{min(found) / ours:.2f}" if found and ours is not None else ""
-
-
-def write(file: Path, rows: Sequence[Row], rates: Rates) -> None:
-    """Write rows and rates as JSON, with the device's name."""
-    content = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        **rates._asdict(),
-        "rows": [asdict(row) for row in rows],
-    }
-    file.write_text(json.dumps(content, indent=1))
+    failures = sorted({row.failure for row in rows if row.failure})
+    made = table(title, shown, columns, "\n".join(failures))
+    return Result(rows, [made], {"device": device, **rates._asdict()})

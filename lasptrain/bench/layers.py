@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,8 +36,7 @@ CAPTURES, CAPTURED_TURNS = 5, 5  # graphs of the same calls differ by 1 %
 Times = dict[str, list[float]]  # seconds of each turn, by method
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """Forward and backward of one attention layer."""
 
     method: str
@@ -56,7 +54,7 @@ class Layer:
 def measure(recipe: Recipe, ranks: int, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[Layer]]:
     """Return the device, and a row for each of `tokens` per rank and each of `methods` that keeps the model whole."""
     device, rows = on_ranks(ranks, _lengths, recipe, [method for method in methods if method not in SPLIT], tokens)
-    return device, [Layer(**row) for row in rows]
+    return device, [Layer(*row) for row in rows]
 
 
 def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Layer]:
@@ -72,13 +70,13 @@ def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Laye
 
 def _with_replay(row: Layer, found: tuple[float, float | None] | Failure) -> Layer:
     if isinstance(found, Failure):
-        return replace(row, failure=found.reason)
-    return replace(row, replayed_ms=found[0], replayed_ratio=found[1])
+        return row._replace(failure=found.reason)
+    return row._replace(replayed_ms=found[0], replayed_ratio=found[1])
 
 
-def _lengths(recipe: Recipe, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
+def _lengths(recipe: Recipe, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[Layer]]:
     with torch.autograd.set_multithreading_enabled(False):
-        rows = [asdict(row) for length in tokens for row in _layers(recipe, methods, length, mesh.device())]
+        rows = [row for length in tokens for row in _layers(recipe, methods, length, mesh.device())]
     return device_name(), rows
 
 

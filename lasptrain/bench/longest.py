@@ -8,26 +8,20 @@ only where that fails.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from rich.table import Table
 
-from data_tools.dataset import open_dataset
-from lasptrain import train
-from lasptrain.bench.steps import reset, shared, unshared
+from lasptrain.bench.result import Column, Result, table
+from lasptrain.bench.steps import reset, shared, unshared, update, vocabulary
 from lasptrain.cost import plan
 from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.process.local_ranks import Failure, trials
-from lasptrain.recipe.resolve import resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build
 
@@ -48,8 +42,7 @@ class Form(NamedTuple):
     sharing: str
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """Result of a form: the longest `window` that ran, 0 if none; `failed` if a longer one did not run."""
 
     form: Form
@@ -59,16 +52,6 @@ class Cell:
     failure: str | None = None
 
 
-@dataclass(frozen=True)
-class Results:
-    """All cells, and the device they were measured on."""
-
-    device: str
-    ranks: int
-    cells: list[Cell]
-    cut: bool = False  # time ran out
-
-
 def forms() -> list[Form]:
     """Return all forms, in the order of the table."""
     return [Form(kind, mode, sharing) for kind in KINDS for mode in MODES for sharing in SHARING]
@@ -76,69 +59,55 @@ def forms() -> list[Form]:
 
 def measure(
     recipe: Recipe, ranks: int, most: int, capacity: int | None, seconds: float, chosen: Sequence[Form]
-) -> Iterator[Results]:
+) -> Iterator[Result[Cell]]:
     """Find the longest windows with one process per rank on this machine; yield all results so far after each trial.
+
+    Each form is tried from short to long until one fails.
 
     Args:
         most: tokens of the longest window that is streamed.
         capacity: bytes of each rank, to set a lower limit than the GPU's; a CPU has no other limit.
         seconds: after which no trial starts.
     """
-    until = time.monotonic() + seconds
-    blank = found = Results("", ranks, [Cell(form) for form in chosen])
-
-    def given(forms: Sequence[Form], shares: Callable[[Form], Sequence[float]]) -> list[tuple[Any, ...]]:
-        return [(recipe, tuple(form), share, most, capacity) for form in forms for share in shares(form)]
-
-    for found in _tried(blank, given(chosen, _shares), until):
-        yield found
-    none = [cell.form for cell in found.cells if cell.failed and not cell.window]
-    if none and not found.cut:
-        yield from _tried(found, given(none, lambda form: LOWER), until)
-
-
-def _tried(found: Results, given: Sequence[tuple[Any, ...]], until: float) -> Iterator[Results]:
-    """Yield results after each further window, of each form from short to long until one fails."""
-    tried = trials(found.ranks, _trial, given, skip_after=lambda failed, other: bool(failed[1] == other[1]))
-    for number, ((_, form, *_), result) in enumerate(tried, 1):
-        over = isinstance(result, Failure)
-        cut = time.monotonic() > until and any(not (over and other[1] == form) for other in given[number:])
-        found = replace(_with(found, Form(*form), result), cut=cut)
-        yield found
-        if cut:
-            tried.close()
-            return
+    until, device = time.monotonic() + seconds, ""
+    cells = {form: Cell(form) for form in chosen}
+    for shares in (_shares, _lower):
+        given = [(recipe, form, share, most, capacity) for form in chosen for share in shares(cells[form])]
+        tried = trials(ranks, _trial, given, skip_after=lambda failed, other: bool(failed[1] == other[1]))
+        for number, ((_, form, *_), found) in enumerate(tried, 1):
+            if isinstance(found, Failure):
+                cells[form] = cells[form]._replace(failed=True, failure=cells[form].failure or found.reason)
+            else:
+                device, window, memory = found
+                cells[form] = cells[form]._replace(window=window, memory=memory)
+            left = [other for other in given[number:] if not (isinstance(found, Failure) and other[1] == form)]
+            late = bool(left) and time.monotonic() > until
+            yield result(device, ranks, [*cells.values()], late=late)
+            if late:
+                tried.close()
+                return
 
 
-def _shares(form: Form) -> Sequence[float]:
-    return (0.25, 1.0) if form.sharing == "streaming" else SHARES
+def _shares(cell: Cell) -> Sequence[float]:
+    return (0.25, 1.0) if cell.form.sharing == "streaming" else SHARES
 
 
-def _with(results: Results, form: Form, result: Any | Failure) -> Results:
-    (index,) = (number for number, cell in enumerate(results.cells) if cell.form == form)
-    cell, device = results.cells[index], results.device
-    if isinstance(result, Failure):
-        cell = replace(cell, failed=True, failure=cell.failure or result.reason)
-    else:
-        device, window, memory = result
-        cell = replace(cell, window=window, memory=memory)
-    return replace(results, device=device, cells=[*results.cells[:index], cell, *results.cells[index + 1 :]])
+def _lower(cell: Cell) -> Sequence[float]:
+    return LOWER if cell.failed and not cell.window else ()
 
 
-def _trial(
-    recipe: Recipe, form: tuple[str, str, str], share: float, most: int, capacity: int | None
-) -> tuple[str, int, int]:
+def _trial(recipe: Recipe, form: Form, share: float, most: int, capacity: int | None) -> tuple[str, int, int]:
     """Train a window on every rank; return the device, the window and the peak memory in bytes."""
-    device, kind = mesh.device(), Form(*form)
+    device = mesh.device()
     reset(device)
     limit = _limit(device, capacity)
-    vocab = resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
-    laid, window = laid_out(recipe, kind, vocab, mesh.world_size(), share, most, limit)
+    vocab = vocabulary(recipe)
+    laid, window = laid_out(recipe, form, vocab, mesh.world_size(), share, most, limit)
     if device.type == "cpu" and not _fits(laid, vocab, window, limit):
         raise ResourceError(f"{window:,} tokens: predicted not to fit")
     job = build(laid)
     for step in range(UPDATES):
-        train.train_step(job, step)
+        update(job, step)
     job.loader.close()
     return device_name(), window, int(all_reduce_max(mesh.peak_memory(device)))
 
@@ -187,19 +156,20 @@ def _fits(recipe: Recipe, vocab: int, window: int, capacity: int) -> bool:
     return recipe.train.segment == "auto" or needed <= capacity
 
 
-def report(results: Results) -> Table:
-    """A table with a line per data parallelism and recomputation, as in the paper; ≥ where nothing longer failed."""
-    table = Table(
-        title=f"tokens of the longest window, {results.ranks} × {results.device}",
-        caption="empty: no time was left; ≥: nothing longer was tried" if results.cut else None,
-    )
-    for column in ("data parallelism", "recompute", *(f"sp {sharing}" for sharing in SHARING)):
-        table.add_column(column, justify="right" if column.startswith("sp") else "left")
-    cells = {cell.form: cell for cell in results.cells}
-    for kind, mode in dict.fromkeys((form.kind, form.recompute) for form in cells):
-        row = (cells.get(Form(kind, mode, sharing)) for sharing in SHARING)
-        table.add_row(kind, mode, *(_text(cell) for cell in row))
-    return table
+def result(device: str, ranks: int, cells: list[Cell], *, late: bool) -> Result[Cell]:
+    """Return a result whose table has a line per data parallelism and recomputation, as in the paper; ≥ where nothing
+    longer failed. `late`: time ran out.
+    """
+    found = {cell.form: cell for cell in cells}
+    columns: list[Column[tuple[str, str]]] = [
+        ("data parallelism", lambda row: row[0], "<"),
+        ("recompute", lambda row: row[1], "<"),
+        *((f"sp {way}", lambda row, way=way: _text(found.get(Form(row[0], row[1], way))), "") for way in SHARING),
+    ]
+    title = f"tokens of the longest window, {ranks} × {device}"
+    caption = "empty: no time was left; ≥: nothing longer was tried" if late else ""
+    shown = table(title, dict.fromkeys((form.kind, form.recompute) for form in found), columns, caption)
+    return Result(cells, [shown], {"device": device, "ranks": ranks}, "cells")
 
 
 def _text(cell: Cell | None) -> str:
@@ -208,10 +178,3 @@ def _text(cell: Cell | None) -> str:
     if not cell.window:
         return "none"
     return f"{'' if cell.failed else '≥ '}{cell.window:,}"
-
-
-def write(file: Path, results: Results) -> None:
-    """Write the cells as JSON."""
-    cells = [{**asdict(cell), "form": cell.form._asdict()} for cell in results.cells]
-    head = {"device": results.device, "torch": torch.__version__, "ranks": results.ranks}
-    file.write_text(json.dumps({**head, "cells": cells}, indent=1))

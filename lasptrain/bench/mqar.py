@@ -5,16 +5,15 @@ As in the paper's own code, problems of several sizes are learnt together: the s
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from lasptrain import ops
+from lasptrain.bench.result import Column, Result, table
 from lasptrain.data.loader import Slice
 from lasptrain.errors import RecipeError
 from lasptrain.eval.tasks.recall import associations
@@ -39,6 +38,7 @@ SMALLEST = 64  # tokens
 HARDER = ((64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))  # the paper's other tests
 
 Size = tuple[int, int]  # tokens of a sequence, pairs in it
+Accuracies = tuple[int, list[float]]  # steps, accuracy at each size after them
 
 
 def sizes(length: int, pairs: int) -> list[Size]:
@@ -54,7 +54,7 @@ def _most(vocab: int) -> int:
     return vocab // 2 - 1
 
 
-def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> dict[str, Any]:
+def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> Result[Accuracies]:
     """Train the recipe's model for `train.steps` on `train.batch` fresh sequences each, spread over sp = `ranks`.
 
     Steps take the `sizes` in turn. Ends early at 99 % accuracy on 1,000 sequences of each size that are never trained
@@ -69,11 +69,11 @@ def measure(recipe: Recipe, ranks: int, length: int, pairs: int, vocab: int) -> 
         raise RecipeError(
             f"--tokens: found {length}, learnt from sequences of {smallest} on, for {ranks} ranks; expected a multiple"
         )
-    result: dict[str, Any] = on_ranks(ranks, _train, recipe, length, pairs, vocab)
-    return result
+    facts, curve = on_ranks(ranks, _train, recipe, length, pairs, vocab)
+    return result(facts, curve)
 
 
-def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any]:
+def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> tuple[dict[str, Any], list[Accuracies]]:
     """Train, on every rank: all draw the same sequences and take their own slice."""
     device, world = meshes.device(), meshes.world_size()
     mesh = meshes.build(1, world)
@@ -106,7 +106,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
             if min(curve[-1][1]) >= ENOUGH:
                 break
     harder = [size for size in HARDER if size not in learnt and size[0] % world == 0 and size[1] <= _most(vocab)]
-    return {
+    facts = {
         "model": f"{cfg.arch}, {cfg.layers} layers of {cfg.dim}, {cfg.heads} heads, state {cfg.K} × {cfg.V}",
         "ranks": world,
         "sizes": learnt,
@@ -114,10 +114,10 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> dict[str, Any
         "accuracy": curve[-1][1],
         "steps": curve[-1][0],
         "seconds": time.perf_counter() - began,
-        "curve": curve,
         "losses": all_reduce_sum(torch.stack(losses)).tolist(),
         "harder": [(*size, accuracy(model, _unseen(recipe, size, vocab, mesh, device))) for size in harder],
     }
+    return facts, curve
 
 
 def _unseen(recipe: Recipe, size: Size, vocab: int, mesh: Mesh, device: torch.device) -> Slice:
@@ -145,24 +145,18 @@ def accuracy(model: LanguageModel, piece: Slice) -> float:
     return float(right / all_asked)
 
 
-def report(found: dict[str, Any]) -> list[Table]:
-    """Tables of accuracy during training, and at sizes that were not trained on."""
-    title = f"{found['model']}, vocabulary {found['vocab']}, sp {found['ranks']}, {found['seconds']:.0f} s"
-    tables = [_table(title, "step", found["sizes"], found["curve"])]
-    if harder := found["harder"]:
-        tables.append(_table("never trained", "", [size[:2] for size in harder], [("", [a for *_, a in harder])]))
-    return tables
+def result(facts: dict[str, Any], curve: list[Accuracies]) -> Result[Accuracies]:
+    """Return a result with tables of accuracy during training, and at sizes that were not trained on."""
+    title = f"{facts['model']}, vocabulary {facts['vocab']}, sp {facts['ranks']}, {facts['seconds']:.0f} s"
+    tables = [table(title, curve, [("step", lambda row: row[0], ""), *_columns(facts["sizes"])])]
+    if harder := facts["harder"]:
+        columns = [("", lambda row: row[0], ""), *_columns([size[:2] for size in harder])]
+        tables.append(table("never trained", [("", [accuracy for *_, accuracy in harder])], columns))
+    return Result(curve, tables, facts, "curve")
 
 
-def _table(title: str, head: str, sizes: list[Size], rows: list[tuple[Any, list[float]]]) -> Table:
-    table = Table(title=title)
-    for column in (head, *(f"{tokens} tokens\n{pairs} pairs" for tokens, pairs in sizes)):
-        table.add_column(column, justify="right")
-    for first, values in rows:
-        table.add_row(str(first), *(f"{value:.4f}" for value in values))
-    return table
+def _columns(sizes: Sequence[Size]) -> list[Column[tuple[Any, list[float]]]]:
+    def column(place: int, size: Size) -> Column[tuple[Any, list[float]]]:
+        return f"{size[0]} tokens\n{size[1]} pairs", lambda row: row[1][place], ".4f"
 
-
-def write(file: Path, found: dict[str, Any]) -> None:
-    """Write all numbers as JSON."""
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return [column(*one) for one in enumerate(sizes)]

@@ -5,14 +5,11 @@ Sums in another order differ by rounding. The size of that alone is measured too
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from rich.table import Table
+from typing import NamedTuple
 
 from lasptrain import train
+from lasptrain.bench.result import Column, Result, table
 from lasptrain.bench.steps import reset
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh
@@ -25,8 +22,7 @@ from lasptrain.training.job import build
 KINDS = ("ddp", "zero1", "zero2", "zero3", "hsdp")
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Data parallelism, sp ranks and segments of a training."""
 
     kind: str
@@ -38,21 +34,11 @@ class Layout:
         return f"{self.kind}, sp {self.sp}{cut}"
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """The loss of every step."""
 
     layout: str
     losses: list[float]
-
-
-@dataclass(frozen=True)
-class Results:
-    """All curves, the reference first, and the device they were made on."""
-
-    device: str
-    ranks: int
-    curves: list[Curve]
 
 
 def layouts(ranks: int, kinds: Sequence[str] = KINDS) -> list[Layout]:
@@ -64,7 +50,7 @@ def layouts(ranks: int, kinds: Sequence[str] = KINDS) -> list[Layout]:
     return [reference, Layout("ddp", 1, segments=2), *(layout for layout in spread if layout != reference)]
 
 
-def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS) -> Iterator[Results]:
+def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS) -> Iterator[Result[Curve]]:
     """Yield losses of the first `steps` updates on every layout: same data, same seed, same global batch, which is the
     recipe's, rounded up to a multiple of the ranks.
 
@@ -78,13 +64,13 @@ def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS
     recipes = [_laid_out(recipe, layout, ranks) for layout in chosen]
     for one in recipes:
         resolve_mesh(one, ranks)
-    found = Results("", ranks, [])
+    curves: list[Curve] = []
     given = [(one, steps) for one in recipes]
     for layout, (_, made) in zip(chosen, trials(ranks, _curve, given, silence=None), strict=True):
         if isinstance(made, Failure):
             raise made.error or SetupError(f"{layout}: {made.reason}")
-        found = Results(made[0], ranks, [*found.curves, Curve(str(layout), made[1])])
-        yield found
+        curves = [*curves, Curve(str(layout), made[1])]
+        yield result(made[0], ranks, curves)
 
 
 def _laid_out(recipe: Recipe, layout: Layout, ranks: int) -> Recipe:
@@ -116,20 +102,17 @@ def differences(curves: list[Curve]) -> list[float]:
     return [max(abs(a - b) for a, b in zip(curve.losses, reference, strict=True)) for curve in curves]
 
 
-def report(results: Results) -> Table:
-    """A table with a line per layout: its difference, also relative to that of two segments, which is rounding."""
-    steps = len(results.curves[0].losses)
-    table = Table(title=f"{steps} steps on {results.ranks} × {results.device}")
-    for column in ("layout", "first loss", "last loss", "max |Δ loss|", "× rounding"):
-        table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=True)
-    apart = differences(results.curves)
+def result(device: str, ranks: int, curves: list[Curve]) -> Result[Curve]:
+    """Return a result whose table has each layout's difference, also relative to that of two segments: rounding."""
+    apart = differences(curves)
     rounding = apart[1] if len(apart) > 1 else 0.0
-    for curve, difference in zip(results.curves, apart, strict=True):
-        ratio = f"{difference / rounding:.2f}" if rounding else ""
-        table.add_row(curve.layout, f"{curve.losses[0]:.6f}", f"{curve.losses[-1]:.6f}", f"{difference:.1e}", ratio)
-    return table
-
-
-def write(file: Path, results: Results) -> None:
-    """Write all losses as JSON."""
-    file.write_text(json.dumps(asdict(results), indent=1))
+    columns: list[Column[tuple[Curve, float]]] = [
+        ("layout", lambda row: row[0].layout, "<"),
+        ("first loss", lambda row: row[0].losses[0], ".6f"),
+        ("last loss", lambda row: row[0].losses[-1], ".6f"),
+        ("max |Δ loss|", lambda row: row[1], ".1e"),
+        ("× rounding", lambda row: row[1] / rounding if rounding else None, ".2f"),
+    ]
+    title = f"{len(curves[0].losses)} steps on {ranks} × {device}"
+    shown = table(title, zip(curves, apart, strict=True), columns)
+    return Result(curves, [shown], {"device": device, "ranks": ranks}, "curves")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lasptrain.bench.methods import METHODS, NONE
-from lasptrain.bench.sp import Results, Step
-from lasptrain.errors import SetupError
+from lasptrain.bench.result import Result
+from lasptrain.bench.sp import Step
+from lasptrain.console.figures import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,27 +29,24 @@ NOTES = {"": "", "_left": ", left product", "_softmax": ", softmax"}
 COLOURS = ("#555555", "#d62728", "#ff7f0e", "#b8860b", "#1f77b4", "#2ca02c", "#9467bd")
 
 
-def draw(results: Results, file: Path) -> None:
+def draw(found: Result[Step], file: Path) -> None:
     """Draw a PNG 1,050 pixels wide; SetupError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError("--plot needs matplotlib: pip install 'lasptrain[bench]'") from None
-    figure = Figure(figsize=(7, 3.9), layout="constrained")
+    ranks = found.facts["ranks"]
+    figure = figure_class()(figsize=(7, 3.9), layout="constrained")
     speed, memory = figure.subplots(1, 2)
     for method in METHODS:
-        rows = sorted((row for row in results.steps if row.method == method), key=lambda row: row.tokens)
+        rows = sorted((row for row in found.rows if row.method == method), key=lambda row: row.tokens)
         if rows:
-            whole = [row.tokens_per_s and 1e-3 * results.ranks * row.tokens_per_s for row in rows]
-            _line(speed, method, rows, whole, results.ranks)
-            _line(memory, method, rows, [row.memory and row.memory / 2**30 for row in rows], results.ranks)
-    windows = sorted({row.tokens * results.ranks for row in results.steps})
+            whole = [row.tokens_per_s and 1e-3 * ranks * row.tokens_per_s for row in rows]
+            _line(speed, method, rows, whole, ranks)
+            _line(memory, method, rows, [row.memory and row.memory / 2**30 for row in rows], ranks)
+    windows = sorted({row.tokens * ranks for row in found.rows})
     named = dict(zip(windows, map(length, windows), strict=True))
     for axes, label in ((speed, "thousand tokens/s, all GPUs"), (memory, "peak memory per GPU, GiB")):
         dress(axes, label, "tokens of the window", named)
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
-    figure.suptitle(f"Whole training steps on {results.ranks} × {results.device}", fontsize=10)
+    figure.suptitle(f"Whole training steps on {ranks} × {found.facts['device']}", fontsize=10)
     figure.savefig(file, dpi=150)
 
 

@@ -8,18 +8,16 @@ window.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import ops
+from lasptrain.bench.result import Column, Result, table
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
@@ -38,8 +36,7 @@ TURNS = 3
 SEGMENTS = 4  # segments of the window on which the forward of training is timed
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """The reading of one text."""
 
     tokens: int
@@ -47,36 +44,22 @@ class Read:
     memory: int  # peak of a rank, bytes
 
 
-@dataclass(frozen=True)
-class Results:
-    """All texts, the forward of training, and the device they were measured on."""
-
-    device: str
-    ranks: int
-    segment: int  # tokens, per rank
-    fused: bool
-    parameters: int
-    training: float  # tokens/s
-    reads: list[Read]
-
-
-def measure(recipe: Recipe, ranks: int, tokens: Sequence[int], segment: int) -> Results:
+def measure(recipe: Recipe, ranks: int, tokens: Sequence[int], segment: int) -> Result[Read]:
     """Read a text of each of `tokens` on one process per rank on this machine, `segment` tokens per rank at a time."""
-    device, fused, parameters, training, reads = on_ranks(ranks, _rank, recipe, tokens, segment)
-    return Results(device, ranks, segment, fused, parameters, training, [Read(*row) for row in reads])
+    facts, reads = on_ranks(ranks, _rank, recipe, tokens, segment)
+    return result(facts, [Read(*row) for row in reads])
 
 
-def _rank(
-    recipe: Recipe, tokens: Sequence[int], segment: int
-) -> tuple[str, bool, int, float, list[tuple[int, float, int]]]:
+def _rank(recipe: Recipe, tokens: Sequence[int], segment: int) -> tuple[dict[str, Any], list[Read]]:
     recipe = recipes.with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
     mesh = meshes.build(1, meshes.world_size())
     fused = recipe.train.compile and meshes.device().type == "cuda"
-    training = _training(recipe, mesh, segment, fused)
+    facts = {"device": device_name(), "ranks": meshes.world_size(), "segment": segment, "fused": fused}
+    facts["training"] = _training(recipe, mesh, segment, fused)
     model = _model(recipe, mesh, fused=False, scan=None)
     reader = Reader(model, mesh, segment, SCAN, fused)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return device_name(), fused, parameters, training, [_read(reader, count) for count in tokens]
+    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    return facts, [_read(reader, count) for count in tokens]
 
 
 def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> LanguageModel:
@@ -109,8 +92,8 @@ def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
     return SEGMENTS * segment * meshes.world_size() / seconds
 
 
-def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
-    """Read a random text; return tokens, tokens/s and a rank's peak memory in bytes."""
+def _read(reader: Reader, tokens: int) -> Read:
+    """Read a random text."""
     text = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(0))
     reader.read(text[:, : reader.segment + 2])
     gc.collect()
@@ -118,7 +101,7 @@ def _read(reader: Reader, tokens: int) -> tuple[int, float, int]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(reader.device)
     seconds = _seconds(lambda: reader.read(text))
-    return tokens, tokens / seconds, int(all_reduce_max(meshes.peak_memory(reader.device)))
+    return Read(tokens, tokens / seconds, int(all_reduce_max(meshes.peak_memory(reader.device))))
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -131,27 +114,18 @@ def _seconds(call: Callable[[], object]) -> float:
     return all_reduce_max(time.perf_counter() - began)
 
 
-def report(results: Results) -> Table:
-    """A table of every text beside the forward of training."""
-    code = "compiled" if results.fused else "not compiled"
+def result(facts: dict[str, Any], reads: list[Read]) -> Result[Read]:
+    """Return a result whose table has every text beside the forward of training."""
     title = (
-        f"{results.parameters:,} parameters on {results.ranks} × {results.device}, segments of {results.segment:,} "
-        f"tokens per rank, {code}; forward of training: {results.training:,.0f} tokens/s"
+        f"{facts['parameters']:,} parameters on {facts['ranks']} × {facts['device']}, "
+        f"segments of {facts['segment']:,} tokens per rank, {'compiled' if facts['fused'] else 'not compiled'}; "
+        f"forward of training: {facts['training']:,.0f} tokens/s"
     )
-    table = Table(title=title)
-    for column in ("tokens", "seconds", "tokens/s", "× training", "peak GiB"):
-        table.add_column(column, justify="right")
-    for row in results.reads:
-        table.add_row(
-            f"{row.tokens:,}",
-            f"{row.tokens / row.tokens_per_s:.1f}",
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.tokens_per_s / results.training:.2f}",
-            f"{row.memory / 2**30:.2f}",
-        )
-    return table
-
-
-def write(file: Path, results: Results) -> None:
-    """Write the results as JSON."""
-    file.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    columns: list[Column[Read]] = [
+        ("tokens", lambda row: row.tokens, ","),
+        ("seconds", lambda row: row.tokens / row.tokens_per_s, ".1f"),
+        ("tokens/s", lambda row: row.tokens_per_s, ",.0f"),
+        ("× training", lambda row: row.tokens_per_s / facts["training"], ".2f"),
+        ("peak GiB", lambda row: row.memory / 2**30, ".2f"),
+    ]
+    return Result(reads, [table(title, reads, columns)], facts, "reads")

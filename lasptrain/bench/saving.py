@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-
-from rich.table import Table
+from typing import Any, NamedTuple
 
 from lasptrain import train
+from lasptrain.bench.result import Column, Result, table
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import committed, folder_of
 from lasptrain.console.tables import figures
 from lasptrain.parallel.collectives import all_reduce_max
-from lasptrain.parallel.mesh import device_name
+from lasptrain.parallel.mesh import device_name, world_size
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build, checkpoint_meta
@@ -23,8 +22,7 @@ WARM = 3  # steps that compile, allocate and tune
 QUIET = 5  # steps without a save, whose median is the baseline
 
 
-@dataclass(frozen=True)
-class Save:
+class Save(NamedTuple):
     """One save, in seconds: training's `stall`, time until `written`, and the sum by which steps were `slower`."""
 
     stall: float
@@ -32,25 +30,13 @@ class Save:
     slower: float
 
 
-@dataclass(frozen=True)
-class Results:
-    """All saves, and the device and recipe they were measured on."""
-
-    device: str
-    ranks: int
-    size: int  # bytes of a checkpoint
-    step: float  # seconds
-    every: int  # steps, as the recipe saves
-    saves: list[Save]
-
-
-def measure(recipe: Recipe, run: Path, ranks: int, saves: int) -> Results:
+def measure(recipe: Recipe, run: Path, ranks: int, saves: int) -> Result[Save]:
     """Train on `ranks` processes of this machine and save `saves` times into `run`, each after the one before."""
-    device, size, step, rows = on_ranks(ranks, _rank, recipe, run, saves)
-    return Results(device, ranks, size, step, recipe.checkpoint.every, [Save(*row) for row in rows])
+    facts, rows = on_ranks(ranks, _rank, recipe, run, saves)
+    return result(facts | {"every": recipe.checkpoint.every}, [Save(*row) for row in rows])
 
 
-def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[tuple[float, float, float]]]:
+def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[dict[str, Any], list[Save]]:
     job = build(recipe)
     done = 0
 
@@ -73,28 +59,28 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[str, int, float, list[
         while not all_reduce_max(saver.newest == at):
             slower += step() - usual
             saver.poll()
-        rows.append((stall, time.perf_counter() - began, slower))
+        rows.append(Save(stall, time.perf_counter() - began, slower))
     saver.wait(last=True)
     saver.close()
     job.loader.close()
     newest = folder_of(run, committed(run)[0])
-    return device_name(), sum(file.stat().st_size for file in newest.iterdir()), usual, rows
+    size = sum(file.stat().st_size for file in newest.iterdir())
+    return {"device": device_name(), "ranks": world_size(), "size": size, "step": usual}, rows
 
 
-def report(results: Results) -> Table:
-    """A table with a line per save; shares are of the time between saves."""
-    interval = results.every * results.step
-    title = f"{results.size:,} bytes, saved every {results.every} steps of {figures(results.step)} s"
-    table = Table(title=f"{title}, on {results.ranks} × {results.device}")
-    for column in ("stall s", "share", "committed s", "slower s", "together"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for save in results.saves:
-        both = save.stall + max(save.slower, 0.0)
-        table.add_row(
-            f"{save.stall:.3f}",
-            f"{save.stall / interval:.2%}",
-            f"{save.written:.2f}",
-            f"{save.slower:.2f}",
-            f"{both / interval:.2%}",
-        )
-    return table
+def result(facts: dict[str, Any], saves: list[Save]) -> Result[Save]:
+    """Return a result whose table has a line per save; shares are of the time between saves.
+
+    Facts are the device, its number of ranks, the bytes in a checkpoint (`size`), the seconds of a step, and the steps
+    after which the recipe saves (`every`).
+    """
+    interval = facts["every"] * facts["step"]
+    saved = f"{facts['size']:,} bytes, saved every {facts['every']} steps of {figures(facts['step'])} s"
+    columns: list[Column[Save]] = [
+        ("stall s", lambda save: save.stall, ".3f"),
+        ("share", lambda save: save.stall / interval, ".2%"),
+        ("committed s", lambda save: save.written, ".2f"),
+        ("slower s", lambda save: save.slower, ".2f"),
+        ("together", lambda save: (save.stall + max(save.slower, 0.0)) / interval, ".2%"),
+    ]
+    return Result(saves, [table(f"{saved}, on {facts['ranks']} × {facts['device']}", saves, columns)], facts)

@@ -6,34 +6,34 @@ windows. Every number of GPUs is a job of its own on the first of them; `plan`'s
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
 from rich.table import Table
 
-from lasptrain import train
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
-from lasptrain.bench.steps import Repeats, reset, shared, timed, turns, unshared
-from lasptrain.console.tables import number
+from lasptrain.bench.result import Column, Result, table
+from lasptrain.bench.steps import Repeats, shared, trained, turns, unshared
+from lasptrain.console.figures import figure_class
 from lasptrain.cost import gpus, links, plan
-from lasptrain.errors import SetupError
-from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import Failure, trials
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training.job import Job, build
+from lasptrain.training.job import Job
 
 Kind = Literal["weak", "strong", "long"]
+RATIOS: dict[Kind, list[tuple[str, str]]] = {  # header and format of relative speeds
+    "weak": [("speed ÷ none", ".3f")],
+    "strong": [("speed ÷ fewest", ".2f")],
+    "long": [],
+}
 LONGEST = 300.0  # seconds that one case may take
 
 
@@ -47,8 +47,7 @@ class Case(NamedTuple):
     window: int  # tokens
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A timed case, or the reason why it was not timed."""
 
     kind: Kind
@@ -73,14 +72,6 @@ class Row:
         return None if self.seconds is None else self.tokens / self.seconds
 
 
-@dataclass(frozen=True)
-class Results:
-    """All rows, and the device they were measured on."""
-
-    device: str
-    rows: list[Row]
-
-
 def cases(
     recipe: Recipe,
     counts: Sequence[int],
@@ -99,27 +90,27 @@ def cases(
     return found + [Case("long", one, "auto", max(counts), window) for one, window in long]
 
 
-def measure(found: Sequence[Case], seconds: float) -> Iterator[Results]:
+def measure(found: Sequence[Case], seconds: float) -> Iterator[Result[Row]]:
     """Time the cases, in order; those that `seconds` leave no time for are not run.
 
     Starts one process per rank on this machine for each number of ranks; yields all results so far after each case.
     Raises SetupError where there are GPUs, but fewer than ranks.
     """
     deadline = time.time() + seconds
-    results = Results("", [])
+    device, rows = "", list[Row]()
     for n in dict.fromkeys(case.ranks for case in found):
         given = [(case, deadline) for case in found if case.ranks == n]
         for (case, _), made in trials(n, _timed, given, silence=LONGEST):
             if isinstance(made, Failure):
                 row = _blank(case)(failure=made.reason)
             else:
-                results, row = replace(results, device=made[0]), Row(**made[1])
-            results.rows.append(row)
-            yield results
+                device, row = made[0], Row(*made[1])
+            rows = [*rows, row]
+            yield result(device, rows)
 
 
-def _timed(case: Case, deadline: float) -> tuple[str, dict[str, Any]]:
-    return device_name(), asdict(_row(case, deadline))
+def _timed(case: Case, deadline: float) -> tuple[str, Row]:
+    return device_name(), _row(case, deadline)
 
 
 def _blank(case: Case) -> partial[Row]:
@@ -138,10 +129,7 @@ def _row(case: Case, deadline: float) -> Row:
     made = Repeats(1, 1) if kind == "long" else turns(tokens)
     if all_reduce_max(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
         return row(failure="no time left")
-    reset(mesh.device())
-    job = build(one)
-    seconds, memory = timed(lambda step: float(train.train_step(job, step)["step_time"] or 0), mesh.device(), made)
-    job.loader.close()
+    job, seconds, memory = trained(one, made)
     predicted = None if rates is None else _predicted(job, method, tokens, ranks, rates)
     return row(segment=job.loader.segment, seconds=seconds, predicted=predicted, memory=memory)
 
@@ -161,40 +149,27 @@ def _predicted(job: Job, method: str, tokens: int, ranks: int, rates: gpus.Rates
     return seconds[recipe.mesh.scan if method == "auto" else method]
 
 
-def report(results: Results) -> list[Table]:
-    """A table for each kind of scaling."""
-    return [_table(results, kind) for kind in ("weak", "strong", "long") if _of(results, kind)]
+def result(device: str, rows: list[Row]) -> Result[Row]:
+    """Return a result with a table for each kind of scaling."""
+    found = {kind: [row for row in rows if row.kind == kind] for kind in RATIOS}
+    return Result(rows, [_table(device, kind, of) for kind, of in found.items() if of], {"device": device})
 
 
-def _of(results: Results, kind: Kind) -> list[Row]:
-    return [row for row in results.rows if row.kind == kind]
-
-
-HEADS = {"weak": "speed ÷ none", "strong": "speed ÷ fewest", "long": ""}
-
-
-def _table(results: Results, kind: Kind) -> Table:
-    rows = _of(results, kind)
+def _table(device: str, kind: Kind, rows: list[Row]) -> Table:
+    columns: list[Column[Row]] = [
+        ("model", lambda row: row.model, "<"),
+        ("GPUs", lambda row: row.ranks, ""),
+        ("window", lambda row: row.window, ","),
+        ("method", lambda row: row.method, "<"),
+        ("s a step", lambda row: row.seconds or "–", ".3f"),
+        ("tokens/s per GPU", lambda row: row.speed and row.speed / row.ranks, ",.0f"),
+        *((head, lambda row: compared(row, rows), form) for head, form in RATIOS[kind]),
+        ("plan ÷ time", lambda row: row.predicted and row.seconds and row.predicted / row.seconds, ".2f"),
+        ("peak GiB", lambda row: row.seconds and row.memory / 2**30, ".1f"),
+    ]
     named = "long windows" if kind == "long" else f"{kind} scaling"
     missing = dict.fromkeys(row.failure for row in rows if row.failure)
-    table = Table(title=f"{named}, {results.device}", caption="; ".join(f"–: {why}" for why in missing) or None)
-    for column in ("model", "GPUs", "window", "method", "s a step", "tokens/s per GPU"):
-        table.add_column(column, justify="left" if column in ("model", "method") else "right", no_wrap=True)
-    if kind != "long":
-        table.add_column(HEADS[kind], justify="right")
-    for column in ("plan ÷ time", "peak GiB"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        head = [row.model, str(row.ranks), f"{row.window:,}", row.method]
-        ratio = [] if kind == "long" else [number(compared(row, rows), ".3f" if kind == "weak" else ".2f")]
-        if row.speed is None:
-            table.add_row(*head, "–")
-            continue
-        assert row.seconds is not None
-        planned = None if row.predicted is None else row.predicted / row.seconds
-        each = f"{row.speed / row.ranks:,.0f}"
-        table.add_row(*head, f"{row.seconds:.3f}", each, *ratio, number(planned, ".2f"), f"{row.memory / 2**30:.1f}")
-    return table
+    return table(f"{named}, {device}", rows, columns, "; ".join(f"–: {why}" for why in missing))
 
 
 def compared(row: Row, rows: Sequence[Row]) -> float | None:
@@ -209,22 +184,13 @@ def compared(row: Row, rows: Sequence[Row]) -> float | None:
     return None if base is None or row.speed is None else row.speed / base
 
 
-def write(file: Path, results: Results) -> None:
-    """Write the results as JSON."""
-    file.write_text(json.dumps({"torch": torch.__version__, **asdict(results)}, indent=1))
-
-
-def plot(results: Results, file: Path) -> None:
+def plot(found: Result[Row], file: Path) -> None:
     """Draw weak scaling as tokens/s per GPU and strong scaling as a multiple, by GPUs, as PNG; SetupError without
     matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError("--plot needs matplotlib: pip install 'lasptrain[plot]'") from None
-    figure = Figure(figsize=(7, 3.9), layout="constrained")
+    figure = figure_class()(figsize=(7, 3.9), layout="constrained")
     weak, strong = figure.subplots(1, 2)
-    rows, colours = _of(results, "weak"), dict(zip(NAMES, COLOURS, strict=True))
+    rows, colours = [row for row in found.rows if row.kind == "weak"], dict(zip(NAMES, COLOURS, strict=True))
     sizes = sorted({row.tokens // row.ranks for row in rows})
     for tokens, method in product(sizes, NAMES):
         done = [row for row in rows if (row.tokens // row.ranks, row.method) == (tokens, method) and row.speed]
@@ -233,15 +199,15 @@ def plot(results: Results, file: Path) -> None:
             values = [1e-3 * (row.speed or 0) / row.ranks for row in done]
             style = ("-", "--", ":", "-.")[sizes.index(tokens) % 4]
             weak.plot([row.ranks for row in done], values, style, marker="o", color=colours[method], label=label)
-    rows = _of(results, "strong")
+    rows = [row for row in found.rows if row.kind == "strong"]
     for window in dict.fromkeys(row.window for row in rows):
         done = [row for row in rows if row.window == window and row.speed]
         strong.plot([r.ranks for r in done], [compared(r, rows) for r in done], marker="o", label=length(window))
-    counts = sorted({row.ranks for row in results.rows})
+    counts = sorted({row.ranks for row in found.rows})
     strong.plot(counts, [n / counts[0] for n in counts], ":", color="gray", label="in proportion")
     for axes, label in ((weak, "thousand tokens/s per GPU"), (strong, "speed of one window, × that on the fewest")):
         dress(axes, label, "GPUs", {n: str(n) for n in counts})
         if axes.lines:
             axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(results.device, fontsize=10)
+    figure.suptitle(found.facts["device"], fontsize=10)
     figure.savefig(file, dpi=150)

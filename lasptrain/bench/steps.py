@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
+from data_tools.dataset import open_dataset
+from lasptrain import train
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
+from lasptrain.parallel.mesh import Mesh
+from lasptrain.parallel.recurrence import ShardedRecurrence
+from lasptrain.recipe.resolve import resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import Job, build
 
 SHORT = 65_536  # tokens per rank; fewer of longer steps are timed
 
@@ -39,6 +46,11 @@ def shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> R
     return recipe.replace(data=data, train={"batch": 1}, mesh={"sp": ranks, "scan": scan})
 
 
+def vocabulary(recipe: Recipe) -> int:
+    """Return the size of the model's vocabulary; prepares the dataset if need be."""
+    return resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
+
+
 def reset(device: torch.device) -> None:
     """Free the remains of an earlier model: memory in reference cycles and caches, and compiled graphs, whose number
     is limited.
@@ -57,3 +69,19 @@ def timed(update: Callable[[int], float], device: torch.device, turns: Repeats) 
         update(step)
     seconds = median(all_reduce_max(update(turns.warmup + step)) for step in range(turns.timed))
     return seconds, int(all_reduce_max(mesh.peak_memory(device)))
+
+
+def update(job: Job, step: int) -> float:
+    """Make update number `step`; return its seconds."""
+    return float(train.train_step(job, step)["step_time"] or 0)
+
+
+def trained(
+    recipe: Recipe, turns: Repeats, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None
+) -> tuple[Job, float, int]:
+    """Train the recipe on these ranks for some steps; return its closed job, seconds and bytes as of `timed`."""
+    reset(mesh.device())
+    job = build(recipe, attention)
+    seconds, memory = timed(partial(update, job), mesh.device(), turns)
+    job.loader.close()
+    return job, seconds, memory

@@ -1,7 +1,8 @@
 """`lasptrain bench`: measurements on this machine."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,13 +13,34 @@ from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
 from lasptrain.recipe.loading import load
 
+if TYPE_CHECKING:
+    from lasptrain.bench.result import Result, Row
+
 app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
 app.command("saving")(checkpoint.bench_saving)
+
+Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")]
 
 
 @app.callback()
 def bench() -> None:
     """Measure on this machine."""
+
+
+def _gpus(otherwise: int = 2) -> int:
+    """Return the number of GPUs here, or this number without any."""
+    import torch
+
+    return torch.cuda.device_count() or otherwise
+
+
+def _tell(results: "Iterable[Result[Row]]", file: Path | None) -> "Result[Row]":
+    """Write each result to the file as it comes, for the last may take long; print the last one and return it."""
+    for found in results:
+        if file is not None:
+            found.write(file)
+    show(*found.tables)
+    return found
 
 
 @app.command("kernels")
@@ -34,19 +56,17 @@ def bench_kernels(
     """Time the attention kernels beside flash-linear-attention (extra `bench`) and the floors."""
     from lasptrain.bench import kernels
 
-    rows, found = kernels.measure(tokens or [1 << n for n in (13, 15, 17, 19)], heads, dim, dtype, decay, documents)
-    show(kernels.report(rows, found, heads, dim, dtype, decay))
-    if all(row.name == "lasptrain" for row in rows):
+    lengths = tokens or [1 << n for n in (13, 15, 17, 19)]
+    found = _tell([kernels.measure(lengths, heads, dim, dtype, decay, documents)], file)
+    if all(row.name == "lasptrain" for row in found.rows):
         typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
-    if file is not None:
-        kernels.write(file, rows, found)
 
 
 @app.command("sp")
 def bench_sp(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    nproc: Ranks = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,20 +86,15 @@ def bench_sp(
     limit: Annotated[float, typer.Option(min=1, help="Seconds for one method's steps of one length.")] = 240,
 ) -> None:
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
-    import torch
-
+    from lasptrain.bench import methods as known
     from lasptrain.bench import plot as drawing
     from lasptrain.bench import sp
 
     if not tokens and not steps:
         raise RecipeError("--tokens, --steps: found neither; expected tokens per rank, such as --steps 32768")
-    ranks = nproc or torch.cuda.device_count() or 2
-    names = methods or sp.METHODS
-    known = None if measured is None else rates.read(measured)
-    for found in sp.measure(load(recipe, overrides), ranks, names, tokens or [], steps or [], known, limit):
-        if file is not None:  # as it comes: the last of it may take long
-            sp.write(file, found)
-    show(*sp.report(found))
+    one, ranks, names = load(recipe, overrides), nproc or _gpus(), methods or known.METHODS
+    hardware = None if measured is None else rates.read(measured)
+    found = _tell(sp.measure(one, ranks, names, tokens or [], steps or [], hardware, limit), file)
     if plot is not None:
         drawing.draw(found, plot)
 
@@ -94,23 +109,17 @@ def bench_prefill(
     file: Numbers = None,
 ) -> None:
     """Time how `lasptrain eval` reads long texts, beside the forward of training, and take its memory."""
-    import torch
-
     from lasptrain.bench import prefill
 
-    ranks = nproc or torch.cuda.device_count() or 1
     lengths = tokens or [1 << n for n in (17, 20, 22)]
-    found = prefill.measure(load(recipe, overrides), ranks, lengths, segment)
-    show(prefill.report(found))
-    if file is not None:
-        prefill.write(file, found)
+    _tell([prefill.measure(load(recipe, overrides), nproc or _gpus(1), lengths, segment)], file)
 
 
 @app.command("parity")
 def bench_parity(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    nproc: Ranks = None,
     steps: Annotated[int, typer.Option(min=1, help="Updates on each layout.")] = 100,
     kinds: Annotated[
         list[str] | None, typer.Option("--kind", help="Of data parallelism; all five if not given.")
@@ -118,35 +127,23 @@ def bench_parity(
     file: Numbers = None,
 ) -> None:
     """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
-    import torch
-
     from lasptrain.bench import parity
 
-    ranks = nproc or torch.cuda.device_count() or 2
-    for found in parity.measure(load(recipe, overrides), ranks, steps, kinds or parity.KINDS):
-        if file is not None:
-            parity.write(file, found)
-    show(parity.report(found))
+    _tell(parity.measure(load(recipe, overrides), nproc or _gpus(), steps, kinds or parity.KINDS), file)
 
 
 @app.command("ablation")
 def bench_ablation(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    nproc: Ranks = None,
     tokens: Annotated[int, typer.Option(min=1, help="Per rank.")] = 32_768,
     file: Numbers = None,
 ) -> None:
     """Time whole steps with and without fused kernels, with and without keeping states for the backward."""
-    import torch
-
     from lasptrain.bench import ablation
 
-    ranks = nproc or torch.cuda.device_count() or 2
-    device, rows = ablation.measure(load(recipe, overrides), ranks, tokens)
-    show(ablation.report(device, ranks, tokens, rows))
-    if file is not None:
-        ablation.write(file, device, ranks, tokens, rows)
+    _tell([ablation.measure(load(recipe, overrides), nproc or _gpus(), tokens)], file)
 
 
 @app.command("scale")
@@ -165,21 +162,15 @@ def bench_scale(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them as PNG.", callback=in_a_folder)] = None,
 ) -> None:
     """Time one recipe on ever more GPUs of this machine: weak and strong scaling, long windows, beside `plan`."""
-    import torch
-
     from lasptrain.bench import scale
 
-    most = torch.cuda.device_count() or 2
-    counts = sorted(gpus) if gpus else [1 << n for n in range(most.bit_length())]
+    counts = sorted(gpus) if gpus else [1 << n for n in range(_gpus().bit_length())]
     one, windows = load(recipe, overrides), long or [4_194_304]
     models = [one, *([load(large)] if large else [])]
     listed = scale.cases(
         one, counts, weak or [32_768, 131_072], strong or [262_144], [(m, n) for m in models for n in windows]
     )
-    for found in scale.measure(listed, 60 * minutes):
-        if file is not None:
-            scale.write(file, found)
-    show(*scale.report(found))
+    found = _tell(scale.measure(listed, 60 * minutes), file)
     if plot is not None:
         scale.plot(found, plot)
 
@@ -188,7 +179,7 @@ def bench_scale(
 def bench_longest(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")] = None,
+    nproc: Ranks = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Of data parallelism; ddp and zero3.")] = None,
     most: Annotated[int, typer.Option(min=1024, help="Tokens of the longest window that is streamed.")] = 1 << 22,
     memory: Annotated[str | None, typer.Option(metavar="40GiB", help="Of each rank, if it is to be less.")] = None,
@@ -196,19 +187,14 @@ def bench_longest(
     file: Numbers = None,
 ) -> None:
     """Find the longest window that trains: ddp or zero3, without and with recomputation, unshared, shared, streamed."""
-    import torch
-
     from lasptrain.bench import longest
 
-    ranks = nproc or torch.cuda.device_count() or 2
     capacity = None if memory is None else to_bytes(memory)
     chosen = [form for form in longest.forms() if form.kind in (kinds or longest.KINDS)]
     if not chosen:
         raise RecipeError(f"--kind: found {', '.join(kinds or ())}; expected one of {', '.join(longest.KINDS)}")
-    for found in longest.measure(load(recipe, overrides), ranks, most, capacity, 60 * minutes, chosen):
-        if file is not None:
-            longest.write(file, found)
-    show(longest.report(found))
+    one, ranks = load(recipe, overrides), nproc or _gpus()
+    _tell(longest.measure(one, ranks, most, capacity, 60 * minutes, chosen), file)
 
 
 @app.command("mqar")
@@ -224,7 +210,4 @@ def bench_mqar(
     """Train a recipe's model to recall pairs of tokens (MQAR) and test it on unseen ones."""
     from lasptrain.bench import mqar
 
-    found = mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)
-    show(*mqar.report(found))
-    if file is not None:
-        mqar.write(file, found)
+    _tell([mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)], file)

@@ -66,7 +66,7 @@ def bench_saving(
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
         loaded = recipes.load(recipe, overrides or [])
         found = saving.measure(loaded, Path(run), nproc or torch.cuda.device_count() or 1, saves)
-    show(saving.report(found))
+    show(*found.tables)
 
 
 def _existing(run: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lasptrain.errors import SetupError
+from lasptrain.console.figures import figure_class
 from lasptrain.eval.runner import PERPLEXITY, Record
 from lasptrain.eval.score import bootstrap, interval
 
@@ -263,11 +263,7 @@ def _svg(cell: Record) -> str:
 
 def plot(folder: Path, found: list[Record]) -> list[Path]:
     """Draw heatmap.png and curves.png, where there is data for them. Raises SetupError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError("--plot: matplotlib is not installed; expected it, pip install 'lasptrain[plot]'") from None
-    files = []
+    Figure, files = figure_class(), []
     tasks = list(dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell))
     if tasks:
         figure = Figure(figsize=(4.5 * len(tasks), 4), layout="constrained")
