@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasptrain.bench.left_product import LeftProduct
-from lasptrain.bench.megatron import Local, reduce_gradients, share, shares, split_model
+from lasptrain.bench.local import LeftProduct, Local, softmax
+from lasptrain.bench.megatron import reduce_gradients, share, shares, split_model
 from lasptrain.bench.ring_attention import RingAttention
 from lasptrain.bench.rivals import Traffic
-from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import initial_values

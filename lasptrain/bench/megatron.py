@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from data_tools.dataset import open_dataset
 from lasptrain import ops
+from lasptrain.bench.local import Local
 from lasptrain.bench.rivals import Traffic, whole_windows
 from lasptrain.data.loader import Slice
 from lasptrain.errors import SetupError
@@ -40,8 +41,6 @@ from lasptrain.training.optimizer import build_optimizer
 # The split dim of parameters and buffers of a mixer or MLP; those not named here are whole on every rank.
 SPLIT = dict.fromkeys(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight", "lrpe.theta", "slope"), 0)
 SPLIT |= dict.fromkeys(("out.weight", "down.weight"), 1)
-
-Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def split_dim(name: str) -> int | None:

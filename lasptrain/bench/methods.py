@@ -8,10 +8,8 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from lasptrain.bench.left_product import LeftProduct
-from lasptrain.bench.megatron import Local
+from lasptrain.bench.local import LeftProduct, Local, softmax
 from lasptrain.bench.ring_attention import RingAttention
-from lasptrain.bench.softmax import softmax
 from lasptrain.bench.ulysses import Ulysses
 from lasptrain.errors import RecipeError
 from lasptrain.parallel.recurrence import ShardedRecurrence

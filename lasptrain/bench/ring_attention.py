@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain.bench.left_product import LeftProduct
+from lasptrain.bench.local import LeftProduct
 from lasptrain.bench.rivals import Pending, Traffic, rotated, whole_windows
 from lasptrain.ops import state_dtype
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence

@@ -7,18 +7,16 @@ rank and n ranks; and it takes no more ranks than there are heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from lasptrain.bench.local import Local
 from lasptrain.bench.rivals import Pending, Traffic, rotated, whole_windows
 from lasptrain.errors import SetupError
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
-
-Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Ulysses:

@@ -1,13 +1,29 @@
-"""Linear attention as softmax attention computes it, (q kᵀ ∘ decay) v, from the left: quadratic in the window.
+"""Causal attention of a whole window on one rank, for the rivals to run.
 
-The LASP paper ran its rivals like this (arXiv:2404.02882, section 4); in tiles of rows, so that memory stays linear.
+As softmax, the layer that linear attention replaces, or linear attention as that is computed, (q kᵀ ∘ decay) v, from
+the left: quadratic in the window. The LASP paper ran its rivals like this (arXiv:2404.02882, section 4); in tiles of
+rows, so that memory stays linear.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v, log_decay → output
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+    """Return the output [B, T, H, V] of q, k [B, T, H, K] and v [B, T, H, V]; `log_decay` is ignored.
+
+    PyTorch's fused kernel, quadratic in time and linear in memory.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class LeftProduct:
