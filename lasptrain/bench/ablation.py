@@ -9,11 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lasptrain import ops
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.rivals import Pending, whole_windows
+from lasptrain.bench.rivals import begun
 from lasptrain.bench.steps import shared, trained, turns
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import Mesh, device_name
-from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
+from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.schema import Recipe
@@ -31,20 +31,8 @@ class Row(NamedTuple):
 class Recomputing(ShardedRecurrence):
     """Recurrence that keeps no states for the backward, and so summarises and exchanges again there."""
 
-    def begin(
-        self,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        doc_ids: Tensor | None,
-        *,
-        angle: Tensor | None = None,
-        carry: Tensor | None = None,
-        memory: SavedStates | None = None,
-        output_final_state: bool = False,
-    ) -> Any:
-        whole_windows("ablation", doc_ids, carry, output_final_state)
-        return Pending(k, v, log_decay, angle)
+    def begin(self, *window: Any, **state: Any) -> Any:
+        return begun("ablation", *window, **state)
 
     def finish(self, pending: Any, q: Tensor) -> tuple[Tensor, Tensor | None]:
         def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None) -> Tensor:

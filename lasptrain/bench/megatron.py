@@ -9,18 +9,17 @@ activations over n. It takes no more ranks than there are heads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
 from data_tools.dataset import open_dataset
 from lasptrain import ops
 from lasptrain.bench.local import Local
-from lasptrain.bench.rivals import Traffic, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, begun, exchange, whole_windows
 from lasptrain.data.loader import Slice
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import LanguageModel, initial_values
@@ -54,35 +53,14 @@ def share(name: str, value: Tensor, traffic: Traffic) -> Tensor:
     return value if dim is None else value.chunk(traffic.size, dim)[traffic.rank]
 
 
-class _Exchange(Function):
-    """A collective whose backward is another collective."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.back = back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(grad), None, None
-
-
 def _gather(x: Tensor, traffic: Traffic) -> Tensor:
     """Gather [B, T, …] of slices → [B, n·T, …] of the window."""
-    whole: Tensor = _Exchange.apply(x, traffic.gather, traffic.reduce_scatter)  # type: ignore[no-untyped-call]
-    return whole
+    return exchange(x, traffic.gather, traffic.reduce_scatter)
 
 
 def _scatter(x: Tensor, traffic: Traffic) -> Tensor:
     """Sum [B, n·T, …] over ranks → [B, T, …] of this rank's slice."""
-    mine: Tensor = _Exchange.apply(x, traffic.reduce_scatter, traffic.gather)  # type: ignore[no-untyped-call]
-    return mine
-
-
-class _Pending(NamedTuple):
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
+    return exchange(x, traffic.reduce_scatter, traffic.gather)
 
 
 class _Heads:
@@ -91,11 +69,11 @@ class _Heads:
     def __init__(self, local: Local):
         self.local, self.scan = local, Traffic(None)
 
-    def begin(self, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, **_: object) -> _Pending:
-        return _Pending(k, v, log_decay)
+    def begin(self, *window: Any, **state: Any) -> Pending:
+        return begun("megatron", *window, **state)
 
-    def finish(self, pending: _Pending, q: Tensor) -> tuple[Tensor, None]:
-        return self.local(q, *pending), None
+    def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, None]:
+        return self.local(q, pending.k, pending.v, pending.log_decay), None
 
 
 class _Whole:
@@ -119,7 +97,7 @@ class _TransNormer(_Whole, TransNormer):
         o = o.flatten(2)
         wide = o.to(torch.promote_types(o.dtype, torch.float32))
         squares = wide.square().sum(-1, keepdim=True)
-        total = _Exchange.apply(squares, self.traffic.sum, self.traffic.sum)  # type: ignore[no-untyped-call]
+        total = exchange(squares, self.traffic.sum, self.traffic.sum)
         scale = torch.rsqrt(total / (o.shape[-1] * self.traffic.size) + 1e-6)
         y: Tensor = self.out(gate * (wide * scale).to(o.dtype))
         return y

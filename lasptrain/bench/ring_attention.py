@@ -17,9 +17,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lasptrain.bench.local import LeftProduct
-from lasptrain.bench.rivals import Pending, Traffic, rotated, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, begun, rotated
 from lasptrain.ops import state_dtype
-from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 # Output of queries over a block of keys and values that begins so many tokens to their left.
 Block = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
@@ -45,21 +45,9 @@ class RingAttention:
 
         self.block: Block = LeftProduct() if left else block
 
-    def begin(
-        self,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        doc_ids: Tensor | None,
-        *,
-        angle: Tensor | None = None,
-        carry: Tensor | None = None,
-        memory: SavedStates | None = None,
-        output_final_state: bool = False,
-    ) -> Pending:
+    def begin(self, *window: Any, **state: Any) -> Pending:
         """Keep k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
-        whole_windows("ring_attention", doc_ids, carry, output_final_state)
-        return Pending(k, v, log_decay, angle)
+        return begun("ring_attention", *window, **state)
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, None]:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 
 from lasptrain.errors import SetupError
 from lasptrain.parallel.collectives import all_gather, reduce_scatter
+from lasptrain.parallel.recurrence import SavedStates
 
 
 class Traffic:
@@ -23,6 +26,7 @@ class Traffic:
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Exchange x [n, …], indexed by receiver → the same shape, indexed by sender."""
+        x = x.contiguous()
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=self.group)
         self._count(x.numel() * x.element_size() * (self.size - 1) // self.size)
@@ -100,6 +104,43 @@ def whole_windows(name: str, doc_ids: Tensor | None, carry: Tensor | None, outpu
     """Raise SetupError for anything but a window in one segment and without documents."""
     if doc_ids is not None or carry is not None or output_final_state:
         raise SetupError(f"{name}: takes neither documents nor segments; set data.reset_at_documents=false")
+
+
+def begun(
+    name: str,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    doc_ids: Tensor | None,
+    *,
+    angle: Tensor | None = None,
+    carry: Tensor | None = None,
+    memory: SavedStates | None = None,
+    output_final_state: bool = False,
+) -> Pending:
+    """Keep k [B, T, H, K], v [B, T, H, V], decay and angle: the arguments of `ShardedRecurrence.begin`.
+
+    Raises SetupError for anything but a window in one segment and without documents.
+    """
+    whole_windows(name, doc_ids, carry, output_final_state)
+    return Pending(k, v, log_decay, angle)
+
+
+def exchange(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `there(x)`, whose gradient is `back` of its output's."""
+    result: Tensor = _Exchange.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
 def rotated(x: Tensor, angle: Tensor | None, slices: int) -> Tensor:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
 from lasptrain.bench.local import Local
-from lasptrain.bench.rivals import Pending, Traffic, rotated, whole_windows
+from lasptrain.bench.rivals import Pending, Traffic, begun, exchange, rotated
 from lasptrain.errors import SetupError
-from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
+from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
 class Ulysses:
@@ -33,21 +32,10 @@ class Ulysses:
         attention = ShardedRecurrence(kernel)
         self.local: Local = local or (lambda q, k, v, decay: attention.finish(attention.begin(k, v, decay, None), q)[0])
 
-    def begin(
-        self,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        doc_ids: Tensor | None,
-        *,
-        angle: Tensor | None = None,
-        carry: Tensor | None = None,
-        memory: SavedStates | None = None,
-        output_final_state: bool = False,
-    ) -> Pending:
+    def begin(self, *window: Any, **state: Any) -> Pending:
         """Trade k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""
+        k, v, log_decay, angle = begun("ulysses", *window, **state)
         heads, ranks = k.shape[2], self.scan.size
-        whole_windows("ulysses", doc_ids, carry, output_final_state)
         if heads % ranks:
             raise SetupError(f"ulysses: {heads} heads do not go to {ranks} ranks; expected a multiple")
         mine = None
@@ -59,22 +47,13 @@ class Ulysses:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""
         q = self._gather(rotated(q, pending.angle, self.scan.rank))
         o = self.local(q, pending.k, pending.v, pending.log_decay)
-        scattered: Tensor = _Trade.apply(o.unflatten(1, (self.scan.size, -1)).movedim(1, 0), self.scan)  # type: ignore[no-untyped-call]
+        scattered = self._trade(o.unflatten(1, (self.scan.size, -1)).movedim(1, 0))
         return scattered.movedim(0, 2).flatten(2, 3), None
 
     def _gather(self, x: Tensor) -> Tensor:
         """Trade [B, T, H, ·] of a slice → [B, n·T, H/n, ·] of the window."""
         parts = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
-        whole: Tensor = _Trade.apply(parts, self.scan)  # type: ignore[no-untyped-call]
-        return whole.movedim(0, 1).flatten(1, 2)
+        return self._trade(parts).movedim(0, 1).flatten(1, 2)
 
-
-class _Trade(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, traffic: Traffic) -> Tensor:
-        ctx.traffic = traffic
-        return traffic.all_to_all(x.contiguous())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.traffic.all_to_all(grad.contiguous()), None
+    def _trade(self, parts: Tensor) -> Tensor:
+        return exchange(parts, self.scan.all_to_all, self.scan.all_to_all)
