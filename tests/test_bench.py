@@ -216,7 +216,7 @@ def test_ever_more_ranks_share_the_work() -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     recipe = load(RECIPES / "quickstart.yaml", small)
     listed = scale.cases(recipe, [1, 2], [32], [64, 63], [(recipe, 128)])
-    assert [case.method for case in listed if case.kind == "weak"] == ["none", "none", "ring", "all_gather", "all_scan"]
+    assert [row.method for _, row in listed if row.kind == "weak"] == ["none", "none", "ring", "all_gather", "all_scan"]
     *_, found = scale.measure(listed, 600)
     weak = [row for row in found.rows if row.kind == "weak"]
     assert {row.tokens // row.ranks for row in weak} == {32} and all(row.speed for row in weak)

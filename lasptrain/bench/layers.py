@@ -7,7 +7,6 @@ limit drift by more than sharing costs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from lasptrain import ops
 from lasptrain.architectures.decay import slopes
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
+from lasptrain.bench.steps import elapsed
 from lasptrain.errors import SetupError
 from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel import mesh
@@ -65,13 +65,12 @@ def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Laye
         return list(rows)
     given = [(recipe, row.method, row.tokens) for row in rows]
     found = {(args[1], args[2]): result for args, result in trials(ranks, _replayed, given, silence=60)}
-    return [_with_replay(row, found[row.method, row.tokens]) for row in rows]
-
-
-def _with_replay(row: Layer, found: tuple[float, float | None] | Failure) -> Layer:
-    if isinstance(found, Failure):
-        return row._replace(failure=found.reason)
-    return row._replace(replayed_ms=found[0], replayed_ratio=found[1])
+    return [
+        row._replace(failure=made.reason)
+        if isinstance(made := found[row.method, row.tokens], Failure)
+        else row._replace(replayed_ms=made[0], replayed_ratio=made[1])
+        for row in rows
+    ]
 
 
 def _lengths(recipe: Recipe, methods: Sequence[str], tokens: Sequence[int]) -> tuple[str, list[Layer]]:
@@ -84,7 +83,7 @@ def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.d
     attentions = {name: _attention(recipe, name, device) for name in methods}
     calls = _calls(recipe, attentions, tokens, device)
     sent = {name: _sent(one, calls[name]) for name, one in attentions.items()}
-    times = _times(calls, device)
+    times = _times(calls)
     host = {name: _host(call, device) for name, call in calls.items()}
     formula = bytes_sent(recipe.model, tokens, _dtype(recipe).itemsize, dist.get_world_size())
     return [
@@ -148,17 +147,17 @@ def compared(times: Times, name: str) -> float | None:
     return median(a / b for a, b in zip(times[name], times[NONE], strict=True)) if NONE in times else None
 
 
-def _times(calls: Mapping[str, Callable[[], object]], device: torch.device, turns: int = TURNS) -> Times:
+def _times(calls: Mapping[str, Callable[[], object]], turns: int = TURNS) -> Times:
     """Seconds of each call in each turn, by the slowest rank."""
     counts = {}
     for name, call in calls.items():
         for _ in range(3):
             call()
-        counts[name] = min(200, int(LEAST / all_reduce_max(_elapsed(call, 2, device)[0])) + 1)
+        counts[name] = min(200, int(LEAST / elapsed(call, 2)[0]) + 1)
     times: Times = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
-            times[name].append(all_reduce_max(_elapsed(call, counts[name], device)[0]))
+            times[name].append(elapsed(call, counts[name])[0])
     return times
 
 
@@ -166,24 +165,7 @@ def _host(call: Callable[[], object], device: torch.device) -> float | None:
     """Milliseconds that the slowest rank takes to launch a call; measured on a few calls, which fit into any queue."""
     if device.type != "cuda":
         return None
-    return 1e3 * median(all_reduce_max(_elapsed(call, 3, device)[1]) for _ in range(HOST_TURNS))
-
-
-def _elapsed(call: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
-    """Seconds per call of `count` calls in a row: until done, and until launched."""
-    dist.barrier()
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(count):
-        call()
-    launched = time.perf_counter()
-    _wait(device)
-    return (time.perf_counter() - began) / count, (launched - began) / count
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 1e3 * median(elapsed(call, 3)[1] for _ in range(HOST_TURNS))
 
 
 def _replayed(recipe: Recipe, method: str, tokens: int) -> tuple[float, float | None]:
@@ -208,7 +190,7 @@ def _times_replayed(calls: Mapping[str, Callable[[], object]], tokens: int, devi
         graphs[name], failure = _captured(call, device)
         if all_reduce_max(int(bool(failure))):
             raise SetupError(f"{name}, {tokens:,} tokens: no CUDA graph: {failure or 'another rank failed'}")
-    times = _times({name: graph.replay for name, graph in graphs.items()}, device, CAPTURED_TURNS)
+    times = _times({name: graph.replay for name, graph in graphs.items()}, CAPTURED_TURNS)
     for graph in graphs.values():
         graph.reset()  # before its communicator is destroyed
     return times

@@ -214,8 +214,7 @@ class Megatron:
         torch._foreach_mul_(gradients, (self.recipe.optim.clip / (norm + 1e-6)).clamp(max=1.0).float())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        meshes.synchronize(self.device)
         return time.perf_counter() - began
 
     def backward(self, piece: Slice) -> None:

@@ -8,8 +8,7 @@ window.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -18,10 +17,11 @@ import torch
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import ops
 from lasptrain.bench.result import Column, Result, table
+from lasptrain.bench.steps import elapsed
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
-from lasptrain.parallel.collectives import all_reduce_max, barrier
+from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
@@ -88,7 +88,7 @@ def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
 
     for _ in range(2):  # compiles, allocates and tunes
         forward()
-    seconds = median(_seconds(forward) for _ in range(TURNS))
+    seconds = median(elapsed(forward)[0] for _ in range(TURNS))
     return SEGMENTS * segment * meshes.world_size() / seconds
 
 
@@ -100,18 +100,8 @@ def _read(reader: Reader, tokens: int) -> Read:
     if reader.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(reader.device)
-    seconds = _seconds(lambda: reader.read(text))
+    seconds, _ = elapsed(lambda: reader.read(text))
     return Read(tokens, tokens / seconds, int(all_reduce_max(meshes.peak_memory(reader.device))))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """Seconds of a call on the slowest rank, its GPU's work included."""
-    barrier()
-    began = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return all_reduce_max(time.perf_counter() - began)
 
 
 def result(facts: dict[str, Any], reads: list[Read]) -> Result[Read]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -13,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
+from lasptrain.bench.steps import elapsed
 from lasptrain.cost.gpus import Rates
 from lasptrain.cost.links import Link
 from lasptrain.cost.rates import MeasuredHardware
 from lasptrain.parallel import mesh
-from lasptrain.parallel.collectives import all_gather, all_reduce_max
+from lasptrain.parallel.collectives import all_gather
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.p2p import between
 from lasptrain.process.local_ranks import on_ranks
@@ -56,13 +56,9 @@ def _cpu_rates() -> Rates:
     return Rates(2 * 512**3 / product, 2 * source.numel() / copy, memory)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    def once() -> float:
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-
-    return median(once() for _ in range(TURNS))
+def _seconds(call: Callable[[], object], count: int = 1) -> float:
+    """Seconds of a call on the slowest rank: median over TURNS."""
+    return median(elapsed(call, count)[0] for _ in range(TURNS))
 
 
 def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, volumes: int) -> Link:
@@ -75,24 +71,9 @@ def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, 
 
 
 def _message(send: Callable[[Tensor], None], x: Tensor) -> float:
-    """Seconds of one message: median over TURNS, slowest rank."""
-
-    def turn() -> float:
-        dist.barrier()
-        _wait(x)
-        began = time.perf_counter()
-        for _ in range(COUNT):
-            send(x)
-        _wait(x)
-        return all_reduce_max((time.perf_counter() - began) / COUNT)
-
-    turn()
-    return median(turn() for _ in range(TURNS))
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+    """Seconds of one message, after some that are not timed."""
+    elapsed(lambda: send(x), COUNT)
+    return _seconds(lambda: send(x), COUNT)
 
 
 def _there_and_back(x: Tensor) -> None:

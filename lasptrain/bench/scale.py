@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ from rich.table import Table
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.steps import Repeats, shared, trained, turns, unshared
+from lasptrain.bench.steps import Repeats, shared, trained, turns, unshared, vocabulary
 from lasptrain.console.figures import figure_class
 from lasptrain.cost import gpus, links, plan
 from lasptrain.parallel.collectives import all_reduce_max
@@ -26,7 +25,6 @@ from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import Failure, trials
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training.job import Job
 
 Kind = Literal["weak", "strong", "long"]
 RATIOS: dict[Kind, list[tuple[str, str]]] = {  # header and format of relative speeds
@@ -37,22 +35,12 @@ RATIOS: dict[Kind, list[tuple[str, str]]] = {  # header and format of relative s
 LONGEST = 300.0  # seconds that one case may take
 
 
-class Case(NamedTuple):
-    """A case to time."""
-
-    kind: Kind
-    recipe: Recipe
-    method: str  # NONE: a window per rank; a scan or `auto`: one window over all ranks
-    ranks: int
-    window: int  # tokens
-
-
 class Row(NamedTuple):
-    """A timed case, or the reason why it was not timed."""
+    """A case, timed or with the reason why it was not."""
 
     kind: Kind
     model: str
-    method: str
+    method: str  # NONE: a window per rank; a scan or `auto`: one window over all ranks
     ranks: int
     window: int  # tokens
     segment: int = 0  # tokens
@@ -72,6 +60,9 @@ class Row(NamedTuple):
         return None if self.seconds is None else self.tokens / self.seconds
 
 
+Case = tuple[Recipe, Row]  # before it is timed
+
+
 def cases(
     recipe: Recipe,
     counts: Sequence[int],
@@ -82,12 +73,16 @@ def cases(
     """Cases for each number of ranks: `weak` tokens per rank by every method, windows of `strong` tokens over all
     ranks, and on the most ranks the `long` windows. One rank shares nothing.
     """
+
+    def case(kind: Kind, recipe: Recipe, method: str, ranks: int, window: int) -> Case:
+        return recipe, Row(kind, recipe.name, method, ranks, window)
+
     found = []
     for n in counts:
         methods = [NONE] if n == 1 else [NONE, *SCANS]
-        found += [Case("weak", recipe, m, n, t if m == NONE else t * n) for t in weak for m in methods]
-        found += [Case("strong", recipe, "auto", n, window) for window in strong]
-    return found + [Case("long", one, "auto", max(counts), window) for one, window in long]
+        found += [case("weak", recipe, m, n, t if m == NONE else t * n) for t in weak for m in methods]
+        found += [case("strong", recipe, "auto", n, window) for window in strong]
+    return found + [case("long", one, "auto", max(counts), window) for one, window in long]
 
 
 def measure(found: Sequence[Case], seconds: float) -> Iterator[Result[Row]]:
@@ -98,55 +93,40 @@ def measure(found: Sequence[Case], seconds: float) -> Iterator[Result[Row]]:
     """
     deadline = time.time() + seconds
     device, rows = "", list[Row]()
-    for n in dict.fromkeys(case.ranks for case in found):
-        given = [(case, deadline) for case in found if case.ranks == n]
-        for (case, _), made in trials(n, _timed, given, silence=LONGEST):
+    for n in dict.fromkeys(row.ranks for _, row in found):
+        given = [(recipe, row, deadline) for recipe, row in found if row.ranks == n]
+        for (_, row, _), made in trials(n, _timed, given, silence=LONGEST):
             if isinstance(made, Failure):
-                row = _blank(case)(failure=made.reason)
+                rows = [*rows, row._replace(failure=made.reason)]
             else:
-                device, row = made[0], Row(*made[1])
-            rows = [*rows, row]
+                device, rows = made[0], [*rows, Row(*made[1])]
             yield result(device, rows)
 
 
-def _timed(case: Case, deadline: float) -> tuple[str, Row]:
-    return device_name(), _row(case, deadline)
-
-
-def _blank(case: Case) -> partial[Row]:
-    return partial(Row, case.kind, case.recipe.name, case.method, case.ranks, case.window)
-
-
-def _row(case: Case, deadline: float) -> Row:
-    """Time the case on these ranks, which must all agree that there is time for it."""
-    kind, recipe, method, ranks, window = case
-    row = _blank(case)
-    if method != NONE and window % ranks:
-        return row(failure=f"{ranks} ranks cannot share it")
-    one = unshared(recipe, window, ranks) if method == NONE else shared(recipe, window // ranks, ranks, method)
-    rates = gpus.of(device_name()).sustained
-    tokens = window if method == NONE else window // ranks
-    made = Repeats(1, 1) if kind == "long" else turns(tokens)
-    if all_reduce_max(time.time() + sum(made) * _least(one, tokens, rates)) > deadline:
-        return row(failure="no time left")
-    job, seconds, memory = trained(one, made)
-    predicted = None if rates is None else _predicted(job, method, tokens, ranks, rates)
-    return row(segment=job.loader.segment, seconds=seconds, predicted=predicted, memory=memory)
+def _timed(recipe: Recipe, row: Row, deadline: float) -> tuple[str, Row]:
+    """Time the case on these ranks, which must all agree that there is time for it; return the device and the row."""
+    device, ranks, sharing = device_name(), row.ranks, row.method != NONE
+    if sharing and row.window % ranks:
+        return device, row._replace(failure=f"{ranks} ranks cannot share it")
+    tokens = row.window // ranks if sharing else row.window
+    one = shared(recipe, tokens, ranks, row.method) if sharing else unshared(recipe, tokens, ranks)
+    rates = gpus.of(device).sustained
+    repeats = Repeats(1, 1) if row.kind == "long" else turns(tokens)
+    if all_reduce_max(time.time() + sum(repeats) * _least(one, tokens, rates)) > deadline:
+        return device, row._replace(failure="no time left")
+    job, seconds, memory = trained(one, repeats)
+    segment = job.loader.segment
+    if rates is not None:
+        made, segments = job.recipe, job.recipe.data.window // segment
+        by_method = links.step_seconds(made, vocabulary(made), ranks, tokens, rates, segments=segments)
+        row = row._replace(predicted=by_method[made.mesh.scan if row.method == "auto" else row.method])
+    return device, row._replace(segment=segment, seconds=seconds, memory=memory)
 
 
 def _least(recipe: Recipe, tokens: int, rates: gpus.Rates | None) -> float:
     """Predicted seconds that a step takes at least; 0 for an unknown GPU or vocabulary."""
     vocab = recipe.model.vocab
     return 0.0 if rates is None or vocab == "auto" else tokens * plan.seconds_per_token(recipe, vocab, 1, rates)
-
-
-def _predicted(job: Job, method: str, tokens: int, ranks: int, rates: gpus.Rates) -> float | None:
-    """Predicted seconds of a step; None for methods that `links.step_seconds` cannot predict."""
-    recipe, vocab = job.recipe, job.recipe.model.vocab
-    assert isinstance(vocab, int)
-    segments = recipe.data.window // job.loader.segment
-    seconds = links.step_seconds(recipe, vocab, ranks, tokens, rates, segments=segments)
-    return seconds[recipe.mesh.scan if method == "auto" else method]
 
 
 def result(device: str, rows: list[Row]) -> Result[Row]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from data_tools.dataset import open_dataset
 from lasptrain import train
@@ -69,6 +71,20 @@ def timed(update: Callable[[int], float], device: torch.device, turns: Repeats) 
         update(step)
     seconds = median(all_reduce_max(update(turns.warmup + step)) for step in range(turns.timed))
     return seconds, int(all_reduce_max(mesh.peak_memory(device)))
+
+
+def elapsed(call: Callable[[], object], count: int = 1) -> tuple[float, float]:
+    """Return the seconds per call of `count` calls in a row on the slowest rank: until done, and until launched."""
+    device = mesh.device()
+    dist.barrier()
+    mesh.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    launched = time.perf_counter()
+    mesh.synchronize(device)
+    done = time.perf_counter()
+    return all_reduce_max((done - began) / count), all_reduce_max((launched - began) / count)
 
 
 def update(job: Job, step: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from lasptrain.parallel.mesh import synchronize
 from lasptrain.parallel.scan import SCANS, Scan, Transition
 
 WARM, COUNT = 3, 20  # exchanges, forward and backward
@@ -43,14 +44,9 @@ def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool, now:
 
     for _ in range(WARM):
         there_and_back()
-    _wait(device)
+    synchronize(device)
     began = now()
     for _ in range(COUNT):
         there_and_back()
-    _wait(device)
+    synchronize(device)
     return now() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -90,6 +90,12 @@ def timeout() -> timedelta:
     return group._get_backend(group._device_types[0]).options._timeout
 
 
+def synchronize(on: torch.device) -> None:
+    """Wait for the work of a GPU; a CPU has none outstanding."""
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+
+
 def peak_memory(on: torch.device) -> int:
     """Return the peak memory in bytes: of tensors on this GPU, or of this process on a CPU."""
     if on.type == "cuda":
