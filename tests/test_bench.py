@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     console = Console(width=120, record=True)
     console.print(*found.tables)
     assert console.export_text().count("all_gather") == 2
+
+
+def test_results_are_written_with_their_facts_as_objects(tmp_path: Path) -> None:
+    cell = longest.Cell(longest.Form("ddp", "none", "on"), 1024, 7, failed=True)
+    longest.result("GPU", 2, [cell], late=False).write(tmp_path / "cells.json")
+    written = json.loads((tmp_path / "cells.json").read_text())
+    assert written == {"torch": torch.__version__, "device": "GPU", "ranks": 2, "cells": written["cells"]}
+    assert written["cells"] == [cell._asdict() | {"form": {"kind": "ddp", "recompute": "none", "sharing": "on"}}]
 
 
 def test_methods_are_compared_turn_by_turn() -> None:
@@ -161,7 +170,7 @@ def test_states_that_are_not_kept_are_made_again() -> None:
 
 
 def forgotten(rank: int, world: int) -> float:
-    """How far gradients are from those of kept states; the exchanges must be twice the forward's."""
+    """Distance of gradients from those of kept states; the exchanges must be twice the forward's."""
     found = {}
     for kind in (ShardedRecurrence, ablation.Recomputing):
         scan = Ring(dist.group.WORLD, torch.device("cpu"))

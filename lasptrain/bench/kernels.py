@@ -16,6 +16,7 @@ from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+SIDE = 8192  # of the matrices whose product is timed
 CHUNK = 64  # tokens per chunk of the product floor
 
 
@@ -52,7 +53,12 @@ def measure_rates(dtype: str) -> Rates:
     if not torch.cuda.is_available():
         raise SetupError("found no CUDA device to measure")
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return Rates(_product_rate(DTYPES[dtype]), _copy_rate(), memory)
+    a, b = torch.randn(2, SIDE, SIDE, device="cuda").to(DTYPES[dtype])
+    product = _ms(lambda: a @ b, warmup=100, rep=300)
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = _ms(lambda: target.copy_(source))
+    return Rates(2 * SIDE**3 / product * 1e3, 2 * source.numel() / copy * 1e3, memory)
 
 
 def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:
@@ -95,8 +101,6 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
 def _row(
     name: str, forward: Forward, learned: list[Tensor], tokens: int, heads: int, dim: int, dtype: torch.dtype
 ) -> Row:
-    from triton.testing import do_bench
-
     q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     do = torch.randn_like(q)
 
@@ -104,7 +108,7 @@ def _row(
         torch.autograd.grad(forward(q, k, v), (q, k, v, *learned), do)
 
     with torch.no_grad():
-        one_way = do_bench(lambda: forward(q, k, v), warmup=25, rep=100, return_mode="median")
+        one_way = _ms(lambda: forward(q, k, v))
     try:
         both()
     except RuntimeError as error:  # fla refuses what the installed Triton would compile wrongly
@@ -114,8 +118,7 @@ def _row(
     torch.cuda.reset_peak_memory_stats()
     both()
     extra = torch.cuda.max_memory_allocated() - before
-    launched = do_bench(both, warmup=25, rep=100, return_mode="median")
-    return Row(name, tokens, one_way, launched, extra / 1e9, _replayed(both))
+    return Row(name, tokens, one_way, _ms(both), extra / 1e9, _replayed(both))
 
 
 def _replayed(call: Callable[[], None]) -> float | None:
@@ -130,21 +133,12 @@ def _replayed(call: Callable[[], None]) -> float | None:
     return ms
 
 
-def _copy_rate() -> float:
+def _ms(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:
+    """Median ms of a call; `warmup` and `rep` are ms too."""
     from triton.testing import do_bench
 
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    ms: float = do_bench(lambda: target.copy_(source), warmup=25, rep=100, return_mode="median")
-    return 2 * source.numel() / ms * 1e3
-
-
-def _product_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    from triton.testing import do_bench
-
-    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-    ms: float = do_bench(lambda: a @ b, warmup=100, rep=300, return_mode="median")
-    return 2 * size**3 / ms * 1e3
+    ms: float = do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+    return ms
 
 
 def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates) -> list[Row]:

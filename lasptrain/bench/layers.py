@@ -7,7 +7,7 @@ limit drift by more than sharing costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -80,36 +80,29 @@ def _lengths(recipe: Recipe, methods: Sequence[str], tokens: Sequence[int]) -> t
 
 
 def _layers(recipe: Recipe, methods: Sequence[str], tokens: int, device: torch.device) -> list[Layer]:
-    attentions = {name: _attention(recipe, name, device) for name in methods}
-    calls = _calls(recipe, attentions, tokens, device)
+    attentions, calls = _calls(recipe, methods, tokens, device)
     sent = {name: _sent(one, calls[name]) for name, one in attentions.items()}
     times = _times(calls)
     host = {name: _host(call, device) for name, call in calls.items()}
-    formula = bytes_sent(recipe.model, tokens, _dtype(recipe).itemsize, dist.get_world_size())
+    formula = bytes_sent(recipe.model, tokens, DTYPES[recipe.train.precision].itemsize, dist.get_world_size())
     return [
         Layer(name, tokens, 1e3 * median(times[name]), host[name], sent[name], formula[name], compared(times, name))
         for name in methods
     ]
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
-    return DTYPES[recipe.train.precision]
-
-
-def _attention(recipe: Recipe, method: str, device: torch.device) -> ShardedRecurrence:
-    return attention(method, ops.select(recipe.train.kernel, device), mesh.world(), device)
-
-
 def _calls(
-    recipe: Recipe, attentions: Mapping[str, ShardedRecurrence], tokens: int, device: torch.device
-) -> dict[str, Callable[[], None]]:
-    """Return calls of forward and backward for each recurrence, on the same inputs."""
+    recipe: Recipe, methods: Iterable[str], tokens: int, device: torch.device
+) -> tuple[dict[str, ShardedRecurrence], dict[str, Callable[[], None]]]:
+    """Return the recurrence of each method, and calls of their forward and backward on the same inputs."""
+    kernel, dtype = ops.select(recipe.train.kernel, device), DTYPES[recipe.train.precision]
+    attentions = {name: attention(name, kernel, mesh.world(), device) for name in methods}
     model = recipe.model
     decays = slopes(model.decay, model.layers, model.heads, tokens)[-1]
     log_decay = None if model.decay == "none" else -torch.tensor(decays, device=device)
     generator = torch.Generator(device).manual_seed(dist.get_rank())
     q, k, v, do = (
-        torch.randn(1, tokens, model.heads, dim, generator=generator, device=device, dtype=_dtype(recipe))
+        torch.randn(1, tokens, model.heads, dim, generator=generator, device=device, dtype=dtype)
         for dim in (model.K, model.K, model.V, model.V)
     )
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
@@ -118,7 +111,7 @@ def _calls(
         o, _ = attention.finish(attention.begin(k, v, log_decay, None), q)
         torch.autograd.grad(o, inputs, do)
 
-    return {name: partial(call, attention) for name, attention in attentions.items()}
+    return attentions, {name: partial(call, one) for name, one in attentions.items()}
 
 
 def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, int]:
@@ -173,10 +166,9 @@ def _replayed(recipe: Recipe, method: str, tokens: int) -> tuple[float, float | 
     fails.
     """
     device = mesh.device()
-    attentions = {name: _attention(recipe, name, device) for name in dict.fromkeys((NONE, method))}
-    times: Times = {name: [] for name in attentions}
+    times: Times = {name: [] for name in (NONE, method)}
     with torch.autograd.set_multithreading_enabled(False):
-        calls = _calls(recipe, attentions, tokens, device)
+        _, calls = _calls(recipe, times, tokens, device)
         for _ in range(CAPTURES):
             for name, found in _times_replayed(calls, tokens, device).items():
                 times[name] += found

@@ -17,7 +17,7 @@ from rich.table import Table
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.steps import Repeats, shared, trained, turns, unshared, vocabulary
+from lasptrain.bench.steps import Repeats, shared, trained, turns, unshared
 from lasptrain.console.figures import figure_class
 from lasptrain.cost import gpus, links, plan
 from lasptrain.parallel.collectives import all_reduce_max
@@ -117,8 +117,9 @@ def _timed(recipe: Recipe, row: Row, deadline: float) -> tuple[str, Row]:
     job, seconds, memory = trained(one, repeats)
     segment = job.loader.segment
     if rates is not None:
-        made, segments = job.recipe, job.recipe.data.window // segment
-        by_method = links.step_seconds(made, vocabulary(made), ranks, tokens, rates, segments=segments)
+        made, vocab, segments = job.recipe, job.recipe.model.vocab, job.recipe.data.window // segment
+        assert isinstance(vocab, int)
+        by_method = links.step_seconds(made, vocab, ranks, tokens, rates, segments=segments)
         row = row._replace(predicted=by_method[made.mesh.scan if row.method == "auto" else row.method])
     return device, row._replace(segment=segment, seconds=seconds, memory=memory)
 
