@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_whole_steps_are_compared_turn_by_turn(group: None, monkeypatch: pytest.
         taken.append(step)
         return float(step + 1)
 
-    monkeypatch.setattr(sp, "_trainer", lambda *_: (beside, taken.clear, lambda: 0))
+    monkeypatch.setattr(sp, "_trainer", lambda *_: (beside, SimpleNamespace(close=taken.clear), None))
     updates = [1.5 * (step + 1) for step in range(100)]
     warmup, count = turns(64)
     updates[warmup + count] *= 9
