@@ -19,8 +19,7 @@ def in_a_folder(file: Path | None) -> Path | None:
 
 
 Numbers = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the numbers there too.", callback=in_a_folder),
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.", callback=in_a_folder)
 ]
 
 

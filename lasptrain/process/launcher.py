@@ -29,13 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lasptrain import files
-from lasptrain.errors import (
-    INTERRUPTED,
-    TERMINATED,
-    RankLostError,
-    SetupError,
-    Stopped,
-)
+from lasptrain.errors import INTERRUPTED, TERMINATED, RankLostError, SetupError, Stopped
 from lasptrain.parallel import mesh
 from lasptrain.process import signals, watchdog
 from lasptrain.process.environment import joined_ranks

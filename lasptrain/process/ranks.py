@@ -12,13 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from lasptrain.errors import (
-    INTERRUPTED,
-    STOPPED,
-    NumericalError,
-    RankLostError,
-    SetupError,
-)
+from lasptrain.errors import INTERRUPTED, STOPPED, NumericalError, RankLostError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.process import watchdog

@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Self
 
-from pydantic import (
-    model_validator,
-)
+from pydantic import model_validator
 
 from lasptrain.recipe.nearest import multiples, nearest_fits
 from lasptrain.recipe.sections import (
@@ -119,10 +117,7 @@ def _batch(recipe: Recipe) -> Iterator[Problem]:
     ranks = 1 if dp == "auto" else dp
     if batch % (ranks * micro):
         parts = f"micro-batches of {micro}" if ranks == 1 else f"mesh.dp = {ranks} × micro_batch = {micro}"
-        yield (
-            "train.batch",
-            f"{batch} windows do not split into {parts}; nearest: {multiples(batch, ranks * micro)}",
-        )
+        yield "train.batch", f"{batch} windows do not split into {parts}; nearest: {multiples(batch, ranks * micro)}"
 
 
 def _schedule(recipe: Recipe) -> Iterator[Problem]:

@@ -139,9 +139,10 @@ class Reader:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             where = (*path, key := self._key(event, path))
             line = _line(event.start_mark)
-            first = self.lines.setdefault(where, line)
             if key in values:
-                self._refuse(event, where, f"given twice, on line {first} and on line {line}; keep one")
+                self._refuse(event, where, f"given twice, on line {self.lines[where]} and on line {line}; keep one")
+            else:
+                self.lines[where] = line
             value = self._value(next(self._events), where)
             values.setdefault(key, value)
         return values

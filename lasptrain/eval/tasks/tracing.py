@@ -41,10 +41,7 @@ def _chain(draw: random.Random, letters: int) -> tuple[list[str], list[str]]:
         if name not in names:
             names.append(name)
     value = draw.randint(10_000, 99_999)
-    return [
-        f"VAR {names[0]} = {value}",
-        *(f"VAR {b} = VAR {a} " for a, b in pairwise(names)),
-    ], names
+    return [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))], names
 
 
 def _text(shown: str, chain: list[str], names: list[str], places: list[float], lines: int) -> PromptDraft:
