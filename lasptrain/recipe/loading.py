@@ -6,7 +6,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ def load(path: str | Path, overrides: list[str] | None = None, written: int = FO
 
     `written`: the format where the file does not say one; keys of an earlier one get their present names.
     """
-    file = find_file(Path(path))
-    source = _Source(file if file is not None else Path(path))
+    source = _Source(find_file(Path(path)) or Path(path))
     source.upgrade(written)
     for override in overrides or []:
         source.override(override)
@@ -63,17 +62,14 @@ class _Source:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.origins: dict[Path_, str] = {}
-        self.written: dict[Path_, str] = {}
-        self.problems: list[tuple[str, Path_, str]] = []
         reader = Reader()
         try:
             raw = reader.read(_read_text(file))
         except NotYaml as error:
             raise RecipeError(f"{file}:{error.line}: {error}") from None
-        self.written.update(reader.written)
-        self.origins.update({path: f"{file}:{line}" for path, line in reader.lines.items()})
-        self.problems += [(f"{file}:{line}", path, text) for line, path, text in reader.problems]
+        self.written = reader.written
+        self.origins = {path: f"{file}:{line}" for path, line in reader.lines.items()}
+        self.problems = [(f"{file}:{line}", path, text) for line, path, text in reader.problems]
         if not isinstance(raw, dict):
             found = "nothing" if raw is None else f"a {_kind(raw)}"
             raise RecipeError(f"{file}:1: found {found}; expected sections such as model:, data:, train:")
@@ -109,12 +105,9 @@ class _Source:
         self.written.update({path + inner: written for inner, written in reader.written.items()})
         self.origins = {k: v for k, v in self.origins.items() if k[: len(path)] != path or k == path}
         self.origins[path] = origin
-        if len(path) == 1:
-            self.raw[path[0]] = {} if path == ("mesh",) and parsed == "auto" else parsed
-        else:
-            section = self.raw.setdefault(path[0], {})
-            if isinstance(section, dict):
-                section[path[1]] = parsed
+        section = self.raw if len(path) == 1 else self.raw.setdefault(path[0], {})
+        if isinstance(section, dict):
+            section[path[-1]] = {} if path == ("mesh",) and parsed == "auto" else parsed
 
     def validate(self) -> Recipe:
         """Return the recipe, or raise RecipeError with every problem in the order of the file."""
@@ -135,7 +128,7 @@ class _Source:
             raise RecipeError("\n".join(self._report()))
         return Recipe(**sections)
 
-    def _add(self, problems: Iterator[Problem]) -> None:
+    def _add(self, problems: Iterable[Problem]) -> None:
         self.problems += [(self._origin(path := tuple(key.split("."))), path, text) for key, text in problems]
 
     def _origin(self, path: Path_) -> str:
@@ -163,15 +156,10 @@ class _Source:
 
     def _name(self, name: object) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            shown = repr(name if not isinstance(name, str) or len(name) < 60 else name[:56] + "…")
-            self.problems.append(
-                (
-                    self._origin(("name",)),
-                    ("name",),
-                    f"found {shown}; expected 1 to 100 letters, digits, dots, dashes or underscores"
-                    + ("" if "name" in self.raw else " (rename the file or write name: …)"),
-                )
-            )
+            found = repr(name if not isinstance(name, str) or len(name) < 60 else name[:56] + "…")
+            hint = "" if "name" in self.raw else " (rename the file or write name: …)"
+            text = f"found {found}; expected 1 to 100 letters, digits, dots, dashes or underscores{hint}"
+            self._add([("name", text)])
 
     def _invalid(self, section: str, errors: list[ErrorDetails], broken: list[Path_]) -> None:
         fields = SECTIONS[section].model_fields
@@ -188,7 +176,8 @@ class _Source:
                     found = f"it is called {new} now" if new else _suggest(key, list(fields), _elsewhere(section, key))
                     text = f"no such key; {found}"
                 case "missing":
-                    text = f"missing; expected {_EXPECTED.get(path, 'a value')}"
+                    meaning = fields[str(path[1])].description if len(path) == 2 else None
+                    text = f"missing; expected {meaning or 'a value'}"
                 case _:
                     text = self._mismatch(path, same)
             self.problems.append((self._origin(path), path, text))
@@ -205,18 +194,6 @@ class _Source:
         return text
 
 
-_EXPECTED: dict[Path_, str] = {
-    ("model", "arch"): "tnl, ssd, retnet, minimax or linear_transformer",
-    ("model", "dim"): "the width of the model, such as 256",
-    ("model", "layers"): "the number of layers, such as 4",
-    ("model", "heads"): "the number of heads, such as 4",
-    ("model", "mlp"): "the width of the MLP, such as 704",
-    ("data", "window"): "tokens of a training sequence, such as 8192",
-    ("optim", "lr"): "a learning rate, such as 5e-4",
-    ("train", "steps"): "the number of optimizer steps, such as 1000",
-}
-
-
 def _location(error: ErrorDetails) -> Path_:
     """Path of the value: pydantic's location without the union branches that it appends, which are no keys of ours."""
     place = error["loc"][:1]
@@ -226,41 +203,30 @@ def _location(error: ErrorDetails) -> Path_:
     return place
 
 
+_TYPES = {
+    "an integer": ("int_type", "int_from_float", "int_parsing"),
+    "a number": ("float_type",),
+    "a finite number": ("finite_number",),
+    "true or false": ("bool_type",),
+    "text": ("string_type", "string_unicode"),
+    "at least {ge:g}": ("greater_than_equal",),
+    "more than {gt:g}": ("greater_than",),
+    "at most {le:g}": ("less_than_equal",),
+    "less than {lt:g}": ("less_than",),
+    "a list such as [0]": ("tuple_type",),
+    "one more value": ("missing",),
+    "{max_length} values": ("too_long",),
+    "1 to 4096 printable characters": ("string_too_short", "string_too_long", "string_pattern_mismatch"),
+    "keys and values": ("model_type", "model_attributes_type"),
+}
+_EXPECTED = {kind: text for text, kinds in _TYPES.items() for kind in kinds}  # by pydantic's type of error
+
+
 def _expectation(error: ErrorDetails) -> str:
     context = error.get("ctx", {})
-    match error["type"]:
-        case "int_type" | "int_from_float" | "int_parsing":
-            return "an integer"
-        case "float_type":
-            return "a number"
-        case "finite_number":
-            return "a finite number"
-        case "bool_type":
-            return "true or false"
-        case "string_type" | "string_unicode":
-            return "text"
-        case "literal_error":
-            return str(context["expected"]).replace("'", "")
-        case "greater_than_equal":
-            return f"at least {context['ge']:g}"
-        case "greater_than":
-            return f"more than {context['gt']:g}"
-        case "less_than_equal":
-            return f"at most {context['le']:g}"
-        case "less_than":
-            return f"less than {context['lt']:g}"
-        case "tuple_type":
-            return "a list such as [0]"
-        case "missing":
-            return "one more value"
-        case "too_long":
-            return f"{context['max_length']} values"
-        case "string_too_short" | "string_too_long" | "string_pattern_mismatch":
-            return "1 to 4096 printable characters"
-        case "model_type" | "model_attributes_type":
-            return "keys and values"
-        case _:
-            return error["msg"]
+    if error["type"] == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    return _EXPECTED[error["type"]].format(**context) if error["type"] in _EXPECTED else error["msg"]
 
 
 def _kind(value: object) -> str:
@@ -291,9 +257,8 @@ def _read_text(file: Path) -> str:
         hint = f"; did you mean {file.parent / near[0]}?" if near else "; expected a recipe, a .yaml file"
         raise RecipeError(f"{file}: no such file{hint}") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{file}: {getattr(error, 'strerror', None) or error}; expected a recipe, a .yaml file"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{file}: {reason}; expected a recipe, a .yaml file") from None
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{file}: larger than 1 MiB; expected a recipe, a .yaml file")
     try:

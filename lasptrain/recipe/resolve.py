@@ -15,7 +15,6 @@ def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[i
     dp, sp = recipe.mesh.dp, recipe.mesh.sp
     micro_batches = recipe.train.batch // recipe.train.micro_batch
     tokens = recipe.data.window if recipe.train.segment == "auto" else recipe.train.segment
-
     lengths = (tokens, recipe.eval.window or tokens)
 
     def pair(world: int, lengths: tuple[int, ...]) -> tuple[int, int] | None:

@@ -53,10 +53,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        found = [
-            problem for section in (self, *(getattr(self, name) for name in SECTIONS)) for problem in section.problems()
-        ]
-        if found:
+        sections = (self, *(getattr(self, name) for name in SECTIONS))
+        if found := [problem for section in sections for problem in section.problems()]:
             raise ValueError("\n".join(f"{key}: {text}" for key, text in found))
         return self
 
@@ -78,38 +76,24 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
     elif recipe.mesh.sp != "auto":
         yield from ragged_slices(recipe, recipe.mesh.sp)
     if segment not in ("auto", window) and recipe.model.softmax and recipe.model.sliding_window is None:
-        yield (
-            "train.segment",
-            f"{segment} tokens with softmax layers that see all of data.window = {window}; expected {window} or auto, "
-            "or a window for them to slide over: model.sliding_window",
-        )
+        found = f"{segment} tokens with softmax layers that see all of data.window = {window}"
+        fits = f"{window} or auto, or a window for them to slide over: model.sliding_window"
+        yield "train.segment", f"{found}; expected {fits}"
 
 
 def ragged_slices(recipe: Recipe, sp: int) -> Iterator[Problem]:
     """Yield the windows and segments that `sp` ranks cannot share equally."""
     window, segment = recipe.data.window, recipe.train.segment
+    ragged = f"tokens do not split into mesh.sp = {sp} equal slices"
     if recipe.eval.window is not None and recipe.eval.window % sp:
-        yield (
-            "eval.window",
-            f"{recipe.eval.window} tokens do not split into mesh.sp = {sp} equal slices; "
-            f"nearest: {multiples(recipe.eval.window, sp)}",
-        )
+        yield "eval.window", f"{recipe.eval.window} {ragged}; nearest: {multiples(recipe.eval.window, sp)}"
     if segment != "auto" and segment % sp:
         nearest = nearest_fits(segment, lambda tokens: window % tokens == 0 and tokens % sp == 0, window)
-        yield (
-            "train.segment",
-            f"{segment} tokens do not split into mesh.sp = {sp} equal slices"
-            + (
-                f"; nearest that divide data.window: {nearest}"
-                if nearest
-                else f", nor does data.window = {window}; nearest windows: {multiples(window, sp)}"
-            ),
-        )
+        windows = f", nor does data.window = {window}; nearest windows: {multiples(window, sp)}"
+        fits = f"; nearest that divide data.window: {nearest}" if nearest else windows
+        yield "train.segment", f"{segment} {ragged}{fits}"
     elif window % sp:
-        yield (
-            "data.window",
-            f"{window} tokens do not split into mesh.sp = {sp} equal slices; nearest: {multiples(window, sp)}",
-        )
+        yield "data.window", f"{window} {ragged}; nearest: {multiples(window, sp)}"
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:
@@ -125,8 +109,5 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
     if optim.warmup >= steps:
         yield "optim.warmup", f"{optim.warmup} of train.steps = {steps} steps; expected at most {steps - 1}"
     elif optim.decay is not None and optim.warmup + optim.decay > steps:
-        yield (
-            "optim.decay",
-            f"{optim.decay} steps after optim.warmup = {optim.warmup} exceed train.steps = {steps}; "
-            f"expected at most {steps - optim.warmup}",
-        )
+        found = f"{optim.decay} steps after optim.warmup = {optim.warmup} exceed train.steps = {steps}"
+        yield "optim.decay", f"{found}; expected at most {steps - optim.warmup}"

@@ -37,13 +37,15 @@ class Section(BaseModel):
 class Model(Section):
     """The model: `heads` heads of key dim K and value dim V on a residual stream of `dim` channels."""
 
-    arch: Literal["tnl", "linear_transformer", "ssd", "retnet", "minimax"]
-    dim: Count
-    layers: Count
-    heads: Count
+    arch: Literal["tnl", "linear_transformer", "ssd", "retnet", "minimax"] = Field(
+        description="tnl, ssd, retnet, minimax or linear_transformer"
+    )
+    dim: Count = Field(description="the width of the model, such as 256")
+    layers: Count = Field(description="the number of layers, such as 4")
+    heads: Count = Field(description="the number of heads, such as 4")
     key_dim: Count | None = None  # K, per head; dim / heads if not given
     value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
-    mlp: Count  # width of the MLP
+    mlp: Count = Field(description="the width of the MLP, such as 704")
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
     # learned: starts as window, then trained
     decay: Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "learned", "none"] = "tnl"
@@ -62,16 +64,9 @@ class Model(Section):
     @classmethod
     def _defaults_of_others(cls, value: Any) -> Any:
         """Fill in the defaults of the other architectures: the fields' own LRPE and decay are tnl's."""
-        match value.get("arch") if isinstance(value, dict) else None:
-            case "linear_transformer":
-                return {"lrpe": (), **value}
-            case "ssd":
-                return {"lrpe": (), "decay": "window", **value}
-            case "retnet":
-                return {"lrpe": (), "decay": "retnet", **value}
-            case "minimax":
-                return {"lrpe": (), "decay": "minimax_hf", **value}
-        return value
+        decays = {"linear_transformer": "tnl", "ssd": "window", "retnet": "retnet", "minimax": "minimax_hf"}
+        arch = value.get("arch") if isinstance(value, dict) else None
+        return {"lrpe": (), "decay": decays[arch], **value} if isinstance(arch, str) and arch in decays else value
 
     @property
     def K(self) -> int:
@@ -97,11 +92,7 @@ class Model(Section):
                 f"{self.heads} heads do not divide model.dim = {self.dim}; "
                 f"nearest: {nearest} (or give model.key_dim and model.value_dim)",
             )
-        for layer in self.lrpe:
-            if layer >= self.layers:
-                yield "model.lrpe", f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
-        if list(self.lrpe) != sorted(set(self.lrpe)):
-            yield "model.lrpe", f"found {list(self.lrpe)}; write {sorted(set(self.lrpe))}"
+        yield from self._layer_problems("model.lrpe", self.lrpe)
         if self.arch == "linear_transformer" and self.decay != "none":
             yield "model.decay", f"found {self.decay!r}; a linear_transformer does not decay, write decay: none"
         if self.lrpe and self.arch != "tnl":
@@ -109,10 +100,8 @@ class Model(Section):
         if self.normalizer and self.arch != "linear_transformer":
             yield "model.normalizer", "found true; only arch: linear_transformer has a normalizer, leave it out"
         if self.arch == "retnet" and self.K % 2:
-            yield (
-                "model.key_dim",
-                f"{self.K} channels do not make pairs to rotate; nearest: {self.K - 1 or 2}, {self.K + 1}",
-            )
+            nearest = f"{self.K - 1 or 2}, {self.K + 1}"
+            yield "model.key_dim", f"{self.K} channels do not make pairs to rotate; nearest: {nearest}"
         if self.data_dependent and self.arch != "ssd":
             yield "model.data_dependent", "found true; only arch: ssd has a decay that the data says, leave it out"
         if self.conv == 1:
@@ -127,31 +116,28 @@ class Model(Section):
         if self.data_dependent and self.decay == "none":
             yield "model.decay", "found 'none'; with data_dependent = true expected a schedule, such as window"
 
-    def _softmax_problems(self) -> Iterator[Problem]:
-        for layer in self.softmax:
+    def _layer_problems(self, key: str, layers: tuple[int, ...]) -> Iterator[Problem]:
+        for layer in layers:
             if layer >= self.layers:
-                yield "model.softmax", f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
-        if list(self.softmax) != sorted(set(self.softmax)):
-            yield "model.softmax", f"found {list(self.softmax)}; write {sorted(set(self.softmax))}"
+                yield key, f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
+        if list(layers) != sorted(set(layers)):
+            yield key, f"found {list(layers)}; write {sorted(set(layers))}"
+
+    def _softmax_problems(self) -> Iterator[Problem]:
+        yield from self._layer_problems("model.softmax", self.softmax)
         if self.softmax and self.arch not in ("ssd", "minimax"):
             yield "model.softmax", f"found {list(self.softmax)}; only arch: ssd and minimax mix layers, leave it out"
         for key in ("kv_heads", "sliding_window"):
-            if getattr(self, key) is not None and not self.softmax:
-                yield (
-                    f"model.{key}",
-                    f"found {getattr(self, key)} without model.softmax; name its layers, or leave it out",
-                )
+            if (found := getattr(self, key)) is not None and not self.softmax:
+                yield f"model.{key}", f"found {found} without model.softmax; name its layers, or leave it out"
         if not self.softmax:
             return
         if self.dim % self.heads:
             nearest = nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
             yield "model.heads", f"{self.heads} softmax heads do not divide model.dim = {self.dim}; nearest: {nearest}"
         elif self.rotary is not None and self.dim // self.heads % 2:
-            yield (
-                "model.rotary",
-                f"{self.dim // self.heads} channels of a head do not make pairs to rotate; expected null, or another "
-                "model.heads",
-            )
+            found = f"{self.dim // self.heads} channels of a head do not make pairs to rotate"
+            yield "model.rotary", f"{found}; expected null, or another model.heads"
         if self.kv_heads and self.heads % self.kv_heads:
             nearest = nearest_fits(self.kv_heads, lambda heads: self.heads % heads == 0)
             yield "model.kv_heads", f"{self.kv_heads} do not divide model.heads = {self.heads}; nearest: {nearest}"
@@ -175,7 +161,7 @@ class Data(Section):
     ] = "python:source"
     mix_block: Count = 1024  # windows over which several sources have exactly their shares
     tokenizer: Text = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
-    window: Count  # tokens of a training sequence (`seq_len` elsewhere)
+    window: Count = Field(description="tokens of a training sequence, such as 8192")  # `seq_len` elsewhere
     seed: Seed = 0  # of the order of windows
     validation: Annotated[int, Field(ge=0, lt=1_000_000)] = 20_000  # documents held out, per million
     packing: Literal["concat", "best_fit"] = "concat"  # one after another; or windows of whole documents, no padding
@@ -231,7 +217,7 @@ class Parallel(Section):
 class Optim(Section):
     """AdamW and its learning rate as a function of step."""
 
-    lr: Annotated[float, Field(gt=0, le=10)]
+    lr: float = Field(gt=0, le=10, description="a learning rate, such as 5e-4")
     min_lr: Fraction = 0.0  # at the end, as a fraction of lr
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: Index = 0  # steps
@@ -252,7 +238,7 @@ class Optim(Section):
 class Train(Section):
     """Length, batch, precision and kernel of training."""
 
-    steps: Count
+    steps: Count = Field(description="the number of optimizer steps, such as 1000")
     batch: Count = 1  # windows per optimizer step, over all ranks
     micro_batch: Count = 1  # windows per rank and forward
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
