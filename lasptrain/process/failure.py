@@ -1,4 +1,4 @@
-"""Failures of ranks: their records, root cause and exit codes."""
+"""Failures of ranks: their records, root cause and exit codes. No torch: a rank may fail before it is there."""
 
 import errno
 import json
@@ -13,9 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-
 from lasptrain import files
 from lasptrain.errors import (
     INTERNAL,
@@ -28,7 +25,6 @@ from lasptrain.errors import (
     Stopped,
 )
 from lasptrain.process import watchdog
-from lasptrain.run.metrics import STATUS
 
 
 class Failure(NamedTuple):
@@ -43,6 +39,8 @@ class Failure(NamedTuple):
 
 def write_final_status(run: Path, failure: Failure | None, restarts: int = 0) -> None:
     """Add the outcome of the run to status.json, for schedulers and people."""
+    from lasptrain.run.metrics import STATUS  # late: a rank that fails while it starts needs none of this
+
     file = run / STATUS
     try:
         status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -83,6 +81,16 @@ def root_cause(codes: dict[int, int], records: Path) -> Failure:
     return Failure(rank, INTERNAL, "ended", f"rank {rank} ended with exit code {code}, see above", 0.0)
 
 
+def stopped_by(interruption: Stopped, began: bool, records: Path) -> Failure:
+    """The end of a run whose launcher got a signal: as its ranks recorded it, if they had begun."""
+    if not began:
+        return failure_of(0, interruption)
+    found = sorted(read_records(records), key=lambda failure: (failure.code == RankLostError.code, failure.time))
+    if found and found[0].code != RankLostError.code:
+        return found[0]._replace(code=interruption.code) if found[0].kind == type(interruption).__name__ else found[0]
+    return Failure(0, TERMINATED, "Killed", "stopped before the newest step could be saved", time.time())
+
+
 def read_records(folder: Path) -> Iterator[Failure]:
     for file in folder.glob("*.json"):
         try:
@@ -114,12 +122,12 @@ def failure_of(rank: int, error: BaseException) -> Failure:
             code, message = error.code, str(error)
         case KeyboardInterrupt():
             code, message = INTERRUPTED, "interrupted"
-        case _ if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+        case _ if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
             hint = "lower train.segment, or set parallel.recompute to full"
             code, message = ResourceError.code, f"{name}: out of memory: {first_line(error)}; {hint}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             code, message = ResourceError.code, f"{name}: {error.filename or 'a file'}: no space left; expected some"
-        case RuntimeError() if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+        case RuntimeError() if kind.startswith("Dist") or _LOST.search(str(error)):
             code, message = RankLostError.code, f"{name}: lost the other ranks: {first_line(error)}"
         case _:
             code, message = INTERNAL, f"{name}: {''.join(traceback.format_exception(error))}"
@@ -128,9 +136,8 @@ def failure_of(rank: int, error: BaseException) -> Failure:
 
 def first_line(error: BaseException) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(
-        r"^\[\S+\] |\. This is typically .*", "", line
-    )  # drops where in torch it was raised, and torch's guess
+    # without where in torch it was raised, and torch's guess
+    return re.sub(r"^\[\S+\] |\. This is typically .*", "", line)
 
 
 def record(folder: Path, failure: Failure) -> None:

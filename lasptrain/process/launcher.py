@@ -29,11 +29,11 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lasptrain import files
-from lasptrain.errors import INTERRUPTED, TERMINATED, RankLostError, SetupError, Stopped
+from lasptrain.errors import RankLostError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.process import signals, watchdog
 from lasptrain.process.environment import joined_ranks
-from lasptrain.process.failure import Failure, first_line, read_records, record, report, root_cause, write_final_status
+from lasptrain.process.failure import Failure, first_line, record, report, root_cause, stopped_by, write_final_status
 from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
 from lasptrain.process.ranks import run_worker
 from lasptrain.recipe import resolve as recipes
@@ -73,7 +73,6 @@ def launch(
         recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
         run_worker(recipe, target, place=place)
-    _stop_at_once()
     with _no_signal_lost():
         nproc = _processes(nproc)
         recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
@@ -97,35 +96,30 @@ def _attempts(
         sys.stderr.write(f"{failure.message}; restart {restarts} of {max_restarts}\n")
 
 
-def _stop_at_once() -> None:
-    """Have signals raise an exception until there are ranks: nothing has been done that could be lost."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise signals.interruption(number, "training had not begun")
-
-    for number in signals.CODES:
-        signal.signal(number, leave)
-
-
 @contextmanager
 def _no_signal_lost() -> Iterator[None]:
-    """Send a signal again if its exception was raised inside a finalizer, where Python only prints it."""
+    """Have signals raise Stopped until there are ranks: nothing has been done that could be lost.
+
+    One whose exception is raised inside a finalizer, where Python only prints it, is sent again.
+    """
     usual = sys.unraisablehook
 
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SignalException("", signal.Signals(number))
+
     def again(lost: "sys.UnraisableHookArgs") -> None:
-        match lost.exc_value:
-            case SignalException():
-                number = int(lost.exc_value.sigval)
-            case Stopped():
-                number = signal.SIGINT if lost.exc_value.code == INTERRUPTED else signal.SIGTERM
-            case _:
-                usual(lost)
-                return
-        Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+        if isinstance(lost.exc_value, SignalException):
+            Timer(AGAIN, os.kill, (os.getpid(), lost.exc_value.sigval)).start()
+        else:
+            usual(lost)
 
     sys.unraisablehook = again
+    for number in signals.CODES:
+        signal.signal(number, leave)
     try:
         yield
+    except SignalException as error:
+        raise signals.interruption(error.sigval, "training had not begun") from None
     finally:
         sys.unraisablehook = usual
 
@@ -170,19 +164,15 @@ def _agent(
         return root_cause(codes, records)
     except SignalException as error:
         began = any(folder.glob(f"{watchdog.PULSE}*"))
-        return _stopped_by(signals.interruption(error.sigval, "training had not begun"), began, records)
+        return stopped_by(signals.interruption(error.sigval, "training had not begun"), began, records)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
     finally:
-        _ignore_signals()  # only quick clean-up is left
+        for number in signals.CODES:
+            signal.signal(number, signal.SIG_IGN)  # only quick clean-up is left
         watching.end()
     return None
-
-
-def _ignore_signals() -> None:
-    for number in signals.CODES:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:
@@ -190,16 +180,6 @@ def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:
     if not (records / f"{rank}.json").exists():
         name = f"rank {rank} on {socket.gethostname()}"
         record(records, Failure(rank, RankLostError.code, kind, f"{name} {what}", time.time()))
-
-
-def _stopped_by(interruption: Stopped, began: bool, records: Path) -> Failure:
-    """The end of a run whose launcher got a signal: as its ranks recorded it, if they had begun."""
-    if not began:
-        return Failure(0, interruption.code, type(interruption).__name__, str(interruption), time.time())
-    found = sorted(read_records(records), key=lambda failure: (failure.code == RankLostError.code, failure.time))
-    if found and found[0].code != RankLostError.code:
-        return found[0]._replace(code=interruption.code) if found[0].kind == type(interruption).__name__ else found[0]
-    return Failure(0, TERMINATED, "Killed", "stopped before the newest step could be saved", time.time())
 
 
 def _silence(package: str) -> None:
@@ -210,32 +190,20 @@ def _silence(package: str) -> None:
 
 
 def _config(folder: Path, nproc: int, nodes: Nodes | None, grace: int) -> LaunchConfig:
-    common: dict[str, Any] = {
-        "nproc_per_node": nproc,
-        "max_restarts": 0,
-        "logs_specs": DefaultLogsSpecs(log_dir=str(folder)),
-        "metrics_cfg": {},
-        "signals_to_handle": ",".join(number.name for number in signals.CODES),
-    }
+    total, options = 1, dict[str, Any](run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0")
+    options |= {"rdzv_configs": {"is_host": True, "timeout": 60}, "local_addr": "127.0.0.1"}
+    if nodes is not None:
+        total, options = nodes.total, {"run_id": "lasptrain", "rdzv_backend": "static"}
+        options |= {"rdzv_endpoint": nodes.rendezvous, "rdzv_configs": {"rank": nodes.rank, "timeout": 300}}
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:  # from PyTorch 2.12 on; before, it is 30 s
-        common["shutdown_timeout"] = grace
-    if nodes is None:
-        return LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            rdzv_configs={"is_host": True, "timeout": 60},
-            local_addr="127.0.0.1",
-            **common,
-        )
+        options["shutdown_timeout"] = grace
     return LaunchConfig(
-        min_nodes=nodes.total,
-        max_nodes=nodes.total,
-        run_id="lasptrain",
-        rdzv_backend="static",
-        rdzv_endpoint=nodes.rendezvous,
-        rdzv_configs={"rank": nodes.rank, "timeout": 300},
-        **common,
+        min_nodes=total,
+        max_nodes=total,
+        nproc_per_node=nproc,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        metrics_cfg={},
+        signals_to_handle=",".join(number.name for number in signals.CODES),
+        **options,
     )

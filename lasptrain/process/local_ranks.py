@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_
 from lasptrain import files
 from lasptrain.errors import LaspError, RankLostError, ResourceError, SetupError
 from lasptrain.parallel import mesh
+from lasptrain.process.ranks import join_group
 
 SILENCE = 240.0  # seconds that a trial may take
 GRACE = 30.0  # seconds that ranks get to exit when all is done
@@ -112,8 +113,7 @@ def _end(job: ProcessContext, folder: Path) -> Failure | None:
     try:
         return Failure("ended early") if job.join(timeout=0.2) else None
     except ProcessException as error:
-        refusals = sorted(folder.glob("*.refusal"))
-        if refusals:
+        if refusals := sorted(folder.glob("*.refusal")):
             return Failure(*json.loads(refusals[0].read_text()))
         return Failure(str(error).strip().splitlines()[-1], error=error)
 
@@ -130,19 +130,9 @@ def _rank(
 ) -> None:
     Thread(target=_leave_after, args=(measurer,), daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    device = mesh.device()
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
+    if mesh.device().type == "cpu":
         torch.set_num_threads(1)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        device_id=device if cuda else None,
-    )
+    join_group(init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     for number, args in enumerate(given):
         try:
             result = measure(*args)

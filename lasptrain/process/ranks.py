@@ -37,7 +37,7 @@ def run_worker(
         with ExitStack() as stack:
             if not launched and os.environ["LOCAL_RANK"] == "0":
                 recipe = resolve(recipe, int(os.environ["WORLD_SIZE"]))
-            _join_group(recipe)
+            join_group(timeout=timedelta(seconds=recipe.launch.timeout))
             _agree(digest)
             run, recipe = _share(run, recipe, lambda: stack.enter_context(open_run(recipe, place)))
             folders.add(run / runs.RANKS)  # other machines' launchers look there too
@@ -59,15 +59,14 @@ def run_worker(
     os._exit(code)  # tearing down a group that others still hold may abort the interpreter
 
 
-def _join_group(recipe: Recipe) -> None:
+def join_group(**options: Any) -> None:
     """Initialise the process group of all ranks: NCCL for tensors on GPUs, gloo for the rest."""
     device = mesh.device()
-    timeout = timedelta(seconds=recipe.launch.timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **options)
 
 
 def _agree(digest: str) -> None:
@@ -81,18 +80,16 @@ def _agree(digest: str) -> None:
 
 
 def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
-    """Broadcast rank 0's run folder and recipe. Where rank 0 fails, the others raise RankLostError."""
-    box: list[Any] = [None]
+    """Return rank 0's run folder and recipe. Where rank 0 fails, the others raise RankLostError."""
+    found = None
     try:
         if dist.get_rank() == 0:
-            run = run or find()
-            box = [(str(run), recipe.model_dump())]
+            found = (run or find(), recipe)
     finally:
-        dist.broadcast_object_list(box, src=0)
-    if box[0] is None:
+        found = all_gather_object(found)[0]
+    if found is None:
         raise RankLostError("rank 0 could not open the run folder")
-    folder, values = box[0]
-    return Path(folder), Recipe.model_validate(values)
+    return found
 
 
 def _function(target: str) -> Callable[[Recipe, Path], None]:

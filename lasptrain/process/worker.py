@@ -2,38 +2,29 @@
 
 import ctypes
 import faulthandler
-import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
-from lasptrain import files
 from lasptrain.console import stdio
 from lasptrain.errors import RankLostError
 from lasptrain.process import signals, watchdog
+from lasptrain.process.failure import failure_of, record
 
 
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
     """Run `target` on the recipe for the launcher with that process id; does not return. See `ranks.run_worker`."""
     stdio.ignore_broken_pipe()
-    watchdog.begin(Path(recipe).parent, int(os.environ["RANK"]))
+    rank, folder = int(os.environ["RANK"]), Path(records)
+    watchdog.begin(Path(recipe).parent, rank)
     faulthandler.register(signal.SIGUSR2)  # prints the stacks of all threads and goes on
-    signals.listen(lambda number: record_stop(Path(records), number))
+    signals.listen(lambda by: record(folder, failure_of(rank, signals.interruption(by, "nothing was unsaved"))))
     die_with(int(launcher))
     from lasptrain.process.ranks import run_worker
     from lasptrain.recipe.loading import load
 
-    run_worker(load(recipe), target, run=Path(run) if run else None, records=Path(records))
-
-
-def record_stop(records: Path, number: int) -> None:
-    """Record that a signal stopped this rank with nothing lost: a `failure.Failure`, written without torch."""
-    end = signals.interruption(number, "nothing was unsaved")
-    rank = int(os.environ["RANK"])
-    told = {"rank": rank, "code": end.code, "kind": "Stopped", "message": str(end), "time": time.time()}
-    files.replace(records / f"{rank}.json", json.dumps(told))
+    run_worker(load(recipe), target, run=Path(run) if run else None, records=folder)
 
 
 def die_with(parent: int) -> None:
