@@ -30,6 +30,7 @@ from lasptrain.checkpoint import saver
 from lasptrain.checkpoint import steps as checkpoint
 from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import Saver, save
+from lasptrain.checkpoint.tensors import present, tensors_of
 from lasptrain.cli import main
 from lasptrain.data.loader import SliceLoader
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
@@ -457,7 +458,7 @@ def ckpt(*arguments: str) -> tuple[int, str]:
 def test_checkpoints_are_listed_verified_and_pruned(group: None, tmp_path: Path) -> None:
     model, optimizer = small(0)
     for step in range(1, 5):
-        save(tmp_path, step, model, optimizer, {}, keep=9)
+        save(tmp_path, step, present(tensors_of(model, optimizer)), {}, keep=9)
     (tmp_path / "recipe.yaml").touch()
     damaged = tmp_path / "checkpoints" / "step-4" / "__0_0.distcp"
     data = bytearray(damaged.read_bytes())

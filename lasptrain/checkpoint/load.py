@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lasptrain.checkpoint.steps import Json, committed, compare_meta, folder_of, log, problems_of, survey, wait_visible
 from lasptrain.checkpoint.tensors import restore
-from lasptrain.checkpoint.votes import first, vote
+from lasptrain.checkpoint.votes import Group, vote, vote_of_first
 from lasptrain.errors import CheckpointError
 from lasptrain.run.folder import CHECKPOINTS
 
@@ -30,7 +30,7 @@ def load(
     model: nn.Module,
     optimizer: Optimizer | None,
     expect: Json | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     until: int | None = None,
 ) -> Loaded | None:
     """Load the newest intact step of RUN, not after `until`, into `model` and `optimizer`, on any mesh; None if none.
@@ -40,8 +40,7 @@ def load(
     have passed. Raises CheckpointError if there are steps but none is intact, if what was saved as `meta` differs from
     `expect` in a key that `expect` has, or if names, shapes or dtypes of tensors differ.
     """
-    rank = dist.get_rank(group)
-    steps = first(vote(f"{run}: cannot list checkpoints", lambda: committed(run) if rank == 0 else None, group))
+    steps = vote_of_first(f"{run}: cannot list checkpoints", lambda: committed(run), group)
     steps = [step for step in steps if until is None or step <= until]
     for step in steps:
         folder = folder_of(run, step)
@@ -50,20 +49,19 @@ def load(
             compare_meta(folder, expect or {}, manifest["meta"])
             restore(folder, manifest["files"], model, optimizer, group)
             return Loaded(step, manifest["meta"], folder)
-        if rank == 0:
+        if dist.get_rank(group) == 0:
             log.warning("%s is damaged and not used: %s", folder, "; ".join(problems))
     if steps:
-        raise CheckpointError(
-            f"{run / CHECKPOINTS}: none of the steps {steps} is intact; move the folder away to start over"
-        )
+        found = f"{run / CHECKPOINTS}: none of the steps {steps} is intact"
+        raise CheckpointError(f"{found}; move the folder away to start over")
     return None
 
 
-def _verify(folder: Path, step: int, group: dist.ProcessGroup | None) -> tuple[Json, list[str]]:
+def _verify(folder: Path, step: int, group: Group) -> tuple[Json, list[str]]:
     """Return (manifest, problems of the step), the same on every rank; ranks share the hashing."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     what = f"{folder} cannot be read"
-    manifest, problem, seen = first(vote(what, lambda: survey(folder, step) if rank == 0 else None, group))
+    manifest, problem, seen = vote_of_first(what, lambda: survey(folder, step), group)
     if problem:
         return manifest, [problem]
     wait_visible(folder, seen)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lasptrain.checkpoint.steps import Json, begin, commit, delete, expired, log
 from lasptrain.checkpoint.tensors import present, tensors_of, write_files
-from lasptrain.checkpoint.votes import first, vote
+from lasptrain.checkpoint.votes import Group, vote, vote_of_first
 from lasptrain.errors import CheckpointError, ResourceError
 from lasptrain.recipe.sections import Checkpoint
 from lasptrain.run.folder import CHECKPOINTS
@@ -26,42 +26,22 @@ TIMEOUT = timedelta(minutes=30)  # of a rank that writes, when it waits for anot
 
 
 def save(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    meta: Json,
-    keep: int,
-    group: dist.ProcessGroup | None = None,
-    keep_every: int = 0,
+    run: Path, step: int, tensors: dict[str, Tensor], meta: Json, keep: int, keep_every: int = 0, group: Group = None
 ) -> None:
     """Commit the state after `step` updates as RUN/checkpoints/step-N, then delete all but the newest `keep` steps.
 
     Multiples of `keep_every` stay too. Collective over `group` (default: all ranks); returns once it is committed.
-    `meta` is any JSON object. Raises the same CheckpointError on every rank if any failed; then nothing has changed on
-    disk.
+    `tensors` are those `present` of `tensors_of` model and optimizer, `meta` is any JSON object. Raises the same
+    CheckpointError on every rank if any failed; then nothing has changed on disk.
     """
-    _save(run, step, present(tensors_of(model, optimizer)), meta, keep, keep_every, group)
-
-
-def _save(
-    run: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    meta: Json,
-    keep: int,
-    keep_every: int,
-    group: dist.ProcessGroup | None,
-) -> None:
     rank = dist.get_rank(group)
     what = f"{run}: step {step} not saved"
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    name = first(vote(what, lambda: begin(run, step, size) if rank == 0 else None, group))
-    folder = run / CHECKPOINTS / name
+    folder = run / CHECKPOINTS / vote_of_first(what, lambda: begin(run, step, size), group)
     try:
         tables = vote(what, lambda: write_files(folder, tensors, rank, group), group)
         files = {name: entry for table in tables for name, entry in table.items()}
-        vote(what, lambda: commit(folder, step, meta, files, len(tables)) if rank == 0 else None, group)
+        vote_of_first(what, lambda: commit(folder, step, meta, files, len(tables)), group)
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +76,7 @@ class Saver:
         tensors = self._stage.stage(present(tensors_of(self._model, self._optimizer)))
         cfg = self._cfg
         meta = json.loads(json.dumps(meta))  # may change too
-        future = self._thread.submit(_save, self._run, step, tensors, meta, cfg.keep, cfg.keep_every, self._group)
+        future = self._thread.submit(save, self._run, step, tensors, meta, cfg.keep, cfg.keep_every, self._group)
         self._pending = step, future
         self._stall += time.perf_counter() - began
 

@@ -7,14 +7,12 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
@@ -30,25 +28,21 @@ class CheckpointReader:
     """The newest step of a run, read by one process tensor by tensor. Raises CheckpointError if it is not intact."""
 
     def __init__(self, run: Path) -> None:
-        steps = committed(run)
-        if not steps:
-            raise CheckpointError(
-                f"{run / CHECKPOINTS}: holds no checkpoint; expected the folder of a run that has saved"
-            )
+        if not (steps := committed(run)):
+            found = f"{run / CHECKPOINTS}: holds no checkpoint"
+            raise CheckpointError(f"{found}; expected the folder of a run that has saved")
         self.step, self.folder = steps[0], folder_of(run, steps[0])
         manifest, problem = read_manifest(self.folder, self.step)
         files: Json = manifest.get("files", {})
-        problems = (
-            [problem] if problem else [p for name, e in files.items() for p in problems_of(self.folder / name, e)]
-        )
+        problems = [problem] if problem else []
+        problems += [p for name, entry in files.items() for p in problems_of(self.folder / name, entry)]
         if problems:
             raise CheckpointError(f"{self.folder}: damaged, {'; '.join(problems)}")
         self.meta: Json = manifest["meta"]
-        self._reader = _OnceRead(self.folder, files)
+        self._reader = Reader(self.folder, files)
         table = self._reader.read_metadata().state_dict_metadata
-        self._forms = {
-            key.removeprefix("model."): TensorSpec.of(e) for key, e in table.items() if key.startswith("model.")
-        }
+        ours = {key.removeprefix("model."): entry for key, entry in table.items() if key.startswith("model.")}
+        self._forms = {name: TensorSpec.of(entry) for name, entry in ours.items()}
         self.shapes = {name: form.shape for name, form in self._forms.items()}
 
     def read(self, name: str) -> Tensor:
@@ -68,14 +62,6 @@ def without_process_group() -> Iterator[None]:
             yield
         except CheckpointException as error:
             raise error.failures[0][0] from None
-
-
-class _OnceRead(Reader):
-    """Reader that reads the table of tensors once."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        self.kept: Metadata = getattr(self, "kept", None) or super().read_metadata()
-        return self.kept
 
 
 def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:

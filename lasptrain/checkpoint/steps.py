@@ -44,15 +44,6 @@ def committed(run: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
 
 
-def latest(run: Path) -> Path | None:
-    """Return the folder of the newest step whose manifest is intact; its other files are not looked at."""
-    for step in committed(run):
-        folder = folder_of(run, step)
-        if not read_manifest(folder, step)[1]:
-            return folder
-    return None
-
-
 class Step(NamedTuple):
     """A step on disk: bytes of its files, ranks that wrote it, Unix time of its commit, its problems."""
 
@@ -169,11 +160,9 @@ def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
         return {}, f"{MANIFEST}: {reason_of(error)}"
     if digest != _digest(manifest):
         return {}, f"{MANIFEST} does not match its own SHA-256"
-    if manifest["format"] > FORMAT:
+    if (number := manifest["format"]) > FORMAT:
         version = manifest["versions"]["lasptrain"]
-        raise CheckpointError(
-            f"{folder} has format {manifest['format']}, written by lasptrain {version}; {FORMAT} fits"
-        )
+        raise CheckpointError(f"{folder} has format {number}, written by lasptrain {version}; {FORMAT} fits")
     if manifest["step"] != step:
         return {}, f"{MANIFEST} is of step {manifest['step']}"
     if strange := [name for name in manifest["files"] if not _plain(name)]:

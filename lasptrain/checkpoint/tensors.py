@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickle  # noqa: TID251  only to restrict it
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lasptrain.checkpoint.steps import METADATA, Json
-from lasptrain.checkpoint.votes import vote
+from lasptrain.checkpoint.votes import Group, vote
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
 from lasptrain.training.optimizer import initial_state, initialise_state
@@ -63,7 +63,7 @@ def present(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
 
 
-def write_files(folder: Path, tensors: dict[str, Tensor], rank: int, group: dist.ProcessGroup | None) -> Json:
+def write_files(folder: Path, tensors: dict[str, Tensor], rank: int, group: Group) -> Json:
     """Write this rank's files, synced, and return their sizes and digests by name."""
     save_state(tensors, storage_writer=Writer(folder, thread_count=1, sync_files=True), process_group=group)
     own = list(folder.glob(f"__{rank}_*")) + ([folder / METADATA] if rank == 0 else [])
@@ -89,9 +89,7 @@ class Writer(FileSystemWriter):
         return StorageMeta()  # the folder's name would be the temporary one
 
 
-def restore(
-    folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: dist.ProcessGroup | None
-) -> None:
+def restore(folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: Group) -> None:
     """Compare the stored tensors with the live ones, then overwrite the live ones."""
     tensors = tensors_of(model, optimizer)
     reader = Reader(folder, files)
@@ -143,6 +141,10 @@ class Reader(FileSystemReader):
         self.files = files
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> Metadata:
         with self.table.open("rb") as stream:
             table = _Unpickler(stream).load()
         if not isinstance(table, Metadata):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -12,9 +12,10 @@ from lasptrain.errors import CheckpointError
 from lasptrain.parallel.collectives import all_gather_object
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: all ranks
 
 
-def vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+def vote(what: str, action: Callable[[], T], group: Group) -> list[T]:
     """Run `action` on every rank and return all results by rank, or raise the same CheckpointError on every rank."""
     ballot: tuple[dict[int, str], T | None]
     try:
@@ -34,10 +35,9 @@ def vote(what: str, action: Callable[[], T], group: dist.ProcessGroup | None) ->
     return [value for _, value in ballots]
 
 
-def first(values: list[T | None]) -> T:
-    """Return the value of rank 0, which alone has one."""
-    assert values[0] is not None
-    return values[0]
+def vote_of_first(what: str, action: Callable[[], T], group: Group) -> T:
+    """Run `action` on rank 0 alone and return its result on every rank, or raise as `vote` does."""
+    return cast("T", vote(what, lambda: action() if dist.get_rank(group) == 0 else None, group)[0])
 
 
 def reason_of(error: BaseException) -> str:
