@@ -80,12 +80,12 @@ def test_reading_in_segments_then_token_by_token_is_one_forward(arch: Arch, leng
 
 
 @pytest.mark.parametrize("arch", ["tnl", *HYBRIDS])
-def test_forks_of_a_snapshot_are_single_texts_and_leave_it_unharmed(arch: Arch) -> None:
+def test_copies_of_a_snapshot_are_single_texts_and_leave_it_unharmed(arch: Arch) -> None:
     made, context = model(arch), text(100)
     reader = Reader(made)
     past = reader.read(context)
     endings = torch.cat([text(9, seed) for seed in (1, 2, 3)])
-    together = reader.read(endings, past.fork(3))
+    together = reader.read(endings, join([past] * 3))
     for row, ending in enumerate(endings):
         alone = reader.read(torch.cat([context, ending[None]], 1))
         near(together.logits[row], alone.logits[0])

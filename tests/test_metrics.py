@@ -105,12 +105,12 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
             metrics.log(step, **_values(2.0))
         metrics.log_eval(100, loss=1.5)
         metrics.committed(100)
-        metrics.say("[not markup]")
+        metrics.straggler(100, "[not markup]")
     lines = text.getvalue().splitlines()
     assert lines[0].startswith("step 1/100  loss 2.0000  lr 1.00e-03  norm 0.500  12,346 tokens/s  ETA ")
     assert lines[-4].startswith("step 100/100  loss 2.0000")
     assert lines[-4].endswith("ETA 0:00")
-    assert lines[-3:] == ["step 100/100  held-out loss 1.5000", "committed step 100", "[not markup]"]
+    assert lines[-3:] == ["step 100/100  held-out loss 1.5000", "committed step 100", "step 100: [not markup]"]
     assert len(lines) < 20  # not one a step
 
 
@@ -118,7 +118,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     console, text = _console(terminal=True)
     with Metrics(tmp_path, steps=2, console=console) as metrics:
         metrics.log(1, **_values(2.0))
-        metrics.say("above the bar")
+        metrics.straggler(1, "above the bar")
         metrics.log(2, **_values(1.0) | {"mfu": 0.413})
     shown = text.getvalue()
     assert "above the bar" in shown
@@ -135,7 +135,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
         metrics.log(1, **_values(2.0))
         metrics.log_eval(1, loss=1.0)
         metrics.committed(1)
-        metrics.say("something")
+        metrics.straggler(1, "something")
     assert text.getvalue() == ""
     assert not list(tmp_path.iterdir())
 

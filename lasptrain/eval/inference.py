@@ -28,11 +28,6 @@ class Snapshot(NamedTuple):
     logits: Tensor  # fp32 [B, vocab] of the next token
     length: int  # tokens read
 
-    def fork(self, count: int) -> Snapshot:
-        """Expand a snapshot of B = 1 to `count` continuations side by side."""
-        carry = [tuple(None if s is None else s.expand(count, *s.shape[1:]) for s in state) for state in self.carry]
-        return Snapshot(carry, self.logits.expand(count, -1), self.length)
-
 
 def join(snapshots: Sequence[Snapshot]) -> Snapshot:
     """Join snapshots into one batch. States of a recurrence have one shape whatever was read; keys of a softmax layer
@@ -144,7 +139,7 @@ class Reader:
             found.append(self.model.logits(x[0, asked]))
         logits = torch.cat(found)
         target = torch.tensor([label for label in labels if label != IGNORED], device=self.device)
-        nats = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        nats = F.cross_entropy(logits.double(), target, reduction="none")
         return nats.cpu(), (logits.argmax(-1) == target).cpu()
 
     def _shared(self, count: int) -> int:

@@ -47,8 +47,7 @@ class Metrics:
         self._file = _append(run / FILE)
         if self._file.tell():
             self._write({"step": start, "event": "resumed"})
-        events = str(run / EVENTS)
-        self._events = SummaryWriter(events, purge_step=start + 1)
+        self._events = SummaryWriter(str(run / EVENTS), purge_step=start + 1)
         self._renew()
 
     def log(self, step: int, **values: Value) -> None:
@@ -107,11 +106,6 @@ class Metrics:
         self._renew()
         self._display.say(f"committed step {step}")
 
-    def say(self, text: str) -> None:
-        """Print a line without disturbing the display."""
-        if self._is_main:
-            self._display.say(text)
-
     def close(self, state: str = "finished") -> None:
         """Close the display and the files; `state` goes to status.json."""
         if not self._is_main:
@@ -154,12 +148,8 @@ class _Display:
         self.console, self.steps = console, steps
         self.began, self.first = time.monotonic(), start
         self.printed = -math.inf
-        columns = (
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(None),
-            TextColumn("{task.fields[eta]}"),
-        )
-        self.bar = Progress(*columns, console=console, expand=True)
+        steps_done = TextColumn("step {task.completed:.0f}/{task.total:.0f}")
+        self.bar = Progress(steps_done, BarColumn(None), TextColumn("{task.fields[eta]}"), console=console, expand=True)
         self.task = self.bar.add_task("", total=steps, completed=start, eta="")
         self.live = Live(self.bar, console=console) if console.is_terminal else None
         if self.live:
