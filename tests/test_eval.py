@@ -22,7 +22,7 @@ from lasptrain.eval.inference import Reader
 from lasptrain.eval.runner import EvalConfig, EvalRunner, ResultsLog, answer
 from lasptrain.eval.score import METRICS, bootstrap, interval, wilson
 from lasptrain.eval.tasks import TASKS
-from lasptrain.eval.tasks.files import open_files, rows, samples, task_name
+from lasptrain.eval.tasks.files import asked_of, open_files, rows, task_name
 from lasptrain.eval.tasks.recall import associations
 from lasptrain.eval.tasks.sample import Sample, SampleRequest
 from lasptrain.models.language_model import LanguageModel, initial_values
@@ -317,13 +317,13 @@ def test_files_of_the_user(tmp_path: Path) -> None:
     row = {"index": 734, "input": "hay needle 5 hay", "outputs": ["5"], "length": 4096, "answer_prefix": " It is"}
     ruler.write_text(json.dumps(row) + "\n" + json.dumps(row | {"outputs": ["5", "6"]}) + "\n")
     assert task_name(ruler) == "niah_single_1"
-    (length, sample), (_, second) = samples(ruler, ByteTokenizer(), 10)
+    (length, sample), (_, second) = (asked_of(row, ByteTokenizer()) for row in rows(ruler))
     assert length == 4096 and sample.budget == 128 and sample.metric == "match_all"
     assert ByteTokenizer().decode(sample.prompt) == "hay needle 5 hay It is"
     assert ByteTokenizer().decode(second.labels) == " 5, 6" and second.references == ("5", "6")
     plain = tmp_path / "mine.jsonl"
     plain.write_text('{"prompt": "1 + 1 =", "answer": "2", "budget": 3, "metric": "first_int"}\n')
-    ((length, sample),) = samples(plain, ByteTokenizer(), 10)
+    ((length, sample),) = (asked_of(row, ByteTokenizer()) for row in rows(plain))
     assert (length, sample.budget, sample.metric) == (16, 3, "first_int")
     squad = tmp_path / "squad.json"
     question = {"question": "Who?", "answers": [{"text": "Ann"}, {"text": "Ann"}, {"text": "Ann B."}]}

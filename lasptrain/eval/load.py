@@ -89,10 +89,8 @@ def _of_folder(path: Path) -> Trained:
     known = tokenizer(path)
     rows = origin.model.vocab
     if isinstance(rows, int) and known.vocab_size > rows:
-        raise CheckpointError(
-            f"{path}: the tokenizer {known.name} has {known.vocab_size} pieces, the model {rows} rows; "
-            "expected at least as many rows"
-        )
+        found = f"{path}: the tokenizer {known.name} has {known.vocab_size} pieces, the model {rows} rows"
+        raise CheckpointError(f"{found}; expected at least as many rows")
     model = _empty(origin.recipe, origin.model, origin.window)
     with torch.no_grad():
         fill(model, ((name, weights.read(name)) for name in weights.empty.state_dict()))

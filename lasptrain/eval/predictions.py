@@ -9,6 +9,7 @@ from typing import Any
 
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.eval.tasks.files import File, rows, task_name
+from lasptrain.files import whole
 
 Record = dict[str, Any]
 
@@ -23,9 +24,8 @@ def begin(folder: Path, files: Sequence[File]) -> None:
             raise RecipeError(f"--ruler-predictions: {file.path} has rows without input and outputs; expected RULER's")
         target = _target(folder, file)
         if (other := taken.setdefault(target, file)) is not file:
-            raise RecipeError(
-                f"--ruler-predictions: {other.path} and {file.path} would both be {target}; expected one file of a task"
-            )
+            found = f"--ruler-predictions: {other.path} and {file.path} would both be {target}"
+            raise RecipeError(f"{found}; expected one file of a task")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,13 +49,8 @@ def write(folder: Path, files: Sequence[File], records: Sequence[Record]) -> lis
     notes = []
     for file in files:
         target = _target(folder, file)
-        new = target.with_name(f"{target.name}.new")
-        count = 0
-        with new.open("w", encoding="utf-8") as out:
-            for line in _lines(file, records):
-                out.write(f"{line}\n")
-                count += 1
-        new.replace(target)
+        with whole(target) as new, new.open("w", encoding="utf-8") as out:
+            count = sum(out.write(f"{line}\n") > 0 for line in _lines(file, records))
         notes.append(f"{target}: {count} of {file.rows} rows")
     return notes
 

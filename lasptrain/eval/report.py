@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,14 +36,10 @@ def cells(records: Iterable[Record]) -> list[Record]:
 
 def _cell(group: list[Record]) -> Record:
     cell: Record = {"metric": group[0].get("metric")}
-    for measure in MEASURES:
-        values = [record[measure] for record in group if measure in record]
-        if values:
-            cell[measure], cell[f"{measure}_ci95"] = fmean(values), interval(values)
-    for measure in ("answer_nll", "control_nll"):
-        values = [record[measure] for record in group if measure in record]
-        if values:
-            cell[measure], cell[f"{measure}_ci95"] = fmean(values), bootstrap(values)
+    for measure in (*MEASURES, "answer_nll", "control_nll"):
+        if values := [record[measure] for record in group if measure in record]:
+            bounds = interval if measure in MEASURES else bootstrap
+            cell[measure], cell[f"{measure}_ci95"] = fmean(values), bounds(values)
     if "rows" in group[0]:
         cell["file"], cell["rows"] = group[0]["file"], group[0]["rows"]
     sizes = sorted({record["up_to"] for record in group if "up_to" in record})
@@ -76,32 +73,23 @@ def _curve(group: list[Record]) -> Record:
 
 def table(found: list[Record], title: str) -> Table:
     """Table with tasks down, lengths across: percent ± half of the interval, accuracy where there is no score."""
-    lengths = sorted({cell["length"] for cell in found if cell["task"] not in PERPLEXITY})
+    return _table(title, *_grid(found))
+
+
+def _table(title: str, head: list[str], *rows: list[str], left: int = 1) -> Table:
+    """Table whose first `left` columns are words, the others numbers."""
     result = Table(title=title)
-    result.add_column("task")
-    for length in lengths:
-        result.add_column(short(length), justify="right")
-    rows: dict[str, dict[int, Record]] = {}
-    for cell in found:
-        if cell["task"] not in PERPLEXITY:
-            rows.setdefault(cell["task"], {})[cell["length"]] = cell
-    for task, row in rows.items():
-        result.add_row(task, *(_text(row[length]) if length in row else "" for length in lengths))
+    for index, text in enumerate(head):
+        result.add_column(text, justify="left" if index < left else "right")
+    for row in rows:
+        result.add_row(*row)
     return result
 
 
 def by_length(found: list[Record]) -> list[Table]:
     """A table of the part that is right by length, for each file whose rows differ in length."""
-    result = []
-    for cell in found:
-        if "by_length" in cell:
-            head, row = _lengths(cell)
-            one = Table(title=f"{cell['task']}: % right in rows (their number) of up to so many tokens")
-            for text in head:
-                one.add_column(text, justify="right")
-            one.add_row(*row)
-            result.append(one)
-    return result
+    title = "% right in rows (their number) of up to so many tokens"
+    return [_table(f"{cell['task']}: {title}", *_lengths(cell), left=0) for cell in found if "by_length" in cell]
 
 
 def _lengths(cell: Record) -> tuple[list[str], list[str]]:
@@ -118,14 +106,12 @@ def curves(found: list[Record]) -> list[Table]:
     result = []
     for cell in found:
         if cell["task"] in heads:
+            points = cell["curve"]
+            head = [heads[cell["task"]], *(f"{point['x']:,}" for point in points)]
+            nats = ["", *(f"{point['nats']:.3f}" for point in points)]
+            range_ = ["95 %", *("{:.2f} to {:.2f}".format(*point["ci95"]) for point in points)]
             title = f"{cell['task']}: {cell['n']} documents of {cell['length']:,} tokens"
-            one = Table(title=title)
-            one.add_column(heads[cell["task"]])
-            for point in cell["curve"]:
-                one.add_column(f"{point['x']:,}", justify="right")
-            one.add_row("", *(f"{point['nats']:.3f}" for point in cell["curve"]))
-            one.add_row("95 %", *("{:.2f} to {:.2f}".format(*point["ci95"]) for point in cell["curve"]))
-            result.append(one)
+            result.append(_table(title, head, nats, range_))
     return result
 
 
@@ -196,13 +182,11 @@ STYLE = (
 def _page(found: list[Record], header: Record) -> str:
     """A self-contained HTML page: the table, a map of depth × length for each task, the curves."""
     title = html.escape(f"{header.get('name')} after {header.get('step')} steps")
-    head, *rows = _grid(found)
     parts = [f"<h1>{title}</h1>", "<p>Percent right ± half of the 95 % interval, nats per answer token (samples).</p>"]
-    parts.append(_html([head], "th", rows))
+    parts.append(_html(*_grid(found)))
     for cell in found:
         if "by_length" in cell:
-            head, row = _lengths(cell)
-            parts += [f"<p>{html.escape(cell['task'])}, by length of the rows</p>", _html([head], "th", [row])]
+            parts += [f"<p>{html.escape(cell['task'])}, by length of the rows</p>", _html(*_lengths(cell))]
     parts += [_map(task, found) for task in dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell)]
     parts += [_svg(cell) for cell in found if "curve" in cell]
     parts.append(f"<h2>How</h2><pre>{html.escape(json.dumps(header, indent=1))}</pre>")
@@ -210,11 +194,11 @@ def _page(found: list[Record], header: Record) -> str:
     return page + "\n".join(parts) + "\n"
 
 
-def _html(heads: list[list[str]], tag: str, rows: list[list[str]]) -> str:
+def _html(head: list[str], *rows: list[str]) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + "".join([line(h, tag) for h in heads] + [line(row, "td") for row in rows]) + "</table>"
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def depth_map(task: str, found: list[Record]) -> tuple[list[float], list[int], dict[tuple[float, int], float]]:
@@ -231,16 +215,17 @@ def _map(task: str, found: list[Record]) -> str:
     depths, lengths, values = depth_map(task, found)
     rows = []
     for depth in depths:
-        colours = (
-            f'<td style="background:hsl({120 * values[depth, n]:.0f} 60% 75%)">{values[depth, n]:.2f}</td>'
-            if (depth, n) in values
-            else '<td style="background:#ddd"></td>'
-            for n in lengths
-        )
-        rows.append(f"<tr><td>{depth:.0%}</td>{''.join(colours)}</tr>")
+        colours = "".join(_coloured(values.get((depth, n))) for n in lengths)
+        rows.append(f"<tr><td>{depth:.0%}</td>{colours}</tr>")
     head = "".join(f"<th>{short(n)}</th>" for n in lengths)
     caption = f"<figcaption>{html.escape(task)}: depth × length</figcaption>"
     return f"<figure>{caption}<table><tr><th></th>{head}</tr>{''.join(rows)}</table></figure>"
+
+
+def _coloured(value: float | None) -> str:
+    if value is None:
+        return '<td style="background:#ddd"></td>'
+    return f'<td style="background:hsl({120 * value:.0f} 60% 75%)">{value:.2f}</td>'
 
 
 def _svg(cell: Record) -> str:
@@ -263,31 +248,32 @@ def _svg(cell: Record) -> str:
 
 def plot(folder: Path, found: list[Record]) -> list[Path]:
     """Draw heatmap.png and curves.png, where there is data for them. Raises SetupError without matplotlib."""
-    Figure, files = figure_class(), []
-    tasks = list(dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell))
-    if tasks:
-        figure = Figure(figsize=(4.5 * len(tasks), 4), layout="constrained")
-        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-            _draw_map(axes, *depth_map(task, found), task)
-        files.append(folder / "heatmap.png")
-        figure.savefig(files[-1], dpi=120)
-    shown = [cell for cell in found if "curve" in cell]
-    if shown:
-        figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
-        for axes, cell in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            points = cell["curve"]
-            axes.plot([short(p["x"]) for p in points], [p["nats"] for p in points], marker="o")
-            axes.set(title=cell["task"], ylabel="nats per token")
-        files.append(folder / "curves.png")
-        figure.savefig(files[-1], dpi=120)
+    Figure = figure_class()
+    tasks = dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell)
+    pictures = {
+        "heatmap.png": (4.5, [partial(_draw_map, task=task, found=found) for task in tasks]),
+        "curves.png": (5, [partial(_draw_curve, cell=cell) for cell in found if "curve" in cell]),
+    }
+    files = [folder / name for name, (_, parts) in pictures.items() if parts]
+    for file in files:
+        width, parts = pictures[file.name]
+        figure = Figure(figsize=(width * len(parts), 4), layout="constrained")
+        for axes, draw in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+            draw(axes)
+        figure.savefig(file, dpi=120)
     return files
 
 
-def _draw_map(
-    axes: Any, depths: Sequence[float], lengths: Sequence[int], values: dict[tuple[float, int], float], title: str
-) -> None:
+def _draw_curve(axes: Any, cell: Record) -> None:
+    points = cell["curve"]
+    axes.plot([short(p["x"]) for p in points], [p["nats"] for p in points], marker="o")
+    axes.set(title=cell["task"], ylabel="nats per token")
+
+
+def _draw_map(axes: Any, task: str, found: list[Record]) -> None:
+    depths, lengths, values = depth_map(task, found)
     grid = [[values.get((depth, length), float("nan")) for length in lengths] for depth in depths]
     axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set(title=title, xlabel="length", ylabel="depth")
+    axes.set(title=task, xlabel="length", ylabel="depth")
     axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from lasptrain.eval.tasks.files import File, asked_of, rows
 from lasptrain.eval.tasks.sample import Sample, SampleRequest
 from lasptrain.files import replace
 
+T = TypeVar("T")
 Record = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -93,15 +94,18 @@ class EvalRunner:
         for file in self.asked.files:
             yield from self._file(reader, file, done, is_main)
 
+    def _unanswered(self, task: str, length: int, items: Iterable[T], done: set[Key]) -> Iterator[tuple[Key, T]]:
+        """Yield the items whose key is not in `done`, each with its key, which is told."""
+        for index, item in enumerate(items):
+            if (key := (task, length, index)) not in done:
+                self.told(key)
+                yield key, item
+
     def _cell(
         self, reader: Reader, task: str, length: int, done: set[Key], is_main: bool, say: Say
     ) -> Iterator[Record]:
         asked = self.asked
-        for index in range(asked.samples):
-            key = (task, length, index)
-            if key in done:
-                continue
-            self.told(key)
+        for key, index in self._unanswered(task, length, range(asked.samples), done):
             try:
                 sample = TASKS[task](SampleRequest(self.tokenizer, length, index, asked.seed, asked.depths, asked.text))
             except RecipeError as error:
@@ -111,11 +115,7 @@ class EvalRunner:
 
     def _file(self, reader: Reader, file: File, done: set[Key], is_main: bool) -> Iterator[Record]:
         source = {"file": str(file.path), "sha256": file.sha256, "rows": file.rows}
-        for index, row in enumerate(islice(rows(file.path), self.asked.rows)):
-            key = (file.name, file.length, index)
-            if key in done:
-                continue
-            self.told(key)
+        for key, row in self._unanswered(file.name, file.length, islice(rows(file.path), self.asked.rows), done):
             size, sample = asked_of(row, self.tokenizer)
             found = answer(reader, self.tokenizer, sample, self.asked.control, is_main)
             yield _record(key) | source | {"up_to": file.length if file.is_target else size} | found
@@ -131,18 +131,13 @@ class EvalRunner:
             found = perplexity.enough_documents(split, self.dataset.bos, length, self.asked.samples)
         if not found:
             say(f"{task} not run: no held-out document has {perplexity.LEAST:,} tokens")
-        for index, document in enumerate(found):
-            key = (task, len(document), index)
-            if key in done:
-                continue
-            self.told(key)
+        for key, document in self._unanswered(task, len(found[0]) if found else 0, found, done):
             began = time.perf_counter()
             if task == BY_POSITION:
                 values = {str(end): value for end, (value, _) in perplexity.by_position(reader, document).items()}
             else:
-                values = {
-                    str(context): value for context, value in perplexity.against_context(reader, document).items()
-                }
+                found_at = perplexity.against_context(reader, document)
+                values = {str(context): value for context, value in found_at.items()}
             yield _record(key) | {"tokens": len(document), "nats": values, "seconds": time.perf_counter() - began}
 
 
@@ -192,16 +187,14 @@ class ResultsLog:
         self.file = folder / SAMPLES
         present = self._read()
         if present and present[0].get("identity") != json.loads(json.dumps(identity)):
-            raise SetupError(
-                f"{self.file}: holds answers under {present[0].get('identity')}, now {identity}; use another --out"
-            )
+            found = f"{self.file}: holds answers under {present[0].get('identity')}, now {identity}"
+            raise SetupError(f"{found}; use another --out")
         self._answers = {_key(record): record for record in present[1:]}
         self._is_main = is_main
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = [{"identity": identity}, *self.records]
-            text = "".join(json.dumps(line) + "\n" for line in lines)  # without a line that a kill has torn
-            replace(self.file, text)
+            lines = [{"identity": identity}, *self.records]  # without a line that a kill has torn
+            replace(self.file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self) -> list[Record]:
         lines = []
@@ -232,10 +225,8 @@ class ResultsLog:
             for record in self.records:
                 same = record.get("file") == str(file.path) or _key(record)[:2] == (file.name, file.length)
                 if same and record.get("sha256") != file.sha256:
-                    raise SetupError(
-                        f"{self.file}: holds answers to other rows than {file.path} has now; expected the file as it "
-                        "was, or another --out"
-                    )
+                    found = f"{self.file}: holds answers to other rows than {file.path} has now"
+                    raise SetupError(f"{found}; expected the file as it was, or another --out")
 
     def add(self, record: Record) -> None:
         """Add an answer and append it to the file at once."""

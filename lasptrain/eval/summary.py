@@ -85,9 +85,8 @@ def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Ta
     table.add_column("nats per token", justify="right")
     table.add_column("", justify="left")
     table.add_row("uniform over the vocabulary", f"{math.log(dataset.vocab_size):.3f}", "knows nothing")
-    table.add_row(
-        "unigram entropy of the corpus", f"{dataset.unigram_entropy:.3f}", "knows how often each token occurs"
-    )
+    unigram = f"{dataset.unigram_entropy:.3f}"
+    table.add_row("unigram entropy of the corpus", unigram, "knows how often each token occurs")
     table.add_row("this model", f"{validation.loss:.3f}", f"{validation.bits_per_byte:.3f} bits per byte")
     for start, loss in validation.by_position.items():
         if start >= 64 and start.bit_length() % 2:  # powers of four

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lasptrain.console.stdio import argument
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.eval.score import METRICS
 from lasptrain.eval.tasks.sample import Encoder, PromptDraft, Question, Sample, written
+from lasptrain.files import sha256
 
 BUDGETS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # RULER's, by the start of a task's name
 SQUAD_BUDGET, USUAL_BUDGET = 32, 64
@@ -41,7 +40,7 @@ class Row:
 
     @property
     def gap(self) -> str:
-        """Return the text between prompt and answer: a space, unless there is one."""
+        """Text between prompt and answer: a space, unless there is one."""
         return self.own_gap if self.own_gap is not None else "" if self.prompt[-1:].isspace() else " "
 
 
@@ -58,7 +57,7 @@ class File:
     sha256: str
 
     def count(self, most: int | None) -> int:
-        """Return the number of rows that are asked: all, or the first `most`."""
+        """Number of rows that are asked: all, or the first `most`."""
         return self.rows if most is None else min(self.rows, most)
 
 
@@ -76,7 +75,7 @@ def open_files(paths: Sequence[Path], tokenizer: Tokenizer) -> tuple[File, ...]:
     except DataError as error:
         raise RecipeError(f"--file: {error}") from None
     names = _names([(file.path, file.length) for file in found])
-    return tuple(File(**(vars(file) | {"name": name})) for file, name in zip(found, names, strict=True))
+    return tuple(replace(file, name=name) for file, name in zip(found, names, strict=True))
 
 
 def _absolute(path: Path) -> Path:
@@ -94,9 +93,7 @@ def _looked_through(path: Path, tokenizer: Tokenizer) -> File:
     target = _target(path)
     fits = target is not None and target >= longest
     length = target if target is not None and fits else _power(longest)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(path, "", length, fits, is_ruler, count, digest)
+    return File(path, "", length, fits, is_ruler, count, sha256(path))
 
 
 def _target(path: Path) -> int | None:
@@ -194,7 +191,7 @@ def _check(row: dict[str, Any], where: str, ruler: bool) -> None:
 
 
 def _can_be_asked(prompt: Any, answers: Any) -> bool:
-    """Return True if they are texts, in characters that a tokenizer takes, with something to answer."""
+    """True if they are texts, in characters that a tokenizer takes, and there is something to answer."""
     if not isinstance(prompt, str) or not isinstance(answers, list) or not answers:
         return False
     if not all(isinstance(answer, str) and answer.strip() for answer in answers):
@@ -215,11 +212,6 @@ def _squad(content: Any, file: Path) -> Iterator[Row]:
                         yield Row(prompt, tuple(answers), SQUAD_BUDGET, "f1")
     except (KeyError, TypeError) as error:
         raise DataError(f"{file}: not in SQuAD's form (data, paragraphs, qas, answers): {error!r} is missing") from None
-
-
-def samples(file: Path, tokenizer: Tokenizer, count: int | None = None) -> Iterator[tuple[int, Sample]]:
-    """The first `count` questions, or all, as `asked_of` makes them."""
-    return (asked_of(row, tokenizer) for row in islice(rows(file), count))
 
 
 def asked_of(row: Row, tokenizer: Tokenizer) -> tuple[int, Sample]:

@@ -85,7 +85,7 @@ def _draw(draw: random.Random, kind: Kind) -> str:
 
 
 def _prompt(queried: list[str], values: Kind, several: bool) -> tuple[str, str]:
-    """Return the text before the haystack and after it; in the singular where one value is asked for."""
+    """Text before the haystack and after it; in the singular where one value is asked for."""
     some, are, all_, kind = ("Some", "are", "are all", values) if several else ("A", "is", "is", values[:-1])
     query = _listed(queried)
     head = (

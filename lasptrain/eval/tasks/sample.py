@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Request to a task: sample `index` of `count`, at most `length` tokens with its answer."""
+    """Request to a task: make sample `index`, at most `length` tokens with its answer."""
 
     tokenizer: Tokenizer
     length: int
@@ -51,7 +51,7 @@ class SampleRequest:
 
     @property
     def depth(self) -> float:
-        """Return the place of a single needle."""
+        """Depth of a single needle, 0 to 1."""
         return spread(self.depths)[self.index % self.depths] / max(self.depths - 1, 1)
 
 
@@ -82,7 +82,7 @@ class PromptDraft:
 
 @dataclass(frozen=True)
 class Question:
-    """Question about a draft."""
+    """A question about a draft, and its answer."""
 
     answer: str  # appended to the prompt as it stands: with its leading space
     references: tuple[str, ...]
@@ -103,7 +103,7 @@ class Encoder:
         return [i for piece in self._pieces(text) for i in piece]
 
     def count(self, text: str) -> int:
-        """Return the number of ids of a text."""
+        """Number of ids of a text."""
         return sum(map(len, self._pieces(text)))
 
     def _pieces(self, text: str) -> Iterator[list[int]]:
@@ -121,7 +121,7 @@ class Encoder:
 
     @functools.cached_property
     def _safe(self) -> bool:
-        """Return True if the tokenizer may be given a text in pieces."""
+        """True if the tokenizer may be given a text in pieces."""
         return cuts_safely(self.tokenizer, [PROBE])
 
 
