@@ -83,14 +83,13 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
         special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
         config = configs.config(target, model, special.ids(), name, step.meta["order"]["window"])
-        slopes = {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")}
         if target == "transnormer":
             shutil.copy(Path(__file__).with_name("modeling_transnormer.py"), folder)
         _json(folder / "config.json", config)
         _json(folder / "generation_config.json", special.ids() | configs.generation(target))
         told = BYTES if recipe.data.tokenizer == BYTES else tokenizer.export(Path(recipe.data.tokenizer), folder)
         parity = _verify(folder, run, target, dtype) if check else "not compared: --no-verify"
-        _json(folder / RECORD, _record(step, recipe, model, target, dtype, slopes, parity))
+        _json(folder / RECORD, _record(step, recipe, target, dtype, parity))
         (folder / "README.md").write_text(card.text(run, recipe, step, target, str(parity)), encoding="utf-8")
     return Exported(out, target, len(forms), sum(form.bytes for form in forms.values()), told, parity)
 
@@ -100,13 +99,7 @@ def _json(file: Path, value: Any) -> None:
 
 
 def _record(
-    step: CheckpointReader,
-    recipe: Recipe,
-    model: Model,
-    target: str,
-    dtype: str,
-    slopes: dict[str, list[float]],
-    parity: verify.Parity | str,
+    step: CheckpointReader, recipe: Recipe, target: str, dtype: str, parity: verify.Parity | str
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -117,7 +110,7 @@ def _record(
         "checkpoint": json.loads((step.folder / steps.MANIFEST).read_text(encoding="utf-8"))["sha256"],
         "meta": step.meta,
         "recipe": dump_saved(recipe),
-        "slopes": slopes,
+        "slopes": {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")},
         "parity": parity if isinstance(parity, str) else parity._asdict(),
     }
 

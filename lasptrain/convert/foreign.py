@@ -157,15 +157,12 @@ def _softmax(config: Json, layers: list[int], heads: int, where: str, *, rotary:
 
 def _minimax(config: Json, where: str) -> Json:
     _demand(config, _MINIMAX, where)
-    layers, heads, dim = (
-        config.get(key, default)
-        for key, default in (("num_hidden_layers", 32), ("num_attention_heads", 32), ("hidden_size", 4096))
-    )
+    layers, heads = config.get("num_hidden_layers", 32), config.get("num_attention_heads", 32)
+    dim = config.get("hidden_size", 4096)
     kinds = config.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in range(layers)]
     softmax = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    experts = config.get("num_local_experts", 8)
-    if experts not in (1, 2) or (asked := config.get("num_experts_per_tok", 2)) != experts:
-        asked = config.get("num_experts_per_tok", 2)
+    experts, asked = config.get("num_local_experts", 8), config.get("num_experts_per_tok", 2)
+    if experts not in (1, 2) or asked != experts:
         raise ConvertError(f"{where}: num_local_experts is {experts}, {asked} a token; expected 1 and 1, or 2 and 2")
     key_dim = config.get("head_dim") or dim // heads
     keys = {
@@ -199,11 +196,8 @@ def _alpha(config: Json, linear: bool, softmax: bool, where: str) -> float:
 
 def _fla_sizes(config: Json, dim: int, layers: int, heads: int, ratio: int, expand_v: float) -> Json:
     """Return sizes, with the given defaults of a class; the MLP is 2/3 · ratio · width, up to a multiple of 256."""
-    dim, layers, heads = (
-        config.get("hidden_size", dim),
-        config.get("num_hidden_layers", layers),
-        config.get("num_heads", heads),
-    )
+    dim, layers = config.get("hidden_size", dim), config.get("num_hidden_layers", layers)
+    heads = config.get("num_heads", heads)
     ratio = config.get("hidden_ratio") or ratio
     return {
         "dim": dim,
@@ -219,9 +213,8 @@ def _fla_sizes(config: Json, dim: int, layers: int, heads: int, ratio: int, expa
 def _linear(config: Json, where: str) -> Json:
     _demand(config, _LINEAR, where)
     normalizer = config.get("norm_feature_map", False)
-    return {"arch": "linear_transformer", "decay": "none", "normalizer": normalizer} | _fla_sizes(
-        config, 2048, 24, 4, 4, 1.0
-    )
+    keys = {"arch": "linear_transformer", "decay": "none", "normalizer": normalizer}
+    return keys | _fla_sizes(config, 2048, 24, 4, 4, 1.0)
 
 
 def _retnet(config: Json, where: str) -> Json:

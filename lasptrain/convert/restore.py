@@ -29,6 +29,7 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
 
+Slopes = dict[str, list[float]]  # by tensor
 WINDOW = 4096  # tokens of a training window, for a run without a recipe
 
 
@@ -40,7 +41,7 @@ class Origin:
     recipe: Recipe
     step: int
     meta: dict[str, Any]
-    slopes: dict[str, list[float]] | None  # exact values; None: take the folder's
+    slopes: Slopes | None  # exact values; None: take the folder's
 
     @property
     def model(self) -> Model:
@@ -94,9 +95,7 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     model = origin.model
     empty = on_meta(model, origin.window, ShardedRecurrence("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    config = folder.json("config.json")
-    if config is None and origin.target != "safetensors":
-        raise ConvertError(f"{source}: holds no config.json; expected a folder that a converter wrote")
+    config = folder.json("config.json") if origin.target == "safetensors" else _config(folder)
     if config is not None and known:
         configs.check(origin.target, config, model, f"{source / 'config.json'}")
     table = tables.TABLES[origin.target](model, shapes)
@@ -131,14 +130,9 @@ def described(folder: files.Folder) -> Recipe:
     config = _config(folder)
     model = foreign.model(config, folder.shapes, str(folder.path / "config.json"))
     window = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
-    text = {
-        "name": recipe_name(folder.path.name),
-        "model": model.model_dump(mode="json"),
-        "data": {"tokenizer": str(tokenizer(folder)), "window": window},
-        "optim": {"lr": 1e-4},
-        "train": {"steps": 1000},
-    }
-    return _loaded(json.dumps(text))
+    text = {"name": recipe_name(folder.path.name), "model": model.model_dump(mode="json")}
+    text |= {"data": {"tokenizer": str(tokenizer(folder)), "window": window}}
+    return _loaded(json.dumps(text | {"optim": {"lr": 1e-4}, "train": {"steps": 1000}}))
 
 
 def recipe_name(text: str) -> str:
@@ -182,17 +176,10 @@ def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
             raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
         configs.check_compatible(target, theirs, recipe.model, where)
     model = on_meta(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
-    meta = {
-        "model": recipe.model.model_dump(mode="json"),
-        "decays": model.decays().tolist(),
-        "dataset": None,
-        "order": {
-            "seed": recipe.data.seed,
-            "window": recipe.data.window,
-            "batch": recipe.train.batch,
-            "reset_at_documents": recipe.data.reset_at_documents,
-        },
-    }
+    order: dict[str, Any] = {"seed": recipe.data.seed, "window": recipe.data.window, "batch": recipe.train.batch}
+    order |= {"reset_at_documents": recipe.data.reset_at_documents}
+    decays = model.decays().tolist()
+    meta = {"model": recipe.model.model_dump(mode="json"), "decays": decays, "dataset": None, "order": order}
     return Origin(target, recipe, 0, meta, None)
 
 
@@ -207,12 +194,7 @@ class _Reader:
     """Makes our tensors from a folder's, one rule at a time."""
 
     def __init__(
-        self,
-        table: list[tables.Rule],
-        shapes: tables.Shapes,
-        folder: files.Folder,
-        slopes: dict[str, list[float]],
-        exact: bool,
+        self, table: list[tables.Rule], shapes: tables.Shapes, folder: files.Folder, slopes: Slopes, exact: bool
     ):
         self.rules = {source: rule for rule in table for source in rule.sources}
         self.shapes, self.folder, self.slopes, self.exact = shapes, folder, slopes, exact

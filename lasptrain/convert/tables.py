@@ -126,9 +126,8 @@ def linear_attn(cfg: Model, names: Collection[str]) -> list[Rule]:
 
 def retnet(cfg: Model, names: Collection[str]) -> list[Rule]:
     """flash-linear-attention's RetNet."""
-    return _fla(
-        cfg, {"attn.g_proj.weight": "mixer.gate.weight", "attn.g_norm_swish_gate.weight": "mixer.norm.weight"}, names
-    )
+    further = {"attn.g_proj.weight": "mixer.gate.weight", "attn.g_norm_swish_gate.weight": "mixer.norm.weight"}
+    return _fla(cfg, further, names)
 
 
 def _fla(cfg: Model, further: dict[str, str], names: Collection[str]) -> list[Rule]:
