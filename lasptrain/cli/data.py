@@ -21,6 +21,7 @@ Sources = Annotated[
         help="python:source, repositories:FOLDER for code, or files and folders of text, JSON lines and .parquet.",
     ),
 ]
+Tokenizer = Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
 
 
@@ -193,7 +194,7 @@ def train_tokenizer(
 
 @tokenizer_app.command("check")
 def check_tokenizer(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    file: Tokenizer,
     sources: Sources,
     other: Annotated[str | None, typer.Option("--against", metavar="FILE", help="Another one: same ids?")] = None,
 ) -> None:
@@ -223,8 +224,7 @@ def check_tokenizer(
 
 @tokenizer_app.command("inspect")
 def inspect_tokenizer(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")],
-    text: Annotated[str | None, typer.Option(help="Text to cut into pieces.")] = None,
+    file: Tokenizer, text: Annotated[str | None, typer.Option(help="Text to cut into pieces.")] = None
 ) -> None:
     """Show a tokenizer, and how it cuts a text."""
     from data_tools.tokenizer import load_tokenizer

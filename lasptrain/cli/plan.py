@@ -124,14 +124,10 @@ def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Hardware
 
 
 def _memory_horizon(recipe: Recipe) -> Table:
-    heads = plan.memory_horizon(recipe.model, recipe.data.window)
-    far, window = plan.effective_context(recipe.model, recipe.data.window), recipe.data.window
-    warning = (
-        f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
-        if window > 4 * far
-        else None
-    )
-    table = Table(title="heads to which a token still matters", caption=warning)
+    window = recipe.data.window
+    heads, far = plan.memory_horizon(recipe.model, window), plan.effective_context(recipe.model, window)
+    warning = f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
+    table = Table(title="heads to which a token still matters", caption=warning if window > 4 * far else None)
     table.add_column("layer")
     for distance in plan.DISTANCES:
         table.add_column(f"after {distance:,}", justify="right")

@@ -128,13 +128,8 @@ def step_seconds(
         "ring_attention": (ranks - 1) * (max(work, sending(block, 1)) + max(2 * work, sending(3 * block, 2))),
         "megatron": sending(8 * 2 * (ranks - 1) * tokens * model.dim, 8),
     }
-    split = model.heads % ranks == 0
     whole = tokens * seconds_per_token(recipe, vocab, 1, rates) + weights
-    return {
-        "none": alone,
-        **{name: alone + segments * model.layers * seconds for name, seconds in scans.items()},
-        **{
-            name: whole + model.layers * seconds if split or name == "ring_attention" else None
-            for name, seconds in waiting.items()
-        },
-    }
+    found: dict[str, float | None] = {"none": alone}
+    found |= {name: alone + segments * model.layers * seconds for name, seconds in scans.items()}
+    found |= {name: whole + model.layers * seconds for name, seconds in waiting.items()}
+    return found if model.heads % ranks == 0 else found | {"ulysses": None, "megatron": None}

@@ -62,11 +62,7 @@ def state_bytes(model: Model, size: int = 4) -> int:
     """Bytes that one window carries over all layers: states in fp32, and the rows of `size`-byte numbers within reach
     of sliding softmax layers. The few rows of convolutions are left out.
     """
-    rows = (
-        0
-        if model.sliding_window is None
-        else len(model.softmax) * (model.sliding_window - 1) * (2 * _key_channels(model) + 1)
-    )
+    rows = len(model.softmax) * ((model.sliding_window or 1) - 1) * (2 * _key_channels(model) + 1)
     return sum(4 * keys * model.V * model.heads for keys in _state_keys(model)) + size * rows
 
 
@@ -167,15 +163,13 @@ def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> st
     """Advice on a rank's memory: its parts by size, largest first, and the recipe's keys that would need less."""
     parts = sorted(memory(recipe, vocab, dp, sp, segment).items(), key=lambda part: -part[1])
     used = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts if size >= 2**26)
-    parallel = recipe.parallel
+    parallel, kind = recipe.parallel, recipe.parallel.data_parallel
+    several, whole = dp * sp > 1, kind in REPLICATED
     helps = {
         f"train.segment below {segment}": segment > sp * SHORTEST_SLICE,
         "parallel.recompute: full": parallel.recompute in ("none", "selective"),
-        f"parallel.data_parallel: zero3 instead of {parallel.data_parallel}": dp * sp > 1
-        and parallel.data_parallel in REPLICATED,
-        "parallel.reduce: segment": dp * sp > 1
-        and parallel.data_parallel not in REPLICATED
-        and parallel.reduce != "segment",
+        f"parallel.data_parallel: zero3 instead of {kind}": several and whole,
+        "parallel.reduce: segment": several and not whole and parallel.reduce != "segment",
         f"train.micro_batch below {recipe.train.micro_batch}": recipe.train.micro_batch > 1,
         f"train.loss_chunk below {recipe.train.loss_chunk}": recipe.train.loss_chunk > 1024,
     }
@@ -222,12 +216,9 @@ def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
         return recipe.train.segment
     window = recipe.data.window
     whole = window // sp
-    fitting = [
-        length
-        for length in (_slices(whole) if recipe.model.sliding_window or not recipe.model.softmax else [whole])
-        if available is None or sum(memory(recipe, vocab, dp, sp, length * sp).values()) <= HEADROOM * available
-    ]
-    if fitting:
+    room = math.inf if available is None else HEADROOM * available
+    lengths = _slices(whole) if recipe.model.sliding_window or not recipe.model.softmax else [whole]
+    if fitting := [n for n in lengths if sum(memory(recipe, vocab, dp, sp, n * sp).values()) <= room]:
         enough = next((length for length in fitting if length <= ENOUGH_SLICE), fitting[-1])
         least = passes(recipe, whole // fitting[0])
         longer = available is not None and passes(recipe, whole // enough) - least >= WORTH * least
@@ -281,13 +272,9 @@ def memory_horizon(model: Model, window: int) -> list[list[int]]:
     after each of DISTANCES.
     """
     table = slopes(model.decay, model.layers, model.heads, window)
-    reach = model.sliding_window or math.inf
-    return [
-        [model.heads * (far < reach) for far in DISTANCES]
-        if index in model.softmax
-        else [sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES]
-        for index, layer in enumerate(table)
-    ]
+    seen = [model.heads * (far < (model.sliding_window or math.inf)) for far in DISTANCES]
+    weighed = [[sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
+    return [seen if index in model.softmax else heads for index, heads in enumerate(weighed)]
 
 
 def effective_context(model: Model, window: int) -> float:
@@ -318,12 +305,5 @@ def layout(recipe: Recipe, dp: int, sp: int, vocab: int = 0, available: int | No
     """Return the layout of a step on a dp × sp mesh, with `available` bytes on each rank (None: enough)."""
     window, train = recipe.data.window, recipe.train
     segment = choose_segment(recipe, vocab, dp, sp, available)
-    return Layout(
-        dp=dp,
-        sp=sp,
-        segments=window // segment,
-        segment=segment,
-        slice=segment // sp,
-        micro_batches=train.batch // (dp * train.micro_batch),
-        tokens_per_step=train.batch * window,
-    )
+    micro_batches = train.batch // (dp * train.micro_batch)
+    return Layout(dp, sp, window // segment, segment, segment // sp, micro_batches, train.batch * window)

@@ -81,9 +81,8 @@ def adopt(run: Path, recipe: Recipe) -> None:
     if file.exists() and any((run / CHECKPOINTS).glob("step-*")):
         changed = differences(recipe_of(run), recipe)
         if changed:
-            raise CheckpointError(
-                f"{run}: belongs to a different recipe: {'; '.join(changed)}; use --fresh for a new run"
-            )
+            found = f"{run}: belongs to a different recipe: {'; '.join(changed)}"
+            raise CheckpointError(f"{found}; use --fresh for a new run")
     files.replace(file, dump_saved(recipe))
 
 
@@ -114,12 +113,8 @@ def digest(recipe: Recipe) -> str:
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value
-        for section, keys in recipe.items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-    }
+    sections = {name: keys for name, keys in recipe.items() if isinstance(keys, dict)}
+    return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
 
 
 def _identity(key: str, value: Any) -> Any:
