@@ -102,16 +102,11 @@ def restore(folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | 
 def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool) -> None:
     """Raise CheckpointError listing all names, shapes and dtypes that differ; `partial` leaves the optimizer out."""
     live = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    stored = {
-        key: TensorSpec.of(entry)
-        for key, entry in table.state_dict_metadata.items()
-        if not (partial and key.startswith("optimizer."))
-    }
-    lines = [
-        f"{key}: checkpoint {stored.get(key, 'has none')}, model {live.get(key, 'has none')}"
-        for key in sorted(stored.keys() | live.keys())
-        if stored.get(key) != live.get(key)
-    ]
+    left_out = ("optimizer.",) if partial else ()
+    entries = table.state_dict_metadata.items()
+    stored = {key: TensorSpec.of(entry) for key, entry in entries if not key.startswith(left_out)}
+    differing = sorted(key for key in stored.keys() | live.keys() if stored.get(key) != live.get(key))
+    lines = [f"{key}: checkpoint {stored.get(key, 'has none')}, model {live.get(key, 'has none')}" for key in differing]
     if lines:
         raise CheckpointError("\n  ".join([f"{len(lines)} tensors differ:", *lines]))
 

@@ -74,9 +74,8 @@ def _agree(digest: str) -> None:
     digests = all_gather_object(digest)
     others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
     if others:
-        raise SetupError(
-            f"recipe: rank {', '.join(others)} has another one than rank 0; give all the same file and --set"
-        )
+        found = f"recipe: rank {', '.join(others)} has another one than rank 0"
+        raise SetupError(f"{found}; give all the same file and --set")
 
 
 def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:

@@ -20,23 +20,17 @@ def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[i
     def pair(world: int, lengths: tuple[int, ...]) -> tuple[int, int] | None:
         for ranks in range(min(world, micro_batches), 0, -1):
             split = world // ranks
-            if (
-                world % ranks == 0
-                and dp in ("auto", ranks)
-                and sp in ("auto", split)
-                and micro_batches % ranks == 0
-                and all(length % split == 0 for length in lengths)
-            ):
+            given = dp in ("auto", ranks) and sp in ("auto", split)
+            divides = world % ranks == micro_batches % ranks == 0 and not any(length % split for length in lengths)
+            if given and divides:
                 return ranks, split
         return None
 
-    found = pair(world, lengths)
-    if found is not None:
+    if found := pair(world, lengths):
         return found
     largest = world + 1024 if world < 4096 else None
     fits = nearest_fits(world, lambda n: pair(n, lengths) is not None, largest).replace(", ", " or ")
-    ragged = pair(world, ())
-    if ragged is not None:
+    if ragged := pair(world, ()):
         other = f"; or {option} {fits}" if fits else ""
         raise RecipeError("\n".join(f"{key}: {text}{other}" for key, text in ragged_slices(recipe, ragged[1])))
     raise SetupError(
@@ -51,9 +45,8 @@ def resolve_vocabulary(model: Model, pieces: int) -> int:
     if model.vocab == "auto":
         return -(-pieces // 64) * 64
     if model.vocab < pieces:
-        raise RecipeError(
-            f"model.vocab: {model.vocab} rows for a tokenizer of {pieces} pieces; expected at least {pieces}"
-        )
+        found = f"model.vocab: {model.vocab} rows for a tokenizer of {pieces} pieces"
+        raise RecipeError(f"{found}; expected at least {pieces}")
     return model.vocab
 
 

@@ -87,11 +87,8 @@ class Model(Section):
         """Yield heads that do not divide the width, LRPE on layers that do not exist, keys of other architectures."""
         if (self.key_dim is None or self.value_dim is None) and self.dim % self.heads:
             nearest = nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
-            yield (
-                "model.heads",
-                f"{self.heads} heads do not divide model.dim = {self.dim}; "
-                f"nearest: {nearest} (or give model.key_dim and model.value_dim)",
-            )
+            fits = f"nearest: {nearest} (or give model.key_dim and model.value_dim)"
+            yield "model.heads", f"{self.heads} heads do not divide model.dim = {self.dim}; {fits}"
         yield from self._layer_problems("model.lrpe", self.lrpe)
         if self.arch == "linear_transformer" and self.decay != "none":
             yield "model.decay", f"found {self.decay!r}; a linear_transformer does not decay, write decay: none"
