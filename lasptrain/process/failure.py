@@ -127,7 +127,7 @@ def failure_of(rank: int, error: BaseException) -> Failure:
             code, message = ResourceError.code, f"{name}: out of memory: {first_line(error)}; {hint}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             code, message = ResourceError.code, f"{name}: {error.filename or 'a file'}: no space left; expected some"
-        case RuntimeError() if kind.startswith("Dist") or _LOST.search(str(error)):
+        case RuntimeError() if kind.startswith("Dist") or _LOST.search(str(error)):  # DistError and its kinds, of torch
             code, message = RankLostError.code, f"{name}: lost the other ranks: {first_line(error)}"
         case _:
             code, message = INTERNAL, f"{name}: {''.join(traceback.format_exception(error))}"
