@@ -18,7 +18,7 @@ from lasptrain.run.folder import CHECKPOINTS
 
 @dataclass(frozen=True)
 class Loaded:
-    """Things loaded besides tensors: the step, the `meta` that `save` was given, and the folder they came from."""
+    """Result of loading, besides tensors: the step, the `meta` that `save` was given, and the folder they came from."""
 
     step: int
     meta: Json

@@ -71,7 +71,7 @@ def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
 
 
 def expired(run: Path, keep: int, keep_every: int = 0, newest: int | None = None) -> list[int]:
-    """The steps up to `newest` (default: all) that neither the newest `keep` nor multiples of `keep_every` are.
+    """Return the steps up to `newest` (default: all) but the newest `keep` of them and multiples of `keep_every`.
 
     A folder without a manifest of ours is not among them.
     """

@@ -37,7 +37,7 @@ def prune(
     keep_every: Annotated[int, typer.Option(min=0, help="Multiples of this stay too; 0: none do.")] = 0,
     really: Annotated[bool, typer.Option("--really", help="Delete; without it only say what.")] = False,
 ) -> None:
-    """Delete steps, all but the newest and the milestones. The newest step that is whole always stays."""
+    """Delete steps, all but the newest and multiples of --keep-every. The newest step that is whole always stays."""
     from lasptrain.checkpoint import steps as checkpoint
 
     with runs.lock(_existing(run)):

@@ -101,7 +101,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A model of `recipe.model`; built on any device, filled by `initialize`.
+    """A model of `recipe.model`; built on any device, filled with `initial_values`.
 
     Args:
         cfg: the recipe's section, `vocab` resolved to a number.

@@ -23,8 +23,8 @@ class Context(NamedTuple):
 
     Attributes:
         doc_ids: documents that have started in the slice [B, T]; document 0 continues from the left. None: all is one.
-        carry: the state that entered the segment; a tuple of None at a window's start.
-        memory: where states at the slice's edges are saved, or found when the layer is recomputed.
+        carry: the segment's initial state; a tuple of None at a window's start.
+        memory: keeps the states at the slice's edges, and provides them if the layer is being recomputed.
         output_final_state: whether the next segment's initial state is wanted.
     """
 

@@ -217,7 +217,7 @@ def _reading_over(near: Tensor, far: Tensor) -> Tensor:
 
     Args:
         near: what token i reads from token j, [B, H, n, C, C].
-        far: what token i reads from the state that enters the chunk, [B, H, n, C].
+        far: what token i reads from the chunk's initial state, [B, H, n, C].
     """
     earlier = F.pad(near[..., :-1], (1, 0)).cumsum(-1).tril().sum(-2)
     return far.flip(-1).cumsum(-1).flip(-1).add_(earlier)

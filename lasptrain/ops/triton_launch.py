@@ -281,7 +281,7 @@ def _scan(
     into: Tensor | None,
     total: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Scan the blocks from `edge` [B, H, K, V], the state that enters the slice; None is zero.
+    """Scan the blocks from `edge` [B, H, K, V], the slice's initial state; None is zero.
 
     Each block's initial state and the final state are written to `into`, the latter and the slice's decay to `total`.
     """

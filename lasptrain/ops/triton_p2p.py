@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasptrain.ops.triton_launch import PLAIN, run
 
-PART = 8192  # bytes, so that parts of successive messages in a box coincide whatever their dtypes
+PART = 8192  # bytes, so that parts of successive messages in a buffer coincide whatever their dtypes
 
 
 def parts(size: int) -> int:
@@ -23,12 +23,12 @@ def parts(size: int) -> int:
 
 
 def send(x: Tensor, buffer: Tensor, full: Tensor, busy: Tensor) -> None:
-    """Queue a copy of x [...], contiguous, to the receiver's box [≥ n] once that is empty; flags [≥ parts] int32."""
+    """Queue a copy of x [...], contiguous, to the receiver's buffer [≥ n] once it is empty; flags [≥ parts] int32."""
     _move(x, x, buffer, busy, full, 0)
 
 
 def receive(x: Tensor, buffer: Tensor, full: Tensor, busy: Tensor) -> None:
-    """Queue a copy of the message in the box to x [...], contiguous, once it has arrived."""
+    """Queue a copy of the message in the buffer to x [...], contiguous, once it has arrived."""
     _move(x, buffer, x, full, busy, 1)
 
 

@@ -1,7 +1,7 @@
 """The rows before a slice, over ranks and segments: the scan of a recurrence whose state is the last n tokens.
 
 A short convolution, or attention over a sliding window, needs the last n rows before its slice. A slice of T < n tokens
-moves the rows that enter it up by T and puts its own below; a longer one passes on its own last n, whatever enters.
+moves the rows before it up by T and puts its own below; a longer one passes on its own last n, whatever lies before.
 That is a map of states, so ring, all-gather and all-scan carry rows as they carry states, from segment to segment too,
 and gradients of rows as gradients of states.
 """

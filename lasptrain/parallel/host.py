@@ -1,4 +1,4 @@
-"""Tensors kept elsewhere: in host memory until needed, or nowhere because nothing reads them."""
+"""Tensors kept off the device: in host memory until needed, or nowhere because nothing reads them."""
 
 from __future__ import annotations
 

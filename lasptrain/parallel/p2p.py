@@ -1,6 +1,6 @@
 """Point-to-point messages in a group of ranks: through the process group, or straight into the other GPU's memory.
 
-All messages from one rank to another arrive in the order in which they were sent, and are to be expected in it.
+All messages from one rank to another arrive in the order in which they were sent, and are received in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Messages(Protocol):
         ...
 
     def recv(self, like: Tensor, source: int) -> Callable[[], Tensor]:
-        """Receive the next message not yet expected; the wait returns it, ready for use on the current stream."""
+        """Receive the next message; the wait returns it, ready for use on the current stream."""
         ...
 
 

@@ -23,7 +23,7 @@ BUFFERS = 2 * SLOTS  # from either side
 
 
 class PeerMemory(Protocol):
-    """Memory that all ranks of a group can write: CELLS boxes of each rank, and two flags for every part of a box."""
+    """Memory that all ranks of a group can write: BUFFERS buffers of each rank, two flags for every part of one."""
 
     def buffer(self, rank: int, slot: int, dtype: torch.dtype) -> Tensor: ...
 
@@ -33,9 +33,9 @@ class PeerMemory(Protocol):
 
 
 class SymmetricP2P:
-    """Messages in cells: `side · SLOTS + n % SLOTS` for message n of those forward (side 0) or back in the circle.
+    """Messages in slots: `side · SLOTS + n % SLOTS` for message n of those forward (side 0) or back in the circle.
 
-    A cell's box and `full` are the receiver's, `busy` is the sender's. Flags are yes or no: counts would be wrong in
+    A slot's buffer and `full` are the receiver's, `busy` is the sender's. Flags are yes or no: counts would be wrong in
     the next replay of a CUDA graph.
     """
 
@@ -78,7 +78,7 @@ class SharedMemory:
     """Memory of the GPUs of one machine, which PyTorch maps into all of their processes."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, size: int):
-        """Collective over the group. size: bytes of a box, whose number of parts is a multiple of 4."""
+        """Collective over the group. size: bytes of a buffer, whose number of parts is a multiple of 4."""
         self._size, self._parts = size, triton_p2p.parts(size)
         self._memory = symmetric.empty(BUFFERS * (size + 8 * self._parts), dtype=torch.uint8, device=device)
         self._memory.zero_()

@@ -27,7 +27,7 @@ class Guard:
         self.reason = ""
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """Return the verdict on a step of this loss and gradient norm; `reason` says why if it is not `take`."""
+        """Return the verdict on a step of this loss and gradient norm; `reason` says why if it is not `accept`."""
         self.verdict, self.reason = self._judge(loss, norm)
         if self.verdict in ("skip", "rollback"):
             self._left_out += 1

@@ -31,7 +31,7 @@ class Slowest(NamedTuple):
 
 
 class StragglerDetector:
-    """Comparison of a run's ranks now and then. Collective over all ranks, which get the same result."""
+    """Comparison of a run's ranks every PERIOD. Collective over all ranks, which get the same result."""
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._now = device, now
