@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.prepared import sources
-from lasptrain.checkpoint import saver as checkpoint
 from lasptrain.checkpoint.load import load
+from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import remove_partial
 from lasptrain.console.tables import show
 from lasptrain.cost import plan
@@ -64,7 +64,7 @@ def train(recipe: Recipe, run: Path) -> None:
         start = loaded.step
         there = known if isinstance(known := loaded.meta.get("steps"), int) else there
         job.guard.restore(loaded.meta.get("guard", {}))
-    saver = checkpoint.Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
+    saver = Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
     steps = recipe.train.steps
     if is_main:
         show(*beginning(job, start, there))
@@ -103,7 +103,7 @@ def explain_oom(job: Job) -> Iterator[None]:
         raise ResourceError(f"out of memory after {peak:.1f} GiB: {first} {advice}") from error
 
 
-def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics: Metrics) -> Validation | None:
+def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -> Validation | None:
     """Run every step from `start` on; return the last validation, if any. Ends with the newest step saved."""
     recipe, done, validation = job.recipe, start, None
     steps = recipe.train.steps
@@ -149,13 +149,13 @@ def run_steps(job: Job, run: Path, start: int, saver: checkpoint.Saver, metrics:
     return validation
 
 
-def save(job: Job, saver: checkpoint.Saver, step: int) -> None:
+def save(job: Job, saver: Saver, step: int) -> None:
     """Begin to save the state after `step` updates. Raises ReplicasError where ranks do not agree on it."""
     replicas.compare(job.model, job.mesh, job.recipe.parallel.data_parallel, step)
     saver.save(step, checkpoint_meta(job))
 
 
-def finish(saver: checkpoint.Saver, metrics: Metrics) -> None:
+def finish(saver: Saver, metrics: Metrics) -> None:
     """Let the last save end."""
     watchdog.heartbeat(watchdog.STARTUP_GRACE)
     saver.wait(last=True)
@@ -171,9 +171,7 @@ def on_segment(silence: float) -> None:
         raise signals.interruption(number, "the newest step is saved, the same command continues")
 
 
-def handle_bad_step(
-    job: Job, run: Path, step: int, values: dict[str, Value], saver: checkpoint.Saver, metrics: Metrics
-) -> None:
+def handle_bad_step(job: Job, run: Path, step: int, values: dict[str, Value], saver: Saver, metrics: Metrics) -> None:
     """Record the guard's verdict on a step, and go back to older weights if it is `rollback`."""
     guard = job.guard
     numbers = {key: values[key] for key in ("loss", "grad_norm")}

@@ -30,7 +30,7 @@ from lasptrain.eval.load import load_model
 from lasptrain.eval.runner import EvalConfig
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.recipe import loading as recipes
+from lasptrain.recipe import loading
 from lasptrain.recipe.sections import Model
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def make_run(folder: Path, model: dict[str, Any]) -> Path:
     run = folder / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(recipe_text(model), encoding="utf-8")
-    recipe = recipes.load(run / "recipe.yaml")
+    recipe = loading.load(run / "recipe.yaml")
     tensors = values(json.dumps(recipe.model.model_dump(mode="json")))
     with torch.device("meta"):
         empty = LanguageModel(recipe.model, 512, ShardedRecurrence("reference"))
@@ -149,13 +149,13 @@ def equal(one: Path, other: Path) -> bool:
 def test_what_comes_back_is_what_left(tmp_path: Path, name: str, exports: Exports) -> None:
     run, out = exports(name)
     target = json.loads((out / RECORD).read_text())["target"]
-    assert target == targets.resolve(MODELS[name][0], recipes.load(run / "recipe.yaml").model)
+    assert target == targets.resolve(MODELS[name][0], loading.load(run / "recipe.yaml").model)
     assert (
         Folder(out).shapes.keys() == json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys()
     )
     back = restore(out, tmp_path / "back")
     assert equal(run, back)
-    assert recipes.load(back / "recipe.yaml").model == recipes.load(run / "recipe.yaml").model
+    assert loading.load(back / "recipe.yaml").model == loading.load(run / "recipe.yaml").model
 
 
 def test_an_export_is_evaluated_as_its_run(tmp_path: Path, exports: Exports) -> None:
@@ -696,7 +696,7 @@ def test_a_folder_of_others_begins_a_run_without_a_recipe(tmp_path: Path, monkey
     shutil.copy(ROOT / "tokenizers/python-4k.model", tmp_path / "my model/tokenizer.model")
     monkeypatch.setattr("lasptrain.convert.restore._fingerprint", lambda recipe: "0" * 64)  # preparing data takes long
     run = restore(tmp_path / "my model", tmp_path / "back")
-    recipe, step = recipes.load(run / "recipe.yaml"), single.CheckpointReader(run)
+    recipe, step = loading.load(run / "recipe.yaml"), single.CheckpointReader(run)
     assert recipe.name == "my-model" and recipe.data.tokenizer == str(tmp_path / "my model/tokenizer.model")
     assert (recipe.model.arch, recipe.model.softmax, recipe.model.decay) == ("ssd", (1,), "learned")
     assert step.step == 0 and step.meta["model"] == recipe.model.model_dump(mode="json")

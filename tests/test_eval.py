@@ -28,9 +28,8 @@ from lasptrain.eval.tasks.sample import Sample, SampleRequest
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe import sections as recipes
 from lasptrain.recipe.loading import find_file
-from lasptrain.recipe.sections import Model
+from lasptrain.recipe.sections import Model, Task
 from lasptrain.run.metrics import read_metrics
 from tests import program
 
@@ -477,7 +476,7 @@ def test_predictions_are_what_rulers_evaluator_reads(tmp_path: Path) -> None:
 
 
 def test_a_recipe_can_name_every_task() -> None:
-    assert get_args(recipes.Task) == tuple(TASKS)
+    assert get_args(Task) == tuple(TASKS)
 
 
 def test_lengths() -> None:

@@ -36,7 +36,7 @@ from lasptrain.data.loader import SliceLoader
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
 from lasptrain.parallel.replicas import outvoted
 from lasptrain.process import signals as stop
-from lasptrain.recipe import loading as recipes
+from lasptrain.recipe import loading
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Checkpoint
 from lasptrain.recipe.sections import Guard as Policy
@@ -108,7 +108,7 @@ STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
 def stopped_everywhere(rank: int, world: int, file: Path, folder: Path, kind: str) -> list[tuple[str, str, int]]:
     """Train; one rank alone gets a signal at each place in turn. What was raised, and the newest step on disk."""
     stop.listen()
-    recipe = recipes.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320", "train.batch=2"])
+    recipe = loading.load(file, [f"parallel.data_parallel={kind}", "mesh.sp=2", "model.vocab=320", "train.batch=2"])
     ended = []
     for place, owner, name, number, _ in STOPS:
         stop._noted = 0
@@ -171,7 +171,7 @@ def test_a_signal_while_the_first_step_is_compiled(
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     stop.listen()
-    compiled = recipes.load(recipe, ["model.vocab=320", "model.layers=1", "train.compile=true"])
+    compiled = loading.load(recipe, ["model.vocab=320", "model.layers=1", "train.compile=true"])
     with (
         at_call(convert_frame, "_compile", 1, partial(os.kill, os.getpid(), signal.SIGTERM)),
         pytest.raises(Stopped, match="the newest step is saved") as interruption,
@@ -247,7 +247,7 @@ def trained(
     run.mkdir(exist_ok=True)
     whole = ("model.vocab=320", "train.micro_batch=4", "train.segment=64", "eval.every=0")
     with poisoned(bad, loss, norm) as read:
-        train.train(recipes.load(file, [*whole, *overrides]), run)
+        train.train(loading.load(file, [*whole, *overrides]), run)
     if read:
         (run / "read").write_text(json.dumps(read))
     return [record["loss"] for record in read_metrics(run)]
@@ -265,7 +265,7 @@ def test_a_step_that_is_no_number_stops_is_left_out_or_rolled_back(group: None, 
     assert skip[4] is None and None not in skip[:4] + skip[5:]
     (record,) = read_metrics(tmp_path / "skip", "skip")
     assert record["step"] == 5
-    (tmp_path / "skip" / "recipe.yaml").write_text(dump(recipes.load(recipe)))
+    (tmp_path / "skip" / "recipe.yaml").write_text(dump(loading.load(recipe)))
     shown = [windows.show_windows(tmp_path / "skip", at=place)[0] for place in record["windows"]]
     texts = ["".join(text for _, _, text in one.documents) for one in shown]
     assert texts == json.loads((tmp_path / "skip" / "read").read_text()) and len(texts) == 4
@@ -333,7 +333,7 @@ def slowed(rank: int, world: int, file: Path, folder: Path) -> None:
     patch.setattr(train, "StragglerDetector", partial(stragglers.StragglerDetector, now=clock))
     patch.setattr(stragglers, "PERIOD", 0)
     small = ["model.vocab=320", "train.micro_batch=2", "train.segment=64", "train.steps=3", "eval.every=0"]
-    recipe = recipes.load(file, small)
+    recipe = loading.load(file, small)
     for name, (owner, function, seconds, *_) in LATE.items():
         fast = getattr(owner, function)
 
@@ -415,7 +415,7 @@ def test_a_save_holds_the_state_of_its_step_while_training_goes_on(group: None, 
 
 
 def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) -> None:
-    one = recipes.load(recipe, ["model.vocab=320", "train.micro_batch=4", "train.segment=64"])
+    one = loading.load(recipe, ["model.vocab=320", "train.micro_batch=4", "train.segment=64"])
     facts, rows = saving._rank(one, tmp_path / "bench", 2)
     assert checkpoint.committed(tmp_path / "bench")[1] == saving.WARM + saving.QUIET
     assert all(0 < stall < written for stall, written, _ in rows) and len(rows) == 2

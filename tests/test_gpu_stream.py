@@ -10,7 +10,7 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill, recompute
 from lasptrain.recipe.sections import Model
-from lasptrain.training import segments as stream
+from lasptrain.training.segments import backward
 from tests.test_layouts import BOS, pieces
 
 pytestmark = [
@@ -29,7 +29,7 @@ def gradient(
     model = LanguageModel(cfg, count, ShardedRecurrence(kernel), dtype=dtype).to(device)
     fill(model, initial_values(model, 0, device))
     recompute(model.blocks, mode)
-    stream.backward(model, LAYERS, pieces(tokens, 1, 0, segments), 1 / count)
+    backward(model, LAYERS, pieces(tokens, 1, 0, segments), 1 / count)
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 

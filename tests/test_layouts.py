@@ -26,7 +26,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize
 from lasptrain.recipe.sections import Model, Parallel
-from lasptrain.training import segments as stream
+from lasptrain.training.segments import backward
 from tests.clock import Clock
 from tests.gloo import spawn
 
@@ -118,7 +118,7 @@ def single(arch: Arch, dtype: torch.dtype) -> Reference:
     """Mean loss and its gradients of one process, one segment, from the token-by-token reference."""
     model = LanguageModel(config(arch), WINDOW, ShardedRecurrence("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
-    loss = stream.backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
+    loss = backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
     return loss / (BATCH * WINDOW), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -451,7 +451,7 @@ def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arc
         length = piece.tokens.shape[1]
         position = (m * world + rank) * length + torch.arange(length)
         masked.append(piece._replace(labels=torch.where(position >= edge, piece.labels, -100)))
-    stream.backward(model, 3, masked, 1.0)
+    backward(model, 3, masked, 1.0)
     hook.remove()
     carry, losses = None, []
     with torch.no_grad():

@@ -13,7 +13,7 @@ from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.training import segments as stream
+from lasptrain.training.segments import _forward_states, backward
 from tests.test_layouts import CPU, config
 
 
@@ -38,12 +38,12 @@ def test_a_step_leaves_no_states_behind(monkeypatch: pytest.MonkeyPatch) -> None
             made.append(weakref.ref(self))
 
     trained = model()
-    stream.backward(trained, 3, pieces(2), 1.0)  # what is imported on first use may hold on to frames
-    monkeypatch.setattr(stream, "SavedStates", Watched)
+    backward(trained, 3, pieces(2), 1.0)  # what is imported on first use may hold on to frames
+    monkeypatch.setattr("lasptrain.training.segments.SavedStates", Watched)
     gc.collect()
     gc.disable()
     try:
-        stream.backward(trained, 3, pieces(6), 1.0)
+        backward(trained, 3, pieces(6), 1.0)
         assert len(made) == 18 and not any(memory() for memory in made)
     finally:
         gc.enable()
@@ -66,8 +66,8 @@ def saved_bytes(segments: int) -> tuple[int, int]:
 
     trained = model()
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        stream.backward(trained, 3, pieces(segments), 1.0)
-    kept, _ = stream._forward_states(trained, 3, pieces(segments)[:-1])
+        backward(trained, 3, pieces(segments), 1.0)
+    kept, _ = _forward_states(trained, 3, pieces(segments)[:-1])
     states = [m.initial_state for memories in kept for m in memories if m.initial_state is not None]
     assert not any(m.final_state is not None for memories in kept for m in memories)
     return most, sum(s.numel() * s.element_size() for s in states)

@@ -33,7 +33,6 @@ from lasptrain.data.loader import Slice
 from lasptrain.errors import NumericalError, RecipeError
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
-from lasptrain.recipe import loading as recipes
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Parallel
@@ -161,12 +160,12 @@ MOVES = (
 
 def move(rank: int, world: int, file: Path, run: Path) -> None:
     """Train on one mesh, then to each update of MOVES on another one, in one life of the ranks."""
-    train.train(recipes.load(file, ["mesh.dp=2", "mesh.sp=2", "train.segment=120"]), run.with_name("mesh"))
+    train.train(load(file, ["mesh.dp=2", "mesh.sp=2", "train.segment=120"]), run.with_name("mesh"))
     for steps, kind, dp, sp, segment in MOVES:
         overrides = [f"parallel.data_parallel={kind}", f"mesh.dp={dp}", f"mesh.sp={sp}", f"train.segment={segment}"]
         overrides += [f"train.steps={steps}", "checkpoint.every=1", "optim.clip=0.05"]
         overrides += ["mesh.scan=all_scan", "parallel.reduce=segment"] if kind == "hsdp" else []
-        train.train(recipes.load(file, overrides), run)
+        train.train(load(file, overrides), run)
 
 
 @pytest.mark.slow
@@ -175,7 +174,7 @@ def test_a_mesh_is_one_device_and_every_kind_of_data_parallelism_continues_every
 ) -> None:
     for run in ("mesh", "kinds", "clipped"):
         (folder / run).mkdir()
-    train.train(recipes.load(folder / "tiny.yaml", ["optim.clip=0.05"]), folder / "clipped")
+    train.train(load(folder / "tiny.yaml", ["optim.clip=0.05"]), folder / "clipped")
     spawn(4, move, folder / "tiny.yaml", folder / "kinds")
     assert losses(folder / "mesh") == pytest.approx(undisturbed, rel=2e-5)
     for key in ("loss", "grad_norm"):
@@ -214,7 +213,7 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
 
 @pytest.mark.fault("a loss that is no number, or a spike")
 def test_a_loss_that_is_no_number_stops_before_the_update(folder: Path) -> None:
-    recipe = recipes.load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
+    recipe = load(folder / "tiny.yaml", ["parallel.data_parallel=ddp"])
     assert spawn(2, poisoned, recipe) == [True, True]
 
 
@@ -242,7 +241,7 @@ def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
 
 def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: None, tmp_path: Path) -> None:
     """In segments as of whole windows; the same in JSON lines and in TensorBoard."""
-    job = build(recipes.load(folder / "tiny.yaml", ["train.segment=60"]))
+    job = build(load(folder / "tiny.yaml", ["train.segment=60"]))
     found = train.evaluate(job)
     job.loader.close()
     by_position, sizes = defaultdict[int, list[float]](list), 0
@@ -274,10 +273,10 @@ def test_epochs_and_jumps_of_the_learning_rate_are_told(
 ) -> None:
     (folder / "again").mkdir()
     changes = ["optim.schedule=cosine", "data.validation=900000", "eval.every=0", "train.steps=3"]
-    train.train(recipes.load(folder / "tiny.yaml", changes), folder / "again")
+    train.train(load(folder / "tiny.yaml", changes), folder / "again")
     first = capsys.readouterr().out
     changes[-1] = "train.steps=6"
-    recipe = recipes.load(folder / "tiny.yaml", changes)
+    recipe = load(folder / "tiny.yaml", changes)
     train.train(recipe, folder / "again")
     second = capsys.readouterr().out
     source = folder / "text"
@@ -299,7 +298,7 @@ def test_epochs_and_jumps_of_the_learning_rate_are_told(
 def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
     (folder / "profiled").mkdir()
     chosen = ["train.steps=2", "train.profile=[2]", "eval.every=0"]
-    train.train(recipes.load(folder / "tiny.yaml", chosen), folder / "profiled")
+    train.train(load(folder / "tiny.yaml", chosen), folder / "profiled")
     (trace,) = (folder / "profiled" / "profile").iterdir()
     assert trace.name == "step-2.json.gz"
     with gzip.open(trace, "rt") as file:

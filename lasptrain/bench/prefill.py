@@ -27,7 +27,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe import resolve as recipes
+from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training import job
 
@@ -51,7 +51,7 @@ def measure(recipe: Recipe, ranks: int, tokens: Sequence[int], segment: int) -> 
 
 
 def _rank(recipe: Recipe, tokens: Sequence[int], segment: int) -> tuple[dict[str, Any], list[Read]]:
-    recipe = recipes.with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    recipe = with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
     mesh = meshes.build(1, meshes.world_size())
     fused = recipe.train.compile and meshes.device().type == "cuda"
     facts = {"device": device_name(), "ranks": meshes.world_size(), "segment": segment, "fused": fused}

@@ -86,17 +86,17 @@ def bench_sp(
     limit: Annotated[float, typer.Option(min=1, help="Seconds for one method's steps of one length.")] = 240,
 ) -> None:
     """Time windows shared between ranks beside windows that are not, with as many tokens per rank."""
-    from lasptrain.bench import methods as known
-    from lasptrain.bench import plot as drawing
     from lasptrain.bench import sp
+    from lasptrain.bench.methods import METHODS
+    from lasptrain.bench.plot import draw
 
     if not tokens and not steps:
         raise RecipeError("--tokens, --steps: found neither; expected tokens per rank, such as --steps 32768")
-    one, ranks, names = load(recipe, overrides), nproc or _gpus(), methods or known.METHODS
+    one, ranks, names = load(recipe, overrides), nproc or _gpus(), methods or METHODS
     hardware = None if measured is None else rates.read(measured)
     found = _tell(sp.measure(one, ranks, names, tokens or [], steps or [], hardware, limit), file)
     if plot is not None:
-        drawing.draw(found, plot)
+        draw(found, plot)
 
 
 @app.command("prefill")

@@ -9,7 +9,7 @@ import typer
 
 from lasptrain.console.tables import show
 from lasptrain.errors import CheckpointError
-from lasptrain.recipe import loading as recipes
+from lasptrain.recipe.loading import load
 from lasptrain.run import folder as runs
 
 app = typer.Typer(help="Checkpoints of a run.", rich_markup_mode=None, no_args_is_help=True)
@@ -64,7 +64,7 @@ def bench_saving(
     from lasptrain.bench import saving
 
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
-        loaded = recipes.load(recipe, overrides or [])
+        loaded = load(recipe, overrides or [])
         found = saving.measure(loaded, Path(run), nproc or torch.cuda.device_count() or 1, saves)
     show(*found.tables)
 

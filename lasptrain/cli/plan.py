@@ -9,9 +9,8 @@ from rich.table import Table
 
 from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
 from lasptrain.console.tables import show
-from lasptrain.cost import gpus as cards
 from lasptrain.cost import links, plan, rates
-from lasptrain.cost.gpus import Rates
+from lasptrain.cost.gpus import PLANNED, Rates
 from lasptrain.cost.links import ASSUMED, Links
 from lasptrain.errors import SetupError
 from lasptrain.recipe.loading import load
@@ -34,9 +33,9 @@ def plan_command(
     """Predict what a recipe costs on GPUs: memory by part, time, communication; and how far its model remembers."""
     loaded = load(recipe, overrides)
     measured = _measured(measure, nproc, file)
-    known = Hardware(measured.device, measured.rates, measured.links) if measured else Hardware(gpu, cards.PLANNED[gpu])
-    predicted = list(_plan(loaded, gpus, known, memory))
-    show(_rates(known, measured, links=measured is not None or gpus > 1), *predicted)
+    hardware = Hardware(measured.device, measured.rates, measured.links) if measured else Hardware(gpu, PLANNED[gpu])
+    predicted = list(_plan(loaded, gpus, hardware, memory))
+    show(_rates(hardware, measured, links=measured is not None or gpus > 1), *predicted)
 
 
 def _lasting(seconds: float) -> str:
@@ -71,28 +70,28 @@ def _measured(measure: bool, nproc: int | None, file: Path | None) -> rates.Meas
     return found
 
 
-def _rates(known: Hardware, measured: rates.MeasuredHardware | None, *, links: bool) -> Table:
+def _rates(hardware: Hardware, measured: rates.MeasuredHardware | None, *, links: bool) -> Table:
     table = Table(title="predicted from", show_header=False)
-    for row in rates.provenance(known.rates, known.links, measured)[: None if links else len(known.rates)]:
+    for row in rates.provenance(hardware.rates, hardware.links, measured)[: None if links else len(hardware.rates)]:
         table.add_row(*row)
     return table
 
 
-def _plan(recipe: Recipe, gpus: int, known: Hardware, given: str | None) -> Iterator[Table]:
+def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> Iterator[Table]:
     from data_tools.tokenizer import load_tokenizer
 
-    available = known.rates.memory if given is None else to_bytes(given)
+    available = hardware.rates.memory if given is None else to_bytes(given)
     dp, sp = resolve_mesh(recipe, gpus, "--gpus")
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
-    scan = links.with_scan(recipe, sp, cut.segment, known.links).mesh.scan
+    scan = links.with_scan(recipe, sp, cut.segment, hardware.links).mesh.scan
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
-    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, known.rates)
+    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, hardware.rates)
     tokens = cut.tokens_per_step
     step = seconds * tokens / gpus
     sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
-    table = Table(title=f"{recipe.name}: predicted for {gpus} × {known.name}", show_header=False)
+    table = Table(title=f"{recipe.name}: predicted for {gpus} × {hardware.name}", show_header=False)
     for name, size in parts.items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     table.add_section()
@@ -107,14 +106,14 @@ def _plan(recipe: Recipe, gpus: int, known: Hardware, given: str | None) -> Iter
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
     yield table
     if gpus > 1:
-        yield _sharing(recipe, vocab, cut.slice, gpus, known)
+        yield _sharing(recipe, vocab, cut.slice, gpus, hardware)
     yield _memory_horizon(recipe)
 
 
-def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, known: Hardware) -> Table:
+def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, hardware: Hardware) -> Table:
     """Table of predicted speed by method and number of GPUs that share a window."""
     counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
-    found = {n: links.step_seconds(recipe, vocab, n, tokens, known.rates, known.links) for n in counts}
+    found = {n: links.step_seconds(recipe, vocab, n, tokens, hardware.rates, hardware.links) for n in counts}
     table = Table(title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens")
     for column in ("GPUs", *found[gpus]):
         table.add_column(column, justify="right")

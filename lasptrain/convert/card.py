@@ -8,8 +8,8 @@ from pathlib import Path
 from lasptrain import __version__
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert.targets import RUNS_IN
-from lasptrain.recipe import yaml12 as recipes
 from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.yaml12 import dump
 
 ADVICE = {
     "granitemoehybrid": "Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "
@@ -56,7 +56,7 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: str, parity:
             "well: the next document would begin there.",
             "",
             "```yaml",
-            recipes.dump(recipe).rstrip(),
+            dump(recipe).rstrip(),
             "```",
             "",
         ]

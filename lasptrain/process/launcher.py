@@ -36,7 +36,7 @@ from lasptrain.process.environment import joined_ranks
 from lasptrain.process.failure import Failure, first_line, record, report, root_cause, stopped_by, write_final_status
 from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
 from lasptrain.process.ranks import run_worker
-from lasptrain.recipe import resolve as recipes
+from lasptrain.recipe.resolve import resolve_mesh
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
@@ -70,7 +70,7 @@ def launch(
     joined = joined_ranks()
     if joined is not None:
         signals.listen()
-        recipes.resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
+        resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
         run_worker(recipe, target, place=place)
     with _no_signal_lost():

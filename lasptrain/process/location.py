@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data_tools.dataset import left_out, open_dataset
 from lasptrain.console.progress import preparing
-from lasptrain.recipe import resolve as recipes
+from lasptrain.recipe.resolve import resolve_mesh, with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 
@@ -25,9 +25,9 @@ DEFAULT = RunLocation()
 
 def resolve(recipe: Recipe, world: int) -> Recipe:
     """Prepare the data and return the recipe with mesh and vocabulary (the data's) as numbers."""
-    dp, sp = recipes.resolve_mesh(recipe, world)
+    dp, sp = resolve_mesh(recipe, world)
     with preparing() as progress:
-        recipe = recipes.with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
+        recipe = with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
     for line in left_out(recipe.data):
         sys.stderr.write(f"{line}\n")
     return recipe.replace(mesh={"dp": dp, "sp": sp})

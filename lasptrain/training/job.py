@@ -24,7 +24,7 @@ from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import parallelize, shard_optimizer
-from lasptrain.recipe import resolve as recipes
+from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary, with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.guard import Guard
 from lasptrain.training.optimizer import build_optimizer
@@ -54,11 +54,11 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | 
     `attention` makes another recurrence than the recipe's, from a kernel's name and the mesh, for comparisons.
     """
     device = meshes.device()
-    dp, sp = recipes.resolve_mesh(recipe, meshes.world_size())
+    dp, sp = resolve_mesh(recipe, meshes.world_size())
     mesh = meshes.build(dp, sp)
     dataset = open_dataset(recipe.data)
-    recipe = recipes.with_vocabulary(recipe, dataset.vocab_size)
-    vocab = recipes.resolve_vocabulary(recipe.model, dataset.vocab_size)
+    recipe = with_vocabulary(recipe, dataset.vocab_size)
+    vocab = resolve_vocabulary(recipe.model, dataset.vocab_size)
     available = all_reduce_min(meshes.free_memory(device)) if device.type == "cuda" else None
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
