@@ -83,8 +83,8 @@ def beginning(job: Job, start: int, there: int) -> Iterator[str]:
     """Yield lines about a run that continues from step `start`, where `there` was `train.steps` until now."""
     recipe = job.recipe
     yield from (f"training reads {line}" for line in epochs(recipe, job.dataset))
-    if start < recipe.train.steps and (told := jump(recipe.optim, there, recipe.train.steps, start)):
-        yield told
+    if start < recipe.train.steps and (message := jump(recipe.optim, there, recipe.train.steps, start)):
+        yield message
     if job.device.type == "cuda":
         promised = "unknown, so there is none" if job.peak is None else f"{job.peak / 1e12:,g} TFLOP/s"
         yield f"MFU is of the data sheet's dense bf16 rate of {meshes.device_name()}: {promised}"
@@ -279,12 +279,6 @@ def evaluate(job: Job) -> Validation:
             job.on_segment()
             yield tuple(piece.to(job.device) for piece in loader.validation_slices(index, windows))
 
-    found = validate(
-        job.wrapped,
-        slices(),
-        job.mesh,
-        loader.window,
-        job.dataset.token_bytes.to(job.device),
-    )
+    found = validate(job.wrapped, slices(), job.mesh, loader.window, job.dataset.token_bytes.to(job.device))
     reshard(job.model)
     return found

@@ -18,7 +18,7 @@ from rich.console import Console
 from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, scale, sp
 from lasptrain.bench.kernels import Row, floors, result
 from lasptrain.bench.methods import NONE
-from lasptrain.bench.steps import turns
+from lasptrain.bench.steps import repeats_for
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
@@ -94,7 +94,7 @@ def test_whole_steps_are_compared_turn_by_turn(group: None, monkeypatch: pytest.
 
     monkeypatch.setattr(sp, "_trainer", lambda *_: (beside, SimpleNamespace(close=taken.clear), None))
     updates = [1.5 * (step + 1) for step in range(100)]
-    warmup, count = turns(64)
+    warmup, count = repeats_for(64)
     updates[warmup + count] *= 9
     assert sp._ratio(recipe, updates.__getitem__, 64, 0) == 1.5 and taken == []
 

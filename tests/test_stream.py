@@ -68,8 +68,8 @@ def saved_bytes(segments: int) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         backward(trained, 3, pieces(segments), 1.0)
     kept, _ = _forward_states(trained, 3, pieces(segments)[:-1])
-    states = [m.initial_state for memories in kept for m in memories if m.initial_state is not None]
-    assert not any(m.final_state is not None for memories in kept for m in memories)
+    states = [m.initial_state for saved in kept for m in saved if m.initial_state is not None]
+    assert not any(m.final_state is not None for saved in kept for m in saved)
     return most, sum(s.numel() * s.element_size() for s in states)
 
 

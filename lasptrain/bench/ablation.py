@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from lasptrain import ops
 from lasptrain.bench.result import Column, Result, table
 from lasptrain.bench.rivals import begun
-from lasptrain.bench.steps import shared, trained, turns
+from lasptrain.bench.steps import repeats_for, shared, trained
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import Mesh, device_name
 from lasptrain.parallel.recurrence import ShardedRecurrence
@@ -36,8 +36,8 @@ class Recomputing(ShardedRecurrence):
 
     def finish(self, pending: Any, q: Tensor) -> tuple[Tensor, Tensor | None]:
         def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None) -> Tensor:
-            begun = ShardedRecurrence.begin(self, k, v, log_decay, None, angle=angle)
-            return ShardedRecurrence.finish(self, begun, q)[0]
+            started = ShardedRecurrence.begin(self, k, v, log_decay, None, angle=angle)
+            return ShardedRecurrence.finish(self, started, q)[0]
 
         o: Tensor = checkpoint(run, q, *pending, use_reentrant=False, preserve_rng_state=False)
         return o, None
@@ -66,7 +66,7 @@ def _row(recipe: Recipe, ranks: int, tokens: int, kernel: str, kept: bool) -> Ro
     def attention(kernel: str, of: Mesh) -> ShardedRecurrence:
         return made(kernel, SCANS["ring"](of.sp_group, mesh.device()))
 
-    _, seconds, memory = trained(one, turns(tokens), attention)
+    _, seconds, memory = trained(one, repeats_for(tokens), attention)
     return Row(kernel, kept, tokens / seconds, memory)
 
 

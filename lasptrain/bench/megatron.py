@@ -103,7 +103,7 @@ class _TransNormer(_Whole, TransNormer):
         return y
 
 
-class _Undecayed(_Whole, LinearTransformer):
+class _LinearTransformer(_Whole, LinearTransformer):
     """Mixer of a linear transformer, which splits by heads alone."""
 
 
@@ -145,12 +145,12 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
     return whole
 
 
-def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -> _TransNormer | _Undecayed:
+def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -> _TransNormer | _LinearTransformer:
     sizes = (model.dim, model.heads // ranks, model.K, model.V)
     if model.arch == "tnl":
         lrpe, decayed = index in model.lrpe, model.decay != "none"
         return _TransNormer(*sizes, lrpe=lrpe, decayed=decayed, attention=attention)
-    return _Undecayed(*sizes, normalizer=model.normalizer, attention=attention)
+    return _LinearTransformer(*sizes, normalizer=model.normalizer, attention=attention)
 
 
 def shares(recipe: Recipe, traffic: Traffic, device: torch.device) -> Iterator[tuple[str, Tensor]]:

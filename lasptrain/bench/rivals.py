@@ -65,7 +65,7 @@ class Traffic:
         self.calls += 1
         self.bytes_sent += sent
 
-    def ring_exchange(self, *tensors: Tensor) -> Shifting:
+    def ring_exchange(self, *tensors: Tensor) -> RingExchange:
         """Start sending tensors to the next rank, the last one's to the first."""
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
@@ -75,10 +75,10 @@ class Traffic:
             + [dist.P2POp(dist.irecv, x, group=self.group, group_peer=previous) for x in received]
         )
         self._count(sum(x.numel() * x.element_size() for x in sent))
-        return Shifting(works, sent, received)
+        return RingExchange(works, sent, received)
 
 
-class Shifting(NamedTuple):
+class RingExchange(NamedTuple):
     """Tensors in transit; keeps the sent ones alive until they have arrived."""
 
     works: list[dist.Work]
@@ -115,7 +115,7 @@ def begun(
     *,
     angle: Tensor | None = None,
     carry: Tensor | None = None,
-    memory: SavedStates | None = None,
+    saved: SavedStates | None = None,
     output_final_state: bool = False,
 ) -> Pending:
     """Keep k [B, T, H, K], v [B, T, H, V], decay and angle: the arguments of `ShardedRecurrence.begin`.

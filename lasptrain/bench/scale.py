@@ -17,7 +17,7 @@ from rich.table import Table
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.steps import Repeats, shared, trained, turns, unshared
+from lasptrain.bench.steps import Repeats, repeats_for, shared, trained, unshared
 from lasptrain.console.figures import figure_class
 from lasptrain.cost import gpus, links, plan
 from lasptrain.parallel.collectives import all_reduce_max
@@ -111,7 +111,7 @@ def _timed(recipe: Recipe, row: Row, deadline: float) -> tuple[str, Row]:
     tokens = row.window // ranks if sharing else row.window
     one = shared(recipe, tokens, ranks, row.method) if sharing else unshared(recipe, tokens, ranks)
     rates = gpus.of(device).sustained
-    repeats = Repeats(1, 1) if row.kind == "long" else turns(tokens)
+    repeats = Repeats(1, 1) if row.kind == "long" else repeats_for(tokens)
     if all_reduce_max(time.time() + sum(repeats) * _least(one, tokens, rates)) > deadline:
         return device, row._replace(failure="no time left")
     job, seconds, memory = trained(one, repeats)

@@ -21,7 +21,7 @@ from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT
 from lasptrain.bench.result import Column, Result, table
 from lasptrain.bench.rivals import Traffic
-from lasptrain.bench.steps import reset, shared, timed, turns, unshared, update, vocabulary
+from lasptrain.bench.steps import repeats_for, reset, shared, timed, unshared, update, vocabulary
 from lasptrain.cost import gpus, links, plan
 from lasptrain.cost.rates import MeasuredHardware
 from lasptrain.data.loader import SliceLoader
@@ -58,13 +58,13 @@ def measure(
     names: Sequence[str],
     tokens: Sequence[int],
     steps: Sequence[int],
-    known: MeasuredHardware | None = None,
+    measured: MeasuredHardware | None = None,
     limit: float = SILENCE,
 ) -> Iterator[Result[Step]]:
     """Time layers at each of `tokens` per rank, and whole steps of the recipe's model at each of `steps` per rank.
 
-    Steps have a prediction beside them, from `known`, or else from the known rates of such GPUs. A method whose steps
-    take more than `limit` seconds at some length is given up there.
+    Steps have a prediction beside them, from `measured`, or else from the known rates of such GPUs. A method whose
+    steps take more than `limit` seconds at some length is given up there.
 
     Starts processes, one per rank, on this machine; yields all results so far after each measurement. Raises
     RecipeError for a method that does not exist.
@@ -81,7 +81,7 @@ def measure(
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
             device, vocab, values = row
-            predicted = _predicted(recipe, vocab, ranks, name, length, device, known)
+            predicted = _predicted(recipe, vocab, ranks, name, length, device, measured)
             step = Step(*values)._replace(predicted=predicted)
         timed_steps = [*timed_steps, step]
         yield result(device, ranks, timed_layers, timed_steps)
@@ -95,15 +95,16 @@ def _hopeless(failed: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _predicted(
-    recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, known: MeasuredHardware | None
+    recipe: Recipe, vocab: int, ranks: int, method: str, tokens: int, device: str, measured: MeasuredHardware | None
 ) -> float | None:
     """Predicted tokens per second and rank; None for unknown methods and devices."""
-    rates = known.rates if known else gpus.of(device).sustained
+    rates = measured.rates if measured else gpus.of(device).sustained
     if rates is None:
         return None
     whole = shared(recipe, tokens, ranks, "ring")
     segments = tokens * ranks // plan.choose_segment(whole, vocab, 1, ranks, rates.memory)
-    seconds = links.step_seconds(whole, vocab, ranks, tokens, rates, known.links if known else links.ASSUMED, segments)
+    between = measured.links if measured else links.ASSUMED
+    seconds = links.step_seconds(whole, vocab, ranks, tokens, rates, between, segments)
     found = seconds.get(method)
     return None if found is None else tokens / found
 
@@ -113,8 +114,8 @@ def _step(recipe: Recipe, method: str, tokens: int, *, compare: bool) -> tuple[s
     reset(mesh.device())
     step, loader, traffic = _trainer(recipe, method, tokens, dist.get_world_size())
     before = traffic.bytes_sent
-    seconds, memory = timed(step, mesh.device(), turns(tokens))
-    sent = int(all_reduce_max(traffic.bytes_sent - before)) // sum(turns(tokens))
+    seconds, memory = timed(step, mesh.device(), repeats_for(tokens))
+    sent = int(all_reduce_max(traffic.bytes_sent - before)) // sum(repeats_for(tokens))
     ratio = _ratio(recipe, step, tokens, memory) if compare and method != NONE else None
     loader.close()
     return device_name(), vocabulary(recipe), Step(method, tokens, tokens / seconds, memory, sent, ratio=ratio)
@@ -126,7 +127,7 @@ def _ratio(recipe: Recipe, run: Callable[[int], float], tokens: int, memory: int
     if device.type == "cuda" and all_reduce_min(mesh.free_memory(device)) < ROOM * memory:
         return None
     beside, loader, _ = _trainer(recipe, NONE, tokens, dist.get_world_size())
-    warmup, count = turns(tokens)
+    warmup, count = repeats_for(tokens)
     for step in range(warmup):
         beside(step)
     steps = range(warmup + count, warmup + 3 * count)

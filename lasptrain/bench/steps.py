@@ -32,7 +32,7 @@ class Repeats(NamedTuple):
     timed: int
 
 
-def turns(tokens: int) -> Repeats:
+def repeats_for(tokens: int) -> Repeats:
     """Return the repeats for steps of `tokens` per rank; the first two compile, allocate and tune."""
     return Repeats(3, 5) if tokens <= SHORT else Repeats(2, 3)
 
@@ -63,13 +63,13 @@ def reset(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def timed(update: Callable[[int], float], device: torch.device, turns: Repeats) -> tuple[float, int]:
+def timed(update: Callable[[int], float], device: torch.device, repeats: Repeats) -> tuple[float, int]:
     """Time `update`, which takes a step's number: median seconds of the slowest rank, and the largest peak in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for step in range(turns.warmup):
+    for step in range(repeats.warmup):
         update(step)
-    seconds = median(all_reduce_max(update(turns.warmup + step)) for step in range(turns.timed))
+    seconds = median(all_reduce_max(update(repeats.warmup + step)) for step in range(repeats.timed))
     return seconds, int(all_reduce_max(mesh.peak_memory(device)))
 
 
@@ -93,11 +93,11 @@ def update(job: Job, step: int) -> float:
 
 
 def trained(
-    recipe: Recipe, turns: Repeats, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None
+    recipe: Recipe, repeats: Repeats, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None
 ) -> tuple[Job, float, int]:
     """Train the recipe on these ranks for some steps; return its closed job, seconds and bytes as of `timed`."""
     reset(mesh.device())
     job = build(recipe, attention)
-    seconds, memory = timed(partial(update, job), mesh.device(), turns)
+    seconds, memory = timed(partial(update, job), mesh.device(), repeats)
     job.loader.close()
     return job, seconds, memory

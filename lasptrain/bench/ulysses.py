@@ -47,13 +47,13 @@ class Ulysses:
         """Outputs [B, T, H, V] for q [B, T, H, K]."""
         q = self._gather(rotated(q, pending.angle, self.scan.rank))
         o = self.local(q, pending.k, pending.v, pending.log_decay)
-        scattered = self._trade(o.unflatten(1, (self.scan.size, -1)).movedim(1, 0))
+        scattered = self._all_to_all(o.unflatten(1, (self.scan.size, -1)).movedim(1, 0))
         return scattered.movedim(0, 2).flatten(2, 3), None
 
     def _gather(self, x: Tensor) -> Tensor:
         """Trade [B, T, H, ·] of a slice → [B, n·T, H/n, ·] of the window."""
         parts = x.unflatten(2, (self.scan.size, -1)).movedim(2, 0)
-        return self._trade(parts).movedim(0, 1).flatten(1, 2)
+        return self._all_to_all(parts).movedim(0, 1).flatten(1, 2)
 
-    def _trade(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Tensor:
         return exchange(parts, self.scan.all_to_all, self.scan.all_to_all)

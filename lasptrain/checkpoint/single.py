@@ -42,12 +42,12 @@ class CheckpointReader:
         self._reader = Reader(self.folder, files)
         table = self._reader.read_metadata().state_dict_metadata
         ours = {key.removeprefix("model."): entry for key, entry in table.items() if key.startswith("model.")}
-        self._forms = {name: TensorSpec.of(entry) for name, entry in ours.items()}
-        self.shapes = {name: form.shape for name, form in self._forms.items()}
+        self._specs = {name: TensorSpec.of(entry) for name, entry in ours.items()}
+        self.shapes = {name: spec.shape for name, spec in self._specs.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor of the model by its name there."""
-        tensor = torch.empty(self._forms[name].shape, dtype=self._forms[name].dtype)
+        tensor = torch.empty(self._specs[name].shape, dtype=self._specs[name].dtype)
         with without_process_group():
             load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=Planner(), no_dist=True)
         return tensor

@@ -30,8 +30,8 @@ def vote(what: str, action: Callable[[], T], group: Group) -> list[T]:
         for rank, reason in reasons.items():
             ranks.setdefault(reason, set()).add(rank)
     if ranks:
-        told = (f"rank {', '.join(map(str, sorted(who)))}: {reason}" for reason, who in ranks.items())
-        raise CheckpointError(f"{what}: {'; '.join(told)}")
+        lines = (f"rank {', '.join(map(str, sorted(who)))}: {reason}" for reason, who in ranks.items())
+        raise CheckpointError(f"{what}: {'; '.join(lines)}")
     return [value for _, value in ballots]
 
 

@@ -109,7 +109,7 @@ def step_seconds(
     width = model.heads * (model.K + model.V)
     link = links.slowest(ranks)
     weights = weights_sent(recipe, vocab, ranks) / link.bandwidth
-    alone = tokens * seconds_per_token(recipe, vocab, segments, rates) + weights
+    unshared = tokens * seconds_per_token(recipe, vocab, segments, rates) + weights
     forward = 2 * tokens / segments * model.dim * width / rates.products
     backward = 4 * tokens / segments * width / (0.8 * rates.copies)
     scans = {
@@ -129,7 +129,7 @@ def step_seconds(
         "megatron": sending(8 * 2 * (ranks - 1) * tokens * model.dim, 8),
     }
     whole = tokens * seconds_per_token(recipe, vocab, 1, rates) + weights
-    found: dict[str, float | None] = {"none": alone}
-    found |= {name: alone + segments * model.layers * seconds for name, seconds in scans.items()}
+    found: dict[str, float | None] = {"none": unshared}
+    found |= {name: unshared + segments * model.layers * seconds for name, seconds in scans.items()}
     found |= {name: whole + model.layers * seconds for name, seconds in waiting.items()}
     return found if model.heads % ranks == 0 else found | {"ulysses": None, "megatron": None}

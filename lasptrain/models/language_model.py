@@ -14,7 +14,7 @@ from torch._functorch import config as functorch
 
 from lasptrain.architectures.decay import slopes
 from lasptrain.models.convolution import Convolution
-from lasptrain.models.layers import Lrpe, Mlp, Phases, RMSNorm, SimpleRMSNorm
+from lasptrain.models.layers import Lrpe, Mlp, RMSNorm, SimpleRMSNorm
 from lasptrain.models.linear import Linear
 from lasptrain.models.linear_transformer import LinearTransformer
 from lasptrain.models.minimax import Lightning
@@ -58,10 +58,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, only_state: bool = False) -> tuple[Tensor, State]:
         """Return x [B, T, D] after the block and the mixer's final state; `only_state` leaves x as it is."""
-        phases: Any = self.token_mixer.prepare(x.shape[1])  # only the mixer knows what they are
+        prepared: Any = self.token_mixer.prepare(x.shape[1])  # only the mixer knows what they are
         if only_state:
-            return x, self.token_mixer.state(self.norm1(x), phases, context._replace(output_final_state=True))
-        x, final_state = self.recompute(self.mix, x, phases, context)
+            return x, self.token_mixer.state(self.norm1(x), prepared, context._replace(output_final_state=True))
+        x, final_state = self.recompute(self.mix, x, prepared, context)
         return x, final_state
 
     @property
@@ -70,9 +70,9 @@ class Block(nn.Module):
         mixer: Mixer = getattr(self, self.mixer_name)
         return mixer
 
-    def mix(self, x: Tensor, phases: Phases | None, context: Context) -> tuple[Tensor, State]:
+    def mix(self, x: Tensor, prepared: Any, context: Context) -> tuple[Tensor, State]:
         h = self.norm1(x)
-        y, final_state = self.token_mixer(h, phases, context)
+        y, final_state = self.token_mixer(h, prepared, context)
         return self.feed(x if self.alpha is None else h, y), final_state
 
     def feed(self, x: Tensor, y: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         doc_ids: Tensor | None = None,
         carry: Sequence[State] | None = None,
-        memories: Sequence[SavedStates] | None = None,
+        saved: Sequence[SavedStates] | None = None,
         output_final_state: bool = False,
         per_token: bool = False,
     ) -> Output:
@@ -144,11 +144,11 @@ class LanguageModel(nn.Module):
 
         Args:
             carry: per layer, the segment's initial state; None at a window's start.
-            memories: per layer, keeps the initial state, and provides it in a recomputation.
+            saved: per layer, keeps the initial state, and provides it in a recomputation.
             output_final_state: whether the final states are wanted.
             per_token: losses [B·T] without gradient instead of their sum.
         """
-        x, final_state = self.hidden(tokens, doc_ids, carry, memories, output_final_state, only_state=labels is None)
+        x, final_state = self.hidden(tokens, doc_ids, carry, saved, output_final_state, only_state=labels is None)
         if labels is None:
             return Output(None, final_state)
         x = self.norm(x).flatten(0, 1)
@@ -162,7 +162,7 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         doc_ids: Tensor | None = None,
         carry: Sequence[State] | None = None,
-        memories: Sequence[SavedStates] | None = None,
+        saved: Sequence[SavedStates] | None = None,
         output_final_state: bool = False,
         only_state: bool = False,
     ) -> tuple[Tensor, list[State]]:
@@ -176,9 +176,9 @@ class LanguageModel(nn.Module):
         x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
         final_state = []
         for i, layer in enumerate(self.blocks):
-            entered = (None, None) if carry is None else carry[i]
-            memory = SavedStates() if memories is None else memories[i]
-            context = Context(doc_ids, entered, memory, output_final_state)
+            initial = (None, None) if carry is None else carry[i]
+            states = SavedStates() if saved is None else saved[i]
+            context = Context(doc_ids, initial, states, output_final_state)
             x, state = layer(x, context, only_state and i + 1 == len(self.layers))
             final_state.append(state)
         return x, final_state

@@ -24,13 +24,13 @@ class Context(NamedTuple):
     Attributes:
         doc_ids: documents that have started in the slice [B, T]; document 0 continues from the left. None: all is one.
         carry: the segment's initial state; a tuple of None at a window's start.
-        memory: keeps the states at the slice's edges, and provides them if the layer is being recomputed.
+        saved: keeps the states at the slice's edges, and provides them if the layer is being recomputed.
         output_final_state: whether the next segment's initial state is wanted.
     """
 
     doc_ids: Tensor | None
     carry: State
-    memory: SavedStates
+    saved: SavedStates
     output_final_state: bool
 
 
@@ -72,9 +72,9 @@ class Recurrence(nn.Module):
     def _begin(self, k: Tensor, v: Tensor, phases: Phases | None, context: Context) -> Pending:
         decay = None if self.slope is None else -self.slope
         turn = None if phases is None else phases.turn
-        doc_ids, (carry, *_), memory, wanted = context
+        doc_ids, (carry, *_), saved, wanted = context
         return self.attention.begin(
-            k, v, decay, doc_ids, angle=turn, carry=carry, memory=memory, output_final_state=wanted
+            k, v, decay, doc_ids, angle=turn, carry=carry, saved=saved, output_final_state=wanted
         )
 
 

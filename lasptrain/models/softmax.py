@@ -70,12 +70,12 @@ class Softmax(nn.Module):
     def _near(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return rows and those before them that the window reaches; in transit, a last column is 0 where none are."""
         assert self.sliding_window is not None
-        doc_ids, (carry, *_), memory, output_final_state = context
+        doc_ids, (carry, *_), saved, output_final_state = context
         n, scan = self.sliding_window - 1, self.attention.scan
         if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
             return rows, doc_ids, doc_ids, None
         before, final_state = halo(
-            (rows, torch.ones_like(rows[..., :1])), n, doc_ids, carry, scan, memory, output_final_state
+            (rows, torch.ones_like(rows[..., :1])), n, doc_ids, carry, scan, saved, output_final_state
         )
         own = rows.new_zeros(rows.shape[:2], dtype=torch.int32) if doc_ids is None else doc_ids
         unseen = (before[..., -1] == 0).to(own.dtype)
@@ -86,7 +86,7 @@ class Softmax(nn.Module):
 
         In transit, their last column is 1 where a document starts, as one does with a window.
         """
-        doc_ids, (carry, *_), memory, output_final_state = context
+        doc_ids, (carry, *_), saved, output_final_state = context
         scan, length = self.attention.scan, rows.shape[1]
         if scan.size == 1 and carry is None and not output_final_state:
             return rows, doc_ids, doc_ids, None
@@ -95,7 +95,7 @@ class Softmax(nn.Module):
             starts.copy_(torch.diff(doc_ids, dim=1, prepend=doc_ids[:, :1] * 0))
         if carry is None and scan.rank == 0:
             starts[:, 0] = 1
-        marked = gather(torch.cat([rows, starts[..., None]], dim=-1), scan, memory)
+        marked = gather(torch.cat([rows, starts[..., None]], dim=-1), scan, saved)
         before = 0 if carry is None else carry.shape[1]
         if carry is not None:
             marked = torch.cat([carry, marked], dim=1)

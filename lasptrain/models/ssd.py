@@ -109,58 +109,58 @@ class StateSpace(nn.Module):
     def prepare(self, length: int) -> SsdWeights:
         return SsdWeights(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
 
-    def forward(self, h: Tensor, small: SsdWeights, context: Context) -> tuple[Tensor, State]:
+    def forward(self, h: Tensor, weights: SsdWeights, context: Context) -> tuple[Tensor, State]:
         rows = None
-        if small.taps is not None:
-            k, v, decay, q, gate, rows = self._with_neighbours(h, small, context)
+        if weights.taps is not None:
+            k, v, decay, q, gate, rows = self._with_neighbours(h, weights, context)
             pending = self._begin(k, v, decay, context)
         elif self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, small), context)
-            q, gate = self.queries(h, small)
+            pending = self._begin(*self.keys(h, weights), context)
+            q, gate = self.queries(h, weights)
         else:
-            k, v, decay, q, gate = self.project(h, small)
+            k, v, decay, q, gate = self.project(h, weights)
             pending = self._begin(k, v, decay, context)
         o, final_state = self.attention.finish(pending, q)
         return self.output(o, gate), (final_state, rows)
 
-    def state(self, h: Tensor, small: SsdWeights, context: Context) -> State:
+    def state(self, h: Tensor, weights: SsdWeights, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         rows = None
-        if small.taps is None:
-            k, v, decay = self.keys(h, small)
+        if weights.taps is None:
+            k, v, decay = self.keys(h, weights)
         else:
-            k, v, decay, _, _, rows = self._with_neighbours(h, small, context)
+            k, v, decay, _, _, rows = self._with_neighbours(h, weights, context)
         return self.attention.final_state_of(self._begin(k, v, decay, context)), rows
 
     def _begin(self, k: Tensor, v: Tensor, decay: Tensor, context: Context) -> Pending:
-        doc_ids, (carry, _), memory, wanted = context
-        return self.attention.begin(k, v, decay, doc_ids, carry=carry, memory=memory, output_final_state=wanted)
+        doc_ids, (carry, _), saved, wanted = context
+        return self.attention.begin(k, v, decay, doc_ids, carry=carry, saved=saved, output_final_state=wanted)
 
-    def keys(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Return k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
-        k, v, *dt = multi_linear(h, self.k, self.v, *small.steps)
-        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small)
+        k, v, *dt = multi_linear(h, self.k, self.v, *weights.steps)
+        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, weights)
 
-    def queries(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor]:
+    def queries(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return self._heads(F.silu(q)), gate
 
-    def project(self, h: Tensor, small: SsdWeights) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
-        k, v, q, gate, *dt = multi_linear(h, self.k, self.v, self.q, self.gate, *small.steps)
-        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, small), self._heads(F.silu(q)), gate
+        k, v, q, gate, *dt = multi_linear(h, self.k, self.v, self.q, self.gate, *weights.steps)
+        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, weights), self._heads(F.silu(q)), gate
 
     def _with_neighbours(
-        self, h: Tensor, small: SsdWeights, context: Context
+        self, h: Tensor, weights: SsdWeights, context: Context
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Return the results of `project`, convolved, and the rows before the next segment."""
-        assert small.taps is not None
-        n = small.taps.weight.shape[1] - 1
-        v, k, q, gate, *dt = multi_linear(h, self.v, self.k, self.q, self.gate, *small.steps)
-        doc_ids, (_, carry), memory, wanted = context
-        before, final_state = halo((v, k, q), n, doc_ids, carry, self.attention.scan, memory.rows, wanted)
-        return *self.convolved(v, k, q, before, dt, small, doc_ids), gate, final_state
+        assert weights.taps is not None
+        n = weights.taps.weight.shape[1] - 1
+        v, k, q, gate, *dt = multi_linear(h, self.v, self.k, self.q, self.gate, *weights.steps)
+        doc_ids, (_, carry), saved, wanted = context
+        before, final_state = halo((v, k, q), n, doc_ids, carry, self.attention.scan, saved.rows, wanted)
+        return *self.convolved(v, k, q, before, dt, weights, doc_ids), gate, final_state
 
     def convolved(
         self,
@@ -169,29 +169,29 @@ class StateSpace(nn.Module):
         q: Tensor,
         before: Tensor,
         dt: list[Tensor],
-        small: SsdWeights,
+        weights: SsdWeights,
         doc_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return k, v, log decay and q from the products and the rows before them."""
-        assert small.taps is not None
-        taps = small.taps.split(*self.channels)
+        assert weights.taps is not None
+        taps = weights.taps.split(*self.channels)
         parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
         wide_v, wide_k, wide_q = (again(tap, x, rows, doc_ids) for x, rows, tap in parts)
-        value, decay = self._stepped(wide_v, dt, small, v.dtype)
+        value, decay = self._stepped(wide_v, dt, weights, v.dtype)
         return self._heads(wide_k.to(k.dtype)), value, decay, self._heads(wide_q.to(q.dtype))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.heads, -1)
 
     def _stepped(
-        self, v: Tensor, dt: list[Tensor], small: SsdWeights, dtype: torch.dtype | None = None
+        self, v: Tensor, dt: list[Tensor], weights: SsdWeights, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return values times their steps, and the log decay, from products v and dt; steps are in at least fp32."""
         dtype = dtype or v.dtype
-        if small.step is None:
+        if weights.step is None:
             return self._heads(v.to(dtype)), -self.slope
-        step = F.softplus(dt[0].to(torch.promote_types(v.dtype, torch.float32)) + small.step.bias)
-        slope = self.slope if small.step.log_slope is None else small.step.log_slope.exp()
+        step = F.softplus(dt[0].to(torch.promote_types(v.dtype, torch.float32)) + weights.step.bias)
+        slope = self.slope if weights.step.log_slope is None else weights.step.log_slope.exp()
         return (self._heads(v) * step[..., None]).to(dtype), -slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _pad(x: Tensor) -> Tensor:
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
 
 
-def _pad_doc(doc_ids: Tensor) -> Tensor:
+def _pad_doc_ids(doc_ids: Tensor) -> Tensor:
     missing = _padding(doc_ids.shape[1])
     return torch.cat([doc_ids, doc_ids[:, -1:].expand(-1, missing)], dim=1) if missing else doc_ids
 
@@ -81,13 +81,13 @@ def _chunks(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> C
     if log_decay is None:
         log_decay = torch.zeros(h, dtype=dtype, device=like.device)
     decays = _by_chunk(_pad(log_decay.to(dtype).expand(b, t, h))).permute(0, 3, 1, 2)
-    doc_ids = _zero_doc(like) if doc_ids is None else doc_ids
-    numbers = _by_chunk(_pad_doc(doc_ids))[:, None]
+    doc_ids = _zero_doc_ids(like) if doc_ids is None else doc_ids
+    numbers = _by_chunk(_pad_doc_ids(doc_ids))[:, None]
     before = F.pad(numbers[:, :, :-1, -1:], (0, 0, 1, 0))
     return Chunks(decays, numbers, before)
 
 
-def _zero_doc(like: Tensor) -> Tensor:
+def _zero_doc_ids(like: Tensor) -> Tensor:
     return torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
 
 
@@ -122,10 +122,10 @@ def summarize(
     chunks = _chunks(k, log_decay, doc_ids)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _told(state, wanted), _told(slice_decay(k, log_decay, doc_ids), wanted), blocks
+    return _if_wanted(state, wanted), _if_wanted(slice_decay(k, log_decay, doc_ids), wanted), blocks
 
 
-def _told(x: Tensor, wanted: bool) -> Tensor:
+def _if_wanted(x: Tensor, wanted: bool) -> Tensor:
     """Return x if wanted, else NaNs, so that an unwanted read shows."""
     return x if wanted else torch.full_like(x, float("nan"))
 
@@ -169,7 +169,7 @@ def _reversed_chunks(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | N
     if log_decay is None:
         log_decay = torch.zeros(h, dtype=state_dtype(like), device=like.device)
     decays = F.pad(_pad(log_decay.to(state_dtype(like)).expand(b, t, h)).flip(1)[:, :-1], (0, 0, 1, 0))
-    doc_ids = _pad_doc(_zero_doc(like) if doc_ids is None else doc_ids)
+    doc_ids = _pad_doc_ids(_zero_doc_ids(like) if doc_ids is None else doc_ids)
     return _chunks(decays[..., None], decays, doc_ids[:, -1:] - doc_ids.flip(1))
 
 
@@ -188,7 +188,7 @@ def grad_initial_state(
     chunks = _reversed_chunks(q, log_decay, doc_ids)
     blocks = _block_states(_reversed_cut(q), _reversed_cut(do), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _told(state * token_decay(q, log_decay, doc_ids)[:, 0, :, None, None], wanted), blocks
+    return _if_wanted(state * token_decay(q, log_decay, doc_ids)[:, 0, :, None, None], wanted), blocks
 
 
 def grad_query(

@@ -455,12 +455,12 @@ def attend(
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     s = _slice(k, v)
-    prefix = _entering(blocks, k, v, log_decay, doc_ids, initial_state, reverse=False)
+    prefix = _initial_states(blocks, k, v, log_decay, doc_ids, initial_state, reverse=False)
     o, _ = _walk("attend", (_padded(q), _padded(k), _padded(v)), s, log_decay, doc_ids, prefix)
     return _cropped(o, s.heads, v.shape[-1]), prefix
 
 
-def _entering(
+def _initial_states(
     blocks: Tensor | None,
     x: Tensor,
     y: Tensor,
@@ -515,7 +515,7 @@ def grad_key_value(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s = _slice(k, v)
     do = _as(do, q.dtype)
-    gradients = _entering(dblocks, q, do, log_decay, doc_ids, dfinal, reverse=True)
+    gradients = _initial_states(dblocks, q, do, log_decay, doc_ids, dfinal, reverse=True)
     rows = _padded(q), _padded(k), _padded(v), _padded(do)
     dk, dv, column = _walk_key_value(rows, s, log_decay, doc_ids, gradients)
     dlog = None

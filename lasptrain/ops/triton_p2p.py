@@ -32,14 +32,14 @@ def receive(x: Tensor, buffer: Tensor, full: Tensor, busy: Tensor) -> None:
     _move(x, buffer, x, full, busy, 1)
 
 
-def _move(x: Tensor, source: Tensor, target: Tensor, awaited: Tensor, told: Tensor, before: int) -> None:
+def _move(x: Tensor, source: Tensor, target: Tensor, awaited: Tensor, signalled: Tensor, before: int) -> None:
     n, numbers = x.numel(), PART // x.itemsize
     constants = {"BEFORE": before, "PART": numbers, "WHOLE": n % numbers == 0}
-    run(move_parts, x, (parts(x.nbytes), 1, 1), PLAIN, constants, source, target, awaited, told, n)
+    run(move_parts, x, (parts(x.nbytes), 1, 1), PLAIN, constants, source, target, awaited, signalled, n)
 
 
 @triton.jit(do_not_specialize=["n"])
-def move_parts(SOURCE, TARGET, AWAITED, TOLD, n, BEFORE: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr):
+def move_parts(SOURCE, TARGET, AWAITED, SIGNALLED, n, BEFORE: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr):
     """Copy SOURCE [n] to TARGET, each part once its flag AWAITED is BEFORE; then both its flags are the opposite.
 
     Grid n / PART, WHOLE where that leaves no remainder: without masks 16 bytes are copied at a time. Reads bypass the
@@ -56,4 +56,4 @@ def move_parts(SOURCE, TARGET, AWAITED, TOLD, n, BEFORE: tl.constexpr, PART: tl.
         inside = offset < n
         tl.store(TARGET + offset, tl.load(SOURCE + offset, mask=inside, cache_modifier=".cg"), mask=inside)
     tl.debug_barrier()  # one thread signals for all others
-    tl.atomic_xchg(TOLD + part, 1 - BEFORE, sem="release", scope="sys")
+    tl.atomic_xchg(SIGNALLED + part, 1 - BEFORE, sem="release", scope="sys")

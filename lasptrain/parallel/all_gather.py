@@ -14,30 +14,30 @@ from lasptrain.parallel.recurrence import SavedStates
 from lasptrain.parallel.scan import Scan
 
 
-def gather(rows: Tensor, scan: Scan, memory: SavedStates) -> Tensor:
+def gather(rows: Tensor, scan: Scan, saved: SavedStates) -> Tensor:
     """All-gather the rows [B, sp · T, C] of all slices from this slice's [B, T, C]; gradients are summed over ranks.
 
     Args:
         scan: over the ranks that share the window.
-        memory: keeps the result, and returns it if the layer is being recomputed.
+        saved: keeps the result, and returns it if the layer is being recomputed.
     """
     if scan.size == 1:
         return rows
-    gathered: Tensor = _Gather.apply(rows, scan, memory)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(rows, scan, saved)  # type: ignore[no-untyped-call]
     return gathered
 
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, scan: Scan, memory: SavedStates) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, scan: Scan, saved: SavedStates) -> Tensor:
         ctx.scan = scan
-        if not memory.ready or memory.initial_state is None:
+        if not saved.ready or saved.initial_state is None:
             parts = rows.new_empty(scan.size, *rows.shape)
             all_gather(parts.view(-1), rows.contiguous().view(-1), group=scan.group)
             scan.calls += 1
             scan.bytes_sent += rows.numel() * rows.element_size()
-            memory.ready, memory.initial_state = True, parts.transpose(0, 1).flatten(1, 2)
-        return memory.initial_state.detach()
+            saved.ready, saved.initial_state = True, parts.transpose(0, 1).flatten(1, 2)
+        return saved.initial_state.detach()
 
     @staticmethod
     @once_differentiable

@@ -18,7 +18,7 @@ Shape = tuple[int, int, int, int]
 def fastest_scan(
     group: dist.ProcessGroup,
     device: torch.device,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     carried: bool,
     now: Callable[[], float] = time.perf_counter,
 ) -> str:

@@ -39,9 +39,9 @@ def all_reduce_max(value: N) -> N:
 
 def all_gather_object(what: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return the objects of all ranks, or of those of a group, in rank order; small picklable ones."""
-    told: list[T | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, what, group=group)
-    return cast("list[T]", told)
+    gathered: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, what, group=group)
+    return cast("list[T]", gathered)
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ def halo(
     doc_ids: Tensor | None,
     carry: Tensor | None,
     scan: Scan,
-    memory: SavedStates,
+    saved: SavedStates,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the n rows before this slice that its first tokens may see [B, n, C], and those before the next segment.
@@ -42,19 +42,19 @@ def halo(
         parts: this slice, [B, T, ·] each; their channels side by side are the C of a row.
         doc_ids: document numbers in the slice [B, T]; document 0 continues from the left. None: one document.
         carry: rows before the segment, as returned here for it; None at a window's start.
-        memory: keeps the rows before the slice, and returns them if the layer is being recomputed.
+        saved: keeps the rows before the slice, and returns them if the layer is being recomputed.
     """
     if scan.size == 1 and carry is None and not output_final_state:
         first = parts[0]
         return first.new_zeros(first.shape[0], n, sum(part.shape[-1] for part in parts)), None
     rows = torch.cat([_last(part, doc_ids, n) for part in parts], dim=-1).unsqueeze(1)
     initial_state, final_state = _Halo.apply(  # type: ignore[no-untyped-call]
-        rows, carry, _moves(parts[0], doc_ids, n), scan, memory, output_final_state
+        rows, carry, _transition(parts[0], doc_ids, n), scan, saved, output_final_state
     )
     return initial_state.squeeze(1), final_state
 
 
-def _moves(x: Tensor, doc_ids: Tensor | None, n: int) -> Transition:
+def _transition(x: Tensor, doc_ids: Tensor | None, n: int) -> Transition:
     """Return the transition of a slice x [B, T, ·] of rows: those before a document that starts in it are dropped."""
     if x.shape[1] >= n:
         return FORGETTING
@@ -83,21 +83,21 @@ class _Halo(Function):
         carry: Tensor | None,
         transition: Transition,
         scan: Scan,
-        memory: SavedStates,
+        saved: SavedStates,
         output_final_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
         final_state: Tensor | None
-        if memory.ready:  # the final rows are not read again; only their gradient is used
+        if saved.ready:  # the final rows are not read again; only their gradient is used
             final_state = unread(rows.shape, rows) if output_final_state else None
         else:
-            memory.ready = True
-            memory.initial_state, final_state = scan.start(
+            saved.ready = True
+            saved.initial_state, final_state = scan.start(
                 rows, transition, carry, output_final_state=output_final_state
             ).wait()
         ctx.scan, ctx.has_carry, ctx.like = scan, carry is not None and ctx.needs_input_grad[1], rows.new_empty(0)
         ctx.shape, ctx.transition = rows.shape, transition
         ctx.set_materialize_grads(False)
-        initial_state = torch.zeros_like(rows) if memory.initial_state is None else memory.initial_state.detach()
+        initial_state = torch.zeros_like(rows) if saved.initial_state is None else saved.initial_state.detach()
         return initial_state, final_state.clone() if final_state is rows else final_state
 
     @staticmethod

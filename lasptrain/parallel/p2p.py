@@ -89,10 +89,10 @@ def _between(group: dist.ProcessGroup, device: torch.device, size: int) -> Messa
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Return True if all ranks of the group are on one machine, each with a GPU that can write the others' memory."""
     machine = socket.gethostname(), BOOT.read_text() if BOOT.exists() else ""
-    told = all_gather_object((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
-    others = [index for rank, (_, index, _) in enumerate(told) if rank != dist.get_rank(group)]
+    places = all_gather_object((machine, device.index, os.environ.get("NCCL_P2P_DISABLE", "0")), group)
+    others = [index for rank, (_, index, _) in enumerate(places) if rank != dist.get_rank(group)]
     reach = device.index not in others and all(torch.cuda.can_device_access_peer(device, other) for other in others)
-    alike = {(found, off) for found, _, off in told} == {(machine, "0")}
+    alike = {(found, off) for found, _, off in places} == {(machine, "0")}
     return all(all_gather_object(reach and alike, group))
 
 

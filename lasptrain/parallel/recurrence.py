@@ -72,7 +72,7 @@ class _Backward:
 class _Exchanging:
     """A layer between `begin`, which sets the fields not given at construction, and `finish`, which deletes them."""
 
-    memory: SavedStates
+    saved: SavedStates
     output_final_state: bool
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
@@ -119,7 +119,7 @@ class ShardedRecurrence:
         *,
         angle: Tensor | None = None,
         carry: Tensor | None = None,
-        memory: SavedStates | None = None,
+        saved: SavedStates | None = None,
         output_final_state: bool = False,
     ) -> Pending:
         """Summarise the slice k [B, T, H, K], v [B, T, H, V] and start the exchange.
@@ -129,12 +129,12 @@ class ShardedRecurrence:
             angle: [H, K/2], or [1, K/2] without gradient, fp64 radians by which keys turn over the slice, where they
                 are rotated.
             carry: the segment's initial state, as the scan returned it; None at a window's start.
-            memory: keeps the slice's initial state, and provides it if the layer is being recomputed.
+            saved: keeps the slice's initial state, and provides it if the layer is being recomputed.
             output_final_state: whether `finish` is to return the next segment's initial state.
         """
         if self.scan.size == 1 and carry is None and not output_final_state:
             return _Alone(k, v, log_decay, doc_ids)
-        pending = _Exchanging(memory if memory is not None else SavedStates(), output_final_state)
+        pending = _Exchanging(saved if saved is not None else SavedStates(), output_final_state)
         pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc_ids, self, pending)  # type: ignore[no-untyped-call]
         return pending
 
@@ -155,7 +155,7 @@ class ShardedRecurrence:
         """
         assert isinstance(pending, _Exchanging)
         initial_state, final_state = pending.exchange.wait()
-        pending.memory.ready, pending.memory.initial_state = True, initial_state
+        pending.saved.ready, pending.saved.initial_state = True, initial_state
         return final_state
 
 
@@ -191,25 +191,25 @@ class _Begin(Function):
         angle: Tensor | None,
         carry: Tensor | None,
         doc_ids: Tensor | None,
-        attention: ShardedRecurrence,
+        recurrence: ShardedRecurrence,
         pending: _Exchanging,
     ) -> Tensor:
-        memory, blocks = pending.memory, None
-        if memory.ready:
-            transition = Transition(memory.decay, angle)
+        saved, blocks = pending.saved, None
+        if saved.ready:
+            transition = Transition(saved.decay, angle)
             pending.exchange = _Given(_remembered(pending, k, v))
         else:
-            scan = attention.scan
+            scan = recurrence.scan
             wanted = scan.reads(pending.output_final_state)
-            state, memory.decay, blocks = ops.summarize(attention.kernel, k, v, log_decay, doc_ids, wanted)
-            transition = Transition(memory.decay, angle)
+            state, saved.decay, blocks = ops.summarize(recurrence.kernel, k, v, log_decay, doc_ids, wanted)
+            transition = Transition(saved.decay, angle)
             state = transition.rotate(state) if wanted else state
             pending.exchange = scan.start(state, transition, carry, output_final_state=pending.output_final_state)
         pending.transition = transition
         pending.k, pending.v, pending.log_decay, pending.doc_ids = k, v, log_decay, doc_ids
         pending.blocks = blocks
         pending.has_carry = carry is not None and ctx.needs_input_grad[4]
-        ctx.attention, ctx.pending = attention, pending
+        ctx.recurrence, ctx.pending = recurrence, pending
         ctx.save_for_backward(k, v, log_decay, doc_ids, angle, transition.decay)
         return k.new_empty(0)
 
@@ -219,7 +219,7 @@ class _Begin(Function):
         k, v, log_decay, doc_ids, angle, decay = ctx.saved_tensors
         handed: _Backward = ctx.pending.backward
         ctx.pending.backward = None
-        kernel = ctx.attention.kernel
+        kernel = ctx.recurrence.kernel
         transition = Transition(decay, angle)
         right, dcarry = handed.exchange.wait()
         dangle = None
@@ -236,14 +236,14 @@ class _Begin(Function):
 
 def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
     """Return the states of an earlier pass. A final state that was dropped is not read again, only its gradient is."""
-    memory = pending.memory
+    saved = pending.saved
     if not pending.output_final_state:
-        return Scanned(memory.initial_state, None)
-    if memory.final_state is not None:
-        return Scanned(memory.initial_state, memory.final_state.detach())
+        return Scanned(saved.initial_state, None)
+    if saved.final_state is not None:
+        return Scanned(saved.initial_state, saved.final_state.detach())
     b, _, h, kdim = k.shape
-    assert memory.decay is not None
-    return Scanned(memory.initial_state, unread((b, h, kdim, v.shape[-1]), memory.decay))
+    assert saved.decay is not None
+    return Scanned(saved.initial_state, unread((b, h, kdim, v.shape[-1]), saved.decay))
 
 
 def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
@@ -256,36 +256,30 @@ def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
 class _Finish(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, link: Tensor, attention: ShardedRecurrence, pending: _Exchanging
+        ctx: Any, q: Tensor, link: Tensor, recurrence: ShardedRecurrence, pending: _Exchanging
     ) -> tuple[Tensor, Tensor | None]:
         initial_state, final_state = pending.exchange.wait()
-        memory = pending.memory
-        memory.ready, memory.initial_state = True, initial_state
-        memory.final_state = None if final_state is None else final_state.detach()
+        saved = pending.saved
+        saved.ready, saved.initial_state = True, initial_state
+        saved.final_state = None if final_state is None else final_state.detach()
+        kernel = recurrence.kernel
         o, prefix = ops.attend(
-            attention.kernel, q, pending.k, pending.v, pending.log_decay, pending.doc_ids, initial_state, pending.blocks
+            kernel, q, pending.k, pending.v, pending.log_decay, pending.doc_ids, initial_state, pending.blocks
         )
-        ctx.attention, ctx.pending = attention, pending
+        ctx.recurrence, ctx.pending = recurrence, pending
         ctx.set_materialize_grads(False)
         decay, angle, _ = pending.transition
-        turned = None if angle is None else initial_state
-        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc_ids, prefix, turned, decay, angle)
-        del (
-            pending.k,
-            pending.v,
-            pending.blocks,
-            pending.exchange,
-            pending.transition,
-            pending.log_decay,
-            pending.doc_ids,
-        )
+        kept = None if angle is None else initial_state  # for the gradient of the angle
+        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc_ids, prefix, kept, decay, angle)
+        del pending.k, pending.v, pending.log_decay, pending.doc_ids
+        del pending.blocks, pending.exchange, pending.transition
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, doc_ids, prefix, initial_state, decay, angle = ctx.saved_tensors
-        kernel, scan, pending = ctx.attention.kernel, ctx.attention.scan, ctx.pending
+        kernel, scan, pending = ctx.recurrence.kernel, ctx.recurrence.scan, ctx.pending
         do = torch.zeros_like(v) if do is None else do.contiguous()
         wanted = scan.reads(pending.has_carry, reverse=True)
         dinitial, dblocks = ops.grad_initial_state(kernel, q, do, log_decay, doc_ids, wanted)

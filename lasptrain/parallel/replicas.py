@@ -45,12 +45,12 @@ def checksum(model: nn.Module) -> int:
     return int(total)
 
 
-def outvoted(told: list[tuple[int, int]]) -> list[int]:
+def outvoted(checksums: list[tuple[int, int]]) -> list[int]:
     """Return the ranks whose checksum is not the most common one of those that should agree; all where none is."""
     odd = []
-    for group in {same for same, _ in told}:
-        ranks = [rank for rank, (same, _) in enumerate(told) if same == group]
-        counts = Counter(told[rank][1] for rank in ranks).most_common()
+    for group in {same for same, _ in checksums}:
+        ranks = [rank for rank, (same, _) in enumerate(checksums) if same == group]
+        counts = Counter(checksums[rank][1] for rank in ranks).most_common()
         tied = len(counts) > 1 and counts[0][1] == counts[1][1]
-        odd += [rank for rank in ranks if len(counts) > 1 and (tied or told[rank][1] != counts[0][0])]
+        odd += [rank for rank in ranks if len(counts) > 1 and (tied or checksums[rank][1] != counts[0][0])]
     return sorted(odd)

@@ -129,8 +129,8 @@ def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, 
     with tempfile.TemporaryDirectory(prefix="lasptrain-") as name:
         folder = Path(name)
         records = folder if run is None else run / runs.RANKS
-        for record in records.glob("*.json"):
-            record.unlink()
+        for file in records.glob("*.json"):
+            file.unlink()
         files.replace(folder / runs.RECIPE, dump(recipe))
         return _agent(folder, run, records, nproc, nodes, target, recipe.launch.grace)
 

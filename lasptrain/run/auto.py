@@ -16,11 +16,11 @@ SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of keys
 def load(recipe: Recipe, run: Path, place: str) -> Recipe:
     """Return the recipe with the choices stored for `place`; keys without one stay `auto`."""
     try:
-        noted = json.loads((run / FILE).read_text(encoding="utf-8"))
-        known = noted["values"] if noted["place"] == place else {}
-        for key in _open(recipe) & known.keys():
+        stored = json.loads((run / FILE).read_text(encoding="utf-8"))
+        choices = stored["values"] if stored["place"] == place else {}
+        for key in _open(recipe) & choices.keys():
             values = getattr(recipe, SECTIONS[key])
-            checked = type(values).model_validate({**values.model_dump(), key: known[key]})
+            checked = type(values).model_validate({**values.model_dump(), key: choices[key]})
             recipe = recipe.model_copy(update={SECTIONS[key]: checked})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return recipe  # decide again
@@ -30,8 +30,8 @@ def load(recipe: Recipe, run: Path, place: str) -> Recipe:
 def store(recipe: Recipe, run: Path, place: str, values: dict[str, Any]) -> None:
     """Store the `values` chosen for the recipe's `auto` keys, for the next start at the same `place`."""
     if decided := _open(recipe):
-        told = {"place": place, "values": {key: values[key] for key in sorted(decided)}}
-        files.replace(run / FILE, json.dumps(told))
+        stored = {"place": place, "values": {key: values[key] for key in sorted(decided)}}
+        files.replace(run / FILE, json.dumps(stored))
 
 
 def _open(recipe: Recipe) -> set[str]:

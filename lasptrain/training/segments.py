@@ -35,7 +35,7 @@ def _forward_states(
             on_segment()
             kept.append([SavedStates() for _ in range(layers)])
             carry = model(segment.tokens, None, segment.doc_ids, carry, kept[-1], output_final_state=True).final_state
-            for part in (part for memory in kept[-1] for part in memory.parts):
+            for part in (part for saved in kept[-1] for part in saved.parts):
                 part.final_state = None
                 if part.initial_state is not None:
                     part.initial_state = to_host(part.initial_state)
@@ -67,19 +67,19 @@ def backward(
         on_segment()
         if index == 0:
             before_last_backward()
-        entered = None
+        initial = None
         if carry is not None and index > 0:
-            entered = [tuple(_leaf(s, read=last) for s in state) for state in carry]
-        memories = kept.pop()
-        for part in (part for memory in memories for part in memory.parts):
+            initial = [tuple(_leaf(s, read=last) for s in state) for state in carry]
+        saved = kept.pop()
+        for part in (part for states in saved for part in states.parts):
             if part.initial_state is not None:
                 part.initial_state = to_device(part.initial_state, segment.tokens.device)
-        out = model(segment.tokens, segment.labels, segment.doc_ids, entered, memories, output_final_state=not last)
+        out = model(segment.tokens, segment.labels, segment.doc_ids, initial, saved, output_final_state=not last)
         final_state = [] if last else [s for state in out.final_state for s in state]
         pairs = [(s, g) for s, g in zip(final_state, grads, strict=True) if s is not None and g is not None]
         with torch.autograd.set_multithreading_enabled(False):  # waking a second thread dominates on short slices
             torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
-        grads = [] if entered is None else [None if s is None else s.grad for state in entered for s in state]
+        grads = [] if initial is None else [None if s is None else s.grad for state in initial for s in state]
         loss = out.loss.detach()
         total = loss if total is None else total + loss
     assert total is not None
