@@ -75,13 +75,7 @@ def _through_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, be
 class _Round(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        angle: Tensor | None,
-        ring: RingAttention,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None, ring: RingAttention
     ) -> Tensor:
         ctx.ring = ring
         ctx.save_for_backward(q, k, v, log_decay, angle)

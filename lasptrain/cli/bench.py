@@ -70,8 +70,7 @@ def bench_sp(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            "--method",
-            help="none (a window per rank), a scan, a rival; all if not given. A wrong one lists them.",
+            "--method", help="none (a window per rank), a scan, a rival; all if not given. A wrong one lists them."
         ),
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of one attention layer.")] = None,

@@ -192,13 +192,7 @@ def grad_initial_state(
 
 
 def grad_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    prefix: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, prefix: Tensor
 ) -> tuple[Tensor, Tensor]:
     chunks = _chunks(k, log_decay, doc_ids)
     cut_q, cut_k = _cut(q), _cut(k)

@@ -128,13 +128,7 @@ def grad_initial_state(
 
 
 def grad_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    prefix: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, prefix: Tensor
 ) -> tuple[Tensor, Tensor]:
     dq = _gradients(q, k, v, do, log_decay, doc_ids, prefix[:, :, 0], None)[0]
     return dq.to(q.dtype), (q * dq).sum(-1) if per_token(log_decay) else dq.new_empty(0)

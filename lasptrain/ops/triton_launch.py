@@ -486,13 +486,7 @@ def grad_initial_state(
 
 
 def grad_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    doc_ids: Tensor | None,
-    prefix: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, prefix: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return dq and `row`: Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
     rows = _padded(_as(do, q.dtype)), _padded(v), _padded(k)

@@ -25,10 +25,7 @@ def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
         if parameter.requires_grad:
             free = parameter.ndim < 2 or name.rpartition(".")[2] == "theta"
             (others if free else decaying).append(parameter)
-    groups = [
-        {"params": decaying, "weight_decay": cfg.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decaying, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
     groups = [group for group in groups if group["params"]]
     return bump_parameter_versions(AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused))
