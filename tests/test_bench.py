@@ -102,7 +102,7 @@ def test_whole_steps_are_compared_turn_by_turn(group: None, monkeypatch: pytest.
 def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() -> None:
     given = [("fine", 1), ("short", 1), ("short", 2), ("fine", 2)]
     found = dict(local_ranks.trials(2, trial, given, skip_after=lambda failed, other: failed[0] == other[0]))
-    lacking = local_ranks.Failure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
+    lacking = local_ranks.TrialFailure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
     assert found == dict(zip(given, [1, lacking, lacking, 2], strict=True))
 
 

@@ -25,7 +25,7 @@ from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.process.local_ranks import Failure, on_ranks, trials
+from lasptrain.process.local_ranks import TrialFailure, on_ranks, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Model
 
@@ -67,7 +67,7 @@ def with_replays(recipe: Recipe, ranks: int, rows: Sequence[Layer]) -> list[Laye
     found = {(args[1], args[2]): result for args, result in trials(ranks, _replayed, given, silence=60)}
     return [
         row._replace(failure=made.reason)
-        if isinstance(made := found[row.method, row.tokens], Failure)
+        if isinstance(made := found[row.method, row.tokens], TrialFailure)
         else row._replace(replayed_ms=made[0], replayed_ratio=made[1])
         for row in rows
     ]

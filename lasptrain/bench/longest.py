@@ -21,7 +21,7 @@ from lasptrain.errors import ResourceError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
-from lasptrain.process.local_ranks import Failure, trials
+from lasptrain.process.local_ranks import TrialFailure, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build
 
@@ -75,12 +75,12 @@ def measure(
         given = [(recipe, form, share, most, capacity) for form in chosen for share in shares(cells[form])]
         tried = trials(ranks, _trial, given, skip_after=lambda failed, other: bool(failed[1] == other[1]))
         for number, ((_, form, *_), found) in enumerate(tried, 1):
-            if isinstance(found, Failure):
+            if isinstance(found, TrialFailure):
                 cells[form] = cells[form]._replace(failed=True, failure=cells[form].failure or found.reason)
             else:
                 device, window, memory = found
                 cells[form] = cells[form]._replace(window=window, memory=memory)
-            left = [other for other in given[number:] if not (isinstance(found, Failure) and other[1] == form)]
+            left = [other for other in given[number:] if not (isinstance(found, TrialFailure) and other[1] == form)]
             late = bool(left) and time.monotonic() > until
             yield result(device, ranks, [*cells.values()], late=late)
             if late:

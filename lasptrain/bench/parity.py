@@ -14,7 +14,7 @@ from lasptrain.bench.steps import reset
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import device_name
-from lasptrain.process.local_ranks import Failure, trials
+from lasptrain.process.local_ranks import TrialFailure, trials
 from lasptrain.recipe.resolve import resolve_mesh
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build
@@ -55,7 +55,7 @@ def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS
     recipe's, rounded up to a multiple of the ranks.
 
     Starts one process per rank on this machine; each value holds all curves so far. Raises RecipeError for a kind that
-    does not exist, the errors of `resolve_mesh` where the recipe does not fit a layout, and those of `on_ranks`.
+    does not exist, the errors of `resolve_mesh` where the recipe does not fit a layout, and those of `trials`.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -67,7 +67,7 @@ def measure(recipe: Recipe, ranks: int, steps: int, kinds: Sequence[str] = KINDS
     curves: list[Curve] = []
     given = [(one, steps) for one in recipes]
     for layout, (_, made) in zip(chosen, trials(ranks, _curve, given, silence=None), strict=True):
-        if isinstance(made, Failure):
+        if isinstance(made, TrialFailure):
             raise made.error or SetupError(f"{layout}: {made.reason}")
         curves = [*curves, Curve(str(layout), made[1])]
         yield result(made[0], ranks, curves)

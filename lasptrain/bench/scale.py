@@ -23,7 +23,7 @@ from lasptrain.cost import gpus, links, plan
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.scan import SCANS
-from lasptrain.process.local_ranks import Failure, trials
+from lasptrain.process.local_ranks import TrialFailure, trials
 from lasptrain.recipe.schema import Recipe
 
 Kind = Literal["weak", "strong", "long"]
@@ -96,7 +96,7 @@ def measure(found: Sequence[Case], seconds: float) -> Iterator[Result[Row]]:
     for n in dict.fromkeys(row.ranks for _, row in found):
         given = [(recipe, row, deadline) for recipe, row in found if row.ranks == n]
         for (_, row, _), made in trials(n, _timed, given, silence=LONGEST):
-            if isinstance(made, Failure):
+            if isinstance(made, TrialFailure):
                 rows = [*rows, row._replace(failure=made.reason)]
             else:
                 device, rows = made[0], [*rows, Row(*made[1])]

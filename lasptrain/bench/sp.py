@@ -31,7 +31,7 @@ from lasptrain.parallel.collectives import all_reduce_max, all_reduce_min
 from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import Scan
-from lasptrain.process.local_ranks import SILENCE, Failure, trials
+from lasptrain.process.local_ranks import SILENCE, TrialFailure, trials
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import build
 
@@ -77,7 +77,7 @@ def measure(
     given = [(recipe, name, length) for length in steps for name in names]
     step_of = partial(_step, compare=NONE in names)
     for (_, name, length), row in trials(ranks, step_of, given, skip_after=_hopeless, silence=limit):
-        if isinstance(row, Failure):
+        if isinstance(row, TrialFailure):
             step = Step(name, length, failure=row.reason, oom=row.memory)
         else:
             device, vocab, values = row
@@ -195,10 +195,10 @@ def _layer_table(rows: list[Layer], title: str) -> Table:
 
 
 def _step_table(rows: list[Step], title: str) -> Table:
-    unshared = {row.tokens: row.tokens_per_s for row in rows if row.method == NONE}
+    unshared_speeds = {row.tokens: row.tokens_per_s for row in rows if row.method == NONE}
 
     def ratio(row: Step) -> float | None:
-        speed, base = row.tokens_per_s, unshared.get(row.tokens)
+        speed, base = row.tokens_per_s, unshared_speeds.get(row.tokens)
         return row.ratio or (base / speed if base and speed else None)
 
     columns: list[Column[Step]] = [

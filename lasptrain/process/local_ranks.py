@@ -33,14 +33,14 @@ def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
     where a rank is out of memory.
     """
     ((_, found),) = trials(ranks, measure, [args], silence=None)
-    if not isinstance(found, Failure):
+    if not isinstance(found, TrialFailure):
         return found
     if found.error is not None:
         raise found.error
     raise ResourceError(found.reason) if found.memory else SetupError(found.reason)
 
 
-class Failure(NamedTuple):
+class TrialFailure(NamedTuple):
     """The reason why a trial has no result: not enough memory, a LaspError of a rank, or another error."""
 
     reason: str
@@ -55,8 +55,8 @@ def trials(
     *,
     skip_after: Callable[[Args, Args], bool] = lambda failed, other: False,
     silence: float | None = SILENCE,
-) -> Generator[tuple[Args, Any | Failure], None, None]:
-    """Call `measure(*args)` on all ranks for each of `given`; yield those args with rank 0's result, or a Failure.
+) -> Generator[tuple[Args, Any | TrialFailure], None, None]:
+    """Call `measure(*args)` on all ranks for each of `given`; yield those args with rank 0's result, or a TrialFailure.
 
     The calls share one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job, since
     ranks that wait for a lost one never return; the rest run in a new job. Args for which `skip_after(failed, args)` is
@@ -71,7 +71,7 @@ def trials(
             for found in _job(ranks, Path(folder), measure, tuple(waiting), silence):
                 args = waiting.pop(0)
                 yield args, found
-        if isinstance(found, Failure):
+        if isinstance(found, TrialFailure):
             for other in [other for other in waiting if skip_after(args, other)]:
                 waiting.remove(other)
                 yield other, found
@@ -79,8 +79,8 @@ def trials(
 
 def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
-) -> Iterator[Any | Failure]:
-    """Yield results as they come; the last may be the Failure that ended the job."""
+) -> Iterator[Any | TrialFailure]:
+    """Yield results as they come; the last may be the TrialFailure that ended the job."""
     mesh.silence_torch_logs()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs each rank it ends
     # A forked process cannot use a GPU that its parent has touched; on the CPU forking saves the imports.
@@ -96,7 +96,7 @@ def _job(
                 yield json.loads(file.read_text())
                 number, heard = number + 1, time.monotonic()
             if silence is not None and time.monotonic() - heard > silence:
-                end = Failure(f"took longer than {silence:.0f} s")
+                end = TrialFailure(f"took longer than {silence:.0f} s")
             if end is not None and number < len(given):
                 yield end
                 return
@@ -108,14 +108,14 @@ def _job(
             process.join()
 
 
-def _end(job: ProcessContext, folder: Path) -> Failure | None:
+def _end(job: ProcessContext, folder: Path) -> TrialFailure | None:
     """The failure with which the ranks have ended, None while they run."""
     try:
-        return Failure("ended early") if job.join(timeout=0.2) else None
+        return TrialFailure("ended early") if job.join(timeout=0.2) else None
     except ProcessException as error:
         if refusals := sorted(folder.glob("*.refusal")):
-            return Failure(*json.loads(refusals[0].read_text()))
-        return Failure(str(error).strip().splitlines()[-1], error=error)
+            return TrialFailure(*json.loads(refusals[0].read_text()))
+        return TrialFailure(str(error).strip().splitlines()[-1], error=error)
 
 
 def _leave_after(process: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from lasptrain.parallel import collectives
 
 PERIOD = 20.0  # seconds of training between looks
-BETWEEN = 4.0  # seconds between pieces of work
+BETWEEN = 4.0  # seconds between probes
 THRESHOLD = 1.5  # times as slow as the median is a straggler
 LOOKS = 2  # in a row at which a rank must be a straggler before it is reported
 
@@ -36,13 +36,13 @@ class StragglerDetector:
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._now = device, now
         self._hosts = collectives.all_gather_object(socket.gethostname())
-        self._worked = -math.inf  # when this rank last did so
+        self._probed = -math.inf  # when this rank last did
         self._next = 1  # steps until the next look
         self._rank, self._looks = -1, 0
         self._start()
 
     def _start(self) -> None:
-        self._work: list[float] = []
+        self._work: list[float] = []  # seconds of each probe
         self._waited, self._spent, self._steps = 0.0, 0.0, 0
 
     def observe(self, data_wait: float, step_time: float) -> Slowest | None:
@@ -50,9 +50,9 @@ class StragglerDetector:
         if len(self._hosts) == 1:
             return None
         self._waited, self._spent, self._steps = self._waited + data_wait, self._spent + step_time, self._steps + 1
-        if self._now() - self._worked > BETWEEN or self._steps == self._next:
-            self._work.append(work(self._device, self._now))
-            self._worked = self._now()
+        if self._now() - self._probed > BETWEEN or self._steps == self._next:
+            self._work.append(probe(self._device, self._now))
+            self._probed = self._now()
         if self._steps < self._next:
             return None
         rows = collectives.all_gather_object((fmean(self._work), self._waited / self._spent, self._spent / self._steps))
@@ -81,7 +81,7 @@ def slowest(rows: list[tuple[float, float]]) -> Slowest:
     return max(found, key=lambda one: one.ratio)
 
 
-def work(device: torch.device, now: Callable[[], float]) -> float:
+def probe(device: torch.device, now: Callable[[], float]) -> float:
     """Return the seconds of matrix products: some 2 ms of a GPU, 40 ms of a core, which other processes interrupt."""
     cuda = device.type == "cuda"
     size, times = (4096, 10) if cuda else (256, 64)
