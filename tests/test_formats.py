@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lasptrain.convert.restore import open_weights
+from lasptrain.errors import ConvertError, RecipeError
 from lasptrain.recipe.formats import FORMAT, RENAMED
 from lasptrain.recipe.loading import load
 from tests.records import Program, text
@@ -56,6 +57,10 @@ def test_a_run_of_the_first_format_is_read_by_every_command(program: Program) ->
     old["meta"]["model"]["sliding"] = old["meta"]["model"].pop("sliding_window")
     record.write_text(json.dumps(old))
     assert open_weights(program.folder / "export").origin.model.sliding_window == 24
+    for number, problem in [(FORMAT + 1, "of a newer lasptrain"), (True, "format True; expected 1 to"), ("1", "'1'")]:
+        record.write_text(json.dumps(written | {"format": number}))
+        with pytest.raises(ConvertError, match=problem):
+            open_weights(program.folder / "export")
 
 
 def test_a_run_of_a_later_format_is_refused(program: Program) -> None:
@@ -69,3 +74,19 @@ def test_a_run_of_a_later_format_is_refused(program: Program) -> None:
 def test_old_names_of_keys_are_refused_with_the_new_one(key: str) -> None:
     with pytest.raises(Exception, match=f"{key}: no such key; it is called {RENAMED[key]} now"):
         load(RECIPES / "quickstart.yaml", [f"{key}=3"])
+
+
+@pytest.mark.parametrize("number", ["true", "0", "-1", "null", "'1'"])
+def test_what_is_no_format_is_refused(number: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"format: {number}\n{(RECIPES / 'quickstart.yaml').read_text()}")
+    with pytest.raises(RecipeError, match=f"recipe.yaml:1: format: found {number}; expected 1 to {FORMAT}$"):
+        load(file)
+
+
+def test_a_key_under_its_old_and_its_new_name_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    recipe = (RECIPES / "quickstart.yaml").read_text()
+    file.write_text("format: 1\n" + recipe.replace("checkpoint:", "checkpoint:\n  patience: 2\n  max_failures: 3"))
+    with pytest.raises(RecipeError, match="patience: no such key; it is called max_failures now"):
+        load(file)

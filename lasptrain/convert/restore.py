@@ -22,7 +22,7 @@ from lasptrain.errors import ConvertError
 from lasptrain.files import atomic_folder, replace
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.recipe.formats import FORMAT, upgraded
+from lasptrain.recipe.formats import FORMAT, is_format, upgraded
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
@@ -114,9 +114,13 @@ def _known(folder: files.Folder) -> Origin:
     where = folder.path / RECORD
     if record is None:
         raise ConvertError(f"{where}: missing; expected an export of lasptrain, or --recipe for weights of others")
+    if not is_format(number := record.get("format")):
+        raise ConvertError(f"{where}: not what lasptrain writes (format {number!r}; expected 1 to {FORMAT})")
+    if number > FORMAT:
+        raise ConvertError(f"{where}: format {number}, of a newer lasptrain; expected at most {FORMAT}")
     try:
-        recipe = _loaded(record["recipe"], record["format"])
-        meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], record["format"])}
+        recipe = _loaded(record["recipe"], number)
+        meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], number)}
         origin = Origin(record["target"], recipe, record["step"], meta, record["slopes"])
         if origin.target in tables.TABLES and origin.model.vocab != "auto":
             return origin

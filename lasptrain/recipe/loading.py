@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lasptrain.errors import RecipeError
-from lasptrain.recipe.formats import FORMAT, RENAMED, upgraded
+from lasptrain.recipe.formats import FORMAT, RENAMED, is_format, upgraded
 from lasptrain.recipe.schema import SECTIONS, Recipe
 from lasptrain.recipe.sections import Problem
 from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, shown
@@ -80,7 +80,10 @@ class _Source:
     def upgrade(self, written: int) -> None:
         """Give keys that an earlier format wrote their present names. RecipeError where the format is a later one."""
         number = self.raw.pop("format", written)
-        if not isinstance(number, int) or number > FORMAT:
+        if not is_format(number):
+            self._add([("format", f"found {shown(number, self.written.get(('format',)))}; expected 1 to {FORMAT}")])
+            return
+        if number > FORMAT:
             raise RecipeError(f"{self.file}: format {number!r}, of a newer lasptrain; expected at most {FORMAT}")
         for name, values in self.raw.items():
             if isinstance(values, dict):
