@@ -15,8 +15,9 @@ from data_tools.sources import Reading, left_out, open_source
 from data_tools.synthetic import Kind
 from lasptrain.console.tables import figures
 from lasptrain.data.manifest import Manifest
-from lasptrain.data.shard import Shard, file_sha256
+from lasptrain.data.shard import Shard
 from lasptrain.errors import DataError, SetupError
+from lasptrain.files import sha256
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def verify(folder: Path) -> Verification:
         try:
             shard = Shard(folder / entry.name)
             shard.verify()
-            found = file_sha256(shard.path)
+            found = sha256(shard.path)
             if found != entry.sha256:
                 raise DataError(f"shard {entry.name}: SHA-256 {found[:16]}, dataset.json says {entry.sha256[:16]}")
             lines.append(f"shard {entry.name}: {entry.tokens:,} tokens, good")

@@ -40,8 +40,9 @@ from lasptrain.data.manifest import (
     TokenizerEntry,
 )
 from lasptrain.data.order import permute
-from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter, file_sha256
+from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, ResourceError, SetupError
+from lasptrain.files import sha256
 
 UNIT = 1 << 20  # characters a worker encodes at a time
 FOUND = 1 << 28  # bytes of text whose digest is made in a moment, to find what was prepared of it
@@ -373,7 +374,7 @@ def _write_shards(folder: Path, header: ShardHeader, spool: Spool, layout: Layou
                 tokens=shard.header.n_tokens,
                 documents=shard.header.n_documents,
                 bytes=shard.bytes,
-                sha256=file_sha256(path),
+                sha256=sha256(path),
                 identity=shard.identity,
             )
         )

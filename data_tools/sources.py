@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, Literal, cast
 from data_tools.files import FIT, TABLE, TEXT, below, choose, counted, ending, endings, naming
 from data_tools.json_rows import rows
 from data_tools.tokenizer import Cutter
-from lasptrain.data.shard import file_sha256
 from lasptrain.errors import DataError, SetupError
+from lasptrain.files import sha256
 
 PYTHON_SOURCE = "python:source"
 REPOSITORIES = "repositories:"  # before a folder: each folder in it is one document
@@ -96,7 +96,7 @@ class Source:
         digest = hashlib.sha256()
         for path in self.files:
             with naming(path):
-                content = file_sha256(path)
+                content = sha256(path)
             digest.update(os.fsencode(path.relative_to(self.root).as_posix()) + f"\0{content}\n".encode())
         return digest.hexdigest()
 

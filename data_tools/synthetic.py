@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lasptrain.errors import DataError, SetupError
+from lasptrain.files import whole
 
 Kind = Literal["passkey", "recall", "tracking", "pairs"]
 Facts = tuple[list[str], list[tuple[str, list[str]]]]  # sentences to hide, in this order; questions, with their answers
@@ -192,11 +193,5 @@ def write(file: Path, rows: Iterator[dict[str, Any]]) -> int:
     if file.exists():
         raise SetupError(f"{file}: it exists; documents are written to a new file")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.partial")
-    try:
-        with part.open("w", encoding="utf-8") as lines:
-            count = sum(1 for row in rows if lines.write(json.dumps(row, ensure_ascii=False) + "\n"))
-        part.rename(file)
-    finally:
-        part.unlink(missing_ok=True)
-    return count
+    with whole(file) as part, part.open("w", encoding="utf-8") as lines:
+        return sum(1 for row in rows if lines.write(json.dumps(row, ensure_ascii=False) + "\n"))

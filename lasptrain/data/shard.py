@@ -68,12 +68,6 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype({"u16": "<u2", "u32": "<u4"}[dtype])
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class ShardWriter:
     """Writer of one shard, document by document; leaving the context writes index, checksums and, last, the header.
 
