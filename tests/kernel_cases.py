@@ -99,7 +99,7 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     )
 
 
-STATES = {"state", "decay", "dentering"}
+STATES = {"state", "decay", "dentering", "decay backwards"}
 WAYS = {"blocks, states": (True, True), "blocks": (True, False), "nothing": (False, False)}
 
 
@@ -110,14 +110,16 @@ def backward(kernel: ModuleType, x: Inputs, with_blocks: bool = True, wanted: bo
         with_blocks: whether the block states of the first two are handed to the others.
         wanted: whether states are asked of the first two.
     """
-    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc_ids, wanted)
-    o, prefix = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc_ids, x.initial_state, blocks if with_blocks else None)
-    dinitial, dblocks = kernel.grad_initial_state(x.q, x.do, x.log_decay, x.doc_ids, wanted)
-    dq, row = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, prefix)
-    dk, dv, dlog = kernel.grad_key_value(
-        x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, x.dfinal, dblocks if with_blocks else None, prefix, row
+    asked = 2 if wanted else 0
+    state, decay, blocks = kernel.summarize(x.k, x.v, x.log_decay, x.doc_ids, asked)
+    o, kept = kernel.attend(x.q, x.k, x.v, x.log_decay, x.doc_ids, x.initial_state, blocks if with_blocks else [])
+    dinitial, backwards, dblocks = kernel.grad_initial_state(x.q, x.do, x.log_decay, x.doc_ids, asked)
+    dq, rest = kernel.grad_query(x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, kept)
+    dk, dv, dlog = kernel.grad_inputs(
+        x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, x.dfinal, dblocks if with_blocks else [], kept, rest
     )
     found = {"state": state, "decay": decay, "o": o, "dentering": dinitial, "dq": dq, "dk": dk, "dv": dv}
+    found["decay backwards"] = backwards
     if dlog is not None:
         found["dlog_decay"] = dlog
     return found if wanted else {name: x for name, x in found.items() if name not in STATES}

@@ -178,7 +178,7 @@ def forgotten(rank: int, world: int) -> float:
         x = torch.randn(3, 1, 8, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
         q, k, v = (part.requires_grad_() for part in x)
         attention = kind("chunked", scan)
-        o, _ = attention.finish(attention.begin(k, v, torch.full((2,), -0.1), None), q)
+        o, _ = attention.finish(attention.begin((k, v, torch.full((2,), -0.1)), None), q)
         found[kind] = torch.stack(torch.autograd.grad(o.square().sum(), (q, k, v))), scan.calls
     (want, once), (got, again) = found.values()
     assert (once, again) == (2, 3)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain import ops, train
+from lasptrain import train
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.ops import decay_rule
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.loading import load
@@ -24,13 +25,14 @@ from tests.test_recipe import RECIPES
 
 def everything(x: Inputs) -> tuple[Tensor, ...]:
     """All five operators, on the plain PyTorch kernel."""
-    kernel = "chunked"
-    state, decay, blocks = ops.summarize(kernel, x.k, x.v, x.log_decay, x.doc_ids, True)
-    o, prefix = ops.attend(kernel, x.q, x.k, x.v, x.log_decay, x.doc_ids, x.initial_state, blocks)
-    dinitial, dblocks = ops.grad_initial_state(kernel, x.q, x.do, x.log_decay, x.doc_ids, True)
-    dq, row = ops.grad_query(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, prefix)
-    rest = ops.grad_key_value(kernel, x.q, x.k, x.v, x.do, x.log_decay, x.doc_ids, x.dfinal, dblocks, prefix, row)
-    return state, decay, o, dinitial, dq, *rest
+    kernel, given, doc_ids = "chunked", (x.k, x.v, x.log_decay), x.doc_ids
+    state, decay, blocks = decay_rule.summarize(kernel, given, doc_ids, 2)
+    o, kept = decay_rule.attend(kernel, x.q, given, doc_ids, x.initial_state, blocks)
+    dinitial, backwards, dblocks = decay_rule.grad_initial_state(kernel, x.q, x.do, given, doc_ids, kept, 2)
+    dq, rest = decay_rule.grad_query(kernel, x.q, given, x.do, doc_ids, kept)
+    dk, dv, dlog = decay_rule.grad_inputs(kernel, x.q, given, x.do, doc_ids, x.dfinal, dblocks, kept, rest)
+    assert dk is not None and dv is not None
+    return state, decay, o, dinitial, dq, dk, dv, backwards, *([] if dlog is None else [dlog])
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "token"])

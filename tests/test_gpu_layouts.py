@@ -39,7 +39,7 @@ def pass_through(attention: ShardedRecurrence, layers: list[list[Tensor]], segme
         outputs, carry = [], None
         for i in range(segments):
             pending = attention.begin(
-                cut[1][i], cut[2][i], decays[i], None, carry=carry, output_final_state=i < segments - 1
+                (cut[1][i], cut[2][i], decays[i]), None, carry=carry, output_final_state=i < segments - 1
             )
             o, carry = attention.finish(pending, cut[0][i])
             outputs.append(o)

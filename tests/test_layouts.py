@@ -411,7 +411,7 @@ def bytes_by_window(rank: int, world: int) -> dict[tuple[str, int], tuple[int, i
         used = SCANS[scan](group, CPU)
         attention = ShardedRecurrence("chunked", used)
         q, k, v = (torch.randn(1, window // world, 2, 16, requires_grad=True) for _ in range(3))
-        o, _ = attention.finish(attention.begin(k, v, torch.tensor([-0.1, -1e-5]), None), q)
+        o, _ = attention.finish(attention.begin((k, v, torch.tensor([-0.1, -1e-5])), None), q)
         forward = used.bytes_sent
         o.sum().backward()
         found[scan, window] = (forward, used.bytes_sent - forward)

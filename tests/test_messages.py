@@ -133,6 +133,7 @@ def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     """Scans that do not give the same through this memory as through the process group."""
     from lasptrain.parallel import mesh, p2p, scan
     from lasptrain.parallel.p2p_symmetric import SymmetricP2P
+    from lasptrain.parallel.transition import Transition
 
     ends, world, monkeypatch = SymmetricP2P(Host(folder, ranks), rank, ranks), mesh.world(), pytest.MonkeyPatch()
     generator = torch.Generator().manual_seed(rank)
@@ -142,7 +143,7 @@ def scanned(rank: int, ranks: int, folder: Path) -> list[str]:
     for name, (reverse, carried, output_final_state, fades) in product(
         ("ring", "all_scan"), product((False, True), repeat=4)
     ):
-        transition = scan.Transition(decay if fades else None)
+        transition = Transition(decay if fades else None)
         found = []
         for way in (p2p.ProcessGroupP2P(world), ends):
             monkeypatch.setattr(scan, "between", lambda *_, way=way: way)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain.ops import reference
+from lasptrain.ops import decay_rule, reference
 from lasptrain.ops.reference import recurrence
 from tests.kernel_cases import closing
 
@@ -61,16 +61,17 @@ def expected(x: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dict[str, Tensor]:
-    ops = torch.ops.lasptrain
     q, k, v, log_decay, doc_ids, initial_state, do, dfinal = x.values()
-    assert k is not None and initial_state is not None and dfinal is not None
-    state, decay, blocks = ops.summarize(kernel, k, v, log_decay, doc_ids, True)
-    o, prefix = ops.attend(kernel, q, k, v, log_decay, doc_ids, initial_state, blocks if with_blocks else None)
-    dinitial, dblocks = ops.grad_initial_state(kernel, q, do, log_decay, doc_ids, True)
-    dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc_ids, prefix)
-    dk, dv, dlog = ops.grad_key_value(
-        kernel, q, k, v, do, log_decay, doc_ids, dfinal, dblocks if with_blocks else None, prefix, row
+    assert q is not None and do is not None and initial_state is not None and dfinal is not None
+    given = k, v, log_decay
+    state, decay, blocks = decay_rule.summarize(kernel, given, doc_ids, 2)
+    o, kept = decay_rule.attend(kernel, q, given, doc_ids, initial_state, blocks if with_blocks else [])
+    dinitial, backwards, dblocks = decay_rule.grad_initial_state(kernel, q, do, given, doc_ids, kept, 2)
+    dq, rest = decay_rule.grad_query(kernel, q, given, do, doc_ids, kept)
+    dk, dv, dlog = decay_rule.grad_inputs(
+        kernel, q, given, do, doc_ids, dfinal, dblocks if with_blocks else [], kept, rest
     )
+    assert dk is not None and dv is not None and torch.equal(backwards, decay)
     found = {
         "o": o,
         "leaving": decay[..., None, None] * initial_state + state,
@@ -79,7 +80,7 @@ def measured(kernel: str, x: dict[str, Tensor | None], with_blocks: bool) -> dic
         "dv": dv,
         "dentering": dinitial + decay[..., None, None] * dfinal,
     }
-    return found | ({"dlog_decay": dlog} if dlog.numel() else {})
+    return found | ({} if dlog is None else {"dlog_decay": dlog})
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -116,14 +117,14 @@ def test_decay_gradient_does_not_cancel_at_64k_tokens() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v, do = (torch.randn(1, t, h, 8, generator=g) for _ in range(4))
     log_decay = -torch.rand(1, t, h, generator=g) * 1e-3
-    ops = torch.ops.lasptrain
 
     def grad(dtype: torch.dtype) -> Tensor:
-        x = [y.to(dtype) for y in (q, k, v, do)]
-        decay = log_decay.to(dtype)
-        _, prefix = ops.attend("chunked", x[0], x[1], x[2], decay, None, None, None)
-        _, row = ops.grad_query("chunked", *x, decay, None, prefix)
-        dlog: Tensor = ops.grad_key_value("chunked", *x, decay, None, None, None, prefix, row)[2]
+        query, do_, *given = (y.to(dtype) for y in (q, do, k, v, log_decay))
+        x = tuple(given)
+        _, kept = decay_rule.attend("chunked", query, x, None, None, [])
+        _, rest = decay_rule.grad_query("chunked", query, x, do_, None, kept)
+        dlog = decay_rule.grad_inputs("chunked", query, x, do_, None, None, [], kept, rest)[2]
+        assert dlog is not None
         return dlog
 
     assert error(grad(torch.float32), grad(torch.float64)) < 1e-5
@@ -133,16 +134,16 @@ def test_operators_have_fake_implementations() -> None:
     x = inputs(65, "token", "middle", torch.float32)
     q, k, v, log_decay, doc_ids, initial_state, do, dfinal = x.values()
     ops = torch.ops.lasptrain
-    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc_ids, True)
-    _, prefix = ops.attend("chunked", q, k, v, log_decay, doc_ids, initial_state, blocks)
-    _, row = ops.grad_query("chunked", q, k, v, do, log_decay, doc_ids, prefix)
-    _, dblocks = ops.grad_initial_state("chunked", q, do, log_decay, doc_ids, True)
+    *_, blocks = ops.summarize("chunked", k, v, log_decay, doc_ids, 2)
+    _, kept = ops.attend("chunked", q, k, v, log_decay, doc_ids, initial_state, blocks)
+    _, rest = ops.grad_query("chunked", q, k, v, do, log_decay, doc_ids, kept)
+    *_, dblocks = ops.grad_initial_state("chunked", q, do, log_decay, doc_ids, 2)
     checks = {
-        ops.summarize.default: ("chunked", k, v, log_decay, doc_ids, True),
+        ops.summarize.default: ("chunked", k, v, log_decay, doc_ids, 2),
         ops.attend.default: ("chunked", q, k, v, log_decay, doc_ids, initial_state, blocks),
-        ops.grad_initial_state.default: ("chunked", q, do, log_decay, doc_ids, True),
-        ops.grad_query.default: ("chunked", q, k, v, do, log_decay, doc_ids, prefix),
-        ops.grad_key_value.default: ("chunked", q, k, v, do, log_decay, doc_ids, dfinal, dblocks, prefix, row),
+        ops.grad_initial_state.default: ("chunked", q, do, log_decay, doc_ids, 2),
+        ops.grad_query.default: ("chunked", q, k, v, do, log_decay, doc_ids, kept),
+        ops.grad_inputs.default: ("chunked", q, k, v, do, log_decay, doc_ids, dfinal, dblocks, kept, rest),
     }
     for op, args in checks.items():
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

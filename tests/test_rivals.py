@@ -39,7 +39,7 @@ def gradients(
     angle = torch.linspace(0.1, 1.0, H * K // 2, dtype=torch.float64).view(H, K // 2) if turned else None
     log_decay = -torch.linspace(0.01, 0.3, H) if decayed else None
     inputs = [x.requires_grad_() for x in (q, k, v, angle) if x is not None]
-    pending = attention.begin(k, v, log_decay, None, angle=angle)
+    pending = attention.begin((k, v, log_decay), None, angle=angle)
     o, _ = attention.finish(pending, q)  # type: ignore[arg-type]
     found = list(torch.autograd.grad(o, inputs, do, materialize_grads=True))
     if turned:

@@ -36,7 +36,7 @@ class Recomputing(ShardedRecurrence):
 
     def finish(self, pending: Any, q: Tensor) -> tuple[Tensor, Tensor | None]:
         def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, angle: Tensor | None) -> Tensor:
-            started = ShardedRecurrence.begin(self, k, v, log_decay, None, angle=angle)
+            started = ShardedRecurrence.begin(self, (k, v, log_decay), None, angle=angle)
             return ShardedRecurrence.finish(self, started, q)[0]
 
         o: Tensor = checkpoint(run, q, *pending, use_reentrant=False, preserve_rng_state=False)

@@ -80,7 +80,7 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
     attention = ShardedRecurrence("triton")
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention.finish(attention.begin(k, v, log_decay, doc_ids), q)[0]
+        return attention.finish(attention.begin((k, v, log_decay), doc_ids), q)[0]
 
     found: dict[str, Forward] = {"lasptrain": ours}
     if find_spec("fla") is None:

@@ -108,7 +108,7 @@ def _calls(
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
 
     def call(attention: ShardedRecurrence) -> None:
-        o, _ = attention.finish(attention.begin(k, v, log_decay, None), q)
+        o, _ = attention.finish(attention.begin((k, v, log_decay), None), q)
         torch.autograd.grad(o, inputs, do)
 
     return attentions, {name: partial(call, one) for name, one in attentions.items()}

@@ -41,7 +41,7 @@ class RingAttention:
         def block(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, behind: int) -> Tensor:
             if behind:
                 return _through_state(q, k, v, log_decay, behind)
-            return attention.finish(attention.begin(k, v, log_decay, None), q)[0]
+            return attention.finish(attention.begin((k, v, log_decay), None), q)[0]
 
         self.block: Block = LeftProduct() if left else block
 

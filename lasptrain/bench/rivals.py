@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lasptrain.errors import SetupError
+from lasptrain.ops import decay_rule
+from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.collectives import all_gather, reduce_scatter
 from lasptrain.parallel.recurrence import SavedStates
 
@@ -108,21 +110,24 @@ def whole_windows(name: str, doc_ids: Tensor | None, carry: Tensor | None, outpu
 
 def begun(
     name: str,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
+    inputs: Inputs,
     doc_ids: Tensor | None,
     *,
+    rule: Recurrence = decay_rule,
     angle: Tensor | None = None,
     carry: Tensor | None = None,
     saved: SavedStates | None = None,
     output_final_state: bool = False,
 ) -> Pending:
-    """Keep k [B, T, H, K], v [B, T, H, V], decay and angle: the arguments of `ShardedRecurrence.begin`.
+    """Keep inputs of the decay rule and angle: the arguments of `ShardedRecurrence.begin`.
 
-    Raises SetupError for anything but a window in one segment and without documents.
+    Raises SetupError for anything but the decay rule over a window in one segment and without documents.
     """
+    if rule is not decay_rule:
+        raise SetupError(f"{name}: takes linear attention with a decay per head alone")
     whole_windows(name, doc_ids, carry, output_final_state)
+    k, v, log_decay = inputs
+    assert k is not None and v is not None
     return Pending(k, v, log_decay, angle)
 
 

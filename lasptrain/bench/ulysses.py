@@ -30,7 +30,11 @@ class Ulysses:
     def __init__(self, kernel: str, group: dist.ProcessGroup, local: Local | None = None):
         self.scan = Traffic(group)
         attention = ShardedRecurrence(kernel)
-        self.local: Local = local or (lambda q, k, v, decay: attention.finish(attention.begin(k, v, decay, None), q)[0])
+
+        def whole(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+            return attention.finish(attention.begin((k, v, log_decay), None), q)[0]
+
+        self.local: Local = local or whole
 
     def begin(self, *window: Any, **state: Any) -> Pending:
         """Trade k [B, T, H, K] and v [B, T, H, V]. Windows of one segment and without documents only: SetupError."""

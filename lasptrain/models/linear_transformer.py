@@ -7,11 +7,12 @@ from torch import Tensor
 
 from lasptrain.models.layers import RMSNorm
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import Recurrence, split_heads
+from lasptrain.models.mixer import RecurrentMixer, split_heads
+from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
-class LinearTransformer(Recurrence):
+class LinearTransformer(RecurrentMixer):
     """The linear transformer's attention (arXiv:2006.16236): φ(x) = elu(x) + 1, no decay, no gate.
 
     Without normaliser o = rms(q S / √K) per head; with it o = rms(q S / (q z + 1e-10)), where z, the sum of keys, is
@@ -29,19 +30,19 @@ class LinearTransformer(Recurrence):
         self.norm = RMSNorm(value_dim)
         self.slope = None
 
-    def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
-        """Return k and v, [B, T, H, ·]; v with its column of ones."""
+    def keys(self, h: Tensor, phases: None) -> Inputs:
+        """Return k and v, [B, T, H, ·], v with its column of ones, and no decay."""
         k, v = multi_linear(h, self.k, self.v)
-        return self._feature(k), self._value(v)
+        return self._feature(k), self._value(v), None
 
     def queries(self, h: Tensor, phases: None) -> tuple[Tensor]:
         """Return q [B, T, H, K], scaled where there is no normaliser."""
         return (self._query(self.q(h)),)
 
-    def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, phases: None) -> tuple[Inputs, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q = multi_linear(h, self.k, self.v, self.q)
-        return self._feature(k), self._value(v), self._query(q)
+        return (self._feature(k), self._value(v), None), self._query(q)
 
     def _feature(self, x: Tensor) -> Tensor:
         return split_heads(F.elu(x) + 1, self.heads)

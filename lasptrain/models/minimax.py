@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lasptrain.models.layers import RMSNorm
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import Recurrence
+from lasptrain.models.mixer import RecurrentMixer
+from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
-class Lightning(Recurrence):
+class Lightning(RecurrentMixer):
     """q, k, v = silu(W h); y = W (sigmoid(gate) ⊙ rms(o)), one mean over all heads; no scale, no positions."""
 
     def __init__(
@@ -26,20 +27,20 @@ class Lightning(Recurrence):
         self.norm = RMSNorm(heads * value_dim)
         self.register_buffer("slope", torch.empty(heads) if decayed else None)
 
-    def keys(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
-        """Return k and v, [B, T, H, ·]."""
+    def keys(self, h: Tensor, phases: None) -> Inputs:
+        """Return k and v, [B, T, H, ·], and the log decay."""
         k, v = multi_linear(h, self.k, self.v)
-        return self._active(k), self._active(v)
+        return self._active(k), self._active(v), self.log_decay
 
     def queries(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return self._active(q), gate
 
-    def project(self, h: Tensor, phases: None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, phases: None) -> tuple[Inputs, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
-        return self._active(k), self._active(v), self._active(q), gate
+        return (self._active(k), self._active(v), self.log_decay), self._active(q), gate
 
     def _active(self, x: Tensor) -> Tensor:
         return F.silu(x).view(*x.shape[:2], self.heads, -1)

@@ -8,11 +8,13 @@ If ranks share the window, it computes k and v first, so that the exchange overl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from lasptrain.models.layers import Phases
+from lasptrain.ops import decay_rule
+from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
 State = tuple[Tensor | None, ...]  # carried by a mixer from segment to segment; private to the mixer
@@ -37,44 +39,55 @@ class Context(NamedTuple):
 COMPILED = ("keys", "queries", "project", "output")  # the parts of a mixer between exchanges
 
 
-class Recurrence(nn.Module):
+class RecurrentMixer(nn.Module):
     """A mixer that is one linear recurrence: the order of work around the exchange, common to all of them.
 
-    `keys` returns k and v, `queries` q and the other arguments of `output`, `project` both. Slopes of None: no decay.
+    `keys` returns the recurrence's inputs, `queries` q and the other arguments of `output`, `project` the inputs, q and
+    those arguments. Slopes of None: no decay.
     """
 
     compiled: ClassVar[tuple[str, ...]] = COMPILED
+    rule: ClassVar[Recurrence] = decay_rule
     attention: ShardedRecurrence
     slope: Tensor | None
-    keys: Callable[..., tuple[Tensor, Tensor]]
+    keys: Callable[..., Inputs]
     queries: Callable[..., tuple[Tensor, ...]]
-    project: Callable[..., tuple[Tensor, ...]]
+    project: Callable[..., tuple[Any, ...]]
     output: Callable[..., Tensor]
+
+    @property
+    def log_decay(self) -> Tensor | None:
+        """Constant log decays [H] of the heads."""
+        return None if self.slope is None else -self.slope
 
     def prepare(self, length: int) -> Phases | None:
         return None
 
     def forward(self, h: Tensor, phases: Phases | None, context: Context) -> tuple[Tensor, State]:
-        if self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, phases), phases, context)
-            q, *rest = self.queries(h, phases)
-        else:
-            k, v, q, *rest = self.project(h, phases)
-            pending = self._begin(k, v, phases, context)
-        o, final_state = self.attention.finish(pending, q)
+        o, final_state, rest = self._attended(h, phases, context)
         return self.output(o, *rest), (final_state,)
 
     def state(self, h: Tensor, phases: Phases | None, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
-        k, v = self.keys(h, phases)
-        return (self.attention.final_state_of(self._begin(k, v, phases, context)),)
+        return (self.attention.final_state_of(self._begin(self.keys(h, phases), phases, context)),)
 
-    def _begin(self, k: Tensor, v: Tensor, phases: Phases | None, context: Context) -> Pending:
-        decay = None if self.slope is None else -self.slope
-        turn = None if phases is None else phases.turn
+    def _attended(
+        self, h: Tensor, phases: Phases | None, context: Context
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Return o, the final state and the other arguments of `output`; what else the scan needed is freed."""
+        if self.attention.scan.size > 1:
+            pending = self._begin(self.keys(h, phases), phases, context)
+            q, *rest = self.queries(h, phases)
+        else:
+            inputs, q, *rest = self.project(h, phases)
+            pending = self._begin(inputs, phases, context)
+        return *self.attention.finish(pending, q), rest
+
+    def _begin(self, inputs: Inputs, phases: Phases | None, context: Context) -> Pending:
         doc_ids, (carry, *_), saved, wanted = context
+        turn = None if phases is None else phases.turn
         return self.attention.begin(
-            k, v, decay, doc_ids, angle=turn, carry=carry, saved=saved, output_final_state=wanted
+            inputs, doc_ids, rule=self.rule, angle=turn, carry=carry, saved=saved, output_final_state=wanted
         )
 
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lasptrain.models.layers import Phases, RMSNorm, Rotary
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import Recurrence
+from lasptrain.models.mixer import RecurrentMixer
+from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
-class Retention(Recurrence):
+class Retention(RecurrentMixer):
     """q, k, v linear, q and k rotated, q scaled by K^−½; y = W (rms(o) per head ⊙ silu(gate))."""
 
     def __init__(
@@ -32,20 +33,21 @@ class Retention(Recurrence):
         wide = torch.promote_types(self.q.weight.dtype, torch.float32)
         return self.rotary(length, self.q.weight.device, wide)
 
-    def keys(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
-        """Return k and v, [B, T, H, ·]."""
+    def keys(self, h: Tensor, phases: Phases) -> Inputs:
+        """Return k and v, [B, T, H, ·], and the log decay."""
         k, v = multi_linear(h, self.k, self.v)
-        return phases.rotated(self._heads(k)), self._heads(v)
+        return phases.rotated(self._heads(k)), self._heads(v), self.log_decay
 
     def queries(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return phases.rotated(self._heads(q) * self.scale), gate
 
-    def project(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, phases: Phases) -> tuple[Inputs, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
-        return phases.rotated(self._heads(k)), self._heads(v), phases.rotated(self._heads(q) * self.scale), gate
+        inputs = phases.rotated(self._heads(k)), self._heads(v), self.log_decay
+        return inputs, phases.rotated(self._heads(q) * self.scale), gate
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.heads, -1)

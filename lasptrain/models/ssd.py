@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -110,31 +111,37 @@ class StateSpace(nn.Module):
         return SsdWeights(None if self.dt is None else self.dt(), None if self.conv is None else self.conv())
 
     def forward(self, h: Tensor, weights: SsdWeights, context: Context) -> tuple[Tensor, State]:
-        rows = None
-        if weights.taps is not None:
-            k, v, decay, q, gate, rows = self._with_neighbours(h, weights, context)
-            pending = self._begin(k, v, decay, context)
-        elif self.attention.scan.size > 1:
-            pending = self._begin(*self.keys(h, weights), context)
-            q, gate = self.queries(h, weights)
-        else:
-            k, v, decay, q, gate = self.project(h, weights)
-            pending = self._begin(k, v, decay, context)
-        o, final_state = self.attention.finish(pending, q)
-        return self.output(o, gate), (final_state, rows)
+        o, gate, state = self._attended(h, weights, context)
+        return self.output(o, gate), state
 
     def state(self, h: Tensor, weights: SsdWeights, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         rows = None
         if weights.taps is None:
-            k, v, decay = self.keys(h, weights)
+            inputs = self.keys(h, weights)
         else:
             k, v, decay, _, _, rows = self._with_neighbours(h, weights, context)
-        return self.attention.final_state_of(self._begin(k, v, decay, context)), rows
+            inputs = k, v, decay
+        return self.attention.final_state_of(self._begin(inputs, context)), rows
 
-    def _begin(self, k: Tensor, v: Tensor, decay: Tensor, context: Context) -> Pending:
+    def _attended(self, h: Tensor, weights: SsdWeights, context: Context) -> tuple[Tensor, Tensor, State]:
+        """Return o, the gate and the final state; what else the scan needed is freed."""
+        rows = None
+        if weights.taps is not None:
+            *inputs, q, gate, rows = self._with_neighbours(h, weights, context)
+            pending = self._begin(inputs, context)
+        elif self.attention.scan.size > 1:
+            pending = self._begin(self.keys(h, weights), context)
+            q, gate = self.queries(h, weights)
+        else:
+            *inputs, q, gate = self.project(h, weights)
+            pending = self._begin(inputs, context)
+        o, final_state = self.attention.finish(pending, q)
+        return o, gate, (final_state, rows)
+
+    def _begin(self, inputs: Sequence[Tensor], context: Context) -> Pending:
         doc_ids, (carry, _), saved, wanted = context
-        return self.attention.begin(k, v, decay, doc_ids, carry=carry, saved=saved, output_final_state=wanted)
+        return self.attention.begin(tuple(inputs), doc_ids, carry=carry, saved=saved, output_final_state=wanted)
 
     def keys(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Return k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""

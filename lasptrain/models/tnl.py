@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lasptrain.models.layers import Lrpe, Phases, srms
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import Recurrence, split_heads
+from lasptrain.models.mixer import RecurrentMixer, split_heads
+from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
 
-class TransNormer(Recurrence):
+class TransNormer(RecurrentMixer):
     """Linear attention of TransNormerLLM (arXiv:2307.14995).
 
     q, k = silu(W h), with LRPE in flagged layers; v and the gate u are linear; y = W (u ⊙ srms(o)) over all heads.
@@ -40,20 +41,21 @@ class TransNormer(Recurrence):
     def prepare(self, length: int) -> Phases | None:
         return None if self.lrpe is None else self.lrpe(length)
 
-    def keys(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
-        """Return k and v, [B, T, H, ·]."""
+    def keys(self, h: Tensor, phases: Phases | None) -> Inputs:
+        """Return k and v, [B, T, H, ·], and the log decay."""
         k, v = multi_linear(h, self.k, self.v)
-        return self._features(k, phases), split_heads(v, self.heads)
+        return self._features(k, phases), split_heads(v, self.heads), self.log_decay
 
     def queries(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H, ·] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
         return self._features(q, phases), gate
 
-    def project(self, h: Tensor, phases: Phases | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, phases: Phases | None) -> tuple[Inputs, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
-        return self._features(k, phases), split_heads(v, self.heads), self._features(q, phases), gate
+        inputs = self._features(k, phases), split_heads(v, self.heads), self.log_decay
+        return inputs, self._features(q, phases), gate
 
     def _features(self, x: Tensor, phases: Phases | None) -> Tensor:
         x = split_heads(F.silu(x), self.heads)

@@ -1,7 +1,7 @@
 """Chunkwise linear attention in plain PyTorch: matrix products inside chunks, a scan over chunks.
 
 Fast enough to train with on a CPU. The backward is the same two functions in reversed time with the roles of the
-arguments exchanged. Signatures and shapes: `lasptrain.ops`.
+arguments exchanged. Signatures and shapes: `lasptrain.ops.decay_rule`.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def _zero_doc_ids(like: Tensor) -> Tensor:
 
 
 def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `blocks` and `prefix`: one state per chunk."""
+    """Shape of the states in `blocks` and `kept`: one per chunk."""
     b, t, h, kdim = k.shape
     return b, h, (t + _padding(t)) // CHUNK, kdim, v.shape[-1]
 
 
-def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `row` where the decay is per token."""
+def sums_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of the sums in `rest` where the decay is per token."""
     return tuple(k.shape[:3])
 
 
@@ -117,12 +117,12 @@ def _scan(blocks: Tensor, through: Tensor, initial_state: Tensor | None) -> tupl
 
 
 def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     chunks = _chunks(k, log_decay, doc_ids)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _if_wanted(state, wanted), _if_wanted(slice_decay(k, log_decay, doc_ids), wanted), blocks
+    return _if_wanted(state, wanted >= 1), _if_wanted(slice_decay(k, log_decay, doc_ids), wanted == 2), [blocks]
 
 
 def _if_wanted(x: Tensor, wanted: bool) -> Tensor:
@@ -151,16 +151,15 @@ def attend(
     log_decay: Tensor | None,
     doc_ids: Tensor | None,
     initial_state: Tensor | None,
-    blocks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    blocks: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
     chunks = _chunks(k, log_decay, doc_ids)
     cut_k, cut_v = _cut(k), _cut(v)
-    if blocks is None:
-        blocks = _block_states(cut_k, cut_v, chunks)
-    prefix, _ = _scan(blocks, chunks.through(), initial_state)
+    added = blocks[0] if blocks else _block_states(cut_k, cut_v, chunks)
+    prefix, _ = _scan(added, chunks.through(), initial_state)
     q = _cut(q)
     o = _scores(q, cut_k, chunks.weights()) @ cut_v
-    return _join(o.add_(_far(q, chunks, prefix)), v), prefix
+    return _join(o.add_(_far(q, chunks, prefix)), v), [prefix]
 
 
 def _reversed_chunks(like: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Chunks:
@@ -183,27 +182,28 @@ def _reversed_join(o: Tensor, like: Tensor) -> Tensor:
 
 
 def grad_initial_state(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     chunks = _reversed_chunks(q, log_decay, doc_ids)
     blocks = _block_states(_reversed_cut(q), _reversed_cut(do), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _if_wanted(state * token_decay(q, log_decay, doc_ids)[:, 0, :, None, None], wanted), blocks
+    dinitial = state * token_decay(q, log_decay, doc_ids)[:, 0, :, None, None]
+    return _if_wanted(dinitial, wanted >= 1), _if_wanted(slice_decay(q, log_decay, doc_ids), wanted == 2), [blocks]
 
 
 def grad_query(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, prefix: Tensor
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, kept: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     chunks = _chunks(k, log_decay, doc_ids)
     cut_q, cut_k = _cut(q), _cut(k)
     scores = _scores(_cut(do), _cut(v), chunks.weights())
-    far = _far(_cut(do), chunks, prefix.transpose(-1, -2))
+    far = _far(_cut(do), chunks, kept[0].transpose(-1, -2))
     dq = scores @ cut_k
-    row = dq.new_empty(0)
+    rest = []
     if per_token(log_decay):
         row = _reading_over(scores.mul_(cut_q @ cut_k.transpose(-1, -2)), (cut_q * far).sum(-1))
-        row = _join(row[..., None], q.to(row.dtype))[..., 0]
-    return _join(dq.add_(far), q), row
+        rest = [_join(row[..., None], q.to(row.dtype))[..., 0]]
+    return _join(dq.add_(far), q), rest
 
 
 def _reading_over(near: Tensor, far: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def _reading_over(near: Tensor, far: Tensor) -> Tensor:
     return far.flip(-1).cumsum(-1).flip(-1).add_(earlier)
 
 
-def grad_key_value(
+def grad_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -225,23 +225,23 @@ def grad_key_value(
     log_decay: Tensor | None,
     doc_ids: Tensor | None,
     dfinal: Tensor | None,
-    dblocks: Tensor | None,
-    prefix: Tensor,
-    row: Tensor,
+    dblocks: list[Tensor],
+    kept: list[Tensor],
+    rest: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     chunks = _reversed_chunks(q, log_decay, doc_ids)
     weights = chunks.weights()
     rq, rk, rv, rdo = (_reversed_cut(x) for x in (q, k, v, do))
-    if dblocks is None:
-        dblocks = _block_states(rq, rdo, chunks)
-    suffix, _ = _scan(dblocks, chunks.through(), dfinal)
+    added = dblocks[0] if dblocks else _block_states(rq, rdo, chunks)
+    suffix, _ = _scan(added, chunks.through(), dfinal)
     dv = (_scores(rk, rq, weights) @ rdo).add_(_far(rk, chunks, suffix))
     dk = _scores(rv, rdo, weights) @ rq
     far = _far(rv, chunks, suffix.transpose(-1, -2))
     dlog = None
     if per_token(log_decay):
+        (row,) = rest
         sent = _reversed_join((rk * far).sum(-1, keepdim=True), row[..., None])[..., 0]
-        dlog = row + _sent_over(k, log_decay, doc_ids, sent, prefix, suffix.flip(2))
+        dlog = row + _sent_over(k, log_decay, doc_ids, sent, kept[0], suffix.flip(2))
     return _reversed_join(dk.add_(far), k), _reversed_join(dv, v), dlog
 
 

@@ -1,6 +1,6 @@
 """The recurrence, token by token: the definition by which every other kernel is judged.
 
-The backward functions walk the same recurrence from the right. Signatures and shapes: `lasptrain.ops`.
+The backward functions walk the same recurrence from the right. Signatures and shapes: `lasptrain.ops.decay_rule`.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ def recurrence(
 
 
 def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `blocks` and `prefix`: the whole slice is one block."""
+    """Shape of the states in `blocks` and `kept`: the whole slice is one block."""
     b, _, h, kdim = k.shape
     return b, h, 1, kdim, v.shape[-1]
 
 
-def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `row` where the decay is per token."""
+def sums_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of the sums in `rest` where the decay is per token."""
     return tuple(k.shape[:3])
 
 
 def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     _, state = recurrence(k, k, v, log_decay, doc_ids, None)
-    return state, slice_decay(k, log_decay, doc_ids), state[:, :, None].clone()
+    return state, slice_decay(k, log_decay, doc_ids), [state[:, :, None].clone()]
 
 
 def attend(
@@ -81,13 +81,13 @@ def attend(
     log_decay: Tensor | None,
     doc_ids: Tensor | None,
     initial_state: Tensor | None,
-    blocks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    blocks: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
     o, _ = recurrence(q, k, v, log_decay, doc_ids, initial_state)
     prefix = torch.zeros(block_shape(k, v), dtype=o.dtype, device=o.device)
     if initial_state is not None:
         prefix[:, :, 0] = initial_state
-    return o.to(v.dtype), prefix
+    return o.to(v.dtype), [prefix]
 
 
 def _gradients(
@@ -120,21 +120,21 @@ def _gradients(
 
 
 def grad_initial_state(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     zero = torch.zeros(block_shape(q, do), dtype=state_dtype(q), device=q.device)
     dinitial = _gradients(q, torch.zeros_like(q), torch.zeros_like(do), do, log_decay, doc_ids, zero[:, :, 0], None)[3]
-    return dinitial, zero
+    return dinitial, slice_decay(q, log_decay, doc_ids), [zero]
 
 
 def grad_query(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, prefix: Tensor
-) -> tuple[Tensor, Tensor]:
-    dq = _gradients(q, k, v, do, log_decay, doc_ids, prefix[:, :, 0], None)[0]
-    return dq.to(q.dtype), (q * dq).sum(-1) if per_token(log_decay) else dq.new_empty(0)
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, kept: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    dq = _gradients(q, k, v, do, log_decay, doc_ids, kept[0][:, :, 0], None)[0]
+    return dq.to(q.dtype), [(q * dq).sum(-1)] if per_token(log_decay) else []
 
 
-def grad_key_value(
+def grad_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -142,9 +142,9 @@ def grad_key_value(
     log_decay: Tensor | None,
     doc_ids: Tensor | None,
     dfinal: Tensor | None,
-    dblocks: Tensor | None,
-    prefix: Tensor,
-    row: Tensor,
+    dblocks: list[Tensor],
+    kept: list[Tensor],
+    rest: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    _, dk, dv, _, dlog = _gradients(q, k, v, do, log_decay, doc_ids, prefix[:, :, 0], dfinal)
+    _, dk, dv, _, dlog = _gradients(q, k, v, do, log_decay, doc_ids, kept[0][:, :, 0], dfinal)
     return dk.to(k.dtype), dv.to(v.dtype), dlog if per_token(log_decay) else None

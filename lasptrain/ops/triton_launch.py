@@ -2,7 +2,8 @@
 
 Floor per token and head with dims D in 16 bits: forward 8·D bytes, both directions 22·D. These kernels move 12·D and
 36·D: `summarize` reads k, v; `attend` and `grad_query` read three tensors and write one; `grad_initial_state` reads q,
-do; `grad_key_value` reads four and writes two. Signatures and shapes: `lasptrain.ops`; the programs: `triton_kernels`.
+do; `grad_inputs` reads four and writes two. Signatures and shapes: `lasptrain.ops.decay_rule`; the programs:
+`triton_kernels`.
 """
 
 from __future__ import annotations
@@ -182,13 +183,13 @@ def _cut(b: int, t: int, h: int, kdim: int, vdim: int) -> _Slice:
 
 
 def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `blocks` and `prefix`: a state per block and one more, each followed by its decay and 3 unused."""
+    """Shape of the states in `blocks` and `kept`: one per block and one more, each with its decay and 3 unused."""
     s = _slice(k, v)
     return s.batch, s.heads, s.blocks + 1, s.keys * s.values + 4
 
 
-def row_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Shape of `row` where the decay is per token: sums per token, then flows per chunk."""
+def sums_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Shape of the sums in `rest` where the decay is per token: per token, then flows per chunk."""
     s = _slice(k, v)
     return _sums_shape(s, _launch("grad_query", s, k.dtype, s.keys))
 
@@ -311,14 +312,14 @@ def _scan(
 
 def _summarized(
     x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, reverse: bool, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the state [B, H, K, V] and the decay [B, H], both undefined unless `wanted`, and the blocks."""
     s = _slice(x, y)
     blocks = _blocks(x, y, log_decay, doc_ids, reverse)
     state, decay = blocks.new_empty((s.batch, s.heads, s.keys, s.values)), blocks.new_empty((s.batch, s.heads))
     if wanted:
         _scan(blocks, s, reverse, None, None, (state, decay))
-    return _cropped(state, x.shape[-1], y.shape[-1]), decay, blocks
+    return _cropped(state, x.shape[-1], y.shape[-1]), decay, [blocks]
 
 
 def _walk(
@@ -440,9 +441,9 @@ def _grad_decay(
 
 
 def summarize(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _summarized(k, v, log_decay, doc_ids, False, wanted)
+    k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _summarized(k, v, log_decay, doc_ids, False, wanted > 0)
 
 
 def attend(
@@ -452,16 +453,16 @@ def attend(
     log_decay: Tensor | None,
     doc_ids: Tensor | None,
     initial_state: Tensor | None,
-    blocks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    blocks: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
     s = _slice(k, v)
     prefix = _initial_states(blocks, k, v, log_decay, doc_ids, initial_state, reverse=False)
     o, _ = _walk("attend", (_padded(q), _padded(k), _padded(v)), s, log_decay, doc_ids, prefix)
-    return _cropped(o, s.heads, v.shape[-1]), prefix
+    return _cropped(o, s.heads, v.shape[-1]), [prefix]
 
 
 def _initial_states(
-    blocks: Tensor | None,
+    blocks: list[Tensor],
     x: Tensor,
     y: Tensor,
     log_decay: Tensor | None,
@@ -470,32 +471,32 @@ def _initial_states(
     reverse: bool,
 ) -> Tensor:
     """Return the initial state of each block; `blocks` are computed here if they are not given."""
-    if blocks is None:
-        blocks = into = _blocks(x, y, log_decay, doc_ids, reverse)
+    if blocks:
+        (added,) = blocks
+        into = torch.empty_like(added)
     else:
-        into = torch.empty_like(blocks)
-    _scan(blocks, _slice(x, y), reverse, edge, into, None)
+        added = into = _blocks(x, y, log_decay, doc_ids, reverse)
+    _scan(added, _slice(x, y), reverse, edge, into, None)
     return into
 
 
 def grad_initial_state(
-    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor]:
-    dinitial, _, dblocks = _summarized(q, _as(do, q.dtype), log_decay, doc_ids, True, wanted)
-    return dinitial, dblocks
+    q: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, wanted: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _summarized(q, _as(do, q.dtype), log_decay, doc_ids, True, wanted > 0)
 
 
 def grad_query(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, prefix: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dq and `row`: Σ q·dq per token, and per chunk the flow that `decay_gradient` needs."""
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, kept: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return dq and, where the decay is per token, Σ q·dq per token with the flow per chunk for `decay_gradient`."""
     rows = _padded(_as(do, q.dtype)), _padded(v), _padded(k)
     summed = _padded(q) if per_token(log_decay) else None
-    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc_ids, prefix, summed=summed)
-    return _cropped(dq, q.shape[2], q.shape[-1]), prefix.new_empty(0) if row is None else row
+    dq, row = _walk("grad_query", rows, _slice(k, v), log_decay, doc_ids, kept[0], summed=summed)
+    return _cropped(dq, q.shape[2], q.shape[-1]), [] if row is None else [row]
 
 
-def grad_key_value(
+def grad_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -503,9 +504,9 @@ def grad_key_value(
     log_decay: Tensor | None,
     doc_ids: Tensor | None,
     dfinal: Tensor | None,
-    dblocks: Tensor | None,
-    prefix: Tensor,
-    row: Tensor,
+    dblocks: list[Tensor],
+    kept: list[Tensor],
+    rest: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     s = _slice(k, v)
     do = _as(do, q.dtype)
@@ -515,5 +516,5 @@ def grad_key_value(
     dlog = None
     if per_token(log_decay) and column is not None:
         chunk = _launch("grad_query", s, k.dtype, s.keys).chunk
-        dlog = _grad_decay(row, column, prefix, gradients, log_decay, doc_ids, s, chunk)
+        dlog = _grad_decay(rest[0], column, kept[0], gradients, log_decay, doc_ids, s, chunk)
     return _cropped(dk, s.heads, k.shape[-1]), _cropped(dv, s.heads, v.shape[-1]), dlog

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from lasptrain.parallel.mesh import synchronize
-from lasptrain.parallel.scan import SCANS, Scan, Transition
+from lasptrain.parallel.scan import SCANS, Scan
+from lasptrain.parallel.transition import Transition
 
 WARM, COUNT = 3, 20  # exchanges, forward and backward
 Shape = tuple[int, int, int, int]

@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from lasptrain.parallel.host import unread
 from lasptrain.parallel.recurrence import SavedStates
-from lasptrain.parallel.scan import Scan, Transition
-
-FORGETTING = Transition(None)
+from lasptrain.parallel.scan import Scan
+from lasptrain.parallel.transition import FORGET, Transition
 
 
 def halo(
@@ -57,7 +56,7 @@ def halo(
 def _transition(x: Tensor, doc_ids: Tensor | None, n: int) -> Transition:
     """Return the transition of a slice x [B, T, ·] of rows: those before a document that starts in it are dropped."""
     if x.shape[1] >= n:
-        return FORGETTING
+        return FORGET
     goes_on = x.new_ones(x.shape[0]) if doc_ids is None else (doc_ids[:, -1] == 0).to(x.dtype)
     return Transition(goes_on[:, None], rows=x.shape[1])
 

@@ -16,9 +16,12 @@ def to_host(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def unread(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return a tensor of this shape in the memory of one element, to attach a gradient to; reading it gives NaN."""
-    return like.new_full((), math.nan).expand(tuple(shape))
+def unread(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of this shape in the memory of one element, to attach a gradient to; reading it gives NaN.
+
+    Its device is that of `like`, and its dtype too unless another is given.
+    """
+    return like.new_full((), math.nan, dtype=dtype).expand(tuple(shape))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

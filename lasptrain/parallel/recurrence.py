@@ -1,26 +1,37 @@
 """Linear attention over a window that is spread over ranks: a kernel and a scan behind two calls.
 
-    pending = recurrence.begin(k, v, ...)           summarise the slice, start the exchange
-    o, final_state = recurrence.finish(pending, q)  by now the initial state has arrived
+    pending = recurrence.begin((k, v, log_decay), doc_ids)
+    o, final_state = recurrence.finish(pending, q)
 
-Whatever the layer computes between the two hides the exchange. Autograd keeps that order backwards: the exchange of
-state gradients starts in the backward of `finish`, the gradient of q flows on, and only the backward of `begin`, which
-needs the state gradient from the right for dk and dv, waits for it.
+Whatever the layer computes between the two hides the exchange, in both directions, because autograd keeps their order:
+
+    begin     inputs ──▶ summarize ──▶ start the exchange of states ···┐
+              the layer computes q, its gate, …                        ⋮
+    finish    q, inputs, initial state ◀── wait ◀······················┘ ──▶ attend ──▶ o
+
+    finish′   do ──▶ grad_initial_state ──▶ start the exchange of gradients ···┐ ──▶ grad_query ──▶ dq
+              autograd goes on through q, the gate, …                          ⋮
+    begin′    gradient of the final state ◀── wait ◀···························┘ ──▶ grad_inputs ──▶ dk, dv, …
+
+`begin` passes on a record that nobody changes. Backwards, finish′ leaves what begin′ needs in a `_Handoff`. No other
+state lies between the four.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain import ops
+from lasptrain.ops import decay_rule, state_dtype
+from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.host import unread
-from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned, Transition
+from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned
+from lasptrain.parallel.transition import Transition
 
 
 @dataclass
@@ -28,7 +39,6 @@ class SavedStates:
     """The states at the edges of one layer's slice, once known: recomputing the layer then needs no exchange."""
 
     ready: bool = False
-    decay: Tensor | None = None  # of the slice, [B, H]
     initial_state: Tensor | None = None  # [B, H, K, V]; None is zero
     final_state: Tensor | None = None  # as the scan returned it; may be dropped if not needed again
     before: SavedStates | None = None  # the same for the rows before the slice, where the layer needs some
@@ -46,8 +56,8 @@ class SavedStates:
         return [self] if self.before is None else [self, self.before]
 
 
-class _Given(NamedTuple):
-    """An exchange that is not needed: the initial state is known."""
+class _Known(NamedTuple):
+    """An exchange that is not needed: the states are those of an earlier pass."""
 
     scanned: Scanned
 
@@ -55,43 +65,60 @@ class _Given(NamedTuple):
         return self.scanned
 
 
-@dataclass
-class _Backward:
-    """Values that the backward of `finish` leaves for the backward of `begin`."""
+class _Backward(NamedTuple):
+    """Values that finish′ leaves for begin′."""
 
     q: Tensor
     do: Tensor
-    initial_state: Tensor | None
-    prefix: Tensor
-    row: Tensor
-    dblocks: Tensor
+    inputs: Inputs
+    doc_ids: Tensor | None
+    angle: Tensor | None
+    initial_state: Tensor | None  # where the gradient of the angle needs it
+    kept: list[Tensor]
+    rest: list[Tensor]
+    dblocks: list[Tensor]
     exchange: Exchange | Message
 
 
 @dataclass
-class _Exchanging:
-    """A layer between `begin`, which sets the fields not given at construction, and `finish`, which deletes them."""
+class _Handoff:
+    """The way from finish′ to begin′: filled by the one, emptied by the other."""
 
+    backward: _Backward | None = None
+
+    def take(self) -> _Backward:
+        taken, self.backward = self.backward, None
+        assert taken is not None
+        return taken
+
+
+class _Slice(NamedTuple):
+    """A slice whose edges states cross, as `begin` is given it."""
+
+    rule: Recurrence
+    inputs: Inputs
+    doc_ids: Tensor | None
+    angle: Tensor | None
     saved: SavedStates
     output_final_state: bool
-    k: Tensor = field(init=False)
-    v: Tensor = field(init=False)
-    log_decay: Tensor | None = field(init=False)
-    doc_ids: Tensor | None = field(init=False)
-    transition: Transition = field(init=False)
-    has_carry: bool = field(init=False)
-    exchange: Exchange | Message | _Given = field(init=False)
-    blocks: Tensor | None = field(init=False)
-    link: Tensor = field(init=False)  # empty; ties the two halves together in the autograd graph
-    backward: _Backward | None = None
+    grad_carry: bool  # the segment's initial state wants a gradient
+
+
+class _Exchanging(NamedTuple):
+    """A slice between `begin` and `finish`."""
+
+    slice: _Slice
+    blocks: list[Tensor]
+    exchange: Exchange | Message | _Known
+    handoff: _Handoff
+    link: Tensor  # empty; makes begin′ follow finish′ in the autograd graph
 
 
 class _Alone(NamedTuple):
     """A slice that is the whole window: nothing crosses its edges, so `finish` does all the work."""
 
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
+    rule: Recurrence
+    inputs: Inputs
     doc_ids: Tensor | None
 
 
@@ -102,7 +129,7 @@ class ShardedRecurrence:
     """The recurrence of one model on one mesh.
 
     Args:
-        kernel: name of a kernel of `lasptrain.ops`.
+        kernel: name of a kernel, as `lasptrain.ops.select` returns it.
         scan: the scan over the sp group; without one the slice is the whole window.
     """
 
@@ -112,20 +139,21 @@ class ShardedRecurrence:
 
     def begin(
         self,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
+        inputs: Inputs,
         doc_ids: Tensor | None,
         *,
+        rule: Recurrence = decay_rule,
         angle: Tensor | None = None,
         carry: Tensor | None = None,
         saved: SavedStates | None = None,
         output_final_state: bool = False,
     ) -> Pending:
-        """Summarise the slice k [B, T, H, K], v [B, T, H, V] and start the exchange.
+        """Summarise the slice and start the exchange.
 
         Args:
-            log_decay, doc_ids: as in `lasptrain.ops`.
+            inputs: of the rule: k [B, T, H_k, K], v [B, T, H, V], then its own.
+            doc_ids: as in `lasptrain.ops`.
+            rule: the recurrence.
             angle: [H, K/2], or [1, K/2] without gradient, fp64 radians by which keys turn over the slice, where they
                 are rotated.
             carry: the segment's initial state, as the scan returned it; None at a window's start.
@@ -133,19 +161,22 @@ class ShardedRecurrence:
             output_final_state: whether `finish` is to return the next segment's initial state.
         """
         if self.scan.size == 1 and carry is None and not output_final_state:
-            return _Alone(k, v, log_decay, doc_ids)
-        pending = _Exchanging(saved if saved is not None else SavedStates(), output_final_state)
-        pending.link = _Begin.apply(k, v, log_decay, angle, carry, doc_ids, self, pending)  # type: ignore[no-untyped-call]
-        return pending
+            return _Alone(rule, inputs, doc_ids)
+        saved = SavedStates() if saved is None else saved
+        grad_carry = carry is not None and carry.requires_grad
+        piece = _Slice(rule, inputs, doc_ids, angle, saved, output_final_state, grad_carry)
+        handoff = _Handoff()
+        begun: tuple[Any, ...] = _Begin.apply(self, handoff, piece, angle, carry, *inputs)  # type: ignore[no-untyped-call]
+        link, blocks, exchange = begun
+        return _Exchanging(piece, blocks, exchange, handoff, link)
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return outputs [B, T, H, V] for q [B, T, H, K], and the next segment's initial state if asked for."""
+        """Return outputs [B, T, H, V] for q [B, T, H_k, K], and the next segment's initial state if asked for."""
         if isinstance(pending, _Alone):
-            o: Tensor = _Whole.apply(q, *pending, self.kernel)  # type: ignore[no-untyped-call]
+            rule, inputs, doc_ids = pending
+            o: Tensor = _Whole.apply(self.kernel, rule, doc_ids, q, *inputs)  # type: ignore[no-untyped-call]
             return o, None
-        link = pending.link
-        del pending.link  # its graph holds `pending`: a cycle would keep states alive until garbage collection
-        result: tuple[Tensor, Tensor | None] = _Finish.apply(q, link, self, pending)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, Tensor | None] = _Finish.apply(self, pending, q, pending.link)  # type: ignore[no-untyped-call]
         return result
 
     def final_state_of(self, pending: Pending) -> Tensor | None:
@@ -154,8 +185,9 @@ class ShardedRecurrence:
         It has no gradient; outputs are not computed.
         """
         assert isinstance(pending, _Exchanging)
+        saved = pending.slice.saved
         initial_state, final_state = pending.exchange.wait()
-        pending.saved.ready, pending.saved.initial_state = True, initial_state
+        saved.ready, saved.initial_state = True, initial_state
         return final_state
 
 
@@ -164,86 +196,72 @@ class _Whole(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, kernel: str
+        ctx: Any, kernel: str, rule: Recurrence, doc_ids: Tensor | None, q: Tensor, *inputs: Tensor | None
     ) -> Tensor:
-        o, prefix = ops.attend(kernel, q, k, v, log_decay, doc_ids, None, None)
-        ctx.kernel = kernel
-        ctx.save_for_backward(q, k, v, log_decay, doc_ids, prefix)
+        o, kept = rule.attend(kernel, q, inputs, doc_ids, None, [])
+        ctx.kernel, ctx.rule, ctx.count = kernel, rule, len(inputs)
+        ctx.save_for_backward(q, doc_ids, *inputs, *kept)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, doc_ids, prefix = ctx.saved_tensors
+        q, doc_ids, *saved = ctx.saved_tensors
+        inputs, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
         do = do.contiguous()
-        dq, row = ops.grad_query(ctx.kernel, q, k, v, do, log_decay, doc_ids, prefix)
-        dk, dv, dlog = ops.grad_key_value(ctx.kernel, q, k, v, do, log_decay, doc_ids, None, None, prefix, row)
-        return dq, dk, dv, (dlog if dlog.numel() else None), None, None
+        dq, rest = ctx.rule.grad_query(ctx.kernel, q, inputs, do, doc_ids, kept)
+        grads = ctx.rule.grad_inputs(ctx.kernel, q, inputs, do, doc_ids, None, [], kept, rest)
+        return None, None, None, dq, *grads
 
 
 class _Begin(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
+        recurrence: ShardedRecurrence,
+        handoff: _Handoff,
+        piece: _Slice,
         angle: Tensor | None,
         carry: Tensor | None,
-        doc_ids: Tensor | None,
-        recurrence: ShardedRecurrence,
-        pending: _Exchanging,
-    ) -> Tensor:
-        saved, blocks = pending.saved, None
-        if saved.ready:
-            transition = Transition(saved.decay, angle)
-            pending.exchange = _Given(_remembered(pending, k, v))
-        else:
-            scan = recurrence.scan
-            wanted = scan.reads(pending.output_final_state)
-            state, saved.decay, blocks = ops.summarize(recurrence.kernel, k, v, log_decay, doc_ids, wanted)
-            transition = Transition(saved.decay, angle)
-            state = transition.rotate(state) if wanted else state
-            pending.exchange = scan.start(state, transition, carry, output_final_state=pending.output_final_state)
-        pending.transition = transition
-        pending.k, pending.v, pending.log_decay, pending.doc_ids = k, v, log_decay, doc_ids
-        pending.blocks = blocks
-        pending.has_carry = carry is not None and ctx.needs_input_grad[4]
-        ctx.recurrence, ctx.pending = recurrence, pending
-        ctx.save_for_backward(k, v, log_decay, doc_ids, angle, transition.decay)
-        return k.new_empty(0)
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], Exchange | Message | _Known]:
+        ctx.kernel, ctx.rule, ctx.handoff = recurrence.kernel, piece.rule, handoff
+        k, v, *_ = cast(tuple[Tensor, Tensor], inputs)
+        link = k.new_empty(0)
+        if piece.saved.ready:
+            return link, [], _Known(_remembered(piece, k, v))
+        scan, final = recurrence.scan, piece.output_final_state
+        wanted = scan.reads(carried=carry is not None, output_final_state=final)
+        state, linear, blocks = piece.rule.summarize(recurrence.kernel, inputs, piece.doc_ids, wanted)
+        transition = Transition(linear, angle)
+        state = transition.rotate(state) if wanted else state
+        return link, blocks, scan.start(state, transition, carry, output_final_state=final)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, log_decay, doc_ids, angle, decay = ctx.saved_tensors
-        handed: _Backward = ctx.pending.backward
-        ctx.pending.backward = None
-        kernel = ctx.recurrence.kernel
-        transition = Transition(decay, angle)
-        right, dcarry = handed.exchange.wait()
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, do, inputs, doc_ids, angle, initial_state, kept, rest, dblocks, exchange = ctx.handoff.take()
+        kernel, rule = ctx.kernel, ctx.rule
+        right, dcarry = exchange.wait()
         dangle = None
         if ctx.needs_input_grad[3] and right is not None:
-            state = ops.summarize(kernel, k, v, log_decay, doc_ids, True)[0]
-            final_state = transition.apply(handed.initial_state, transition.rotate(state))
-            dangle = _grad_angle(right, final_state)
-        dfinal = None if right is None else transition.transpose().rotate(right)
-        dk, dv, dlog = ops.grad_key_value(
-            kernel, handed.q, k, v, handed.do, log_decay, doc_ids, dfinal, handed.dblocks, handed.prefix, handed.row
-        )
-        return dk, dv, (dlog if dlog.numel() else None), dangle, dcarry, None, None, None
+            state, linear, _blocks = rule.summarize(kernel, inputs, doc_ids, 2)
+            transition = Transition(linear, angle)
+            dangle = _grad_angle(right, transition.apply(initial_state, transition.rotate(state)))
+        dfinal = None if right is None else Transition(None, angle).transpose().rotate(right)
+        grads = rule.grad_inputs(kernel, q, inputs, do, doc_ids, dfinal, dblocks, kept, rest)
+        return None, None, None, dangle, dcarry, *grads
 
 
-def _remembered(pending: _Exchanging, k: Tensor, v: Tensor) -> Scanned:
+def _remembered(piece: _Slice, k: Tensor, v: Tensor) -> Scanned:
     """Return the states of an earlier pass. A final state that was dropped is not read again, only its gradient is."""
-    saved = pending.saved
-    if not pending.output_final_state:
+    saved = piece.saved
+    if not piece.output_final_state:
         return Scanned(saved.initial_state, None)
     if saved.final_state is not None:
         return Scanned(saved.initial_state, saved.final_state.detach())
-    b, _, h, kdim = k.shape
-    assert saved.decay is not None
-    return Scanned(saved.initial_state, unread((b, h, kdim, v.shape[-1]), saved.decay))
+    shape = (k.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    return Scanned(saved.initial_state, unread(shape, k, state_dtype(k)))
 
 
 def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
@@ -256,36 +274,31 @@ def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
 class _Finish(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, link: Tensor, recurrence: ShardedRecurrence, pending: _Exchanging
+        ctx: Any, recurrence: ShardedRecurrence, pending: _Exchanging, q: Tensor, link: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        rule, inputs, doc_ids, angle, saved, _, ctx.grad_carry = pending.slice
         initial_state, final_state = pending.exchange.wait()
-        saved = pending.saved
         saved.ready, saved.initial_state = True, initial_state
         saved.final_state = None if final_state is None else final_state.detach()
-        kernel = recurrence.kernel
-        o, prefix = ops.attend(
-            kernel, q, pending.k, pending.v, pending.log_decay, pending.doc_ids, initial_state, pending.blocks
-        )
-        ctx.recurrence, ctx.pending = recurrence, pending
+        o, kept = rule.attend(recurrence.kernel, q, inputs, doc_ids, initial_state, pending.blocks)
+        ctx.recurrence, ctx.rule, ctx.handoff, ctx.count = recurrence, rule, pending.handoff, len(inputs)
         ctx.set_materialize_grads(False)
-        decay, angle, _ = pending.transition
-        kept = None if angle is None else initial_state  # for the gradient of the angle
-        ctx.save_for_backward(q, pending.k, pending.v, pending.log_decay, pending.doc_ids, prefix, kept, decay, angle)
-        del pending.k, pending.v, pending.log_decay, pending.doc_ids
-        del pending.blocks, pending.exchange, pending.transition
+        for_angle = None if angle is None else initial_state
+        ctx.save_for_backward(q, doc_ids, angle, for_angle, *inputs, *kept)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, doc_ids, prefix, initial_state, decay, angle = ctx.saved_tensors
-        kernel, scan, pending = ctx.recurrence.kernel, ctx.recurrence.scan, ctx.pending
-        do = torch.zeros_like(v) if do is None else do.contiguous()
-        wanted = scan.reads(pending.has_carry, reverse=True)
-        dinitial, dblocks = ops.grad_initial_state(kernel, q, do, log_decay, doc_ids, wanted)
+        q, doc_ids, angle, initial_state, *saved = ctx.saved_tensors
+        inputs, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
+        kernel, scan, rule = ctx.recurrence.kernel, ctx.recurrence.scan, ctx.rule
+        do = torch.zeros_like(inputs[1]) if do is None else do.contiguous()
+        wanted = scan.reads(carried=dfinal is not None, output_final_state=ctx.grad_carry, reverse=True)
+        dinitial, linear, dblocks = rule.grad_initial_state(kernel, q, do, inputs, doc_ids, kept, wanted)
         exchange = scan.start(
-            dinitial, Transition(decay, angle).transpose(), dfinal, reverse=True, output_final_state=pending.has_carry
+            dinitial, Transition(linear, angle).transpose(), dfinal, reverse=True, output_final_state=ctx.grad_carry
         )
-        dq, row = ops.grad_query(kernel, q, k, v, do, log_decay, doc_ids, prefix)
-        pending.backward = _Backward(q, do, initial_state, prefix, row, dblocks, exchange)
-        return dq, q.new_empty(0), None, None
+        dq, rest = rule.grad_query(kernel, q, inputs, do, doc_ids, kept)
+        ctx.handoff.backward = _Backward(q, do, inputs, doc_ids, angle, initial_state, kept, rest, dblocks, exchange)
+        return None, None, dq, q.new_empty(0)

@@ -7,54 +7,22 @@ Rank r contributes the affine map S ↦ transition_r · S + state_r of its slice
 where carry is the segment's initial state and final the next segment's. Backward is the same scan from the right with
 transposed transitions: state_r is then the gradient that the slice's own outputs send to its initial state.
 
-States are [B, H, K, V], decays [B, H]. One rank is the scan over one element.
+States are [B, H, K, V]; of transitions the scan knows that they apply. One rank is the scan over one element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.cost import links
 from lasptrain.parallel.collectives import all_gather
 from lasptrain.parallel.p2p import Messages, between
-
-
-class Transition(NamedTuple):
-    """The effect of a run of tokens on a state: it decays it and, where keys are rotated, moves its origin to the end.
-
-    The first half of the key rows are cosine features, the second half sine features (LRPE, arXiv:2307.14995). A state
-    that is the last K rows of a text moves up by as many as the run adds.
-    """
-
-    decay: Tensor | None  # [B, H]; None: nothing is left of what entered
-    angle: Tensor | None = None  # [H, K/2] radians
-    rows: int = 0  # by which the state moves up along K, with zeros moving in; down where negative
-
-    def rotate(self, state: Tensor) -> Tensor:
-        """Return the state [B, H, K, V] seen from an origin that lies `angle` further on."""
-        if self.angle is None:
-            return state
-        cos, sin = (f(self.angle).to(state.dtype)[..., None] for f in (torch.cos, torch.sin))
-        by_cos, by_sin = state.chunk(2, dim=-2)
-        return torch.cat([cos * by_cos + sin * by_sin, cos * by_sin - sin * by_cos], dim=-2)
-
-    def apply(self, state: Tensor | None, plus: Tensor) -> Tensor:
-        """Return transition · state + plus; a state of None is zero."""
-        if state is None or self.decay is None:
-            return plus
-        return torch.addcmul(plus, self.decay[..., None, None], self._moved(self.rotate(state)))
-
-    def transpose(self) -> Transition:
-        return Transition(self.decay, None if self.angle is None else -self.angle, -self.rows)
-
-    def _moved(self, state: Tensor) -> Tensor:
-        return F.pad(state, [0, 0, -self.rows, self.rows]) if self.rows else state
+from lasptrain.parallel.transition import Transition
 
 
 class Scanned(NamedTuple):
@@ -127,8 +95,12 @@ class Scan(Protocol):
         """Begin the scan; all ranks give the same `reverse`, `output_final_state` and presence of carry."""
         ...
 
-    def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:
-        """Return True if `start` reads state and transition: not where this rank passes nothing on."""
+    def reads(self, *, carried: bool, output_final_state: bool, reverse: bool = False) -> int:
+        """Return how much of this rank's map `start` and its like on other ranks read.
+
+        0 where nothing is passed on, 1, the state alone, where nothing enters what is passed on, else 2, the transition
+        too. `carried`: a carry is given.
+        """
         ...
 
 
@@ -143,8 +115,11 @@ class _Scan:
         self.bytes_sent = 0
         self.calls = 0
 
-    def reads(self, output_final_state: bool, *, reverse: bool = False) -> bool:
-        return output_final_state or self.rank != (0 if reverse else self.size - 1)
+    def reads(self, *, carried: bool, output_final_state: bool, reverse: bool = False) -> int:
+        first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
+        if self.rank == last and not output_final_state:
+            return 0
+        return 1 if self.rank == first and not carried else 2
 
     def _exchange(self, body: Callable[[], Scanned], needs: tuple[Tensor | None, ...]) -> Exchange:
         self.calls += 1
@@ -185,7 +160,7 @@ class Ring(_Scan):
                 self._move(final_state, last, 0) if final_state is not None and output_final_state else None,
             )
 
-        return self._exchange(body, (state, transition.decay, carry))
+        return self._exchange(body, (state, *transition.tensors, carry))
 
     def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
         """Return True if the ends of the chain have one message to send or receive, and nothing to compute."""
@@ -211,13 +186,13 @@ class Ring(_Scan):
     ) -> Scanned:
         """Pass the state from rank `first` to `last`, starting from `start`; the last folds if `output_final_state`."""
         step = 1 if first <= last else -1
-        if transition.decay is None and self.rank != last:  # no need to wait for what enters
+        if transition.forgets and self.rank != last:  # no need to wait for what enters
             self._send(state, self.rank + step)
         initial_state = start if self.rank == first else self._receive(state, self.rank - step)
         if self.rank == last and not output_final_state:
             return Scanned(initial_state, None)
         final_state = transition.apply(initial_state, state)
-        if transition.decay is not None and self.rank != last:
+        if not transition.forgets and self.rank != last:
             self._send(final_state, self.rank + step)
         return Scanned(initial_state, final_state)
 
@@ -272,7 +247,7 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 
 class AllGather(_Scan):
-    """LASP-2 (arXiv:2502.07563): all ranks gather all states and decays, and each folds what lies before it.
+    """LASP-2 (arXiv:2502.07563): all ranks gather all states and transitions, and each folds what lies before it.
 
     Carry and final state are the same on every rank.
     """
@@ -289,28 +264,39 @@ class AllGather(_Scan):
         order = range(self.size - 1, -1, -1) if reverse else range(self.size)
 
         def body() -> Scanned:
-            states, decays = self._gather(state, transition.decay)
+            maps = self._gather(state, transition)
             initial_state, running = None, carry
             for rank in order:
                 if rank == self.rank:
                     initial_state = running
                     if not output_final_state:
                         break
-                running = transition._replace(decay=decays[rank]).apply(running, states[rank])
+                passed, added = maps[rank]
+                running = passed.apply(running, added)
             return Scanned(initial_state, running if output_final_state else None)
 
-        return self._exchange(body, (state, transition.decay, carry))
+        return self._exchange(body, (state, *transition.tensors, carry))
 
-    def _gather(self, state: Tensor, decay: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _gather(self, state: Tensor, transition: Transition) -> list[tuple[Transition, Tensor]]:
+        """Return the maps of all ranks: a transition and a state each."""
         if self.size == 1:
-            return [state], [decay]
-        packed = state.flatten() if decay is None else torch.cat([state.flatten(), decay.flatten()])
+            return [(transition, state)]
+        own = [state, *transition.tensors]
+        packed = torch.cat([x.flatten() for x in own]) if len(own) > 1 else state.flatten()
         gathered = packed.new_empty(self.size * packed.numel())
         all_gather(gathered, packed, group=self.group)
         self.bytes_sent += packed.numel() * packed.element_size()
-        rows = gathered.view(self.size, -1)
-        states = [row[: state.numel()].view_as(state) for row in rows]
-        return states, [None if decay is None else row[state.numel() :].view_as(decay) for row in rows]
+        maps = []
+        for row in gathered.view(self.size, -1):
+            added, *tensors = _unpacked(row, own)
+            maps.append((transition.like(tensors), added))
+        return maps
+
+
+def _unpacked(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a row of numbers into tensors shaped like those given."""
+    parts = row.split([x.numel() for x in like])
+    return [part.view_as(x) for part, x in zip(parts, like, strict=True)]
 
 
 SCANS: dict[str, type[Ring] | type[AllGather]] = {"ring": Ring, "all_gather": AllGather, "all_scan": AllScan}
