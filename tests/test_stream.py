@@ -13,7 +13,7 @@ from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.training.segments import _forward_states, backward
+from lasptrain.training.segments import backward, keep_states
 from tests.test_layouts import CPU, config
 
 
@@ -67,7 +67,7 @@ def saved_bytes(segments: int) -> tuple[int, int]:
     trained = model()
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         backward(trained, 3, pieces(segments), 1.0)
-    kept, _ = _forward_states(trained, 3, pieces(segments)[:-1])
+    kept, _ = keep_states(trained, 3, pieces(segments)[:-1])
     states = [m.initial_state for saved in kept for m in saved if m.initial_state is not None]
     assert not any(m.final_state is not None for saved in kept for m in saved)
     return most, sum(s.numel() * s.element_size() for s in states)

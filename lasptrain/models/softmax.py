@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,15 @@ from lasptrain.ops import softmax
 from lasptrain.parallel.all_gather import gather
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import ShardedRecurrence
+
+
+class Seen(NamedTuple):
+    """The keys and values that queries of a slice may see, up to the last query's own."""
+
+    rows: Tensor  # [B, J, C], a key and a value side by side in each
+    query_doc_ids: Tensor | None  # [B, T]; None: all is one document
+    key_doc_ids: Tensor | None  # [B, J]
+    final_state: Tensor | None  # carried to the next segment
 
 
 class Softmax(nn.Module):
@@ -46,50 +57,44 @@ class Softmax(nn.Module):
 
     def forward(self, h: Tensor, phases: None, context: Context) -> tuple[Tensor, State]:
         q, k, v = multi_linear(h, self.q, self.k, self.v)
-        keys, values, query_doc_ids, key_doc_ids, final_state = self._seen(k, v, context)
+        seen = self._seen(torch.cat([k, v], dim=-1), context)
+        keys, values = seen.rows.split(k.shape[-1], dim=-1)
         q, keys = self.rotated(self._heads(q), self._heads(keys))
-        o = softmax.attend(q, keys, self._heads(values), query_doc_ids, key_doc_ids, self.sliding_window)
+        o = softmax.attend(q, keys, self._heads(values), seen.query_doc_ids, seen.key_doc_ids, self.sliding_window)
         y: Tensor = self.out(o.flatten(2))
-        return y, (final_state,)
+        return y, (seen.final_state,)
 
     def state(self, h: Tensor, phases: None, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         k, v = multi_linear(h, self.k, self.v)
-        return (self._seen(k, v, context)[-1],)
+        return (self._seen(torch.cat([k, v], dim=-1), context).final_state,)
 
-    def _seen(
-        self, k: Tensor, v: Tensor, context: Context
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return keys and values [B, J, ·] up to the last query's, doc_ids of queries and keys, and the final state."""
-        rows = torch.cat([k, v], dim=-1)
-        see = self._all if self.sliding_window is None else self._near
-        rows, query_doc_ids, key_doc_ids, final_state = see(rows, context)
-        keys, values = rows.split(k.shape[-1], dim=-1)
-        return keys, values, query_doc_ids, key_doc_ids, final_state
+    def _seen(self, rows: Tensor, context: Context) -> Seen:
+        """Return what the queries of a slice see, given its own rows [B, T, C]: keys and values side by side."""
+        if self.attention.scan.size == 1 and context.carry[0] is None and not context.output_final_state:
+            return Seen(rows, context.doc_ids, context.doc_ids, None)
+        if self.sliding_window is None:
+            return self._all(rows, context)
+        return self._near(rows, context, self.sliding_window - 1)
 
-    def _near(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return rows and those before them that the window reaches; in transit, a last column is 0 where none are."""
-        assert self.sliding_window is not None
+    def _near(self, rows: Tensor, context: Context, n: int) -> Seen:
+        """Return rows and the n before them that the window reaches; in transit, a last column is 0 where none are."""
         doc_ids, (carry, *_), saved, output_final_state = context
-        n, scan = self.sliding_window - 1, self.attention.scan
-        if n == 0 or (scan.size == 1 and carry is None and not output_final_state):
-            return rows, doc_ids, doc_ids, None
-        before, final_state = halo(
-            (rows, torch.ones_like(rows[..., :1])), n, doc_ids, carry, scan, saved, output_final_state
-        )
+        if n == 0:
+            return Seen(rows, doc_ids, doc_ids, None)
+        marked = rows, torch.ones_like(rows[..., :1])
+        before, final_state = halo(marked, n, doc_ids, carry, self.attention.scan, saved, output_final_state)
         own = rows.new_zeros(rows.shape[:2], dtype=torch.int32) if doc_ids is None else doc_ids
         unseen = (before[..., -1] == 0).to(own.dtype)
-        return torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), final_state
+        return Seen(torch.cat([before[..., :-1], rows], dim=1), own, torch.cat([-unseen, own], dim=1), final_state)
 
-    def _all(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _all(self, rows: Tensor, context: Context) -> Seen:
         """Return all rows up to this slice's last.
 
         In transit, their last column is 1 where a document starts, as one does with a window.
         """
         doc_ids, (carry, *_), saved, output_final_state = context
         scan, length = self.attention.scan, rows.shape[1]
-        if scan.size == 1 and carry is None and not output_final_state:
-            return rows, doc_ids, doc_ids, None
         starts = torch.zeros_like(rows[..., 0])
         if doc_ids is not None:
             starts.copy_(torch.diff(doc_ids, dim=1, prepend=doc_ids[:, :1] * 0))
@@ -102,7 +107,7 @@ class Softmax(nn.Module):
         final_state = marked if output_final_state else None
         stop = before + (scan.rank + 1) * length
         numbers = marked[:, :stop, -1].int().cumsum(1)
-        return marked[:, :stop, :-1], numbers[:, stop - length :], numbers, final_state
+        return Seen(marked[:, :stop, :-1], numbers[:, stop - length :], numbers, final_state)
 
     def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q [B, T, H, K] and k [B, J, G, K] to positions that count from the first key."""

@@ -146,11 +146,21 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _given(inputs: Inputs) -> Given:
+    """Return k, v and the log decay. Raises ValueError for what only another recurrence takes."""
+    k, v, log_decay = cast(Given, inputs)
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"v: expected {k.shape[2]} heads as in k, found {v.shape[2]}")
+    if log_decay is not None and log_decay.dim() not in (1, 3):
+        raise ValueError(f"log_decay: expected [H] or [B, T, H], found {list(log_decay.shape)}")
+    return k, v, log_decay
+
+
 ATTEND = _attend  # the operator whose results are kept where activations are selectively recomputed
 
 
 def summarize(kernel: str, inputs: Inputs, doc_ids: Tensor | None, wanted: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return _summarize(kernel, *cast(Given, inputs), doc_ids, wanted)
+    return _summarize(kernel, *_given(inputs), doc_ids, wanted)
 
 
 def attend(
@@ -161,7 +171,7 @@ def attend(
     initial_state: Tensor | None,
     blocks: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    return _attend(kernel, q, *cast(Given, inputs), doc_ids, initial_state, blocks)
+    return _attend(kernel, q, *_given(inputs), doc_ids, initial_state, blocks)
 
 
 def grad_initial_state(

@@ -31,6 +31,7 @@ from lasptrain.ops import decay_rule, state_dtype
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.host import unread
 from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned
+from lasptrain.parallel.shapes import check_query, check_slice
 from lasptrain.parallel.transition import Transition
 
 
@@ -159,7 +160,11 @@ class ShardedRecurrence:
             carry: the segment's initial state, as the scan returned it; None at a window's start.
             saved: keeps the slice's initial state, and provides it if the layer is being recomputed.
             output_final_state: whether `finish` is to return the next segment's initial state.
+
+        Raises:
+            ValueError: for shapes that do not fit each other.
         """
+        check_slice(inputs, doc_ids, angle, carry)
         if self.scan.size == 1 and carry is None and not output_final_state:
             return _Alone(rule, inputs, doc_ids)
         saved = SavedStates() if saved is None else saved
@@ -171,11 +176,16 @@ class ShardedRecurrence:
         return _Exchanging(piece, blocks, exchange, handoff, link)
 
     def finish(self, pending: Pending, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return outputs [B, T, H, V] for q [B, T, H_k, K], and the next segment's initial state if asked for."""
+        """Return outputs [B, T, H, V] for q [B, T, H_k, K], and the next segment's initial state if asked for.
+
+        Raises ValueError if q does not have the shape of k.
+        """
         if isinstance(pending, _Alone):
             rule, inputs, doc_ids = pending
+            check_query(q, inputs)
             o: Tensor = _Whole.apply(self.kernel, rule, doc_ids, q, *inputs)  # type: ignore[no-untyped-call]
             return o, None
+        check_query(q, pending.slice.inputs)
         result: tuple[Tensor, Tensor | None] = _Finish.apply(self, pending, q, pending.link)  # type: ignore[no-untyped-call]
         return result
 

@@ -13,6 +13,7 @@ States are [B, H, K, V]; of transitions the scan knows that they apply. One rank
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -104,8 +105,22 @@ class Scan(Protocol):
         ...
 
 
+class Route(NamedTuple):
+    """A rank's place on the way of states in one direction, from rank `first` to rank `last`."""
+
+    first: int
+    last: int
+    previous: int | None  # None: the way starts here
+    next: int | None  # None: it ends here
+
+
+def _route(rank: int, size: int, reverse: bool) -> Route:
+    first, last, step = (size - 1, 0, -1) if reverse else (0, size - 1, 1)
+    return Route(first, last, None if rank == first else rank - step, None if rank == last else rank + step)
+
+
 class _Scan:
-    """Parts common to all scans: group, stream and counters."""
+    """Parts common to all scans: group, stream, counters, and this rank's route there and back."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         self.group = group
@@ -114,12 +129,13 @@ class _Scan:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and self.size > 1 else None
         self.bytes_sent = 0
         self.calls = 0
+        self._routes = (_route(self.rank, self.size, False), _route(self.rank, self.size, True))
 
     def reads(self, *, carried: bool, output_final_state: bool, reverse: bool = False) -> int:
-        first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
-        if self.rank == last and not output_final_state:
+        route = self._routes[reverse]
+        if route.next is None and not output_final_state:
             return 0
-        return 1 if self.rank == first and not carried else 2
+        return 1 if route.previous is None and not carried else 2
 
     def _exchange(self, body: Callable[[], Scanned], needs: tuple[Tensor | None, ...]) -> Exchange:
         self.calls += 1
@@ -130,12 +146,25 @@ class Ring(_Scan):
     """LASP (arXiv:2404.02882): each rank receives from its neighbour, folds in its slice, and sends on.
 
     Rank 0 holds carry and final state in both directions.
+
+    | | first rank | ranks between | last rank |
+    |---|---|---|---|
+    | no carry, no final state | sends its state | receive, fold, send | receives |
+    | carry | receives it from rank 0, folds, sends | | |
+    | final state | | | receives, folds, sends to rank 0 |
+
+    The ends of the first row have one message and nothing to compute, and so need no stream.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
         super().__init__(group, device)
         self.device = device
         self.messages: Messages  # set by the first `start`
+
+    @property
+    def parts(self) -> int:
+        """Number of parts in which a state travels."""
+        return 1
 
     def start(
         self,
@@ -146,54 +175,48 @@ class Ring(_Scan):
         reverse: bool = False,
         output_final_state: bool = True,
     ) -> Exchange | Message:
-        first, last = (self.size - 1, 0) if reverse else (0, self.size - 1)
+        route = self._routes[reverse]
         if self.group is not None and self.size > 1:
             self.messages = between(self.group, self.device, state.nbytes)
-        if self._is_message(carry, output_final_state) and self.rank in (first, last):
-            return self._message(state, first, last)
-
-        def body() -> Scanned:
-            start = None if carry is None else self._move(carry, 0, first)
-            initial_state, final_state = self._chain(state, transition, start, first, last, output_final_state)
-            return Scanned(
-                initial_state,
-                self._move(final_state, last, 0) if final_state is not None and output_final_state else None,
-            )
-
+        if carry is None and not output_final_state and self.parts == 1:
+            if route.previous is None and route.next is not None:
+                return self._post(state, route.next)
+            if route.previous is not None and route.next is None:
+                return self._await(state, route.previous)
+        body = partial(self._pass, state, transition, carry, route, output_final_state)
         return self._exchange(body, (state, *transition.tensors, carry))
 
-    def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
-        """Return True if the ends of the chain have one message to send or receive, and nothing to compute."""
-        return self.size > 1 and carry is None and not output_final_state
-
-    def _message(self, state: Tensor, first: int, last: int) -> Message:
-        """Send the state to the second rank, or receive it from the last but one."""
-        step = 1 if first < last else -1
+    def _post(self, state: Tensor, to: int) -> Message:
         self.calls += 1
-        if self.rank == last:
-            return Message(self.messages.recv(state, last - step))
         self.bytes_sent += state.numel() * state.element_size()
-        return Message(self.messages.send(state, first + step))
+        return Message(self.messages.send(state, to))
+
+    def _await(self, like: Tensor, source: int) -> Message:
+        self.calls += 1
+        return Message(self.messages.recv(like, source))
+
+    def _pass(
+        self, state: Tensor, transition: Transition, carry: Tensor | None, route: Route, output_final_state: bool
+    ) -> Scanned:
+        """Bring the carry to the route's start, the state along it, and the final state home."""
+        start = None if carry is None else self._move(carry, 0, route.first)
+        initial_state, final_state = self._chain(state, transition, start, route, output_final_state)
+        if final_state is None or not output_final_state:
+            return Scanned(initial_state, None)
+        return Scanned(initial_state, self._move(final_state, route.last, 0))
 
     def _chain(
-        self,
-        state: Tensor,
-        transition: Transition,
-        start: Tensor | None,
-        first: int,
-        last: int,
-        output_final_state: bool,
+        self, state: Tensor, transition: Transition, start: Tensor | None, route: Route, output_final_state: bool
     ) -> Scanned:
-        """Pass the state from rank `first` to `last`, starting from `start`; the last folds if `output_final_state`."""
-        step = 1 if first <= last else -1
-        if transition.forgets and self.rank != last:  # no need to wait for what enters
-            self._send(state, self.rank + step)
-        initial_state = start if self.rank == first else self._receive(state, self.rank - step)
-        if self.rank == last and not output_final_state:
+        """Pass the state along the route, beginning with `start`; its last rank folds if `output_final_state`."""
+        if transition.forgets and route.next is not None:  # no need to wait for what enters
+            self._send(state, route.next)
+        initial_state = start if route.previous is None else self._receive(state, route.previous)
+        if route.next is None and not output_final_state:
             return Scanned(initial_state, None)
         final_state = transition.apply(initial_state, state)
-        if not transition.forgets and self.rank != last:
-            self._send(final_state, self.rank + step)
+        if not transition.forgets and route.next is not None:
+            self._send(final_state, route.next)
         return Scanned(initial_state, final_state)
 
     def _move(self, x: Tensor, source: int, target: int) -> Tensor:
@@ -216,25 +239,21 @@ class AllScan(Ring):
     """ZeCO (arXiv:2507.01004): the ring with the state cut along V.
 
     A rank sends its first columns on while the next are still on their way to it, so that a long chain takes little
-    longer than one transfer of a state. Two ranks have nothing to send on, so their state stays whole.
+    longer than one transfer of a state. Two ranks have nothing to send on, so their state stays whole. Transitions act
+    from the left, so each part passes by itself.
     """
 
-    def _is_message(self, carry: Tensor | None, output_final_state: bool) -> bool:
-        return links.parts(self.size) == 1 and super()._is_message(carry, output_final_state)
+    @property
+    def parts(self) -> int:
+        return links.parts(self.size)
 
     def _chain(
-        self,
-        state: Tensor,
-        transition: Transition,
-        start: Tensor | None,
-        first: int,
-        last: int,
-        output_final_state: bool,
+        self, state: Tensor, transition: Transition, start: Tensor | None, route: Route, output_final_state: bool
     ) -> Scanned:
-        parts = state.chunk(links.parts(self.size), dim=-1)
-        starts = [None] * len(parts) if start is None else start.chunk(links.parts(self.size), dim=-1)
+        parts = state.chunk(self.parts, dim=-1)
+        starts = [None] * len(parts) if start is None else start.chunk(self.parts, dim=-1)
         passed = [
-            super(AllScan, self)._chain(part, transition, begin, first, last, output_final_state)
+            super(AllScan, self)._chain(part, transition, begin, route, output_final_state)
             for part, begin in zip(parts, starts, strict=True)
         ]
         return Scanned(_joined([one.initial_state for one in passed]), _joined([one.final_state for one in passed]))

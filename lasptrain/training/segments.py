@@ -8,38 +8,19 @@ A window of one segment has no extra forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lasptrain.data.loader import Slice
+from lasptrain.models.language_model import Output
 from lasptrain.models.mixer import State
 from lasptrain.parallel.host import to_device, to_host, unread
 from lasptrain.parallel.recurrence import SavedStates
 
-
-def _leaf(state: Tensor | None, *, read: bool) -> Tensor | None:
-    """Return a leaf for the gradient of a segment's initial state, with its value if nothing else keeps it (`read`)."""
-    return None if state is None else (state if read else unread(state.shape, state)).detach().requires_grad_()
-
-
-def _forward_states(
-    model: nn.Module, layers: int, segments: Sequence[Slice], on_segment: Callable[[], None] = lambda: None
-) -> tuple[list[list[SavedStates]], list[State] | None]:
-    """Return the initial states of this rank's slice per segment and layer, and the carry into the last segment."""
-    kept: list[list[SavedStates]] = []
-    carry: list[State] | None = None
-    with torch.no_grad():
-        for segment in segments:
-            on_segment()
-            kept.append([SavedStates() for _ in range(layers)])
-            carry = model(segment.tokens, None, segment.doc_ids, carry, kept[-1], output_final_state=True).final_state
-            for part in (part for saved in kept[-1] for part in saved.parts):
-                part.final_state = None
-                if part.initial_state is not None:
-                    part.initial_state = to_host(part.initial_state)
-    return kept, carry
+States = list[State]  # of all layers at one edge between segments; None for what a mixer does not carry
 
 
 def backward(
@@ -58,29 +39,87 @@ def backward(
         before_last_backward: called before the forward that precedes the last backward, to turn gradient reduction on.
         on_segment: called before each forward, on all ranks equally often; what it raises leaves gradients unfinished.
     """
-    kept, carry = _forward_states(model, layers, segments[:-1], on_segment)
-    kept.append([SavedStates() for _ in range(layers)])
+    kept, carry = keep_states(model, layers, segments[:-1], on_segment)
+    kept.append(_unknown(layers))
     total: Tensor | None = None
-    grads: list[Tensor | None] = []
+    grads: States | None = None
     for index in reversed(range(len(segments))):
-        segment, last = segments[index], index == len(segments) - 1
         on_segment()
         if index == 0:
             before_last_backward()
-        initial = None
+        leaves = None
         if carry is not None and index > 0:
-            initial = [tuple(_leaf(s, read=last) for s in state) for state in carry]
-        saved = kept.pop()
-        for part in (part for states in saved for part in states.parts):
-            if part.initial_state is not None:
-                part.initial_state = to_device(part.initial_state, segment.tokens.device)
-        out = model(segment.tokens, segment.labels, segment.doc_ids, initial, saved, output_final_state=not last)
-        final_state = [] if last else [s for state in out.final_state for s in state]
-        pairs = [(s, g) for s, g in zip(final_state, grads, strict=True) if s is not None and g is not None]
-        with torch.autograd.set_multithreading_enabled(False):  # waking a second thread dominates on short slices
-            torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
-        grads = [] if initial is None else [None if s is None else s.grad for state in initial for s in state]
-        loss = out.loss.detach()
+            leaves = _map(partial(_leaf, read=index == len(segments) - 1), carry)
+        loss = _segment(model, segments[index], leaves, kept.pop(), scale, grads, last=index == len(segments) - 1)
+        grads = None if leaves is None else _map(lambda leaf: leaf.grad, leaves)
         total = loss if total is None else total + loss
     assert total is not None
     return total
+
+
+def keep_states(
+    model: nn.Module, layers: int, segments: Sequence[Slice], on_segment: Callable[[], None] = lambda: None
+) -> tuple[list[list[SavedStates]], States | None]:
+    """Return the initial states of this rank's slice per segment and layer, and the carry into the next segment."""
+    kept: list[list[SavedStates]] = []
+    carry: States | None = None
+    with torch.no_grad():
+        for segment in segments:
+            on_segment()
+            kept.append(_unknown(layers))
+            carry = model(segment.tokens, None, segment.doc_ids, carry, kept[-1], output_final_state=True).final_state
+            for part in _parts(kept[-1]):
+                part.final_state = None
+                if part.initial_state is not None:
+                    part.initial_state = to_host(part.initial_state)
+    return kept, carry
+
+
+def _unknown(layers: int) -> list[SavedStates]:
+    return [SavedStates() for _ in range(layers)]
+
+
+def _parts(saved: list[SavedStates]) -> Iterator[SavedStates]:
+    return (part for states in saved for part in states.parts)
+
+
+def _segment(
+    model: nn.Module,
+    segment: Slice,
+    initial: States | None,
+    saved: list[SavedStates],
+    scale: Tensor | float,
+    grads: States | None,
+    *,
+    last: bool,
+) -> Tensor:
+    """Run a segment again and back from its loss and the gradients of its final states; return the loss, detached."""
+    for part in _parts(saved):
+        if part.initial_state is not None:
+            part.initial_state = to_device(part.initial_state, segment.tokens.device)
+    out: Output = model(segment.tokens, segment.labels, segment.doc_ids, initial, saved, output_final_state=not last)
+    assert out.loss is not None
+    pairs = [] if grads is None else _pairs(out.final_state, grads)
+    with torch.autograd.set_multithreading_enabled(False):  # waking a second thread dominates on short slices
+        torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
+    return out.loss.detach()
+
+
+def _leaf(state: Tensor, *, read: bool) -> Tensor:
+    """Return a leaf for the gradient of a segment's initial state, with its value if nothing else keeps it (`read`)."""
+    return (state if read else unread(state.shape, state)).detach().requires_grad_()
+
+
+def _map(function: Callable[[Tensor], Tensor | None], states: States) -> States:
+    """Apply a function to the states that are there."""
+    return [tuple(None if x is None else function(x) for x in state) for state in states]
+
+
+def _pairs(final_states: States, grads: States) -> list[tuple[Tensor, Tensor]]:
+    """Return the final states that have a gradient, each with it."""
+    both = zip(_flat(final_states), _flat(grads), strict=True)
+    return [(state, grad) for state, grad in both if state is not None and grad is not None]
+
+
+def _flat(states: States) -> Iterator[Tensor | None]:
+    return (x for state in states for x in state)
