@@ -149,7 +149,7 @@ def equal(one: Path, other: Path) -> bool:
 def test_what_comes_back_is_what_left(tmp_path: Path, name: str, exports: Exports) -> None:
     run, out = exports(name)
     target = json.loads((out / RECORD).read_text())["target"]
-    assert target == targets.resolve(MODELS[name][0], loading.load(run / "recipe.yaml").model)
+    assert target == targets.resolve(MODELS[name][0], loading.load(run / "recipe.yaml").model).name
     assert (
         Folder(out).shapes.keys() == json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys()
     )
@@ -190,7 +190,6 @@ def test_an_export_is_evaluated_as_its_run(tmp_path: Path, exports: Exports) -> 
 
 def test_a_folder_without_our_record_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a folder of others: all is told by config.json and the tokenizer's file."""
-    pytest.importorskip("lasptrain.convert.foreign", reason="folders of others need a recipe")
     target, model = MODELS["ssd"]
     run, out = make_run(tmp_path, model), tmp_path / "out"
     export(run, out, target, check=False)
@@ -237,7 +236,7 @@ def loaded(folder: Path) -> Any:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
     )
-    assert not verify.unexpected_keys(info)
+    assert not verify.unexpected_keys(info, targets.MODEL_TYPES[model.config.model_type].computed)
     return model.eval()
 
 
@@ -273,7 +272,7 @@ def test_what_goes_wrong_behind_the_window_is_seen(tmp_path: Path, monkeypatch: 
     model = {"arch": "minimax", "softmax": [1], "sliding_window": 200}
     with pytest.raises(ConvertError, match=r"--to hf: it counts cached tokens in layer 0"):
         targets.resolve("hf", Model.model_validate({**SIZES, "vocab": 4096, **model}))
-    monkeypatch.setattr(targets, "refusals", lambda _: dict.fromkeys(targets.RUNS_IN))
+    monkeypatch.setattr(targets, "refusals", lambda _: dict.fromkeys(targets.TARGETS))
     run = make_run(tmp_path, model)
     export(run, tmp_path / "out", "minimax", check=False)
     with torch.no_grad():
@@ -724,7 +723,7 @@ def test_a_fast_tokenizer_alone_is_read(tmp_path: Path) -> None:
 
 def test_every_tensor_is_in_one_rule() -> None:
     cfg = Model.model_validate({**SIZES, "arch": "tnl", "vocab": 64})
-    table = tables.transnormer(cfg, {"embed.weight"})
+    table = targets.TARGETS["transnormer"].rules(cfg, {"embed.weight"})
     with pytest.raises(ConvertError, match=r"has no layers\.0\.mixer\.gate.*more; has unknown strange"):
         tables.check_sources(table, {"strange", "embed.weight"}, "here")
 

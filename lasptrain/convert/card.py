@@ -7,35 +7,23 @@ from pathlib import Path
 
 from lasptrain import __version__
 from lasptrain.checkpoint.single import CheckpointReader
-from lasptrain.convert.targets import RUNS_IN
+from lasptrain.convert.target import Target
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.yaml12 import dump
 
-ADVICE = {
-    "granitemoehybrid": "Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "
-    "`dt_bias` fp32: in bf16 the decays are off by up to 6 %.",
-    "minimax": "Needs transformers 5 or later. For long contexts load it in fp32: in bf16 the decays are rounded. "
-    "vLLM sees no sliding window, and decays the last layer by other numbers unless it is softmax.",
-    "transnormer": "Needs `trust_remote_code=True`: `modeling_transnormer.py` in this folder is the model.",
-}
-ADVICE["linear_attn"] = ADVICE["retnet"] = (
-    "Needs flash-linear-attention and a GPU. `generate()` reads its text again at each token (`use_cache` is false in "
-    "`generation_config.json`): with transformers 5.24 flash-linear-attention 0.6.0 loses its cache there."
-)
 
-
-def text(run: Path, recipe: Recipe, step: CheckpointReader, target: str, parity: str) -> str:
+def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, parity: str) -> str:
     """Return the README.md of the export of `step`."""
     order = step.meta["order"]
     tokens = step.step * order["batch"] * order["window"]
-    library = "transformers" if "transformers" in RUNS_IN[target] else "lasptrain"
+    library = "transformers" if "transformers" in target.runs_in else "lasptrain"
     rows = {
         "architecture": recipe.model.arch,
         "steps": f"{step.step:,}",
         "tokens seen": f"{tokens:,}, in windows of {order['window']:,}",
         "data fingerprint": f"`{step.meta['dataset']}`",
         **_losses(run, step.step),
-        "format": f"{target}, for {RUNS_IN[target]}",
+        "format": f"{target.name}, for {target.runs_in}",
         "verified": parity,
     }
     return "\n".join(
@@ -46,7 +34,7 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: str, parity:
             "---",
             f"# {recipe.name}",
             "",
-            f"Trained and exported by lasptrain {__version__}. {ADVICE.get(target, '')}".rstrip(),
+            f"Trained and exported by lasptrain {__version__}. {target.advice}".rstrip(),
             "",
             "| | |",
             "|---|---|",

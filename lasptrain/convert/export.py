@@ -16,20 +16,17 @@ from lasptrain import __version__
 from lasptrain.checkpoint import steps
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
+from lasptrain.convert.target import Target, model_of
 from lasptrain.errors import CheckpointError
 from lasptrain.files import atomic_folder
 from lasptrain.ops.precision import DTYPES
 from lasptrain.recipe.formats import FORMAT
 from lasptrain.recipe.loading import dump_saved
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Model
 from lasptrain.run.folder import recipe_of
 
 RECORD = "lasptrain_export.json"
 TRIES = 5  # of a run that goes on training, and deletes what is read
-LIBRARY = dict.fromkeys(("granitemoehybrid", "minimax", "transnormer"), "transformers")
-LIBRARY |= dict.fromkeys(verify.OF_FLA, "fla")
-PACKAGE = {"transformers": "'lasptrain[convert]'", "fla": "flash-linear-attention"}
 
 
 @dataclass(frozen=True)
@@ -37,15 +34,15 @@ class Exported:
     """Summary of an export, for people."""
 
     folder: Path
-    target: str
+    target: Target
     tensors: int
     bytes: int
     tokenizer: str
     parity: verify.Parity | str  # errors of logits, or why nothing was compared
 
     def lines(self) -> Iterator[str]:
-        yield f"{self.folder}: {self.target}, {self.tensors} tensors, {self.bytes:,} bytes"
-        yield f"runs in    {targets.RUNS_IN[self.target]}"
+        yield f"{self.folder}: {self.target.name}, {self.tensors} tensors, {self.bytes:,} bytes"
+        yield f"runs in    {self.target.runs_in}"
         yield f"tokenizer  {self.tokenizer}"
         yield f"verified   {self.parity}"
 
@@ -73,9 +70,9 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool) -> Exported:
     recipe = recipe_of(run)
     step = CheckpointReader(run)
-    model = Model.model_validate(step.meta["model"])
+    model = model_of(step.meta["model"])
     target = targets.resolve(to, model)
-    table = tables.TABLES[target](model, step.shapes)
+    table = target.rules(model, step.shapes)
     tables.check_sources(table, step.shapes, str(step.folder))
     forms = tables.forms(table, step.shapes, DTYPES[dtype])
     with atomic_folder(out, force, RECORD) as folder:
@@ -83,13 +80,13 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
         special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
         config = configs.config(target, model, special.ids(), name, step.meta["order"]["window"])
-        if target == "transnormer":
-            shutil.copy(Path(__file__).with_name("modeling_transnormer.py"), folder)
+        if target.code:
+            shutil.copy(Path(__file__).with_name(target.code), folder)
         _json(folder / "config.json", config)
         _json(folder / "generation_config.json", special.ids() | configs.generation(target))
         told = BYTES if recipe.data.tokenizer == BYTES else tokenizer.export(Path(recipe.data.tokenizer), folder)
         parity = _verify(folder, run, target, dtype) if check else "not compared: --no-verify"
-        _json(folder / RECORD, _record(step, recipe, target, dtype, parity))
+        _json(folder / RECORD, _record(step, recipe, target.name, dtype, parity))
         (folder / "README.md").write_text(card.text(run, recipe, step, target, str(parity)), encoding="utf-8")
     return Exported(out, target, len(forms), sum(form.bytes for form in forms.values()), told, parity)
 
@@ -115,12 +112,12 @@ def _record(
     }
 
 
-def _verify(folder: Path, run: Path, target: str, dtype: str) -> verify.Parity | str:
-    library = LIBRARY.get(target)
+def _verify(folder: Path, run: Path, target: Target, dtype: str) -> verify.Parity | str:
+    library = target.library
     if library is None:
         return "not compared: no other library computes it here"
-    if not verify.installed(library):
-        return f"not compared: {library} is not installed (pip install {PACKAGE[library]})"
-    if library == "fla" and not torch.cuda.is_available():
-        return "not compared: flash-linear-attention runs on GPUs only, and here is none"
+    if not verify.installed(library.name):
+        return f"not compared: {library.name} is not installed (pip install {library.package})"
+    if library.gpu_only and not torch.cuda.is_available():
+        return f"not compared: {library.package} runs on GPUs only, and here is none"
     return verify.compare(folder, run, exact=dtype == "fp32")

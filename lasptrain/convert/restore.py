@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,8 +15,11 @@ from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.checkpoint import single
-from lasptrain.convert import configs, files, foreign, tables
+from lasptrain.convert import configs, files, tables
 from lasptrain.convert.export import RECORD
+from lasptrain.convert.rules import Rule, Shapes
+from lasptrain.convert.target import Json, Model, Target, model_of
+from lasptrain.convert.targets import TARGETS
 from lasptrain.errors import ConvertError
 from lasptrain.files import atomic_folder, replace
 from lasptrain.models.language_model import LanguageModel, on_meta
@@ -26,7 +28,6 @@ from lasptrain.recipe.formats import FORMAT, is_format, upgraded
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
 
 Slopes = dict[str, list[float]]  # by tensor
@@ -37,20 +38,26 @@ WINDOW = 4096  # tokens of a training window, for a run without a recipe
 class Origin:
     """The start of a run: its recipe, the step reached, and the `meta` that its checkpoints must match."""
 
-    target: str
+    target: Target
     recipe: Recipe
     step: int
-    meta: dict[str, Any]
+    meta: Json
     slopes: Slopes | None  # exact values; None: take the folder's
+    theirs: Json | None = None  # config.json of others, whose tensors may differ from those of an export
 
     @property
     def model(self) -> Model:
-        return Model.model_validate(self.meta["model"])
+        return model_of(self.meta["model"])
 
     @property
     def window(self) -> int:
         window: int = self.meta["order"]["window"]
         return window
+
+    def table(self, shapes: Shapes) -> list[Rule]:
+        """Return the rules that make our tensors of these shapes from the folder's."""
+        table = self.target.rules(self.model, shapes)
+        return table if self.theirs is None else self.target.reading(table, self.theirs, self.model)
 
 
 def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool = False) -> Path:
@@ -90,26 +97,29 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     Without `recipe` the training data of others' weights are unknown. ConvertError where weights do not fit.
     """
     folder = files.Folder(source)
-    known = recipe is None and (source / RECORD).is_file()
-    origin = _known(folder) if known else _given(folder, recipe)
-    model = origin.model
-    empty = on_meta(model, origin.window, ShardedRecurrence("reference"))
+    ours = recipe is None and (source / RECORD).is_file()
+    origin = known_export(folder) if ours else foreign_folder(folder, recipe)
+    empty = on_meta(origin.model, origin.window, ShardedRecurrence("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    config = folder.json("config.json") if origin.target == "safetensors" else _config(folder)
-    if config is not None and known:
-        configs.check(origin.target, config, model, f"{source / 'config.json'}")
-    table = tables.TABLES[origin.target](model, shapes)
+    table = origin.table(shapes)
     tables.check_sources(table, shapes, "the recipe's model")
-    if config is not None and not known:
-        table = foreign.table(table, config, model)
-    tables.check_targets(table, shapes, foreign.without_computed(folder.shapes), str(source))
+    saved = {name: shape for name, shape in folder.shapes.items() if not name.endswith(origin.target.computed)}
+    tables.check_targets(table, shapes, saved, str(source))
     scheduled = {f"layers.{i}.mixer.slope": slope for i, slope in enumerate(empty.decays().tolist())}
     slopes = {**scheduled, **(origin.slopes or {})}
     return Weights(origin, empty, _Reader(table, shapes, folder, slopes, exact=origin.slopes is not None).read)
 
 
-def _known(folder: files.Folder) -> Origin:
-    """Read the record of an export of ours."""
+def known_export(folder: files.Folder) -> Origin:
+    """Return the origin of an export of ours, by its record, with which its config.json must agree."""
+    origin = _recorded(folder)
+    config = folder.json("config.json") if origin.target.arch is None else _config(folder)
+    if config is not None:
+        configs.check(origin.target, config, origin.model, f"{folder.path / 'config.json'}")
+    return origin
+
+
+def _recorded(folder: files.Folder) -> Origin:
     record = folder.json(RECORD)
     where = folder.path / RECORD
     if record is None:
@@ -121,18 +131,39 @@ def _known(folder: files.Folder) -> Origin:
     try:
         recipe = _loaded(record["recipe"], number)
         meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], number)}
-        origin = Origin(record["target"], recipe, record["step"], meta, record["slopes"])
-        if origin.target in tables.TABLES and origin.model.vocab != "auto":
-            return origin
+        model = model_of(meta["model"])
+        fitting = {name: target for name, target in TARGETS.items() if target.expresses(model.arch)}
+        if record["target"] in fitting and model.vocab != "auto":
+            return Origin(fitting[record["target"]], recipe, record["step"], meta, record["slopes"])
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise ConvertError(f"{where}: not what lasptrain writes ({type(error).__name__}: {error})") from None
-    raise ConvertError(f"{where}: target {record['target']!r}; expected {', '.join(tables.TABLES)}")
+    raise ConvertError(f"{where}: target {record['target']!r}; expected {', '.join(fitting)}")
+
+
+def foreign_folder(folder: files.Folder, recipe: Recipe | None) -> Origin:
+    """Return the origin of others' weights: the model by their configuration, the further training by the recipe."""
+    config = _config(folder)
+    where = str(folder.path / "config.json")
+    target, theirs = configs.described(config, folder.shapes, where)
+    if recipe is None:
+        recipe = described(folder)
+    else:
+        recipe = with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
+        if recipe.model.arch != theirs.arch:
+            raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
+        configs.check_compatible(target, theirs, recipe.model, where)
+    model = on_meta(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
+    order: Json = {"seed": recipe.data.seed, "window": recipe.data.window, "batch": recipe.train.batch}
+    order |= {"reset_at_documents": recipe.data.reset_at_documents}
+    decays = model.decays().tolist()
+    meta = {"model": recipe.model.model_dump(mode="json"), "decays": decays, "dataset": None, "order": order}
+    return Origin(target, recipe, 0, meta, slopes=None, theirs=config)
 
 
 def described(folder: files.Folder) -> Recipe:
     """Return a recipe with the model and tokenizer of a folder of others; its other keys are a starting point."""
     config = _config(folder)
-    model = foreign.model(config, folder.shapes, str(folder.path / "config.json"))
+    _, model = configs.described(config, folder.shapes, str(folder.path / "config.json"))
     window = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
     text = {"name": recipe_name(folder.path.name), "model": model.model_dump(mode="json")}
     text |= {"data": {"tokenizer": str(tokenizer(folder)), "window": window}}
@@ -159,32 +190,11 @@ def _loaded(text: str, written: int = FORMAT) -> Recipe:
         return load(file, written=written)
 
 
-def _config(folder: files.Folder) -> dict[str, Any]:
+def _config(folder: files.Folder) -> Json:
     config = folder.json("config.json")
     if config is None:
         raise ConvertError(f"{folder.path}: holds no config.json; expected a folder that a converter wrote")
     return config
-
-
-def _given(folder: files.Folder, recipe: Recipe | None) -> Origin:
-    """Return the origin of others' weights: the model by their configuration, the further training by the recipe."""
-    config = _config(folder)
-    where = str(folder.path / "config.json")
-    theirs = foreign.model(config, folder.shapes, where)
-    target = foreign.KINDS[config["model_type"]]
-    if recipe is None:
-        recipe = described(folder)
-    else:
-        recipe = with_vocabulary(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
-        if recipe.model.arch != theirs.arch:
-            raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
-        configs.check_compatible(target, theirs, recipe.model, where)
-    model = on_meta(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
-    order: dict[str, Any] = {"seed": recipe.data.seed, "window": recipe.data.window, "batch": recipe.train.batch}
-    order |= {"reset_at_documents": recipe.data.reset_at_documents}
-    decays = model.decays().tolist()
-    meta = {"model": recipe.model.model_dump(mode="json"), "decays": decays, "dataset": None, "order": order}
-    return Origin(target, recipe, 0, meta, None)
 
 
 def _fingerprint(recipe: Recipe) -> str:
@@ -197,9 +207,7 @@ def _fingerprint(recipe: Recipe) -> str:
 class _Reader:
     """Makes our tensors from a folder's, one rule at a time."""
 
-    def __init__(
-        self, table: list[tables.Rule], shapes: tables.Shapes, folder: files.Folder, slopes: Slopes, exact: bool
-    ):
+    def __init__(self, table: list[Rule], shapes: Shapes, folder: files.Folder, slopes: Slopes, exact: bool):
         self.rules = {source: rule for rule in table for source in rule.sources}
         self.shapes, self.folder, self.slopes, self.exact = shapes, folder, slopes, exact
         for rule in table:

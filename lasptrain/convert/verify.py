@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 
 from lasptrain.checkpoint import single
-from lasptrain.convert.foreign import COMPUTED
+from lasptrain.convert.target import model_of
+from lasptrain.convert.targets import MODEL_TYPES
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe.sections import Model
 
 LENGTH, PREFIX, PIECES, SHORT, GREEDY = 83, 40, (20, 21, 1, 41), 60, 16  # tokens
-CHUNK = 128  # chunk in tokens where a configuration names none: 64 of fla, 128 of transnormer
-REACHES = ("sliding_window", "mamba_d_conv", "mamba_chunk_size", "block_size")  # configuration keys, in tokens
-OF_FLA = ("linear_attn", "retnet")  # targets of flash-linear-attention
+CHUNK = 128  # tokens of the largest chunk that no configuration names
 TOLERANCE = 1e-4  # of fp32 logits, times the largest logit where that exceeds 1
 
 
@@ -94,7 +92,7 @@ Reference = Callable[..., Tensor]  # (tokens [B, T], keep = T) → logits [B, ke
 def reference(run: Path) -> Reference:
     """Return our model's logits as a function: float64, token by token."""
     step = single.CheckpointReader(run)
-    cfg = Model.model_validate(step.meta["model"])
+    cfg = model_of(step.meta["model"])
     model = on_meta(cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64)
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -135,7 +133,7 @@ def measure(model: Any, ours: Reference, vocab: int, library: str) -> Parity:
 
 def _length(config: Any) -> int:
     """Return a length in tokens at which decoding crosses the largest window, convolution and chunk of an export."""
-    reach = max(CHUNK, *(getattr(config, key, None) or 0 for key in REACHES))
+    reach = max([CHUNK, *(getattr(config, key, None) or 0 for key in MODEL_TYPES[config.model_type].reaches)])
     return max(LENGTH, reach + (LENGTH - PREFIX) // 2)
 
 
@@ -209,9 +207,9 @@ def _without(logits: Tensor, ids: list[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
 
 
-def unexpected_keys(info: dict[str, Any]) -> dict[str, list[str]]:
+def unexpected_keys(info: dict[str, Collection[Any]], computed: tuple[str, ...]) -> dict[str, list[str]]:
     """Return the missing, unexpected or mismatched keys from transformers' loading info, without computed ones."""
-    found = {kind: [str(name) for name in names if not str(name).endswith(COMPUTED)] for kind, names in info.items()}
+    found = {kind: [str(name) for name in names if not str(name).endswith(computed)] for kind, names in info.items()}
     return {kind: sorted(names) for kind, names in found.items() if names}
 
 
@@ -221,19 +219,17 @@ def main(folder: str, run: str) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    custom = (Path(folder) / "modeling_transnormer.py").exists()
-    kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    library = import_module("fla.models" if kind in OF_FLA else "transformers").__name__.split(".")[0]
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    target = MODEL_TYPES[config["model_type"]]
+    assert target.library is not None, "no library runs our own format"
+    import_module(target.library.module)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=custom
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=target.code is not None
     )
-    if strange := unexpected_keys(info):
+    if strange := unexpected_keys(info, target.computed):
         raise ConvertError(f"keys: {strange}")
-    if kind in OF_FLA:
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        for layer in model.model.layers:
-            layer.attn.mode = "fused_recurrent"  # fla's other kernels multiply in TF32
-    versions = f"{library} {import_module(library).__version__}"
+    target.library.prepare(model)
+    versions = f"{target.library.name} {import_module(target.library.name).__version__}"
     found = measure(model.eval(), reference(Path(run)), model.config.vocab_size, versions)
     sys.stdout.write(json.dumps(found._asdict()) + "\n")
 

@@ -1,0 +1,1 @@
+"""Libraries that run exports: what their targets have in common."""
