@@ -637,6 +637,10 @@ def test_what_others_have_and_we_have_not_is_named(tmp_path: Path) -> None:
         "tied": ("minimax", {"tie_word_embeddings": True}, "has unknown lm_head.weight"),
         "width": ("minimax", {"intermediate_size": 64}, "experts.0.w1.weight is [48, 32]; expected [64, 32]"),
         "none": ("minimax", {"hidden_size": "wide"}, "describes no model"),
+        "factor": ("granite", {"residual_multiplier": "x"}, "residual_multiplier is 'x'; expected a number, not 0"),
+        "rope": ("granite", {"rope_parameters": 9}, "describes no model (AttributeError: "),
+        "theta": ("granite", {"rope_parameters": {"rope_theta": "x"}}, "describes no model (ValueError: "),
+        "positions": ("granite", {"max_position_embeddings": "x"}, "max_position_embeddings is 'x'; expected a number"),
     }
     for name in FOREIGN:
         foreign_model(name, tmp_path / name, tie_word_embeddings=False)
@@ -654,6 +658,7 @@ def test_what_others_have_and_we_have_not_is_named(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == set(FOREIGN)
 
 
+LINEAR = {"linear_attn": {"decay": "none"}}
 LATE = "it counts cached tokens in layer 0, model.softmax = [1] leaves it out"
 
 
@@ -686,6 +691,41 @@ def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
     ]
     for target, model, expected in cases:
         assert reason(target, **model) == expected, (target, model)
+
+
+@pytest.mark.parametrize("target", ["transnormer", "linear_attn", "retnet"])
+def test_softmax_layers_stay_where_layers_are_linear(target: str) -> None:
+    arch = targets.TARGETS[target].arch
+    model = Model.model_validate({**SIZES, "vocab": 64, "arch": arch, **LINEAR.get(target, {})})
+    assert targets.refusals(model)[target] is None
+    mixed = model.model_copy(update={"softmax": (1,)})
+    assert targets.refusals(mixed)[target] == "its layers are all linear, model.softmax = [1]"
+
+
+def test_a_target_is_a_file_that_no_other_names() -> None:
+    folder = ROOT / "lasptrain/convert"
+    assert {file.stem for file in (folder / "targets").glob("*.py")} == {"__init__", *targets.NAMES}
+    assert list(targets.NAMES) == [target.name for target in targets.TARGETS.values()]
+    others = [target for target in targets.TARGETS.values() if target.arch]
+    word = re.compile(rf"\b({'|'.join({name for target in others for name in (target.name, str(target.arch))})})\b")
+    for file in [*folder.glob("*.py"), *(folder / "libraries").glob("*.py")]:
+        if file.name not in {target.code for target in others}:
+            assert not word.findall(file.read_text(encoding="utf-8")), file
+
+
+def test_targets_and_their_rules_need_no_torch() -> None:
+    code = f"""
+import sys
+from lasptrain.convert import configs, targets
+from lasptrain.recipe.sections import Model
+for name, keys in {[(target, keys) for target, keys in MODELS.values() if target != "hf"]!r}:
+    model = Model.model_validate({{**{SIZES!r}, "vocab": 64, **keys}})
+    target = targets.resolve(name, model)
+    assert len(list(targets.lines(model))) == len(targets.NAMES)
+    assert configs.config(target, model, {{}}, "float32") and target.rules(model, ["embed.weight"])
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @transformers_needed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
-
 from lasptrain.convert.rules import Shapes
 from lasptrain.convert.target import Json, Model, Target, model_of
 from lasptrain.convert.targets import MODEL_TYPES
@@ -62,7 +60,7 @@ def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Model]:
         if target.embedding not in shapes:
             raise ConvertError(f"{where}: no tensor beside it is named {target.embedding}")
         model = model_of({"vocab": shapes[target.embedding][0]} | keys)
-    except (KeyError, TypeError, ZeroDivisionError, ValidationError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         reason = str(error).replace("\n", " ")
         raise ConvertError(f"{where}: describes no model ({type(error).__name__}: {reason})") from None
     for key, text in model.problems():

@@ -162,11 +162,13 @@ def foreign_folder(folder: files.Folder, recipe: Recipe | None) -> Origin:
 
 def described(folder: files.Folder) -> Recipe:
     """Return a recipe with the model and tokenizer of a folder of others; its other keys are a starting point."""
-    config = _config(folder)
-    _, model = configs.described(config, folder.shapes, str(folder.path / "config.json"))
-    window = min(WINDOW, config.get("max_position_embeddings") or WINDOW)
+    config, where = _config(folder), str(folder.path / "config.json")
+    _, model = configs.described(config, folder.shapes, where)
+    positions = config.get("max_position_embeddings") or WINDOW
+    if not isinstance(positions, int) or positions < 1:
+        raise ConvertError(f"{where}: max_position_embeddings is {positions!r}; expected a number of tokens")
     text = {"name": recipe_name(folder.path.name), "model": model.model_dump(mode="json")}
-    text |= {"data": {"tokenizer": str(tokenizer(folder)), "window": window}}
+    text |= {"data": {"tokenizer": str(tokenizer(folder)), "window": min(WINDOW, positions)}}
     return _loaded(json.dumps(text | {"optim": {"lr": 1e-4}, "train": {"steps": 1000}}))
 
 

@@ -23,6 +23,7 @@ DEMANDS: Demands = {
     "mamba_conv_bias": (True, True),
     "mamba_proj_bias": (False, False),
 }
+FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 UNIT_STEP = math.log(math.e - 1)  # softplus of it is 1
 TAPS = 4  # of a convolution that passes its last tap only
 
@@ -93,6 +94,9 @@ def keys(config: Json, where: str) -> Json:
     if softmax:
         demanded |= {"num_attention_heads": (32, heads), "head_dim": (dim // heads, dim // heads)}
     demand(config, demanded, where)
+    for key in FACTORS:
+        if not isinstance(factor := config.get(key, 1.0), int | float) or not factor:
+            raise ConvertError(f"{where}: {key} is {factor!r}; expected a number, not 0")
     limit = config.get("time_step_limit")
     if limit is not None and (limit[0] > 0 or str(limit[1]) not in ("inf", "Infinity", "{'__float__': 'Infinity'}")):
         raise ConvertError(f"{where}: time_step_limit is {limit}; expected none, our steps have no limits")
