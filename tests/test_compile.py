@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain import train
+from lasptrain import architectures, train
 from lasptrain.eval.inference import Reader
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops import decay_rule
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.loading import load
-from lasptrain.recipe.sections import Model
 from lasptrain.training.job import build
 from tests.gloo import spawn
 from tests.kernel_cases import Case, Inputs, backward, error, inputs
@@ -52,7 +51,7 @@ def test_no_graph_break(decay: str) -> None:
 )
 def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    cfg = Model.model_validate({"dim": 32, "layers": 2, "heads": 2, "mlp": 48, "vocab": 64, **own})
+    cfg = architectures.model({"dim": 32, "layers": 2, "heads": 2, "mlp": 48, "vocab": 64, **own})
     tokens = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def measured(fuse: bool) -> dict[str, Tensor]:
@@ -73,7 +72,7 @@ def test_blocks_compile_with_and_without_gradients(own: dict[str, Any], monkeypa
 @pytest.mark.filterwarnings("ignore")  # the compiler itself does what warns
 def test_a_reader_compiles_what_reads_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    cfg = Model.model_validate({"arch": "ssd", "dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": 4})
+    cfg = architectures.model({"arch": "ssd", "dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": 4})
     model = LanguageModel(cfg, 40, ShardedRecurrence("chunked"))
     fill(model.requires_grad_(False), initial_values(model, 0, torch.device("cpu")))
     tokens = torch.randint(64, (1, 100), generator=torch.Generator().manual_seed(0))
@@ -91,7 +90,7 @@ def test_a_compiled_convolution_keeps_no_more_than_none(monkeypatch: pytest.Monk
     def kept(conv: int) -> int:
         """Bytes that a block keeps of its tokens for the backward."""
         own = {"dim": 32, "layers": 1, "heads": 2, "mlp": 48, "vocab": 64, "conv": conv}
-        cfg = Model.model_validate({"arch": "ssd", "data_dependent": True, **own})
+        cfg = architectures.model({"arch": "ssd", "data_dependent": True, **own})
         model = LanguageModel(cfg, length, ShardedRecurrence("chunked"), dtype=torch.bfloat16, loss_chunk=64)
         fill(model, initial_values(model, 0, torch.device("cpu")))
         model.blocks[0].compile_parts()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from lasptrain.architectures.tnl import Tnl
 from lasptrain.cli import eval as commands
 from lasptrain.cli.eval import parse_lengths
 from lasptrain.errors import DataError, RecipeError, SetupError
@@ -29,7 +30,7 @@ from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.loading import find_file
-from lasptrain.recipe.sections import Model, Task
+from lasptrain.recipe.sections import Task
 from lasptrain.run.metrics import read_metrics
 from tests import program
 
@@ -215,7 +216,7 @@ def test_intervals() -> None:
 
 
 def tiny(vocab: int = 257) -> LanguageModel:
-    cfg = Model(arch="tnl", dim=16, layers=2, heads=2, mlp=16, vocab=vocab, decay="window")
+    cfg = Tnl(dim=16, layers=2, heads=2, mlp=16, vocab=vocab, decay="window")
     model = LanguageModel(cfg, 512, ShardedRecurrence("chunked"))
     with torch.no_grad():
         fill(model, initial_values(model, 0, torch.device("cpu")))

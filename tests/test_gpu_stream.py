@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasptrain.architectures.tnl import Tnl
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill, recompute
-from lasptrain.recipe.sections import Model
 from lasptrain.training.segments import backward
 from tests.test_layouts import BOS, pieces
 
@@ -25,7 +25,7 @@ def gradient(
 ) -> Tensor:
     """The gradient of the mean loss of a small TransNormerLLM on tokens [1, T + 1], all parameters in one."""
     device, count = tokens.device, tokens.shape[1] - 1
-    cfg = Model(arch="tnl", dim=256, layers=LAYERS, heads=4, mlp=512, vocab=VOCAB)
+    cfg = Tnl(dim=256, layers=LAYERS, heads=4, mlp=512, vocab=VOCAB)
     model = LanguageModel(cfg, count, ShardedRecurrence(kernel), dtype=dtype).to(device)
     fill(model, initial_values(model, 0, device))
     recompute(model.blocks, mode)

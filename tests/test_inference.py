@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasptrain import architectures
 from lasptrain.eval.generate import Sampling, choose, decode, generate
 from lasptrain.eval.inference import Reader, join
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe.sections import Model
 from tests.gloo import spawn
 
 VOCAB = 61
@@ -35,7 +35,7 @@ def model(arch: Arch = "tnl") -> LanguageModel:
         **HYBRIDS,
     }
     sizes = {"dim": 24, "layers": 3, "heads": 3, "mlp": 20, "vocab": VOCAB}
-    cfg = Model.model_validate({"arch": arch, **sizes, **own[arch]})
+    cfg = architectures.model({"arch": arch, **sizes, **own[arch]})
     made = LanguageModel(cfg, 300, ShardedRecurrence("chunked"), dtype=torch.float64).double()
     with torch.no_grad():
         fill(made, initial_values(made, 0, CPU))

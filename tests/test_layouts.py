@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lasptrain import train
+from lasptrain import architectures, train
+from lasptrain.architectures.base import Architecture
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
@@ -25,7 +26,7 @@ from lasptrain.parallel.autotune import fastest_scan
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS, AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.shard import fill, parallelize
-from lasptrain.recipe.sections import Model, Parallel
+from lasptrain.recipe.sections import Parallel
 from lasptrain.training.segments import backward
 from tests.clock import Clock
 from tests.gloo import spawn
@@ -41,29 +42,18 @@ HYBRIDS: dict[str, dict[str, object]] = {
 }
 
 
-def config(arch: Arch) -> Model:
-    tnl = arch == "tnl"
+def config(arch: Arch) -> Architecture:
     if arch == "sliding hybrid" or arch == "full hybrid" or arch == "minimax":
         sizes = {"dim": 16, "layers": 3, "heads": 4, "mlp": 20, "vocab": VOCAB, "tie": False}
-        return Model.model_validate(HYBRIDS[arch] | sizes)
-    if arch in ("ssd", "retnet"):
-        sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "value_dim": 12, "mlp": 20, "vocab": VOCAB}
-        own = {"data_dependent": True, "decay": "learned", "conv": 15} if arch == "ssd" else {}
-        return Model.model_validate({"arch": arch, "tie": False, **own, **sizes})
-    return Model(
-        arch=arch,
-        dim=24,
-        layers=3,
-        heads=3,
-        key_dim=8,
-        value_dim=4,
-        mlp=20,
-        vocab=VOCAB,
-        decay="tnl" if tnl else "none",
-        lrpe=(0,) if tnl else (),
-        tie=tnl,
-        normalizer=not tnl,
-    )
+        return architectures.model(HYBRIDS[arch] | sizes)
+    sizes = {"dim": 24, "layers": 3, "heads": 3, "key_dim": 8, "mlp": 20, "vocab": VOCAB, "tie": arch == "tnl"}
+    own: dict[str, dict[str, object]] = {
+        "tnl": {"value_dim": 4},
+        "linear_transformer": {"value_dim": 4, "normalizer": True},
+        "ssd": {"value_dim": 12, "data_dependent": True, "decay": "learned", "conv": 15},
+        "retnet": {"value_dim": 12},
+    }
+    return architectures.model({"arch": arch, **sizes, **own[arch]})
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain import architectures
 from lasptrain.architectures.decay import slopes
+from lasptrain.architectures.linear_transformer import LinearTransformer as Undecayed
+from lasptrain.architectures.minimax import MiniMax
+from lasptrain.architectures.ssd import Ssd
 from lasptrain.cost import plan
 from lasptrain.eval.generate import generate
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.ops import softmax
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
-from lasptrain.recipe.sections import Model
 
 CPU = torch.device("cpu")
 DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)
@@ -94,7 +97,7 @@ def model(arch: Arch, normalizer: bool = False, tie: bool = True) -> LanguageMod
         "learned ssd": {"data_dependent": True, "decay": "learned"},
     }
     sizes = {"dim": 12, "layers": 3, "heads": 3, "key_dim": 4, "value_dim": 5, "mlp": 10, "vocab": 23, "tie": tie}
-    cfg = Model.model_validate({"arch": arch.split()[-1], **sizes, **own[arch]})
+    cfg = architectures.model({"arch": arch.split()[-1], **sizes, **own[arch]})
     made = LanguageModel(cfg, 64, ShardedRecurrence("chunked"), dtype=torch.float64).double()
     g = torch.Generator().manual_seed(3)
     for name, value in initial_values(made, 3, CPU):
@@ -154,7 +157,11 @@ def linear_transformer_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor)
         v = (h @ w["mixer.v.weight"].T).view(-1, 3, 5)
         visible = weights(torch.zeros(3), doc_ids)
         o = attend(q, k, v, visible)
-        o = o / attend(q, k, torch.ones_like(v[..., :1]), visible) if m.cfg.normalizer else o / 2
+        o = (
+            o / attend(q, k, torch.ones_like(v[..., :1]), visible)
+            if isinstance(m.cfg, Undecayed) and m.cfg.normalizer
+            else o / 2
+        )
         x = x + (norm(o) * w["mixer.norm.weight"]).flatten(1) @ w["mixer.out.weight"].T
         h = norm(x) * w["norm2.weight"]
         x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
@@ -186,6 +193,7 @@ def minimax_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
 
     p = dict(m.named_parameters())
     heads = m.cfg.heads
+    assert isinstance(m.cfg, MiniMax)
     alpha = m.cfg.alpha or 6**0.25
     x = p["embed.weight"][tokens]
     for i, slope in enumerate(m.decays().double()):
@@ -209,6 +217,8 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     p = dict(m.named_parameters())
+    cfg = m.cfg
+    assert isinstance(cfg, Ssd)
     heads = m.cfg.heads
     x = p["embed.weight"][tokens]
     for i, slope in enumerate(m.decays().double()):
@@ -220,7 +230,7 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
             x = x + (F.silu(h @ w["mlp.gate.weight"].T) * (h @ w["mlp.up.weight"].T)) @ w["mlp.down.weight"].T
             continue
         multi_linear = torch.cat([h @ w[f"mixer.{n}.weight"].T for n in "vkq"], dim=1)
-        if m.cfg.conv:
+        if cfg.conv:
             seen = torch.zeros_like(multi_linear)
             for t, lag in product(range(len(h)), range(3)):
                 if t >= lag and doc_ids[t - lag] == doc_ids[t]:
@@ -228,9 +238,9 @@ def ssd_logits(m: LanguageModel, tokens: Tensor, doc_ids: Tensor) -> Tensor:
             multi_linear = seen + w["mixer.conv.bias"]
         channels = [5 * heads, 4 * heads, 4 * heads]
         v, k, q = (F.silu(x).view(len(h), heads, -1) for x in multi_linear.split(channels, dim=1))
-        slope = w["mixer.dt.log_slope"].exp() if m.cfg.decay == "learned" else slope
+        slope = w["mixer.dt.log_slope"].exp() if cfg.decay == "learned" else slope
         step = torch.ones(len(h), heads, dtype=torch.float64)
-        if m.cfg.data_dependent:
+        if cfg.data_dependent:
             step = F.softplus(h @ w["mixer.dt.weight"].T + w["mixer.dt.bias"])
         state, outputs = torch.zeros(heads, 4, 5, dtype=torch.float64), []
         for t in range(len(h)):

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lasptrain.architectures.tnl import Tnl
 from lasptrain.cost import plan
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import SECTIONS, Recipe
-from lasptrain.recipe.sections import Model
 from lasptrain.recipe.yaml12 import dump
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -85,7 +85,8 @@ def test_shipped_recipes_load_and_carry_their_name(file: Path) -> None:
 
 def test_defaults_are_the_documented_ones(write: Write) -> None:
     recipe = load(write(GOOD))
-    assert recipe.model.lrpe == (0,) and recipe.model.tie and recipe.model.vocab == "auto"
+    assert isinstance(recipe.model, Tnl) and recipe.model.lrpe == (0,)
+    assert recipe.model.tie and recipe.model.vocab == "auto"
     assert (recipe.model.K, recipe.model.V) == (64, 64)
     assert recipe.optim.betas == (0.9, 0.95) and recipe.optim.lr == 1e-4
     assert recipe.mesh.dp == recipe.mesh.sp == "auto"
@@ -123,7 +124,7 @@ def test_what_yaml_1_1_would_convert_stays_text(write: Write, word: str) -> None
         (
             "  arch: tnl",
             "  arch: tln",
-            "r.yaml:2: model.arch: found 'tln'; expected tnl, linear_transformer, ssd, retnet or minimax",
+            "r.yaml:2: model.arch: found 'tln'; did you mean tnl?",
         ),
         ("  lr: 1e-4", "  lr: fast", "r.yaml:11: optim.lr: found 'fast'; expected a number"),
         ("  lr: 1e-4", "  lr: .nan", "r.yaml:11: optim.lr: found .nan; expected a finite number"),
@@ -165,10 +166,10 @@ def test_one_wrong_value(refused: Refused, line: str, by: str, message: str) -> 
         (["model.heads=5"], "model.heads: 5 heads do not divide model.dim = 256; nearest: 4, 8"),
         (["model.lrpe=[0, 4]"], "model.lrpe: there is no layer 4; the 4 layers are 0 to 3"),
         (["model.lrpe=[1, 0, 1]"], "model.lrpe: found [1, 0, 1]; write [0, 1]"),
-        (["model.normalizer=true"], "model.normalizer: found true; only arch: linear_transformer"),
-        (["model.arch=linear_transformer"], "model.decay: found 'tnl'; a linear_transformer does not decay"),
+        (["model.normalizer=true"], "model.normalizer: no such key of this arch, only of linear_transformer"),
+        (["model.arch=linear_transformer", "model.decay=tnl"], "model.decay: found 'tnl'; expected none"),
         (["model.arch=linear_transformer", "model.decay=none", "model.lrpe=[0]"],
-         "model.lrpe: found [0]; only arch: tnl"),
+         "model.lrpe: no such key of this arch, only of tnl"),
         (["train.batch=6", "mesh.dp=4"], "train.batch: 6 windows do not split into mesh.dp = 4 × micro_batch = 1; "
          "nearest: 4, 8"),
         (["train.micro_batch=3"], "train.batch: 4 windows do not split into micro-batches of 3; nearest: 3, 6"),
@@ -198,7 +199,10 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(refused: Ref
 
 
 def test_sections_that_are_missing_say_what_belongs_there(refused: Refused) -> None:
-    lines = refused("model: {}\n")
+    assert "r.yaml:1: model.arch: missing; expected linear_transformer, minimax, retnet, ssd or tnl" in refused(
+        "model: {}\n"
+    )
+    lines = refused("model: {arch: tnl}\n")
     assert "r.yaml:1: model.dim: missing; expected the width of the model, such as 256" in lines
     assert "r.yaml: data.window: missing; expected tokens of a training sequence, such as 8192" in [
         line.replace("r.yaml:1:", "r.yaml:") for line in lines
@@ -279,7 +283,7 @@ def test_files_that_are_no_recipes(tmp_path: Path, write: Write) -> None:
 def test_overrides_follow_the_same_rules(write: Write, refused: Refused) -> None:
     recipe = load(write(GOOD), ["optim.lr=3E-4", "model.lrpe=[0, 1]", "eval.every=0", "data.cache=", "mesh.scan=ring"])
     assert recipe.optim.lr == 3e-4
-    assert recipe.model.lrpe == (0, 1)
+    assert isinstance(recipe.model, Tnl) and recipe.model.lrpe == (0, 1)
     assert recipe.eval.every == 0
     assert recipe.data.cache is None
     assert recipe.mesh.scan == "ring"
@@ -432,7 +436,7 @@ def test_a_window_that_is_ragged_on_the_ranks_found_at_launch(
 
 
 def test_resolve_vocabulary() -> None:
-    model = Model(arch="tnl", dim=8, layers=1, heads=1, mlp=8)
+    model = Tnl(dim=8, layers=1, heads=1, mlp=8)
     assert resolve_vocabulary(model, 4096) == 4096
     assert resolve_vocabulary(model, 257) == 320
     assert resolve_vocabulary(model.model_copy(update={"vocab": 300}), 257) == 300
@@ -450,7 +454,7 @@ def test_parameters_of_the_published_sizes(name: str, millions: float) -> None:
 
 
 def test_flops_count_the_head_and_not_the_embedding() -> None:
-    model = Model(arch="tnl", dim=8, layers=2, heads=2, key_dim=3, value_dim=5, mlp=16, lrpe=(), tie=False)
+    model = Tnl(dim=8, layers=2, heads=2, key_dim=3, value_dim=5, mlp=16, lrpe=(), tie=False)
     matrices = 2 * (2 * 6 * 8 + 3 * 10 * 8 + 3 * 8 * 16) + 100 * 8
     assert plan.flops_per_token(model, 100, 64) == 6 * matrices + 3 * 2 * 4 * 3 * 5 * 2
     tied = model.model_copy(update={"tie": True})
@@ -462,8 +466,6 @@ def test_flops_count_the_head_and_not_the_embedding() -> None:
     [
         ({"softmax": [4]}, "model.softmax: there is no layer 4; the 4 layers are 0 to 3"),
         ({"softmax": [2, 1]}, "model.softmax: found [2, 1]; write [1, 2]"),
-        ({"softmax": [1], "arch": "retnet"},
-         "model.softmax: found [1]; only arch: ssd and minimax mix layers, leave it out"),
         ({"sliding_window": 8},
          "model.sliding_window: found 8 without model.softmax; name its layers, or leave it out"),
         ({"softmax": [1], "kv_heads": 3}, "model.kv_heads: 3 do not divide model.heads = 4; nearest: 2, 4"),
@@ -471,7 +473,7 @@ def test_flops_count_the_head_and_not_the_embedding() -> None:
          "model.heads: 3 softmax heads do not divide model.dim = 256; nearest: 2, 4"),
         ({"softmax": [1], "heads": 256},
          "model.rotary: 1 channels of a head do not make pairs to rotate; expected null, or another model.heads"),
-        ({"alpha": 2.0}, "model.alpha: found 2; only arch: minimax multiplies its residual, leave it out"),
+        ({"alpha": 2.0}, "model.alpha: no such key of this arch, only of minimax; leave it out"),
         ({"softmax": [1], "train.segment": 1024}, "train.segment: 1024 tokens with softmax layers that see all of "
          "data.window = 4096; expected 4096 or auto, or a window for them to slide over: model.sliding_window"),
     ],

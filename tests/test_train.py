@@ -202,7 +202,7 @@ def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
     job = build(recipe)
     train.train_step(job, 0)
     with torch.no_grad():
-        job.model.blocks[0].mixer.out.weight.fill_(float("nan") if rank == 1 else 1.0)
+        dict(job.model.named_parameters())["layers.0.mixer.out.weight"].fill_(float("nan") if rank == 1 else 1.0)
     before = [p.detach().clone() for p in job.model.parameters()]
     with pytest.raises(NumericalError, match="step 2"):
         train.train_step(job, 1)

@@ -1,1 +1,65 @@
-"""Architectures in numbers. No torch."""
+"""Architectures in numbers: one class each, found by name, of which only the named one is imported. No torch.
+
+Add one: `README.md`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from lasptrain.architectures.base import Architecture
+from lasptrain.errors import RecipeError
+
+GROUP = "lasptrain.architectures"
+OURS = {
+    "tnl": "lasptrain.architectures.tnl:Tnl",
+    "linear_transformer": "lasptrain.architectures.linear_transformer:LinearTransformer",
+    "ssd": "lasptrain.architectures.ssd:Ssd",
+    "retnet": "lasptrain.architectures.retnet:RetNet",
+    "minimax": "lasptrain.architectures.minimax:MiniMax",
+}
+
+
+def named(arch: object) -> type[Architecture]:
+    """Return the class of an architecture: ours, or one that an installed package offers under the entry-point group
+    `lasptrain.architectures`. RecipeError for another name, with the nearest, and for a package that does not load.
+    """
+    if isinstance(arch, str) and arch in OURS:
+        return _loaded(arch, OURS[arch])
+    others = {point.name: point.value for point in entry_points(group=GROUP)}
+    if isinstance(arch, str) and arch in others:
+        return _loaded(arch, others[arch])
+    known = sorted([*OURS, *others])
+    close = difflib.get_close_matches(arch, known, n=1) if isinstance(arch, str) else []
+    found = "missing" if arch is None else f"found {arch!r}"
+    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known[:-1])} or {known[-1]}"
+    raise RecipeError(f"model.arch: {found}; {hint}")
+
+
+def model(keys: Mapping[str, Any]) -> Architecture:
+    """Return the model that the keys of a recipe's section `model:` describe.
+
+    Raises RecipeError for an unknown architecture, pydantic.ValidationError for keys that are not its own.
+    """
+    return named(keys.get("arch")).model_validate(dict(keys))
+
+
+def having(key: str) -> list[str]:
+    """Return the names of our architectures that have a key of their own called `key`."""
+    return [arch for arch, place in OURS.items() if key in _loaded(arch, place).model_fields]
+
+
+def _loaded(arch: str, place: str) -> type[Architecture]:
+    """Import `module:Class`."""
+    module, _, name = place.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"model.arch: {arch} is {place}, which does not load: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Architecture)):
+        raise RecipeError(
+            f"model.arch: {arch} is {place}; expected a subclass of {Architecture.__module__}.Architecture"
+        )
+    return found

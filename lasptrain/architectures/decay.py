@@ -1,8 +1,12 @@
-"""Decay schedules: slope s = −ln a per layer and head, by name. No torch, so that a plan needs none."""
-
-from __future__ import annotations
+"""Decay schedules: slope s = −ln a per layer and head, by name; and the key that chooses one."""
 
 import math
+from collections.abc import Iterator
+from typing import Literal
+
+from lasptrain.architectures.base import Architecture
+
+Schedule = Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "none"]
 
 
 def _alibi(heads: int) -> list[float]:
@@ -46,3 +50,19 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[flo
             return [[fastest * ratio ** (h / max(heads - 1, 1)) for h in range(heads)]] * layers
         case _:
             raise ValueError(f"decay schedule {schedule!r}")
+
+
+class Decaying(Architecture):
+    """An architecture whose decays follow a schedule, constant or not."""
+
+    decay: Schedule = "tnl"
+
+    def decays(self, window: int) -> list[list[float]]:
+        """Return the schedule's slopes by layer and head."""
+        return slopes(self.decay, self.layers, self.heads, window)
+
+    def description(self) -> Iterator[tuple[str, str]]:
+        """Yield the schedule beside the heads."""
+        (title, heads), *rest = super().description()
+        yield title, f"{heads}, decay {self.decay}"
+        yield from rest

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lasptrain import ops
-from lasptrain.architectures.decay import slopes
+from lasptrain.architectures.base import Architecture
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT, attention
 from lasptrain.bench.steps import elapsed
 from lasptrain.errors import SetupError
@@ -27,7 +27,6 @@ from lasptrain.parallel.mesh import device_name
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.process.local_ranks import TrialFailure, on_ranks, trials
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Model
 
 LEAST = 0.05  # seconds of a turn at least
 TURNS, HOST_TURNS = 11, 5
@@ -98,8 +97,8 @@ def _calls(
     kernel, dtype = ops.select(recipe.train.kernel, device), DTYPES[recipe.train.precision]
     attentions = {name: attention(name, kernel, mesh.world(), device) for name in methods}
     model = recipe.model
-    decays = slopes(model.decay, model.layers, model.heads, tokens)[-1]
-    log_decay = None if model.decay == "none" else -torch.tensor(decays, device=device)
+    decays = model.decays(tokens)[-1]
+    log_decay = None if not any(decays) else -torch.tensor(decays, device=device)
     generator = torch.Generator(device).manual_seed(dist.get_rank())
     q, k, v, do = (
         torch.randn(1, tokens, model.heads, dim, generator=generator, device=device, dtype=dtype)
@@ -114,7 +113,7 @@ def _calls(
     return attentions, {name: partial(call, one) for name, one in attentions.items()}
 
 
-def bytes_sent(model: Model, tokens: int, size: int, ranks: int) -> dict[str, int]:
+def bytes_sent(model: Architecture, tokens: int, size: int, ranks: int) -> dict[str, int]:
     """Bytes that the busiest rank sends for a layer, forward and backward: `tokens` tokens, `size` bytes a number.
 
     In a chain all ranks but the last send one state in fp32, and with all_gather each sends state and decays once,

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from data_tools.dataset import open_dataset
 from lasptrain import ops
+from lasptrain.architectures.linear_transformer import LinearTransformer as Undecayed
+from lasptrain.architectures.tnl import Tnl
 from lasptrain.bench.local import Local
 from lasptrain.bench.rivals import Pending, Traffic, begun, exchange, whole_windows
 from lasptrain.data.loader import Slice
@@ -33,7 +35,6 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Model
 from lasptrain.training import job
 from lasptrain.training.optimizer import build_optimizer
 
@@ -129,7 +130,7 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
     for key, size in (("heads", model.heads), ("mlp", model.mlp)):
         if size % n:
             raise SetupError(f"megatron: model.{key} = {size} does not go to {n} ranks; expected a multiple")
-    if model.arch not in ("tnl", "linear_transformer"):
+    if not isinstance(model, Tnl | Undecayed):
         raise SetupError(f"megatron: model.arch = {model.arch} is not split; expected tnl or linear_transformer")
     attention = ShardedRecurrence(kernel) if local is None else cast(ShardedRecurrence, _Heads(local))
     whole = job.language_model(recipe, attention)
@@ -137,7 +138,7 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
         for index, block in enumerate(whole.blocks):
             block.mixer, block.mlp = (
                 _mixer(model, index, n, attention),
-                _Mlp(model.dim, model.mlp // n, activate=model.arch != "tnl"),
+                _Mlp(model.dim, model.mlp // n, activate=model.gated_mlp),
             )
             for part in (block.mixer, block.mlp):
                 part.traffic = traffic
@@ -145,9 +146,11 @@ def split_model(recipe: Recipe, traffic: Traffic, kernel: str, local: Local | No
     return whole
 
 
-def _mixer(model: Model, index: int, ranks: int, attention: ShardedRecurrence) -> _TransNormer | _LinearTransformer:
+def _mixer(
+    model: Tnl | Undecayed, index: int, ranks: int, attention: ShardedRecurrence
+) -> _TransNormer | _LinearTransformer:
     sizes = (model.dim, model.heads // ranks, model.K, model.V)
-    if model.arch == "tnl":
+    if isinstance(model, Tnl):
         lrpe, decayed = index in model.lrpe, model.decay != "none"
         return _TransNormer(*sizes, lrpe=lrpe, decayed=decayed, attention=attention)
     return _LinearTransformer(*sizes, normalizer=model.normalizer, attention=attention)

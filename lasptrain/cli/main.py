@@ -25,7 +25,6 @@ from lasptrain.process import signals
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Model
 
 app = typer.Typer(
     help="Pretrain linear-attention language models on sequences of millions of tokens.",
@@ -154,8 +153,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("recipe", f"{recipe.name}: {model.arch}, {model.layers} layers of {model.dim}, {model.heads} heads"),
         ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
-        ("heads", f"key dim {model.K}, value dim {model.V}, decay {model.decay}"),
-        *([("softmax", _softmax(model))] if model.softmax else []),
+        *model.description(),
         ("mesh", f"dp {dp} × sp {sp}, {_times(world, 'process', 'es')}, {recipe.parallel.data_parallel}, scan {scan}"),
         ("window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"),
         ("slice", f"{layout.slice:,} tokens per rank and segment"),
@@ -184,13 +182,6 @@ def _epochs(recipe: Recipe) -> list[str]:
 
 def _times(count: int, word: str, plural: str = "s") -> str:
     return f"{count:,} {word}{plural if count != 1 else ''}"
-
-
-def _softmax(model: Model) -> str:
-    layers = ", ".join(map(str, model.softmax))
-    reach = "all tokens before" if model.sliding_window is None else f"the last {model.sliding_window:,} tokens"
-    turned = "no positions" if model.rotary is None else f"rotary positions of base {figures(model.rotary, 6)}"
-    return f"layers {layers}: {model.kv_heads or model.heads} key heads, over {reach}, {turned}"
 
 
 app.command("plan")(plan_command)

@@ -44,10 +44,11 @@ def parts(ranks: int) -> int:
     return max(1, min(MOST_PARTS, ranks - 1))
 
 
-def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) -> dict[str, float]:
+def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False, beside: int = 0) -> dict[str, float]:
     """Seconds that each scan takes to bring `size` bytes of state through `ranks` ranks, in one direction.
 
-    With n ranks, S bytes, latency α and bandwidth β of a link, until the last rank has its initial state:
+    With n ranks, S bytes (in an all-gather those of a transition `beside` them too), latency α and bandwidth β of a
+    link, until the last rank has its initial state:
 
         ring        Σ (α + S/β) over the n − 1 links         from neighbour to neighbour
         all_gather  ⌈log₂ n⌉ · α + (n − 1) · S/β             every state to every rank, by the slowest link
@@ -65,7 +66,7 @@ def scan_seconds(ranks: int, size: int, links: Links, *, carried: bool = False) 
     pieces = [hop.latency + size / count / hop.bandwidth for hop in hops]
     return {
         "ring": sum(hop.latency + size / hop.bandwidth for hop in hops) + back,
-        "all_gather": math.ceil(math.log2(ranks)) * slowest.latency + (ranks - 1) * size / slowest.bandwidth,
+        "all_gather": math.ceil(math.log2(ranks)) * slowest.latency + (ranks - 1) * (size + beside) / slowest.bandwidth,
         "all_scan": sum(pieces) + (count - 1) * max(pieces) + back,
     }
 
@@ -74,13 +75,19 @@ def with_scan(recipe: Recipe, sp: int, segment: int, links: Links = ASSUMED) -> 
     """Return the recipe with `mesh.scan: auto` decided: the cheapest for one layer's state of a micro-batch."""
     if recipe.mesh.scan != "auto":
         return recipe
-    costs = scan_seconds(sp, _state(recipe), links, carried=segment < recipe.data.window)
+    costs = scan_seconds(sp, _state(recipe), links, carried=segment < recipe.data.window, beside=_transition(recipe))
     return recipe.replace(mesh={"scan": min(costs, key=costs.__getitem__)})
 
 
 def _state(recipe: Recipe) -> int:
     """Bytes of one layer's state of a micro-batch."""
     return recipe.train.micro_batch * state_bytes(recipe.model) // recipe.model.layers
+
+
+def _transition(recipe: Recipe) -> int:
+    """Bytes of the largest transition of a layer, for a micro-batch."""
+    model = recipe.model
+    return 4 * recipe.train.micro_batch * max(model.layer_state(layer).transition for layer in range(model.layers))
 
 
 def weights_sent(recipe: Recipe, vocab: int, ranks: int) -> float:
@@ -114,7 +121,7 @@ def step_seconds(
     backward = 4 * tokens / segments * width / (0.8 * rates.copies)
     scans = {
         name: sum(max(0.0, seconds - hidden) for hidden in (forward, backward))
-        for name, seconds in scan_seconds(ranks, _state(recipe), links).items()
+        for name, seconds in scan_seconds(ranks, _state(recipe), links, beside=_transition(recipe)).items()
     }
 
     def sending(size: float, messages: int) -> float:

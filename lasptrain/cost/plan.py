@@ -1,49 +1,33 @@
 """The cost of a recipe, from its numbers alone: parameters, FLOPs, memory, slices. No torch, no GPU."""
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
-from lasptrain.architectures.decay import slopes
+from lasptrain.architectures.base import Architecture, Work
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import ResourceError
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import REPLICATED, Model, Parallel
+from lasptrain.recipe.sections import REPLICATED, Parallel
 
 
-def parameters(model: Model, vocab: int) -> dict[str, int]:
+def parameters(model: Architecture, vocab: int) -> dict[str, int]:
     """Parameters by part of the model; their sum is the model's. `vocab` is the number of rows of the embedding."""
-    D, H, K, V, F, L = model.dim, model.heads, model.K, model.V, model.mlp, model.layers
-    gated = model.arch != "linear_transformer"
-    attention = len(model.softmax)
-    linear = L - attention
-    in_mixer = {"tnl": 0, "linear_transformer": V, "retnet": V, "ssd": H * V, "minimax": H * V}[model.arch]
-    parts = {
-        "embedding": vocab * D,
-        "mixer": linear * ((2 * H * K + H * V + gated * H * V) * D + D * H * V),
-        "softmax": attention * 2 * (D * D + D * _key_channels(model)),
-        "step": linear * (H * D + H + H * (model.decay == "learned")) * model.data_dependent,
-        "convolution": linear * (2 * H * K + H * V) * (model.conv + 1) * (model.conv > 0),
-        "mlp": L * 3 * D * F,
-        "lrpe": len(model.lrpe) * H * K,
-        "norms": 0 if model.arch == "tnl" else L * 2 * D + D + linear * in_mixer,
-        "head": 0 if model.tie else vocab * D,
-    }
+    parts = Counter({"embedding": vocab * model.dim})
+    for layer in range(model.layers):
+        parts.update(model.layer_parameters(layer))
+    parts["mlp"] = model.layers * 3 * model.dim * model.mlp
+    parts["norms"] += (2 * model.layers + 1) * model.dim * model.norm.weighted
+    parts["head"] = 0 if model.tie else vocab * model.dim
     return {part: count for part, count in parts.items() if count}
 
 
-def _key_channels(model: Model) -> int:
-    """Channels of a softmax layer's keys, and of its values."""
-    return (model.kv_heads or model.heads) * (model.dim // model.heads)
-
-
-def flops_per_token(model: Model, vocab: int, window: int) -> int:
+def flops_per_token(model: Architecture, vocab: int, window: int) -> int:
     """Model FLOPs per trained token: 6 per matrix parameter (the output head is one, the embedding's lookup is not),
-    three times the recurrences' forward, whose state update and read cost 2·K·V each, and three times the softmax
-    layers', whose scores and sums cost 2·D each per key seen. Recomputation is not work.
+    and three times the forward of recurrences and of softmax's scores. Recomputation is not work.
     """
     matrices = _matrices(parameters(model, vocab)) + vocab * model.dim
-    recurrence = sum(4 * keys * model.V * model.heads for keys in _state_keys(model))
-    return 6 * matrices + 3 * (recurrence + _score_flops(model, window))
+    return 6 * matrices + 3 * sum(model.layer_flops(layer, window) for layer in range(model.layers))
 
 
 def _matrices(parts: dict[str, int]) -> int:
@@ -51,25 +35,10 @@ def _matrices(parts: dict[str, int]) -> int:
     return sum(parts.get(part, 0) for part in ("mixer", "softmax", "mlp"))
 
 
-def _score_flops(model: Model, window: int) -> int:
-    """FLOPs per token of softmax layers' forward over a window of one document, matrices left out."""
-    reach = min(model.sliding_window or window, window)
-    seen = reach - reach * (reach - 1) // (2 * window)  # on average: the first tokens see fewer
-    return len(model.softmax) * 4 * model.dim * seen
-
-
-def state_bytes(model: Model, size: int = 4) -> int:
-    """Bytes that one window carries over all layers: states in fp32, and the rows of `size`-byte numbers within reach
-    of sliding softmax layers. The few rows of convolutions are left out.
-    """
-    rows = len(model.softmax) * ((model.sliding_window or 1) - 1) * (2 * _key_channels(model) + 1)
-    return sum(4 * keys * model.V * model.heads for keys in _state_keys(model)) + size * rows
-
-
-def _state_keys(model: Model) -> list[int]:
-    """Key dim of each recurrent layer's state: LRPE doubles it (cosine and sine)."""
-    layers = (layer for layer in range(model.layers) if layer not in model.softmax)
-    return [model.K * (2 if layer in model.lrpe else 1) for layer in layers]
+def state_bytes(model: Architecture, size: int = 4) -> int:
+    """Bytes that one window carries over all layers: states in fp32, rows in numbers of `size` bytes."""
+    states = [model.layer_state(layer) for layer in range(model.layers)]
+    return sum(4 * state.values + size * state.rows for state in states)
 
 
 LONGEST_SLICE = 262_144  # tokens
@@ -81,25 +50,18 @@ HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 
 def activation_bytes(recipe: Recipe) -> int:
     """Bytes kept for the backward pass per token of a rank's slice, over all layers."""
-    model, train = recipe.model, recipe.train
-    D, HK, HV, F, G = model.dim, model.heads * model.K, model.heads * model.V, model.mlp, _key_channels(model)
-    attention = len(model.softmax)
-    linear = model.layers - attention
-    match recipe.parallel.recompute:
+    model, mode, compiled = recipe.model, recipe.parallel.recompute, recipe.train.compile
+    mixers = sum(model.layer_kept(layer, mode, compiled) for layer in range(model.layers))
+    match mode:
         case "full":
-            kept = model.layers * D
+            block = model.dim
         case "offload":
-            kept = 0
+            block = 0
         case "selective":
-            kept = model.layers * (3 * D + 2 * F) + linear * (2 * HK + 3 * HV) + attention * (D + 2 * G)
-        case "none":
-            # The residual stream and the normed inputs, q and k before and after their activation, v, gate, o, and the
-            # MLP's two products; a compiler recomputes the rest, eager execution keeps it. A softmax layer keeps q,
-            # its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
-            kept = model.layers * (3 * D + 2 * F) + linear * (4 * HK + 3 * HV) + attention * (3 * D + 8 * G)
-            if not train.compile:
-                kept += model.layers * (5 * D + 2 * F) + linear * 3 * HV + attention * 2 * (D + G)
-    return _size(recipe) * kept
+            block = 3 * model.dim + 2 * model.mlp
+        case "none":  # the residual stream, the normed inputs, and the MLP's two products; a compiler recomputes more
+            block = 3 * model.dim + 2 * model.mlp + (0 if compiled else 5 * model.dim + 2 * model.mlp)
+    return _size(recipe) * (model.layers * block + mixers)
 
 
 def _size(recipe: Recipe) -> int:
@@ -136,7 +98,7 @@ def _shards(recipe: Recipe, dp: int, sp: int) -> int:
     return {"ddp": 1, "zero1": 1, "hsdp": sp}.get(recipe.parallel.data_parallel, dp * sp)
 
 
-def _largest(model: Model, vocab: int) -> int:
+def _largest(model: Architecture, vocab: int) -> int:
     """Elements of the largest parameter: ZeRO-1 does not split one between ranks."""
     return model.dim * max(vocab, model.mlp, model.heads * max(model.K, model.V))
 
@@ -156,7 +118,7 @@ def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[s
 def _gathered(recipe: Recipe) -> int:
     """Bytes of keys and values per token of the segment, on every rank, for softmax layers that see all of it."""
     model = recipe.model
-    return 0 if model.sliding_window else 2 * _key_channels(model) * _size(recipe) * len(model.softmax)
+    return 0 if model.sliding_window else 2 * model.key_channels * _size(recipe) * len(model.softmax)
 
 
 def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
@@ -255,35 +217,45 @@ def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -
     model = recipe.model
     more = passes(recipe, segments) - 3
     body = _matrices(parameters(model, vocab))
-    scores = _score_flops(model, recipe.data.window)
+    scores = sum(model.layer_flops(layer, recipe.data.window) for layer in model.softmax)
     products = 6 * (body + vocab * model.dim) + 2 * body * more
     softmax = scores * (4 + more) / SOFTMAX  # its backward recomputes scores
-    recurrence = 2 * (model.layers - len(model.softmax)) * model.heads * (model.K + model.V) * (18 + 6 * more)
+    recurrence = sum(_recurrence_seconds(model.recurrence_work(layer), more, rates) for layer in model.mixers)
     pointwise = 2 * model.layers * (12 * model.dim + 3 * model.mlp) * (3 + more)
     logits = vocab * 14
-    return (products + softmax) / rates.products + (recurrence + pointwise + logits) / (0.8 * rates.copies)
+    return (products + softmax) / rates.products + recurrence + (pointwise + logits) / (COPIES * rates.copies)
+
+
+COPIES = 0.8  # of the rate of copies, that pointwise work and recurrences reach
+PRODUCTS = 0.5  # of the rate of products, that those inside a recurrence reach
+
+
+def _recurrence_seconds(work: Work, more: float, rates: Rates) -> float:
+    """Seconds per token of a recurrence in both directions, and `more` times forward."""
+    moved, products = (both + more * forward for forward, both in work)
+    return max(moved / (COPIES * rates.copies), products / (PRODUCTS * rates.products))
 
 
 DISTANCES = (4096, 32768, 131072, 1 << 20, 1 << 22)  # tokens
 
 
-def memory_horizon(model: Model, window: int) -> list[list[int]]:
+def memory_horizon(model: Architecture, window: int) -> list[list[int]]:
     """Per layer, the number of heads at which a token still weighs more than 1/1000, or in a softmax layer is seen,
     after each of DISTANCES.
     """
-    table = slopes(model.decay, model.layers, model.heads, window)
+    table = model.decays(window)
     seen = [model.heads * (far < (model.sliding_window or math.inf)) for far in DISTANCES]
     weighed = [[sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
     return [seen if index in model.softmax else heads for index, heads in enumerate(weighed)]
 
 
-def effective_context(model: Model, window: int) -> float:
+def effective_context(model: Architecture, window: int) -> float:
     """The largest distance in tokens at which at least one head in a quarter of the recurrent layers, or a softmax
     layer, still sees; may be inf.
     """
     if model.softmax and model.sliding_window is None:
         return math.inf
-    table = slopes(model.decay, model.layers, model.heads, window)
+    table = model.decays(window)
     table = [layer for index, layer in enumerate(table) if index not in model.softmax]
     far = sorted((math.inf if min(layer) == 0 else math.log(1000) / min(layer) for layer in table), reverse=True)
     return max(float(model.sliding_window or 0), far[math.ceil(len(far) / 4) - 1] if far else 0.0)

@@ -9,6 +9,7 @@ import torch
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain import ops
+from lasptrain.architectures.base import Architecture
 from lasptrain.checkpoint import load
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.restore import open_weights
@@ -19,7 +20,6 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Model
 from lasptrain.run import folder as runs
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -97,7 +97,7 @@ def _of_folder(path: Path) -> Trained:
     return Trained(path, origin.recipe, model, known, origin.step)
 
 
-def _empty(recipe: Recipe, cfg: Model, window: int) -> LanguageModel:
+def _empty(recipe: Recipe, cfg: Architecture, window: int) -> LanguageModel:
     """Return the model on this rank's device, with uninitialised weights."""
     device = meshes.device()
     attention = ShardedRecurrence(ops.select("auto", device))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasptrain.models.start import Start
+
 
 class ConvWeights(NamedTuple):
     """The weights of a convolution over n + 1 tokens, in full precision."""
@@ -61,6 +63,11 @@ class Convolution(nn.Module):
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(channels, width)), nn.Parameter(torch.empty(channels))
+
+    def initial(self, part: str, start: Start) -> Tensor:
+        """Return initial weights; see the class."""
+        bound = start.shape[-1] ** -0.5 if part == "weight" else 0.0
+        return start.empty().uniform_(-bound, bound, generator=start.generator)
 
     def forward(self) -> ConvWeights:
         """Return copies: where parameters are sharded, they are gathered only while this runs."""

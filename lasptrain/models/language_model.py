@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from lasptrain.architectures.decay import slopes
-from lasptrain.models.convolution import Convolution
-from lasptrain.models.layers import Lrpe, Mlp, RMSNorm, SimpleRMSNorm
+from lasptrain.architectures.base import Architecture
+from lasptrain.models import softmax
+from lasptrain.models.layers import Mlp, norm
 from lasptrain.models.linear import Linear
-from lasptrain.models.linear_transformer import LinearTransformer
-from lasptrain.models.minimax import Lightning
-from lasptrain.models.mixer import Context, State
-from lasptrain.models.retnet import Retention
-from lasptrain.models.softmax import Softmax
-from lasptrain.models.ssd import EPS, StateSpace, TimeStep
-from lasptrain.models.tnl import TransNormer
+from lasptrain.models.mixer import Context, Mixer, State
+from lasptrain.models.start import Start, generator, initial
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
-from lasptrain.recipe.sections import Model
-
-INIT_STD = 0.02
-
-Mixer: TypeAlias = TransNormer | LinearTransformer | StateSpace | Retention | Lightning | Softmax
 
 
 class Output(NamedTuple):
@@ -47,11 +36,11 @@ class Block(nn.Module):
     """
 
     mixer: Mixer  # of a recurrence
-    attn: Softmax
+    attn: Mixer  # softmax attention
 
     def __init__(self, norm1: nn.Module, mixer: Mixer, norm2: nn.Module, mlp: nn.Module, *, alpha: float | None = None):
         super().__init__()
-        self.mixer_name = "attn" if isinstance(mixer, Softmax) else "mixer"  # in checkpoints
+        self.mixer_name = "attn" if isinstance(mixer, softmax.Softmax) else "mixer"  # in checkpoints
         self.norm1, self.norm2, self.mlp, self.alpha = norm1, norm2, mlp, alpha
         self.add_module(self.mixer_name, mixer)
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
@@ -113,7 +102,7 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        cfg: Model,
+        cfg: Architecture,
         window: int,
         attention: ShardedRecurrence,
         *,
@@ -124,10 +113,10 @@ class LanguageModel(nn.Module):
         assert isinstance(cfg.vocab, int)
         self.cfg, self.window, self.dtype, self.loss_chunk = cfg, window, dtype, loss_chunk
         self.attention = attention
-        self.scale = math.sqrt(cfg.dim) if cfg.arch == "tnl" else 1.0
+        self.scale = cfg.embedding_scale
         self.embed = nn.Embedding(cfg.vocab, cfg.dim)
         self.layers = nn.ModuleList(_block(cfg, i, attention) for i in range(cfg.layers))
-        self.norm = _norm(cfg)
+        self.norm = norm(cfg.norm, cfg.dim)
         self.head = None if cfg.tie else Linear(cfg.dim, cfg.vocab)
 
     def forward(
@@ -199,11 +188,16 @@ class LanguageModel(nn.Module):
 
     def decays(self) -> Tensor:
         """Return slopes [layers, heads] in fp32, the initial ones where they are learned."""
-        return torch.tensor(slopes(self.cfg.decay, self.cfg.layers, self.cfg.heads, self.window), dtype=torch.float32)
+        return torch.tensor(self.cfg.decays(self.window), dtype=torch.float32)
 
 
 def on_meta(
-    cfg: Model, window: int, attention: ShardedRecurrence, *, dtype: torch.dtype = torch.float32, loss_chunk: int = 2048
+    cfg: Architecture,
+    window: int,
+    attention: ShardedRecurrence,
+    *,
+    dtype: torch.dtype = torch.float32,
+    loss_chunk: int = 2048,
 ) -> LanguageModel:
     """A `LanguageModel` on the meta device, its parameters in at least fp32."""
     with torch.device("meta"):
@@ -211,85 +205,23 @@ def on_meta(
         return model.to(torch.promote_types(dtype, torch.float32))
 
 
-def _norm(cfg: Model) -> nn.Module:
-    match cfg.arch:
-        case "tnl":
-            return SimpleRMSNorm()
-        case "linear_transformer" | "retnet":
-            return RMSNorm(cfg.dim)
-        case "ssd" | "minimax":
-            return RMSNorm(cfg.dim, EPS)
-
-
-def _block(cfg: Model, index: int, attention: ShardedRecurrence) -> Block:
-    sizes = (cfg.dim, cfg.heads, cfg.K, cfg.V)
-    alpha = cfg.residual if cfg.arch == "minimax" else None
-    mixer: Mixer
-    match "softmax" if index in cfg.softmax else cfg.arch:
-        case "softmax":
-            mixer = Softmax(
-                cfg.dim,
-                cfg.heads,
-                cfg.kv_heads or cfg.heads,
-                sliding_window=cfg.sliding_window,
-                rotary=cfg.rotary,
-                attention=attention,
-            )
-        case "tnl":
-            mixer = TransNormer(*sizes, lrpe=index in cfg.lrpe, decayed=cfg.decay != "none", attention=attention)
-        case "linear_transformer":
-            mixer = LinearTransformer(*sizes, normalizer=cfg.normalizer, attention=attention)
-        case "ssd":
-            mixer = StateSpace(
-                *sizes,
-                data_dependent=cfg.data_dependent,
-                learned=cfg.decay == "learned",
-                conv=cfg.conv,
-                attention=attention,
-            )
-        case "retnet":
-            mixer = Retention(*sizes, decayed=cfg.decay != "none", attention=attention)
-        case "minimax":
-            mixer = Lightning(*sizes, decayed=cfg.decay != "none", attention=attention)
-    return Block(_norm(cfg), mixer, _norm(cfg), Mlp(cfg.dim, cfg.mlp, activate=cfg.arch != "tnl"), alpha=alpha)
+def _block(cfg: Architecture, index: int, attention: ShardedRecurrence) -> Block:
+    module = softmax if index in cfg.softmax else import_module(cfg.implementation)
+    mixer: Mixer = module.mixer(cfg, index, attention)
+    norm1, norm2 = norm(cfg.norm, cfg.dim), norm(cfg.norm, cfg.dim)
+    return Block(norm1, mixer, norm2, Mlp(cfg.dim, cfg.mlp, activate=cfg.gated_mlp), alpha=cfg.residual)
 
 
 def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yield initial full-size parameters and buffers by name, one at a time.
+    """Yield initial full-size parameters and persistent buffers by name, one at a time.
 
     Each has a generator of its own, seeded by (seed, name), so every layout of ranks starts from the same weights.
-    Matrices are N(0, 0.02²), norm weights one, θ of LRPE 10000^(−2c/(HK)) for channel c of all H·K; a data-dependent
-    step begins as one, so that such a model begins as its twin of constant decay; a convolution's weights are uniform
-    in ±1/√width, its bias zero. The decay of a layer is a persistent buffer: in a checkpoint the numbers are the
-    definition.
+    Matrices are N(0, 0.02²), norm weights one; a module with other values has a method `initial`.
     """
+    slopes = dict(zip((f"layers.{index}" for index in range(len(model.layers))), model.decays(), strict=True))
     owners = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
+    for name, value in model.state_dict(keep_vars=True).items():
         path, _, part = name.rpartition(".")
-        owner = owners[path]
-        empty = torch.empty(parameter.shape, device=device)
-        if isinstance(owner, TimeStep) and part == "log_slope":
-            yield name, model.decays()[int(path.split(".")[1])].log().to(device)
-        elif isinstance(owner, TimeStep):
-            first = TimeStep.FIRST_BIAS if part == "bias" else 0.0
-            yield name, torch.full(parameter.shape, first, device=device, dtype=torch.float64)
-        elif isinstance(owner, Lrpe):
-            count = parameter.numel()
-            channel = torch.arange(count, dtype=torch.float64, device=device)
-            yield name, (10000.0 ** (-2.0 * channel / count)).view(parameter.shape)
-        elif isinstance(owner, Convolution):
-            bound = parameter.shape[-1] ** -0.5 if part == "weight" else 0.0
-            yield name, empty.uniform_(-bound, bound, generator=_generator(seed, name, device))
-        elif parameter.dim() == 1:
-            yield name, torch.ones(parameter.shape, device=device)
-        else:
-            yield name, empty.normal_(0.0, INIT_STD, generator=_generator(seed, name, device))
-    for layer, slope in zip(model.blocks, model.decays(), strict=True):
-        if (buffer := getattr(layer.token_mixer, "slope", None)) is not None:
-            yield next(n for n, b in model.named_buffers() if b is buffer), slope
-
-
-def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Return a parameter's own generator."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        layer = ".".join(path.split(".")[:2])
+        start = Start(value.shape, slopes.get(layer), generator(seed, name, device), device)
+        yield name, initial(owners[path], part, start)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasptrain.architectures.base import Norm
 from lasptrain.models.linear import Linear, multi_linear
+from lasptrain.models.start import Start
 
 
 def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -20,8 +22,12 @@ def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
 class SimpleRMSNorm(nn.Module):
     """`srms` as a layer."""
 
+    def __init__(self, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+
     def forward(self, x: Tensor) -> Tensor:
-        return srms(x)
+        return srms(x, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +39,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return srms(x, self.eps) * self.weight.to(x.dtype)
+
+
+def norm(kind: Norm, dim: int) -> SimpleRMSNorm | RMSNorm:
+    """Return the norm of a block of width `dim`."""
+    return RMSNorm(dim, kind.eps) if kind.weighted else SimpleRMSNorm(kind.eps)
 
 
 class Mlp(nn.Module):
@@ -115,6 +126,12 @@ class Lrpe(nn.Module):
     def __init__(self, heads: int, key_dim: int):
         super().__init__()
         self.theta = nn.Parameter(torch.empty(heads, key_dim))
+
+    def initial(self, part: str, start: Start) -> Tensor:
+        """Return θ = 10000^(−2c/(HK)) for channel c of all H·K."""
+        count = start.shape.numel()
+        channel = torch.arange(count, dtype=torch.float64, device=start.device)
+        return (10000.0 ** (-2.0 * channel / count)).view(start.shape)
 
     def forward(self, length: int) -> Phases:
         """Return the phases of a slice of `length` tokens."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain.architectures import linear_transformer as architecture
 from lasptrain.models.layers import RMSNorm
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import RecurrentMixer, split_heads
 from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
+
+
+def mixer(model: architecture.LinearTransformer, layer: int, attention: ShardedRecurrence) -> LinearTransformer:
+    """Return the mixer of a layer."""
+    sizes = (model.dim, model.heads, model.K, model.V)
+    return LinearTransformer(*sizes, normalizer=model.normalizer, attention=attention)
 
 
 class LinearTransformer(RecurrentMixer):

@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain.architectures.minimax import MiniMax
 from lasptrain.models.layers import RMSNorm
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import RecurrentMixer
 from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
+
+
+def mixer(model: MiniMax, layer: int, attention: ShardedRecurrence) -> Lightning:
+    """Return the mixer of a layer."""
+    sizes = (model.dim, model.heads, model.K, model.V)
+    return Lightning(*sizes, decayed=model.decay != "none", attention=attention)
 
 
 class Lightning(RecurrentMixer):

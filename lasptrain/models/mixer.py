@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from lasptrain.models.layers import Phases
+from lasptrain.models.start import Start
 from lasptrain.ops import decay_rule
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
@@ -36,10 +37,32 @@ class Context(NamedTuple):
     output_final_state: bool
 
 
+class Mixer(nn.Module):
+    """A layer that moves information between tokens."""
+
+    compiled: ClassVar[tuple[str, ...]]  # methods that are compiled: the parts between exchanges
+    attention: ShardedRecurrence
+
+    def prepare(self, length: int) -> Any:
+        """Return small things in full precision for a slice of `length` tokens; only the mixer knows them."""
+        return None
+
+    def initial(self, part: str, start: Start) -> Tensor | None:
+        """Return the initial value of one of its own tensors, None for the usual one.
+
+        The decays of a layer are a persistent buffer `slope`: in a checkpoint the numbers are the definition.
+        """
+        return start.slopes if part == "slope" else None
+
+    def state(self, h: Tensor, prepared: Any, context: Context) -> State:
+        """Return the next segment's initial state for h [B, T, D], without computing outputs."""
+        raise NotImplementedError
+
+
 COMPILED = ("keys", "queries", "project", "output")  # the parts of a mixer between exchanges
 
 
-class RecurrentMixer(nn.Module):
+class RecurrentMixer(Mixer):
     """A mixer that is one linear recurrence: the order of work around the exchange, common to all of them.
 
     `keys` returns the recurrence's inputs, `queries` q and the other arguments of `output`, `project` the inputs, q and

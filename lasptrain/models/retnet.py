@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain.architectures.retnet import RetNet
 from lasptrain.models.layers import Phases, RMSNorm, Rotary
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import RecurrentMixer
 from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
+
+
+def mixer(model: RetNet, layer: int, attention: ShardedRecurrence) -> Retention:
+    """Return the mixer of a layer."""
+    sizes = (model.dim, model.heads, model.K, model.V)
+    return Retention(*sizes, decayed=model.decay != "none", attention=attention)
 
 
 class Retention(RecurrentMixer):

@@ -5,15 +5,28 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lasptrain.architectures.base import Architecture
 from lasptrain.models.layers import Rotary
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import Context, State
+from lasptrain.models.mixer import Context, Mixer, State
 from lasptrain.ops import softmax
 from lasptrain.parallel.all_gather import gather
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import ShardedRecurrence
+
+
+def mixer(model: Architecture, layer: int, attention: ShardedRecurrence) -> Softmax:
+    """Return the softmax attention of a layer."""
+    return Softmax(
+        model.dim,
+        model.heads,
+        model.kv_heads or model.heads,
+        sliding_window=model.sliding_window,
+        rotary=model.rotary,
+        attention=attention,
+    )
 
 
 class Seen(NamedTuple):
@@ -25,7 +38,7 @@ class Seen(NamedTuple):
     final_state: Tensor | None  # carried to the next segment
 
 
-class Softmax(nn.Module):
+class Softmax(Mixer):
     """y = W attend(q, k, v), q, k, v linear, scores scaled by K^−½, q and k rotated where `rotary` is a base.
 
     Rows cross slices: k (before it is rotated, because positions count from the first visible key), v, and a column
@@ -51,9 +64,6 @@ class Softmax(nn.Module):
         self.q, self.out = Linear(dim, dim), Linear(dim, dim)
         self.k, self.v = Linear(dim, kv_heads * self.key_dim), Linear(dim, kv_heads * self.key_dim)
         self.rotary = None if rotary is None else Rotary(self.key_dim, rotary)
-
-    def prepare(self, length: int) -> None:
-        return None
 
     def forward(self, h: Tensor, phases: None, context: Context) -> tuple[Tensor, State]:
         q, k, v = multi_linear(h, self.q, self.k, self.v)

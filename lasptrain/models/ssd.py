@@ -11,16 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lasptrain.architectures.ssd import Ssd
 from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import COMPILED, Context, State
+from lasptrain.models.mixer import COMPILED, Context, Mixer, State
+from lasptrain.models.start import Start
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
 
 # Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-EPS = 1e-5  # of every norm of this architecture
+
+
+def mixer(model: Ssd, layer: int, attention: ShardedRecurrence) -> StateSpace:
+    """Return the mixer of a layer."""
+    return StateSpace(
+        model.dim,
+        model.heads,
+        model.K,
+        model.V,
+        data_dependent=model.data_dependent,
+        learned=model.learned,
+        conv=model.conv,
+        eps=model.norm.eps,
+        attention=attention,
+    )
 
 
 class TimeStepWeights(NamedTuple):
@@ -43,6 +59,13 @@ class TimeStep(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(heads, dim)), nn.Parameter(torch.empty(heads))
         self.log_slope = nn.Parameter(torch.empty(heads)) if learned else None
 
+    def initial(self, part: str, start: Start) -> Tensor:
+        """Return initial weights: each step is one, slopes are the schedule's."""
+        if part == "log_slope":
+            assert start.slopes is not None
+            return start.slopes.log().to(start.device)
+        return start.full(self.FIRST_BIAS if part == "bias" else 0.0)
+
     def forward(self) -> TimeStepWeights:
         """Return copies: where parameters are sharded, they are gathered only while this runs."""
         log_slope = None if self.log_slope is None else self.log_slope.clone()
@@ -52,14 +75,14 @@ class TimeStep(nn.Module):
 class GatedNorm(nn.Module):
     """rms(o ⊙ silu(gate)) per head, times a weight [H·V]: the gate comes first."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, o: Tensor, gate: Tensor) -> Tensor:
         """Return [B, T, H·V] of o [B, T, H, V] and the gate [B, T, H·V]."""
         o = o * F.silu(gate).view(o.shape)
-        return srms(o, EPS).flatten(2) * self.weight.to(o.dtype)
+        return srms(o, self.eps).flatten(2) * self.weight.to(o.dtype)
 
 
 class SsdWeights(NamedTuple):
@@ -73,7 +96,7 @@ class SsdWeights(NamedTuple):
         return [] if self.step is None else [self.step]
 
 
-class StateSpace(nn.Module):
+class StateSpace(Mixer):
     """q, k, v = silu(conv(W h)); S_t = a_t S_{t−1} + Δ_t k_tᵀ v_t; y = W norm(o ⊙ silu(gate)).
 
     a = e^{−sΔ} with a slope s per head. Δ = 1, or with `data_dependent` Δ = softplus(W h + b): a token that opens the
@@ -93,6 +116,7 @@ class StateSpace(nn.Module):
         data_dependent: bool,
         learned: bool = False,
         conv: int,
+        eps: float = 1e-5,
         attention: ShardedRecurrence,
     ):
         super().__init__()
@@ -100,7 +124,7 @@ class StateSpace(nn.Module):
         self.q, self.k = Linear(dim, heads * key_dim), Linear(dim, heads * key_dim)
         self.v, self.gate = Linear(dim, heads * value_dim), Linear(dim, heads * value_dim)
         self.out = Linear(heads * value_dim, dim)
-        self.norm = GatedNorm(heads * value_dim)
+        self.norm = GatedNorm(heads * value_dim, eps)
         self.dt = TimeStep(dim, heads, learned=learned) if data_dependent else None
         self.channels = (heads * value_dim, heads * key_dim, heads * key_dim)  # of v, k, q
         self.conv = Convolution(sum(self.channels), conv) if conv else None

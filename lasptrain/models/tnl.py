@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain.architectures.tnl import Tnl
 from lasptrain.models.layers import Lrpe, Phases, srms
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import RecurrentMixer, split_heads
 from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
+
+
+def mixer(model: Tnl, layer: int, attention: ShardedRecurrence) -> TransNormer:
+    """Return the mixer of a layer."""
+    sizes = (model.dim, model.heads, model.K, model.V)
+    return TransNormer(*sizes, lrpe=layer in model.lrpe, decayed=model.decay != "none", attention=attention)
 
 
 class TransNormer(RecurrentMixer):

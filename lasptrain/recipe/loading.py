@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from lasptrain import architectures
+from lasptrain.architectures.section import Problem, Section
 from lasptrain.errors import RecipeError
 from lasptrain.recipe.formats import FORMAT, RENAMED, is_format, upgraded
 from lasptrain.recipe.schema import SECTIONS, Recipe
-from lasptrain.recipe.sections import Problem
 from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, shown
 
 
@@ -118,11 +119,11 @@ class _Source:
         sections: dict[str, Any] = {"name": self.raw.get("name", self.file.stem)}
         self._unknown_sections()
         self._name(sections["name"])
-        for name, section in SECTIONS.items():
+        for name, section in self._classes().items():
             try:
                 sections[name] = section.model_validate(self.raw.get(name, {}))
             except ValidationError as error:
-                self._invalid(name, error.errors(include_url=False), broken)
+                self._invalid(name, section, error.errors(include_url=False), broken)
             else:
                 self._add(sections[name].problems())
         if len(sections) == len(SECTIONS) + 1:
@@ -130,6 +131,18 @@ class _Source:
         if self.problems:
             raise RecipeError("\n".join(self._report()))
         return Recipe(**sections)
+
+    def _classes(self) -> dict[str, type[Section]]:
+        """Return the class of each section; of the model that of its architecture, or none where that is unknown."""
+        model = self.raw.get("model")
+        if not isinstance(model, dict):
+            return dict(SECTIONS)
+        try:
+            return {**SECTIONS, "model": architectures.named(model.get("arch"))}
+        except RecipeError as error:
+            key, _, text = str(error).partition(": ")
+            self._add([(key, text)])
+            return {name: section for name, section in SECTIONS.items() if name != "model"}
 
     def _add(self, problems: Iterable[Problem]) -> None:
         self.problems += [(self._origin(path := tuple(key.split("."))), path, text) for key, text in problems]
@@ -164,8 +177,8 @@ class _Source:
             text = f"found {found}; expected 1 to 100 letters, digits, dots, dashes or underscores{hint}"
             self._add([("name", text)])
 
-    def _invalid(self, section: str, errors: list[ErrorDetails], broken: list[Path_]) -> None:
-        fields = SECTIONS[section].model_fields
+    def _invalid(self, section: str, kind: type[Section], errors: list[ErrorDetails], broken: list[Path_]) -> None:
+        fields = kind.model_fields
         grouped: dict[Path_, list[ErrorDetails]] = {}
         for error in errors:
             path = (section, *_location(error))
@@ -175,9 +188,7 @@ class _Source:
             match same[0]["type"]:
                 case "extra_forbidden":
                     key = str(path[-1])
-                    new = RENAMED.get(f"{section}.{key}")
-                    found = f"it is called {new} now" if new else _suggest(key, list(fields), _elsewhere(section, key))
-                    text = f"no such key; {found}"
+                    text = f"no such key{_instead(section, key, list(fields))}"
                 case "missing":
                     meaning = fields[str(path[1])].description if len(path) == 2 else None
                     text = f"missing; expected {meaning or 'a value'}"
@@ -243,6 +254,15 @@ def _sections_with(key: str) -> tuple[str, ...]:
 
 def _elsewhere(section: str, key: str) -> tuple[str, ...]:
     return tuple(f"{name}.{key}" for name in _sections_with(key) if name != section)
+
+
+def _instead(section: str, key: str, known: list[str]) -> str:
+    """Say where a key that a section does not have is to be found."""
+    if new := RENAMED.get(f"{section}.{key}"):
+        return f"; it is called {new} now"
+    if section == "model" and (others := architectures.having(key)):
+        return f" of this arch, only of {' and '.join(others)}; leave it out"
+    return f"; {_suggest(key, known, _elsewhere(section, key))}"
 
 
 def _suggest(word: str, known: list[str], elsewhere: tuple[str, ...] = ()) -> str:

@@ -1,9 +1,9 @@
 """Resolution of `auto` for a number of ranks and a tokenizer's number of pieces."""
 
+from lasptrain.architectures.base import Architecture
+from lasptrain.architectures.nearest import nearest_fits
 from lasptrain.errors import RecipeError, SetupError
-from lasptrain.recipe.nearest import nearest_fits
 from lasptrain.recipe.schema import Recipe, ragged_slices
-from lasptrain.recipe.sections import Model
 
 
 def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[int, int]:
@@ -40,7 +40,7 @@ def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[i
     )
 
 
-def resolve_vocabulary(model: Model, pieces: int) -> int:
+def resolve_vocabulary(model: Architecture, pieces: int) -> int:
     """Return the embedding's rows for a tokenizer of `pieces`; auto rounds up to 64. RecipeError for too few rows."""
     if model.vocab == "auto":
         return -(-pieces // 64) * 64

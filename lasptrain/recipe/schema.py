@@ -1,11 +1,14 @@
 """The whole recipe, and the checks between keys of different sections."""
 
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, SerializeAsAny, model_validator
 
-from lasptrain.recipe.nearest import multiples, nearest_fits
+from lasptrain import architectures
+from lasptrain.architectures.base import Architecture
+from lasptrain.architectures.nearest import multiples, nearest_fits
+from lasptrain.architectures.section import Name, Problem, Section
 from lasptrain.recipe.sections import (
     Checkpoint,
     Data,
@@ -13,21 +16,22 @@ from lasptrain.recipe.sections import (
     Guard,
     Launch,
     Mesh,
-    Model,
-    Name,
     Optim,
     Parallel,
-    Problem,
-    Section,
     Train,
 )
+
+
+def _model(value: object) -> object:
+    """Return the model that keys describe, by their `arch`; anything else as it is."""
+    return architectures.model(value) if isinstance(value, Mapping) else value
 
 
 class Recipe(Section):
     """A whole run. `name` is the file's stem unless written out; it names the run folder."""
 
     name: Name = "run"
-    model: Model
+    model: Annotated[SerializeAsAny[Architecture], BeforeValidator(_model)]
     data: Data
     mesh: Mesh = Mesh()
     parallel: Parallel = Parallel()

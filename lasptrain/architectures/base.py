@@ -1,0 +1,215 @@
+"""The part of an architecture that all share: sizes, softmax layers, the ingredients of a block, and default costs."""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from lasptrain.architectures.nearest import nearest_fits
+from lasptrain.architectures.section import Count, Index, Problem, Section, as_tuple
+from lasptrain.console.tables import figures
+
+Recompute = Literal["none", "full", "selective", "offload"]
+Layers = Annotated[tuple[Index, ...], BeforeValidator(as_tuple)]  # their indices
+
+
+class Norm(NamedTuple):
+    """A root-mean-square norm over the width."""
+
+    weighted: bool = True
+    eps: float = 1e-6
+
+
+class State(NamedTuple):
+    """The numbers that a layer carries from slice to slice, per window."""
+
+    values: int  # in at least fp32; they cross every link
+    transition: int = 0  # in at least fp32, beside them in an all-gather
+    rows: int = 0  # in the dtype of activations: last tokens that a window slides over
+
+
+class Work(NamedTuple):
+    """The work of one layer's recurrence per token, forward, and forward and backward together."""
+
+    bytes: tuple[int, int]  # moved, where activations have 16 bits
+    flops: tuple[int, int] = (0, 0)  # of matrix products, where these and not the bytes bound it
+
+
+class Architecture(Section):
+    """A model in numbers: `heads` heads of key dim K and value dim V on a residual stream of `dim` channels.
+
+    One class per architecture adds its keys, overrides what differs, and names the module of its layers, which has a
+    function `mixer(model, layer, recurrence)`. Layers in `softmax` are softmax attention instead, in any architecture.
+    """
+
+    implementation: ClassVar[str]  # module of its layers
+    norm: ClassVar[Norm] = Norm()  # before mixer and MLP, and before the head
+    gated_mlp: ClassVar[bool] = True  # silu on the gate of the MLP
+
+    arch: str = Field(description="the name of an architecture, such as tnl")
+    dim: Count = Field(description="the width of the model, such as 256")
+    layers: Count = Field(description="the number of layers, such as 4")
+    heads: Count = Field(description="the number of heads, such as 4")
+    key_dim: Count | None = None  # K, per head; dim / heads if not given
+    value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
+    mlp: Count = Field(description="the width of the MLP, such as 704")
+    vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
+    tie: bool = True  # the output head is the embedding
+    softmax: Layers = ()  # indices of the layers of softmax attention
+    kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
+    sliding_window: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
+    rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
+
+    @property
+    def K(self) -> int:
+        """Key dim per head."""
+        return self.key_dim or self.dim // self.heads
+
+    @property
+    def V(self) -> int:
+        """Value dim per head."""
+        return self.value_dim or self.dim // self.heads
+
+    @property
+    def mixers(self) -> list[int]:
+        """Indices of the layers that are not softmax attention."""
+        return [layer for layer in range(self.layers) if layer not in self.softmax]
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor of the embedding."""
+        return 1.0
+
+    @property
+    def residual(self) -> float | None:
+        """Factor α of a residual that carries the normalised value; None: a plain residual beside the norms."""
+        return None
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of a softmax layer's keys, and of its values."""
+        return (self.kv_heads or self.heads) * (self.dim // self.heads)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield heads that do not divide the width, and softmax layers that do not exist or cannot have such heads."""
+        if (self.key_dim is None or self.value_dim is None) and self.dim % self.heads:
+            fits = f"nearest: {self._nearest_heads()} (or give model.key_dim and model.value_dim)"
+            yield "model.heads", f"{self.heads} heads do not divide model.dim = {self.dim}; {fits}"
+        yield from self.layer_problems("model.softmax", self.softmax)
+        if self.softmax:
+            yield from self._softmax_problems()
+            return
+        for key in ("kv_heads", "sliding_window"):
+            if (found := getattr(self, key)) is not None:
+                yield f"model.{key}", f"found {found} without model.softmax; name its layers, or leave it out"
+
+    def layer_problems(self, key: str, layers: tuple[int, ...]) -> Iterator[Problem]:
+        """Yield indices in `layers`, the value of `key`, that do not exist or are out of order."""
+        for layer in layers:
+            if layer >= self.layers:
+                yield key, f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
+        if list(layers) != sorted(set(layers)):
+            yield key, f"found {list(layers)}; write {sorted(set(layers))}"
+
+    def _softmax_problems(self) -> Iterator[Problem]:
+        if self.dim % self.heads:
+            found = f"{self.heads} softmax heads do not divide model.dim = {self.dim}"
+            yield "model.heads", f"{found}; nearest: {self._nearest_heads()}"
+        elif self.rotary is not None and self.dim // self.heads % 2:
+            found = f"{self.dim // self.heads} channels of a head do not make pairs to rotate"
+            yield "model.rotary", f"{found}; expected null, or another model.heads"
+        if self.kv_heads and self.heads % self.kv_heads:
+            nearest = nearest_fits(self.kv_heads, lambda heads: self.heads % heads == 0)
+            yield "model.kv_heads", f"{self.kv_heads} do not divide model.heads = {self.heads}; nearest: {nearest}"
+
+    def _nearest_heads(self) -> str:
+        return nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
+
+    def description(self) -> Iterator[tuple[str, str]]:
+        """Yield lines for `lasptrain check`: a title and a text."""
+        yield "heads", f"key dim {self.K}, value dim {self.V}"
+        if self.softmax:
+            layers = ", ".join(map(str, self.softmax))
+            seen = "all tokens before" if self.sliding_window is None else f"the last {self.sliding_window:,} tokens"
+            turned = "no positions" if self.rotary is None else f"rotary positions of base {figures(self.rotary, 6)}"
+            yield "softmax", f"layers {layers}: {self.kv_heads or self.heads} key heads, over {seen}, {turned}"
+
+    # Costs of one layer of the architecture's own mixer. Defaults: products for q, k, v, gate and output, and a state
+    # of K × V per head that fades by a number per head.
+
+    def mixer_parameters(self, layer: int) -> dict[str, int]:
+        """Return the parameters by part; those of the part `mixer` are matrices that each token is multiplied by."""
+        return {"mixer": 2 * self.heads * (self.K + self.V) * self.dim + self.dim * self.heads * self.V}
+
+    def recurrence_flops(self, layer: int) -> int:
+        """Return the model FLOPs per token of the recurrence's forward: 2·K·V each to update the state and read it."""
+        return 4 * self.state(layer).values
+
+    def recurrence_work(self, layer: int) -> Work:
+        """Return the work that predicts seconds, from passes over q, k, v and o: 3 forward, 9 in both directions."""
+        width = 2 * self.heads * (self.K + self.V)
+        return Work((6 * width, 18 * width))
+
+    def state(self, layer: int) -> State:
+        """Return the size of the state."""
+        return State(self.heads * self.K * self.V, self.heads)
+
+    def kept(self, recompute: Recompute, compiled: bool) -> int:
+        """Return the numbers per token that a mixer keeps for its backward, without its input."""
+        keys, values = self.heads * self.K, self.heads * self.V
+        match recompute:
+            case "none":  # q and k before and after their activation, v, gate and o; a compiler recomputes the rest
+                return 4 * keys + (3 if compiled else 6) * values
+            case "selective":
+                return 2 * keys + 3 * values
+            case _:
+                return 0
+
+    def decays(self, window: int) -> list[list[float]]:
+        """Return slopes s = −ln a, all ≥ 0, by layer and head, at the start of training on windows of that length."""
+        return [[0.0] * self.heads] * self.layers
+
+    @property
+    def decays_by_data(self) -> bool:
+        """Return True where training, or the text itself, moves the decays away from `decays`."""
+        return False
+
+    # The same of any layer, softmax layers included.
+
+    def layer_parameters(self, layer: int) -> dict[str, int]:
+        """Return the parameters of a layer's mixer by part; `mixer` and `softmax` are matrices."""
+        if layer in self.softmax:
+            return {"softmax": 2 * self.dim * (self.dim + self.key_channels)}
+        return self.mixer_parameters(layer)
+
+    def layer_flops(self, layer: int, window: int) -> int:
+        """Return the FLOPs per token of a layer's forward over a window of one document, matrices left out.
+
+        Scores and sums of softmax cost 2·D each per key seen.
+        """
+        if layer not in self.softmax:
+            return self.recurrence_flops(layer)
+        reach = min(self.sliding_window or window, window)
+        seen = reach - reach * (reach - 1) // (2 * window)  # on average: the first tokens see fewer
+        return 4 * self.dim * seen
+
+    def layer_state(self, layer: int) -> State:
+        """Return the size of what a layer carries; softmax without a sliding window: nothing of fixed size."""
+        if layer not in self.softmax:
+            return self.state(layer)
+        return State(0, rows=((self.sliding_window or 1) - 1) * (2 * self.key_channels + 1))
+
+    def layer_kept(self, layer: int, recompute: Recompute, compiled: bool) -> int:
+        """Return the numbers per token that a layer's mixer keeps for its backward.
+
+        Softmax keeps q, its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
+        """
+        if layer not in self.softmax:
+            return self.kept(recompute, compiled)
+        match recompute:
+            case "none":
+                return 3 * self.dim + 8 * self.key_channels + (0 if compiled else 2 * (self.dim + self.key_channels))
+            case "selective":
+                return self.dim + 2 * self.key_channels
+            case _:
+                return 0

@@ -1,0 +1,28 @@
+"""MiniMax-01's lightning attention (arXiv:2501.08313) in numbers."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lasptrain.architectures.base import Norm
+from lasptrain.architectures.decay import Decaying, Schedule
+
+
+class MiniMax(Decaying):
+    """Linear attention with a constant decay per head and a gate, on a residual that carries the normalised value."""
+
+    implementation: ClassVar[str] = "lasptrain.models.minimax"
+    norm: ClassVar[Norm] = Norm(eps=1e-5)
+
+    arch: Literal["minimax"] = "minimax"
+    decay: Schedule = "minimax_hf"
+    alpha: Annotated[float, Field(gt=0, le=1e3)] | None = None  # factor of the residual; (2·layers)^¼ if not given
+
+    @property
+    def residual(self) -> float:
+        """Return α."""
+        return self.alpha or float((2 * self.layers) ** 0.25)
+
+    def mixer_parameters(self, layer: int) -> dict[str, int]:
+        """Return the products' matrices, and the norm over all heads."""
+        return super().mixer_parameters(layer) | {"norms": self.heads * self.V}
