@@ -16,7 +16,14 @@ from tests.records import Program, text
 from tests.test_recipe import RECIPES
 
 FORMATS = Path(__file__).parent / "formats"
-GOES_ON = [5.778830210367839, 5.6756792068481445, 5.546225865681966, 5.397972424825032]  # of the version that wrote it
+MODELS = {
+    1: "{arch: ssd, dim: 8, layers: 2, heads: 2, mlp: 8, softmax: [1], kv_heads: 1, sliding_window: 24}",
+    2: "{arch: tnl, dim: 8, layers: 2, heads: 2, mlp: 8}",
+}
+GOES_ON = {  # losses of the version that wrote it
+    1: [5.778830210367839, 5.6756792068481445, 5.546225865681966, 5.397972424825032],
+    2: [5.779520034790039, 5.684258460998535, 5.567334493001302, 5.421561241149902],
+}
 
 
 @pytest.fixture
@@ -27,20 +34,23 @@ def program(tmp_path: Path) -> Program:
     return Program(tmp_path)
 
 
-def test_a_run_of_the_first_format_goes_on(program: Program) -> None:
+@pytest.mark.parametrize("number", MODELS)
+def test_a_run_of_an_earlier_format_goes_on(program: Program, number: int) -> None:
+    shutil.rmtree(program.folder / "run")
+    shutil.copytree(FORMATS / str(number), program.folder / "run")
     recipe = {
-        "model": "{arch: ssd, dim: 8, layers: 2, heads: 2, mlp: 8, softmax: [1], kv_heads: 1, sliding_window: 24}",
+        "model": MODELS[number],
         "data": "{source: text, tokenizer: bytes, window: 96, validation: 150000, cache: cache}",
         "optim": "{lr: 1e-2, schedule: constant}",
         "train": "{steps: 4, batch: 2, precision: fp32}",
-        "checkpoint": "{every: 2, keep_every: 2, max_failures: 1}",
+        "checkpoint": "{every: 2, keep_every: 2, max_failures: 1}" if number == 1 else "{every: 2}",
         "eval": "{windows: 2, every: 0}",
     }
     (program.folder / "old.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
     program("pretrain", "old.yaml", "--run", "run", "--nproc", "1")
     rows = [json.loads(line) for line in (program.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "event" not in row]
-    assert losses == pytest.approx(GOES_ON, rel=1e-6)
+    assert losses == pytest.approx(GOES_ON[number], rel=1e-6)
     assert (program.folder / "run" / "recipe.yaml").read_text().startswith(f"format: {FORMAT}\n")
 
 

@@ -1,0 +1,106 @@
+"""Architectures are found by name, ours and those of installed packages, and own what is said of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lasptrain import architectures
+from lasptrain.architectures import GROUP, OURS
+from lasptrain.cost import links, plan
+from lasptrain.errors import RecipeError
+from lasptrain.models.language_model import on_meta
+from lasptrain.parallel.recurrence import ShardedRecurrence
+from lasptrain.recipe.loading import load
+from tests.test_recipe import RECIPES
+
+SOURCE = Path(architectures.__file__).parents[1]
+SIZES = {"dim": 32, "layers": 3, "heads": 4, "mlp": 48, "vocab": 64}
+
+
+@pytest.mark.parametrize("softmax", [[], [1]], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("arch", OURS)
+def test_numbers_are_those_of_the_layers(arch: str, softmax: list[int]) -> None:
+    model = architectures.model({"arch": arch, **SIZES, "softmax": softmax})
+    assert (model.arch, architectures.named(arch)) == (arch, type(model))
+    made = on_meta(model, 128, ShardedRecurrence("chunked"))
+    assert sum(plan.parameters(model, 64).values()) == sum(p.numel() for p in made.parameters())
+    assert [len(slopes) for slopes in model.decays(128)] == [4] * 3
+    assert {block.mixer_name for block in made.blocks} == {"mixer", *(["attn"] if softmax else [])}
+
+
+@pytest.mark.parametrize("arch", OURS)
+def test_every_architecture_has_a_plan(arch: str) -> None:
+    recipe = load(RECIPES / "quickstart.yaml")
+    recipe = recipe.model_copy(update={"model": architectures.model({"arch": arch, **SIZES, "softmax": [1]})})
+    layout = plan.layout(recipe, 1, 2, 4096, 1 << 34)
+    assert links.with_scan(recipe, 2, layout.segment).mesh.scan in ("ring", "all_gather", "all_scan")
+    assert sum(plan.memory(recipe, 4096, 1, 2, layout.segment).values()) > 0
+    assert len(plan.memory_horizon(recipe.model, recipe.data.window)) == recipe.model.layers
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("sdd", "model.arch: found 'sdd'; did you mean ssd?"),
+        ("transformer", "model.arch: found 'transformer'; did you mean linear_transformer?"),
+        (None, "model.arch: missing; expected linear_transformer, minimax, retnet, ssd or tnl"),
+        (7, "model.arch: found 7; expected linear_transformer"),
+    ],
+)
+def test_an_unknown_architecture_is_one_line(arch: object, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        architectures.model({"arch": arch, **SIZES})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere.at_all:Model", "which does not load: No module named 'nowhere'"),
+        ("json:Model", "which does not load: module 'json' has no attribute 'Model'"),
+        ("json:JSONDecoder", r"expected a subclass of lasptrain\.architectures\.base\.Architecture"),
+    ],
+)
+def test_a_package_that_offers_something_else_is_refused(
+    place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(tmp_path, {"broken": place})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match=f"model.arch: broken is {place}.*{message}"):
+        architectures.model({"arch": "broken", **SIZES})
+
+
+def installed(folder: Path, offered: dict[str, str]) -> None:
+    """Write what pip writes for a package that offers architectures."""
+    info = folder / "offers-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offers\nVersion: 1.0\n")
+    lines = [f"{name} = {place}\n" for name, place in offered.items()]
+    (info / "entry_points.txt").write_text("".join([f"[{GROUP}]\n", *lines]))
+
+
+def test_only_the_named_architecture_is_imported_and_no_torch() -> None:
+    code = (
+        "import sys; from lasptrain.recipe.loading import load; from lasptrain.cost import plan;"
+        "recipe = load('recipes/quickstart.yaml'); plan.memory(recipe, 4096, 1, 1, recipe.data.window);"
+        "print(*sorted(m for m in sys.modules if m.startswith('lasptrain.architectures.') or m == 'torch'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=RECIPES.parent)
+    names = {name.rpartition(".")[2] for name in found.stdout.split()}
+    assert names & {*OURS, "torch"} == {load(RECIPES / "quickstart.yaml").model.arch}
+
+
+def test_an_architecture_is_named_in_its_two_files_and_hardly_anywhere_else() -> None:
+    words = re.compile(rf"\b({'|'.join(OURS)})\b")
+    own = {f"{folder}/{arch}.py" for arch in OURS for folder in ("architectures", "models")}
+    naming = set()
+    for file in SOURCE.rglob("*.py"):
+        path = file.relative_to(SOURCE).as_posix()
+        if path not in own and not path.startswith("convert/targets/") and words.search(file.read_text()):
+            naming.add(path)
+    assert naming <= {"architectures/__init__.py", "architectures/decay.py", "bench/megatron.py"}
