@@ -58,6 +58,13 @@ def test_an_unknown_architecture_is_one_line(arch: object, message: str) -> None
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
+def test_keys_that_came_later_have_their_defaults_in_what_was_written_before() -> None:
+    model = architectures.model({"arch": "tnl", **SIZES})
+    written = model.model_dump(mode="json")
+    assert architectures.completed({k: v for k, v in written.items() if k not in ("softmax", "rotary")}) == written
+    assert architectures.completed({"arch": "of another package", "dim": 3}) == {"arch": "of another package", "dim": 3}
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from pydantic import ValidationError
+
 from lasptrain.architectures.base import Architecture
 from lasptrain.errors import RecipeError
 
@@ -44,6 +46,17 @@ def model(keys: Mapping[str, Any]) -> Architecture:
     Raises RecipeError for an unknown architecture, pydantic.ValidationError for keys that are not its own.
     """
     return named(keys.get("arch")).model_validate(dict(keys))
+
+
+def completed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's keys with the defaults of those that were not there when they were written, as JSON has them.
+
+    Keys that no longer make a model, or one of a package that is not installed, come back as they are.
+    """
+    try:
+        return model(keys).model_dump(mode="json")
+    except (RecipeError, ValidationError):
+        return keys
 
 
 def having(key: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lasptrain import __version__
+from lasptrain import __version__, architectures
 from lasptrain.checkpoint.votes import reason_of
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256, sync
@@ -168,7 +168,7 @@ def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
     if strange := [name for name in manifest["files"] if not _plain(name)]:
         return {}, f"{MANIFEST} lists {strange}, which are no plain file names"
     if model := manifest["meta"].get("model"):
-        manifest["meta"]["model"] = upgraded("model", model, manifest["format"])
+        manifest["meta"]["model"] = architectures.completed(upgraded("model", model, manifest["format"]))
     return manifest, None
 
 
