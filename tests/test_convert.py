@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
+from lasptrain import architectures
+from lasptrain.architectures.ssd import Ssd
 from lasptrain.checkpoint import single, steps
 from lasptrain.convert import tables, targets, tokenizer, verify
 from lasptrain.convert.export import RECORD, export
@@ -31,7 +33,6 @@ from lasptrain.eval.runner import EvalConfig
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading
-from lasptrain.recipe.sections import Model
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def value(name: str, tensor: Tensor) -> Tensor:
 
 @cache
 def values(text: str) -> dict[str, Tensor]:
-    cfg = Model.model_validate(json.loads(text))
+    cfg = architectures.model(json.loads(text))
     with torch.device("meta"):
         model = LanguageModel(cfg, 512, ShardedRecurrence("reference"))
     return {name: value(name, tensor).float() for name, tensor in initial_values(model, 0, CPU)}
@@ -271,7 +272,7 @@ def test_what_goes_wrong_behind_the_window_is_seen(tmp_path: Path, monkeypatch: 
     """transformers counts cached tokens of minimax in layer 0: masks are wrong where that is linear."""
     model = {"arch": "minimax", "softmax": [1], "sliding_window": 200}
     with pytest.raises(ConvertError, match=r"--to hf: it counts cached tokens in layer 0"):
-        targets.resolve("hf", Model.model_validate({**SIZES, "vocab": 4096, **model}))
+        targets.resolve("hf", architectures.model({**SIZES, "vocab": 4096, **model}))
     monkeypatch.setattr(targets, "refusals", lambda _: dict.fromkeys(targets.TARGETS))
     run = make_run(tmp_path, model)
     export(run, tmp_path / "out", "minimax", check=False)
@@ -663,7 +664,7 @@ LATE = "it counts cached tokens in layer 0, model.softmax = [1] leaves it out"
 
 
 def reason(target: str, **model: Any) -> str | None:
-    return targets.refusals(Model.model_validate({**SIZES, "vocab": 64, **model}))[target]
+    return targets.refusals(architectures.model({**SIZES, "vocab": 64, **model}))[target]
 
 
 def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
@@ -696,7 +697,7 @@ def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
 @pytest.mark.parametrize("target", ["transnormer", "linear_attn", "retnet"])
 def test_softmax_layers_stay_where_layers_are_linear(target: str) -> None:
     arch = targets.TARGETS[target].arch
-    model = Model.model_validate({**SIZES, "vocab": 64, "arch": arch, **LINEAR.get(target, {})})
+    model = architectures.model({**SIZES, "vocab": 64, "arch": arch, **LINEAR.get(target, {})})
     assert targets.refusals(model)[target] is None
     mixed = model.model_copy(update={"softmax": (1,)})
     assert targets.refusals(mixed)[target] == "its layers are all linear, model.softmax = [1]"
@@ -717,9 +718,11 @@ def test_targets_and_their_rules_need_no_torch() -> None:
     code = f"""
 import sys
 from lasptrain.convert import configs, targets
-from lasptrain.recipe.sections import Model
+from lasptrain import architectures
+from lasptrain.architectures.ssd import Ssd
+from lasptrain.architectures.tnl import Tnl
 for name, keys in {[(target, keys) for target, keys in MODELS.values() if target != "hf"]!r}:
-    model = Model.model_validate({{**{SIZES!r}, "vocab": 64, **keys}})
+    model = architectures.model({{**{SIZES!r}, "vocab": 64, **keys}})
     target = targets.resolve(name, model)
     assert len(list(targets.lines(model))) == len(targets.NAMES)
     assert configs.config(target, model, {{}}, "float32") and target.rules(model, ["embed.weight"])
@@ -737,7 +740,8 @@ def test_a_folder_of_others_begins_a_run_without_a_recipe(tmp_path: Path, monkey
     run = restore(tmp_path / "my model", tmp_path / "back")
     recipe, step = loading.load(run / "recipe.yaml"), single.CheckpointReader(run)
     assert recipe.name == "my-model" and recipe.data.tokenizer == str(tmp_path / "my model/tokenizer.model")
-    assert (recipe.model.arch, recipe.model.softmax, recipe.model.decay) == ("ssd", (1,), "learned")
+    assert isinstance(recipe.model, Ssd)
+    assert (recipe.model.softmax, recipe.model.decay) == ((1,), "learned")
     assert step.step == 0 and step.meta["model"] == recipe.model.model_dump(mode="json")
     export(run, tmp_path / "out", "hf", check=False)
     again = open_weights(tmp_path / "out")
@@ -762,7 +766,7 @@ def test_a_fast_tokenizer_alone_is_read(tmp_path: Path) -> None:
 
 
 def test_every_tensor_is_in_one_rule() -> None:
-    cfg = Model.model_validate({**SIZES, "arch": "tnl", "vocab": 64})
+    cfg = architectures.model({**SIZES, "arch": "tnl", "vocab": 64})
     table = targets.TARGETS["transnormer"].rules(cfg, {"embed.weight"})
     with pytest.raises(ConvertError, match=r"has no layers\.0\.mixer\.gate.*more; has unknown strange"):
         tables.check_sources(table, {"strange", "embed.weight"}, "here")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from lasptrain import architectures
+from lasptrain.architectures.base import Architecture
 from lasptrain.convert.rules import Shapes
-from lasptrain.convert.target import Json, Model, Target, model_of
+from lasptrain.convert.target import Json, Target
 from lasptrain.convert.targets import MODEL_TYPES
 from lasptrain.errors import ConvertError
 
@@ -11,7 +13,7 @@ UNBOUNDED = 1 << 24  # positions of a model without a limit; other runtimes refu
 FREE = {"architectures", "dtype", "max_position_embeddings"}  # keys that do not change the result, whatever the target
 
 
-def config(target: Target, model: Model, special: Json, dtype: str, window: int = UNBOUNDED) -> Json:
+def config(target: Target, model: Architecture, special: Json, dtype: str, window: int = UNBOUNDED) -> Json:
     """Return the config.json of `model` for a target.
 
     Args:
@@ -30,7 +32,7 @@ def generation(target: Target) -> Json:
     return {"do_sample": False} | target.generation
 
 
-def check(target: Target, found: Json, model: Model, where: str) -> None:
+def check(target: Target, found: Json, model: Architecture, where: str) -> None:
     """Raise ConvertError where a config.json differs from ours for `model` in a key that both have."""
     kind = found.get("model_type")
     free = FREE.union(target.free)
@@ -41,12 +43,12 @@ def check(target: Target, found: Json, model: Model, where: str) -> None:
         raise ConvertError(f"{where}: model_type is {kind!r}; expected {target.model_type!r}")
 
 
-def check_compatible(target: Target, theirs: Model, ours: Model, where: str) -> None:
+def check_compatible(target: Target, theirs: Architecture, ours: Architecture, where: str) -> None:
     """Raise ConvertError where a folder's model and the recipe's differ in a key of `target`'s config.json."""
     check(target, config(target, theirs, {}, ""), ours, where)
 
 
-def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Model]:
+def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Architecture]:
     """Return the target and the model that others' config.json describes, for tensors of these shapes.
 
     A missing key has its class's default. ConvertError names the key that our models cannot express.
@@ -59,7 +61,7 @@ def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Model]:
         keys = target.keys(config, where)
         if target.embedding not in shapes:
             raise ConvertError(f"{where}: no tensor beside it is named {target.embedding}")
-        model = model_of({"vocab": shapes[target.embedding][0]} | keys)
+        model = architectures.model({"vocab": shapes[target.embedding][0]} | keys)
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         reason = str(error).replace("\n", " ")
         raise ConvertError(f"{where}: describes no model ({type(error).__name__}: {reason})") from None

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from data_tools.tokenizer import BYTES
-from lasptrain import __version__
+from lasptrain import __version__, architectures
 from lasptrain.checkpoint import steps
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
-from lasptrain.convert.target import Target, model_of
+from lasptrain.convert.target import Target
 from lasptrain.errors import CheckpointError
 from lasptrain.files import atomic_folder
 from lasptrain.ops.precision import DTYPES
@@ -70,7 +70,7 @@ def export(run: Path, out: Path, to: str, dtype: str = "fp32", *, force: bool = 
 def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool) -> Exported:
     recipe = recipe_of(run)
     step = CheckpointReader(run)
-    model = model_of(step.meta["model"])
+    model = architectures.model(step.meta["model"])
     target = targets.resolve(to, model)
     table = target.rules(model, step.shapes)
     tables.check_sources(table, step.shapes, str(step.folder))

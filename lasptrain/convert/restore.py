@@ -14,11 +14,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_tools.tokenizer import load_tokenizer
+from lasptrain import architectures
+from lasptrain.architectures.base import Architecture
 from lasptrain.checkpoint import single
 from lasptrain.convert import configs, files, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.rules import Rule, Shapes
-from lasptrain.convert.target import Json, Model, Target, model_of
+from lasptrain.convert.target import Json, Target
 from lasptrain.convert.targets import TARGETS
 from lasptrain.errors import ConvertError
 from lasptrain.files import atomic_folder, replace
@@ -46,8 +48,8 @@ class Origin:
     theirs: Json | None = None  # config.json of others, whose tensors may differ from those of an export
 
     @property
-    def model(self) -> Model:
-        return model_of(self.meta["model"])
+    def model(self) -> Architecture:
+        return architectures.model(self.meta["model"])
 
     @property
     def window(self) -> int:
@@ -131,7 +133,7 @@ def _recorded(folder: files.Folder) -> Origin:
     try:
         recipe = _loaded(record["recipe"], number)
         meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], number)}
-        model = model_of(meta["model"])
+        model = architectures.model(meta["model"])
         fitting = {name: target for name, target in TARGETS.items() if target.expresses(model.arch)}
         if record["target"] in fitting and model.vocab != "auto":
             return Origin(fitting[record["target"]], recipe, record["step"], meta, record["slopes"])

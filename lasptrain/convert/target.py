@@ -6,18 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lasptrain.architectures.base import Architecture
 from lasptrain.convert.rules import Rule
 from lasptrain.errors import ConvertError
-from lasptrain.recipe.sections import Model as Model  # the one import of it in this folder
 
 Json = dict[str, Any]
 Demands = Mapping[str, tuple[Any, Any]]
 """By key of a config.json: its default, and the value that our model needs."""
-
-
-def model_of(keys: Json) -> Model:
-    """Return the model of these keys of `model:`. Raises pydantic's ValidationError."""
-    return Model.model_validate(keys)
 
 
 @dataclass(frozen=True)
@@ -44,21 +39,21 @@ class Target:
     hf: bool = False  # `--to hf` means it
     runs_in: str  # libraries, for people
     advice: str = ""  # for who loads it, on the model card
-    reasons: Callable[[Model], Iterator[str]] = lambda model: iter(())  # why a model of `arch` does not fit
+    reasons: Callable[[Any], Iterator[str]] = lambda model: iter(())  # why a model of `arch` does not fit
 
     # A model leaves.
     model_type: str  # in config.json, as is the class
     loads_as: str | None = None
-    config: Callable[[Model], Json]  # the further keys of config.json
+    config: Callable[[Any], Json]  # the further keys of config.json
     generation: Json = field(default_factory=dict)  # further keys of generation_config.json
     code: str | None = None  # a file beside this one that travels with an export, as it holds the class
-    rules: Callable[[Model, Collection[str]], list[Rule]]  # for our tensors of these names
+    rules: Callable[[Any, Collection[str]], list[Rule]]  # for our tensors of these names
 
     # A folder comes back, from others too.
     free: Collection[str] = ()  # keys of config.json that do not change the result
     embedding: str  # the tensor that has a row for each token
     keys: Callable[[Json, str], Json]  # of `model:`, from a config.json and its path; ConvertError names what we lack
-    reading: Callable[[list[Rule], Json, Model], list[Rule]] = lambda table, config, model: table  # others' tensors
+    reading: Callable[[list[Rule], Json, Any], list[Rule]] = lambda table, config, model: table  # others' tensors
     computed: tuple[str, ...] = ()  # ends of names of tensors that follow from config.json, but are saved by some
 
     # An export is verified.
@@ -69,7 +64,7 @@ class Target:
         """True for an architecture whose models can leave, if nothing else is in the way."""
         return self.arch in (None, arch)
 
-    def refusal(self, model: Model) -> str | None:
+    def refusal(self, model: Architecture) -> str | None:
         """Return the reason why a model cannot be expressed, None where it can."""
         if not self.expresses(model.arch):
             return f"{self.name} is arch {self.arch}, not {model.arch}"

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lasptrain import architectures
 from lasptrain.checkpoint import single
-from lasptrain.convert.target import model_of
 from lasptrain.convert.targets import MODEL_TYPES
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import on_meta
@@ -92,7 +92,7 @@ Reference = Callable[..., Tensor]  # (tokens [B, T], keep = T) → logits [B, ke
 def reference(run: Path) -> Reference:
     """Return our model's logits as a function: float64, token by token."""
     step = single.CheckpointReader(run)
-    cfg = model_of(step.meta["model"])
+    cfg = architectures.model(step.meta["model"])
     model = on_meta(cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64)
     model.to_empty(device="cpu")
     with torch.no_grad():

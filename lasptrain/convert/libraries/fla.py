@@ -6,8 +6,9 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from lasptrain.architectures.base import Architecture
 from lasptrain.convert.rules import Rule, ends, implied, renamed
-from lasptrain.convert.target import Json, Library, Model
+from lasptrain.convert.target import Json, Library
 
 RUNS_IN = "flash-linear-attention"
 ADVICE = (
@@ -49,7 +50,7 @@ def prepare(model: Any) -> None:
 FLA = Library("fla.models", "flash-linear-attention", gpu_only=True, prepare=prepare)
 
 
-def reasons(model: Model) -> Iterator[str]:
+def reasons(model: Architecture) -> Iterator[str]:
     """Yield softmax layers, and widths that are no fraction of the model's that gives them back when rounded down."""
     if model.softmax:
         yield f"its layers are all linear, model.softmax = {list(model.softmax)}"
@@ -58,7 +59,7 @@ def reasons(model: Model) -> Iterator[str]:
             yield f"{width} channels are no multiple of model.dim = {model.dim} that it can express"
 
 
-def config(model: Model) -> Json:
+def config(model: Architecture) -> Json:
     """Return the keys of config.json that all classes have."""
     return {
         "attn_mode": "chunk",
@@ -93,7 +94,7 @@ def sizes(config: Json, *, heads: int, ratio: int, expand_v: float) -> Json:
     }
 
 
-def rules(model: Model, names: Collection[str], further: Mapping[str, str]) -> list[Rule]:
+def rules(model: Architecture, names: Collection[str], further: Mapping[str, str]) -> list[Rule]:
     """Return the rules of all classes; `further`: those of a class's own tensors in a layer, each with ours."""
     table = ends(EMBEDDING, NORM, tie=model.tie)
     for i in range(model.layers):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 
-from lasptrain.convert.target import Model, Target
+from lasptrain.architectures.base import Architecture
+from lasptrain.convert.target import Target
 from lasptrain.errors import ConvertError, RecipeError
 
 NAMES = ("safetensors", "granitemoehybrid", "minimax", "linear_attn", "retnet", "transnormer")
@@ -14,7 +15,7 @@ MODEL_TYPES = {target.model_type: target for target in sorted(TARGETS.values(), 
 """The target of a `model_type` in config.json; our own last."""
 
 
-def resolve(name: str, model: Model) -> Target:
+def resolve(name: str, model: Architecture) -> Target:
     """Return the target of `--to name` for this model. RecipeError for an unknown name, ConvertError with the reason
     where the model cannot be expressed there.
     """
@@ -30,7 +31,7 @@ def resolve(name: str, model: Model) -> Target:
     return target
 
 
-def lines(model: Model) -> Iterator[str]:
+def lines(model: Architecture) -> Iterator[str]:
     """Yield a line for each target: its library, or the reason why the model does not fit; `hf` beside its target."""
     for name, reason in refusals(model).items():
         target = TARGETS[name]
@@ -38,11 +39,11 @@ def lines(model: Model) -> Iterator[str]:
         yield f"{shown}: {target.runs_in if reason is None else f'no, {reason}'}"
 
 
-def refusals(model: Model) -> dict[str, str | None]:
+def refusals(model: Architecture) -> dict[str, str | None]:
     """Return for each target the reason why this model cannot be expressed there, None where it can."""
     return {name: target.refusal(model) for name, target in TARGETS.items()}
 
 
-def _hf(model: Model) -> Target | None:
+def _hf(model: Architecture) -> Target | None:
     """Return the target of this architecture that needs no custom code."""
     return next((target for target in TARGETS.values() if target.hf and target.expresses(model.arch)), None)

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lasptrain.architectures.ssd import Ssd
 from lasptrain.convert.libraries.transformers import EMBEDDING, NORM, NORMS, SOFTMAX, TRANSFORMERS, rope, softmax_keys
 from lasptrain.convert.rules import Rule, constant, ends, fixed, logarithm, renamed, rows, rows_above_zeros, shaped
-from lasptrain.convert.target import Demands, Json, Model, Target, demand
+from lasptrain.convert.target import Demands, Json, Target, demand
 from lasptrain.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ UNIT_STEP = math.log(math.e - 1)  # softplus of it is 1
 TAPS = 4  # of a convolution that passes its last tap only
 
 
-def reasons(model: Model) -> Iterator[str]:
+def reasons(model: Ssd) -> Iterator[str]:
     """Yield softmax layers with a window, and sizes that its configuration or its norms do not fit."""
     wide = model.heads * model.V
     if model.softmax and model.sliding_window is not None:
@@ -41,7 +42,7 @@ def reasons(model: Model) -> Iterator[str]:
         yield f"key dim {model.K} is no power of two"
 
 
-def config(model: Model) -> Json:
+def config(model: Ssd) -> Json:
     """Return the keys of GraniteMoeHybridConfig."""
     kinds = ["attention" if i in model.softmax else "mamba" for i in range(model.layers)]
     kinds += [] if model.softmax else ["attention"]  # the silent one, see `rules`
@@ -75,7 +76,7 @@ def config(model: Model) -> Json:
     }
 
 
-def _positions(model: Model) -> Json:
+def _positions(model: Ssd) -> Json:
     if not model.softmax or model.rotary is None:
         return {"position_embedding_type": None}
     return {"position_embedding_type": "rope"} | rope(model.rotary)
@@ -116,7 +117,7 @@ def keys(config: Json, where: str) -> Json:
     return found | softmax_keys(config, softmax, heads, where, rotary=config.get("position_embedding_type") == "rope")
 
 
-def rules(model: Model, names: Collection[str]) -> list[Rule]:
+def rules(model: Ssd, names: Collection[str]) -> list[Rule]:
     """Rename tensors, with those of a mixer's input, and an MLP's, in one.
 
     Without a convolution, theirs passes its last tap only; a constant decay is a step of softplus(ln(e − 1)) = 1 and a
@@ -135,7 +136,7 @@ def rules(model: Model, names: Collection[str]) -> list[Rule]:
     return table if model.softmax else table + _silent(model)
 
 
-def _mamba(model: Model, own: str, to: str, dependent: bool) -> list[Rule]:
+def _mamba(model: Ssd, own: str, to: str, dependent: bool) -> list[Rule]:
     heads = model.heads
     channels = heads * (model.V + 2 * model.K)
     parts = [f"{own}mixer.{part}.weight" for part in ("gate", "v", "k", "q")]
@@ -177,7 +178,7 @@ def _last_tap(channels: int) -> Tensor:
     return torch.eye(TAPS)[-1].expand(channels, 1, TAPS)
 
 
-def _silent(model: Model) -> list[Rule]:
+def _silent(model: Ssd) -> list[Rule]:
     """A softmax layer with one key head whose matrices are zero."""
     head, to = model.dim // model.heads, f"model.layers.{model.layers}."
     zeros = {
@@ -192,13 +193,13 @@ def _silent(model: Model) -> list[Rule]:
     return norms + [constant(f"{to}{name}.weight", shape, 0.0) for name, shape in zeros.items()]
 
 
-def reading(table: list[Rule], config: Json, model: Model) -> list[Rule]:
+def reading(table: list[Rule], config: Json, model: Ssd) -> list[Rule]:
     """Read a folder without the silent layer, and fold Granite's four factors into our weights."""
     silent = f"model.layers.{model.layers}."
     return [_multiplied(rule, config, model) for rule in table if not any(x.startswith(silent) for x in rule.targets)]
 
 
-def _multiplied(rule: Rule, config: Json, model: Model) -> Rule:
+def _multiplied(rule: Rule, config: Json, model: Ssd) -> Rule:
     """Fold factors of embeddings, branches, attention scores and logits into a rule's weights."""
     embed = config.get("embedding_multiplier", 1.0)
     logits = config.get("logits_scaling", 1.0) * (embed if model.tie else 1.0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lasptrain.architectures.linear_transformer import LinearTransformer
 from lasptrain.convert.libraries import fla
 from lasptrain.convert.rules import Rule
-from lasptrain.convert.target import Json, Model, Target, demand
+from lasptrain.convert.target import Json, Target, demand
 
 DEMANDS = fla.DEMANDS | {
     "feature_map": ("elementwise_product", "elu"),
@@ -15,7 +16,7 @@ DEMANDS = fla.DEMANDS | {
 }
 
 
-def config(model: Model) -> Json:
+def config(model: LinearTransformer) -> Json:
     """Return the keys of LinearAttentionConfig."""
     return fla.config(model) | {
         "feature_map": "elu",
@@ -34,7 +35,7 @@ def keys(config: Json, where: str) -> Json:
     return own | fla.sizes(config, heads=4, ratio=4, expand_v=1.0)
 
 
-def rules(model: Model, names: Collection[str]) -> list[Rule]:
+def rules(model: LinearTransformer, names: Collection[str]) -> list[Rule]:
     """Rename tensors; decays, which are none, are left out."""
     return fla.rules(model, names, {"attn.norm.weight": "mixer.norm.weight"})
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from lasptrain.architectures.minimax import MiniMax
 from lasptrain.convert.libraries.transformers import EMBEDDING, NORM, NORMS, SOFTMAX, TRANSFORMERS, rope, softmax_keys
 from lasptrain.convert.rules import Rule, constant, ends, halves, implied, renamed, rows, rows_by_head
-from lasptrain.convert.target import Demands, Json, Model, Target, demand
+from lasptrain.convert.target import Demands, Json, Target, demand
 from lasptrain.errors import ConvertError
 
 DEMANDS: Demands = {"hidden_act": ("silu", "silu"), "rms_norm_eps": (1e-5, 1e-5)}
@@ -18,7 +19,7 @@ LINEAR = {
 }
 
 
-def reasons(model: Model) -> Iterator[str]:
+def reasons(model: MiniMax) -> Iterator[str]:
     """Yield other decays and shapes of heads, and softmax layers that its cache or its positions do not fit."""
     if model.decay != "minimax_hf":
         yield f"model.decay is {model.decay}; it computes minimax_hf"
@@ -34,7 +35,7 @@ def reasons(model: Model) -> Iterator[str]:
         yield f"model.mlp = {model.mlp} has no halves"
 
 
-def config(model: Model) -> Json:
+def config(model: MiniMax) -> Json:
     """Keys as transformers names them, and as vLLM and MiniMax's own code do, which have other names for the same."""
     kinds = [int(i in model.softmax) for i in range(model.layers)]
     factors: Json = {}
@@ -103,7 +104,7 @@ def _alpha(config: Json, linear: bool, softmax: bool, where: str) -> float:
     return float(alphas["mlp_alpha_factor"])
 
 
-def rules(model: Model, names: Collection[str]) -> list[Rule]:
+def rules(model: MiniMax, names: Collection[str]) -> list[Rule]:
     """Rename tensors, with q, k and v in one; the MLP is two experts of half its width, both used by every token."""
     table = ends(EMBEDDING, NORM, tie=model.tie)
     for i in range(model.layers):
@@ -118,7 +119,7 @@ def rules(model: Model, names: Collection[str]) -> list[Rule]:
     return table
 
 
-def _experts(model: Model, to: str, own: str) -> list[Rule]:
+def _experts(model: MiniMax, to: str, own: str) -> list[Rule]:
     """Two experts, weighted ½ each by a zero router, so their outputs are doubled."""
     table = [constant(f"{to}gate.weight", (2, model.dim), 0.0)]
     for theirs, ours, dim, factor in (("w1", "gate", 0, 1.0), ("w3", "up", 0, 1.0), ("w2", "down", 1, 2.0)):
@@ -127,7 +128,7 @@ def _experts(model: Model, to: str, own: str) -> list[Rule]:
     return table
 
 
-def reading(table: list[Rule], config: Json, model: Model) -> list[Rule]:
+def reading(table: list[Rule], config: Json, model: MiniMax) -> list[Rule]:
     """Read the MLP from the only expert, where there is one, and ignore its router, which has no choice."""
     if config.get("num_local_experts", 8) != 1:
         return table
@@ -138,7 +139,7 @@ def _of_experts(rule: Rule) -> bool:
     return bool(rule.targets) and ".block_sparse_moe." in rule.targets[0]
 
 
-def _one_expert(rule: Rule, model: Model) -> Rule:
+def _one_expert(rule: Rule, model: MiniMax) -> Rule:
     if rule.sources:
         return rows(rule.targets[0], *rule.sources)
     return replace(constant(rule.targets[0], (1, model.dim), 0.0), back=lambda ys, shapes: [])

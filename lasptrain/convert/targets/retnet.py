@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from lasptrain.architectures.retnet import RetNet
 from lasptrain.convert.libraries import fla
 from lasptrain.convert.rules import Rule
-from lasptrain.convert.target import Json, Model, Target, demand
+from lasptrain.convert.target import Json, Target, demand
 
 DEMANDS = fla.DEMANDS | {
     "feature_map": (None, None),
@@ -16,14 +17,14 @@ DEMANDS = fla.DEMANDS | {
 }
 
 
-def reasons(model: Model) -> Iterator[str]:
+def reasons(model: RetNet) -> Iterator[str]:
     """Yield what the library's models lack, and other decays."""
     yield from fla.reasons(model)
     if model.decay != "retnet":
         yield f"model.decay is {model.decay}; its kernel computes retnet"
 
 
-def config(model: Model) -> Json:
+def config(model: RetNet) -> Json:
     """Return the keys of RetNetConfig."""
     return fla.config(model) | {"feature_map": None, "use_output_gate": True}
 
@@ -34,7 +35,7 @@ def keys(config: Json, where: str) -> Json:
     return {"arch": "retnet"} | fla.sizes(config, heads=8, ratio=2, expand_v=2.0)
 
 
-def rules(model: Model, names: Collection[str]) -> list[Rule]:
+def rules(model: RetNet, names: Collection[str]) -> list[Rule]:
     """Rename tensors; decays follow from the number of heads."""
     gate = {"attn.g_proj.weight": "mixer.gate.weight", "attn.g_norm_swish_gate.weight": "mixer.norm.weight"}
     return fla.rules(model, names, gate)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lasptrain.architectures.base import Architecture
 from lasptrain.convert.rules import Rule, rows
-from lasptrain.convert.target import Json, Model, Target
+from lasptrain.convert.target import Json, Target
 
 EXACT = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias", "lrpe.theta")
 
 
-def config(model: Model) -> Json:
+def config(model: Architecture) -> Json:
     """Return the model's keys."""
     return {"model": model.model_dump(mode="json")}
 
@@ -21,7 +22,7 @@ def keys(config: Json, where: str) -> Json:
     return found
 
 
-def rules(model: Model, names: Collection[str]) -> list[Rule]:
+def rules(model: Architecture, names: Collection[str]) -> list[Rule]:
     """Keep all names."""
     return [rows(name, name, full_precision=name.endswith(EXACT)) for name in names]
 

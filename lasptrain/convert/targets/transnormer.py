@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from lasptrain.architectures.tnl import Tnl
 from lasptrain.convert.libraries.transformers import EMBEDDING, TRANSFORMERS
 from lasptrain.convert.rules import Rule, ends, implied, renamed, rows, shaped
-from lasptrain.convert.target import Demands, Json, Model, Target, demand
+from lasptrain.convert.target import Demands, Json, Target, demand
 
 CODE = "modeling_transnormer.py"
 DEMANDS: Demands = {
@@ -23,7 +24,7 @@ NAMES = {
 }
 
 
-def reasons(model: Model) -> Iterator[str]:
+def reasons(model: Tnl) -> Iterator[str]:
     """Yield softmax layers, heads of other widths, and other decays."""
     if model.softmax:
         yield f"its layers are all linear, model.softmax = {list(model.softmax)}"
@@ -33,7 +34,7 @@ def reasons(model: Model) -> Iterator[str]:
         yield f"model.decay is {model.decay}; its layout means tnl"
 
 
-def config(model: Model) -> Json:
+def config(model: Tnl) -> Json:
     """Return the keys of TransnormerConfig."""
     module = CODE.removesuffix(".py")
     return {
@@ -71,7 +72,7 @@ def keys(config: Json, where: str) -> Json:
     }
 
 
-def rules(model: Model, names: Collection[str]) -> list[Rule]:
+def rules(model: Tnl, names: Collection[str]) -> list[Rule]:
     """Rename tensors, with q, k, v and gate in one; decays follow from the number of heads and layers."""
     table = ends(EMBEDDING, None, tie=model.tie)
     for i in range(model.layers):
