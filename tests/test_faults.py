@@ -97,7 +97,7 @@ def at_call(owner: Any, name: str, number: int, act: Callable[[], object]) -> It
 
 STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
     # Where the signal comes: before call n of a function; the step that must be saved by it.
-    ("forward without gradients", segments, "_forward_states", 5, 2),
+    ("forward without gradients", segments, "keep_states", 5, 2),
     ("backward", torch.autograd, "backward", 10, 4),
     ("evaluation", train, "validate", 1, 8),
     ("update", train, "set_learning_rate", 2, 10),

@@ -73,7 +73,7 @@ def recipe(arch: str) -> Recipe:
     """A model whose window of 24 tokens, heads and MLP go to two and to three ranks."""
     changes = ["dim=24", "layers=2", "heads=6", "key_dim=4", "value_dim=4", "mlp=12", "vocab=31", f"arch={arch}"]
     if arch == "linear_transformer":
-        changes += ["decay=none", "normalizer=true", "lrpe=[]"]
+        changes += ["decay=none", "normalizer=true"]
     precise = ["train.precision=fp64", "data.window=24"]
     return load(RECIPES / "quickstart.yaml", [f"model.{change}" for change in changes] + precise)
 

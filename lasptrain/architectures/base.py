@@ -46,12 +46,12 @@ class Architecture(Section):
     norm: ClassVar[Norm] = Norm()  # before mixer and MLP, and before the head
     gated_mlp: ClassVar[bool] = True  # silu on the gate of the MLP
 
-    arch: str = Field(description="the name of an architecture, such as tnl")
+    arch: str = Field(description="the name of an architecture")
     dim: Count = Field(description="the width of the model, such as 256")
     layers: Count = Field(description="the number of layers, such as 4")
     heads: Count = Field(description="the number of heads, such as 4")
     key_dim: Count | None = None  # K, per head; dim / heads if not given
-    value_dim: Count | None = None  # V, per head; dim / heads if not given, in a retnet twice that
+    value_dim: Count | None = None  # V, per head; dim / heads if not given (some: twice that)
     mlp: Count = Field(description="the width of the MLP, such as 704")
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
     tie: bool = True  # the output head is the embedding

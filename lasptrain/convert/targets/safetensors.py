@@ -7,6 +7,7 @@ from collections.abc import Collection
 from lasptrain.architectures.base import Architecture
 from lasptrain.convert.rules import Rule, rows
 from lasptrain.convert.target import Json, Target
+from lasptrain.recipe.formats import upgraded
 
 EXACT = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias", "lrpe.theta")
 
@@ -17,9 +18,8 @@ def config(model: Architecture) -> Json:
 
 
 def keys(config: Json, where: str) -> Json:
-    """Return the model's keys."""
-    found: Json = config["model"]
-    return found
+    """Return the model's keys, which a file has without the number of their format."""
+    return upgraded("model", config["model"], 1)
 
 
 def rules(model: Architecture, names: Collection[str]) -> list[Rule]:
