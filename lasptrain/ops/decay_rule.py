@@ -13,6 +13,7 @@ decay, a number per head. A kernel's module offers the operators below without `
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import cast
@@ -27,6 +28,7 @@ MODULES = {"reference": "reference", "chunked": "chunked", "triton": "triton_lau
 Given = tuple[Tensor, Tensor, Tensor | None]
 
 
+@cache
 def _module(kernel: str) -> ModuleType:
     """Import a kernel's module on first use, because Triton is not available everywhere."""
     return import_module(f"lasptrain.ops.{MODULES[kernel]}")
@@ -149,8 +151,8 @@ def _like(x: Tensor) -> Tensor:
 def _given(inputs: Inputs) -> Given:
     """Return k, v and the log decay. Raises ValueError for what only another recurrence takes."""
     k, v, log_decay = cast(Given, inputs)
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"v: expected {k.shape[2]} heads as in k, found {v.shape[2]}")
+    if k.size(2) != v.size(2):
+        raise ValueError(f"v: expected {k.size(2)} heads as in k, found {v.size(2)}")
     if log_decay is not None and log_decay.dim() not in (1, 3):
         raise ValueError(f"log_decay: expected [H] or [B, T, H], found {list(log_decay.shape)}")
     return k, v, log_decay

@@ -236,6 +236,7 @@ class _Begin(Function):
         *inputs: Tensor | None,
     ) -> tuple[Tensor, list[Tensor], Exchange | Message | _Known]:
         ctx.kernel, ctx.rule, ctx.handoff = recurrence.kernel, piece.rule, handoff
+        ctx.set_materialize_grads(False)
         k, v, *_ = cast(tuple[Tensor, Tensor], inputs)
         link = k.new_empty(0)
         if piece.saved.ready:

@@ -10,10 +10,8 @@ from lasptrain.ops.recurrence import Inputs
 def check_slice(inputs: Inputs, doc_ids: Tensor | None, angle: Tensor | None, carry: Tensor | None) -> None:
     """Raise ValueError for arguments of `ShardedRecurrence.begin` whose shapes do not fit each other."""
     k, v, *others = inputs
-    for name, x in (("k", k), ("v", v)):
-        if x is None or x.dim() != 4:
-            raise ValueError(f"{name}: expected a tensor [B, T, H, dim], found {_found(x)}")
-    assert k is not None and v is not None
+    if k is None or k.dim() != 4 or v is None or v.dim() != 4:
+        raise ValueError(f"k, v: expected [B, T, H_k, K] and [B, T, H, V], found {_found(k)} and {_found(v)}")
     b, t, key_heads, key_dim = k.shape
     batch, tokens, heads, value_dim = v.shape
     if batch != b or tokens != t or heads % key_heads:
