@@ -370,11 +370,11 @@ def test_recomputation_repeats_no_exchange() -> None:
 def chosen(rank: int, world: int) -> list[str]:
     """The scan found the fastest when the other two are slow on one rank, for segments alone and in a row."""
     group, clock, found = meshes.build(1, world).sp_group, Clock(), []
-    for best, carried in zip(SCANS, (False, True, True), strict=True):
+    for best, carried, linear in zip(SCANS, (False, True, True), (None, (1, 2), (1, 2, 4, 4)), strict=True):
         with pytest.MonkeyPatch.context() as patch:
             for name, scan in SCANS.items():
                 patch.setitem(SCANS, name, scan if name == best else slowed(scan, clock, rank == 1))
-            found.append(fastest_scan(group, CPU, (1, 2, 4, 4), carried, clock))
+            found.append(fastest_scan(group, CPU, (1, 2, 4, 4), carried, clock, linear=linear))
     return found
 
 

@@ -57,7 +57,10 @@ def per_token(log_decay: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def operator(function: Callable[P, R]) -> Callable[P, R]:
-    """Register a function as a PyTorch operator; the checks of `torch.library.custom_op` outlast a kernel launch."""
+    """Register a function as a PyTorch operator of its name, less a leading underscore.
+
+    Not by `torch.library.custom_op`, whose checks outlast a kernel launch.
+    """
     name = function.__name__.removeprefix("_")
     LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")

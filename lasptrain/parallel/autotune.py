@@ -22,21 +22,33 @@ def fastest_scan(
     shape: Shape,
     carried: bool,
     now: Callable[[], float] = time.perf_counter,
+    *,
+    linear: tuple[int, ...] | None = None,
 ) -> str:
     """Return the name of the scan that is fastest for states [B, H, K, V] of this shape, forward and backward.
 
-    The time is that of the slowest rank of the job; collective over all ranks, which get the same name. `carried`:
-    states are carried from segment to segment.
+    The time is that of the slowest rank of the job; collective over all ranks, which get the same name.
+
+    Args:
+        carried: states are carried from segment to segment.
+        linear: shape of a slice's transition, as in `Transition`; None: a number per head.
     """
-    seconds = [_seconds(scan(group, device), device, shape, carried, now) for scan in SCANS.values()]
+    transition = Transition(torch.ones(linear or shape[:2], device=device))
+    seconds = [_seconds(scan(group, device), device, shape, transition, carried, now) for scan in SCANS.values()]
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return [*SCANS][int(slowest.argmin())]
 
 
-def _seconds(scan: Scan, device: torch.device, shape: Shape, carried: bool, now: Callable[[], float]) -> float:
+def _seconds(
+    scan: Scan,
+    device: torch.device,
+    shape: Shape,
+    transition: Transition,
+    carried: bool,
+    now: Callable[[], float],
+) -> float:
     state = torch.zeros(shape, device=device)
-    transition = Transition(torch.ones(shape[:2], device=device))
     carry = state if carried else None
 
     def there_and_back() -> None:
