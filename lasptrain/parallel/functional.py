@@ -40,6 +40,8 @@ def linear_attention(
     """
     if kernel != "auto" and kernel not in decay_rule.MODULES:
         raise ValueError(f"kernel: expected auto, {', '.join(decay_rule.MODULES)}, found {kernel}")
+    if kernel == "triton" and not q.is_cuda:
+        raise ValueError(f"kernel: triton needs a CUDA device, found {q.device}; use chunked or auto")
     _check(q, k, v, log_decay, doc_ids, initial_state)
     if log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad:
         log_decay = log_decay.expand(*k.shape[:3])  # kernels have gradients of a decay per token only

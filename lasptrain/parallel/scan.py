@@ -45,11 +45,11 @@ class Message(NamedTuple):
 class Exchange:
     """An exchange of messages with work between them: on a GPU on a stream of its own, elsewhere within `wait`.
 
-    Tensors that it reads are kept until the wait. Its results are allocated on its stream, and memory that this stream
+    The body's needs are kept until the wait. Its results are allocated on its stream, and memory that this stream
     frees is only reused by a later exchange, which first waits for all work queued on the current stream.
     """
 
-    def __init__(self, body: Callable[[], Scanned], stream: torch.cuda.Stream | None, needs: tuple[Tensor | None, ...]):
+    def __init__(self, body: Callable[[], Scanned], stream: torch.cuda.Stream | None, needs: tuple[object, ...]):
         self._body: Callable[[], Scanned] | None = body
         self._stream = stream
         if stream is None:
@@ -137,7 +137,7 @@ class _Scan:
             return 0
         return 1 if route.previous is None and not carried else 2
 
-    def _exchange(self, body: Callable[[], Scanned], needs: tuple[Tensor | None, ...]) -> Exchange:
+    def _exchange(self, body: Callable[[], Scanned], needs: tuple[object, ...]) -> Exchange:
         self.calls += 1
         return Exchange(body, self.stream, needs)
 
@@ -184,7 +184,7 @@ class Ring(_Scan):
             if route.previous is not None and route.next is None:
                 return self._await(state, route.previous)
         body = partial(self._pass, state, transition, carry, route, output_final_state)
-        return self._exchange(body, (state, *transition.tensors, carry))
+        return self._exchange(body, (state, transition, carry))
 
     def _post(self, state: Tensor, to: int) -> Message:
         self.calls += 1
@@ -294,7 +294,7 @@ class AllGather(_Scan):
                 running = passed.apply(running, added)
             return Scanned(initial_state, running if output_final_state else None)
 
-        return self._exchange(body, (state, *transition.tensors, carry))
+        return self._exchange(body, (state, transition, carry))
 
     def _gather(self, state: Tensor, transition: Transition) -> list[tuple[Transition, Tensor]]:
         """Return the maps of all ranks: a transition and a state each."""
