@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lasptrain.ops import delta_chunked, delta_reference, delta_rule
+from lasptrain.ops import delta_chunked, delta_gates, delta_reference, delta_rule
 from lasptrain.ops.delta_reference import recurrence
 
 KERNELS = {"reference": delta_reference, "chunked": delta_chunked}
@@ -62,7 +65,8 @@ def make(
     kind: str,
     length: int,
     *,
-    beta: str | float = 1.0,
+    beta: float = 1.0,
+    one_key: bool = False,
     decays: str = "mild",
     begins: tuple[int, ...] = (),
     sizes: tuple[int, int, int, int, int] = (2, 2, 4, 8, 5),
@@ -71,7 +75,8 @@ def make(
     """Random inputs in float64.
 
     Args:
-        beta: the largest, or `zero`, or `one key`: 1 for keys that are all the same.
+        beta: the largest.
+        one_key: make all keys the same, and beta 1.
         decays: `mild`, or `strong`: none, weak, strong and −∞ mixed.
         begins: first tokens of documents, of batch element 0; −1 is the last token.
         sizes: B, Hk, H, K and V.
@@ -96,8 +101,8 @@ def make(
     k = F.normalize(normal(b, length, key_heads, kdim), dim=-1)
     betas = None
     if erases:
-        betas = {"zero": 0.0, "one key": 1.0}.get(beta, beta) * uniform(b, length, h)  # type: ignore[call-overload]
-        if beta == "one key":
+        betas = beta * uniform(b, length, h)
+        if one_key:
             k, betas = k[:, :1].expand_as(k).contiguous(), torch.ones_like(betas)
     doc_ids = None
     if begins:
@@ -189,3 +194,264 @@ def test_kernels_are_the_recurrence(kind: str, length: int, begins: tuple[int, .
         for kernel, handed_on in (("reference", True), ("chunked", True), ("chunked", False)):
             if kernel == "chunked" or length <= 65:  # the definition is slow and does not depend on the length
                 assert worst(measured(kernel, x, handed_on), want) < (1e-12, ""), (kernel, handed_on, decays)
+
+
+@pytest.mark.parametrize("kind", ["delta", "gdn", "kda"])
+@pytest.mark.parametrize("beta,one_key", [(0.0, False), (2.0, False), (1.0, True)])
+def test_nothing_everything_and_more_is_replaced(kind: str, beta: float, one_key: bool) -> None:
+    x = make(kind, 500, beta=beta, one_key=one_key, begins=(100, 130, 300), decays="strong", sizes=(1, 1, 2, 8, 12))
+    assert worst(measured("chunked", x), expected(x)) < (1e-12, "")
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("decays", ["mild", "strong"])
+@pytest.mark.parametrize("kind", ["delta", "gdn", "kda", "gla"])
+def test_low_precision_inputs_keep_fp32_states(kind: str, decays: str, dtype: torch.dtype, bound: float) -> None:
+    x = make(kind, 500, decays=decays, begins=MANY, sizes=(1, 1, 2, 16, 8)).map(lambda y: y.to(dtype))
+    x = x._replace(initial_state=low(x.initial_state), dfinal=low(x.dfinal))
+    want, found = expected(x.map(lambda y: y.double())), measured("chunked", x)
+    assert worst(found, want) < (bound, "")
+    dtypes = dict.fromkeys(found, dtype) | dict.fromkeys(("final", "dinitial"), torch.float32)
+    assert {name: y.dtype for name, y in found.items()} == dtypes
+
+
+def low(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+@pytest.mark.parametrize("kind", ["gdn", "kda", "gla"])
+def test_decay_gradient_does_not_cancel_at_64k_tokens(kind: str) -> None:
+    length = 65536
+    x = make(kind, length, beta=0.02, sizes=(1, 1, 1, 8, 8))
+    assert x.log_decay is not None
+    decay = 5e-3 * x.log_decay
+    decay[:, length // 2], decay[:, length // 4] = -50.0, float("-inf")
+    x = x._replace(log_decay=decay, initial_state=None, dfinal=None)
+
+    def grad(x: Case) -> Tensor:
+        inputs = (x.k, x.v, x.beta, x.log_decay)
+        _, kept = delta_rule.attend("chunked", x.q, inputs, None, None, [])
+        _, rest = delta_rule.grad_query("chunked", x.q, inputs, x.do, None, kept)
+        dlog = delta_rule.grad_inputs("chunked", x.q, inputs, x.do, None, None, [], kept, rest)[3]
+        assert dlog is not None and not dlog[:, length // 4].any()
+        return dlog
+
+    assert error(grad(x.map(lambda y: y.float())), grad(x)) < 1e-5
+
+
+Change = Callable[[Tensor, Case], Tensor]
+
+
+def unchanged(linear: Tensor, _: Case) -> Tensor:
+    return linear
+
+
+def chained(
+    x: Case, edges: list[int], change: Change = unchanged, turn: Callable[[Tensor], Tensor] = transpose
+) -> dict[str, Tensor]:
+    """Slices between edges, one by one: states from the left, then gradients from the right.
+
+    `change` replaces what slices do to states, `turn` makes of it what they do to the gradients of states.
+    """
+    slices = [x.cut(start, end) for start, end in pairwise(edges)]
+    state, entering = x.initial_state, []
+    for s in slices:
+        made, linear, _ = delta_rule.summarize("chunked", (s.k, s.v, s.beta, s.log_decay), s.doc_ids, 2)
+        entering.append(state)
+        state = apply(change(linear, s), state, made)
+    grad, parts = x.dfinal, []
+    for s, initial_state in zip(reversed(slices), reversed(entering), strict=True):
+        inputs = (s.k, s.v, s.beta, s.log_decay)
+        o, kept = delta_rule.attend("chunked", s.q, inputs, s.doc_ids, initial_state, [])
+        dinitial, linear, dblocks = delta_rule.grad_initial_state("chunked", s.q, s.do, inputs, s.doc_ids, kept, 2)
+        dq, rest = delta_rule.grad_query("chunked", s.q, inputs, s.do, s.doc_ids, kept)
+        grads = delta_rule.grad_inputs("chunked", s.q, inputs, s.do, s.doc_ids, grad, dblocks, kept, rest)
+        grad = apply(turn(change(linear, s)), grad, dinitial)
+        parts.append((o, dq, *grads))
+    names = ("o", "dq", "dk", "dv", "dbeta", "dlog_decay")
+    whole = {
+        name: torch.cat([y for y in reversed(part) if y is not None], dim=1)
+        for name, part in zip(names, zip(*parts, strict=True), strict=True)
+        if part[0] is not None
+    }
+    assert state is not None and grad is not None
+    return whole | {"final": state, "dinitial": grad}
+
+
+@pytest.mark.parametrize("kind", ["delta", "gdn_head", "gdn", "kda", "ssd", "gla"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_window_in_slices_is_the_window(kind: str, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    length = (200, 261, 330)[seed]
+    begins = ((), (0, 7, 150), tuple(range(3, length, 17)))[seed]
+    # random keys erase a state within a few tokens where β is large: then nothing is left of transitions
+    x = make(kind, length, beta=(1.0, 2.0, 0.1)[(seed + len(kind)) % 3], begins=begins, seed=seed)
+    inner = (torch.randperm(length - 1, generator=g)[: 3 + 2 * seed] + 1).sort().values.tolist()
+    assert worst(chained(x, [0, 1, *inner[1:], length]), expected(x)) < (1e-12, "")
+
+
+EDGES = [0, 70, 131, 132, 200, 240, 300]
+
+
+def with_boundary_kept(linear: Tensor, s: Case) -> Tensor:
+    return delta_rule.summarize("chunked", (s.k, s.v, s.beta, s.log_decay), None, 2)[1]
+
+
+MUTATIONS: dict[str, tuple[Change, Callable[[Tensor], Tensor]]] = {
+    "left out": (lambda m, s: torch.eye(8, dtype=m.dtype).expand_as(m) if s.k.shape[1] == 61 else m, transpose),
+    "not transposed": (unchanged, lambda m: m),
+    "rounded": (lambda m, _: m.bfloat16().double(), transpose),
+    "boundary kept": (with_boundary_kept, transpose),
+    "only decays": (lambda m, s: torch.diag_embed(s.log_decay.sum(1).exp()), transpose),  # type: ignore[union-attr]
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_slices_notice_a_wrong_transition(mutation: str) -> None:
+    x = make("kda", 300, beta=0.1, begins=(150,))
+    assert x.log_decay is not None
+    x = x._replace(log_decay=0.1 * x.log_decay)
+    want = expected(x)
+    assert worst(chained(x, EDGES), want) < (1e-12, "")
+    assert worst(chained(x, EDGES, *MUTATIONS[mutation]), want) > (1e-4, "")
+
+
+def test_a_transform_without_decays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make("gdn", 130)
+    want = expected(x)
+    transform = delta_chunked.Chunks.transform
+
+    def undecayed(chunks: delta_chunked.Chunks) -> list[Tensor]:
+        gates = chunks.gates
+        chunks.gates = delta_gates.gates(torch.zeros_like(gates.each))
+        matrix, _ = transform(chunks)
+        chunks.gates = gates
+        assert chunks.beta is not None
+        return [matrix, matrix @ (-chunks.beta * gates.lead * chunks.k)]
+
+    monkeypatch.setattr(delta_chunked.Chunks, "transform", undecayed)
+    assert worst(measured("chunked", x), want) > (1e-3, "")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["gdn", "kda", "gla"])
+def test_what_is_not_wanted_is_not_there(kind: str, kernel: str) -> None:
+    x = make(kind, 65)
+    inputs = (x.k, x.v, x.beta, x.log_decay)
+    _, kept = delta_rule.attend(kernel, x.q, inputs, None, x.initial_state, [])
+    for wanted in range(3):
+        forward = delta_rule.summarize(kernel, inputs, None, wanted)
+        backward = delta_rule.grad_initial_state(kernel, x.q, x.do, inputs, None, kept, wanted)
+        for state, linear, _ in (forward, backward):
+            assert bool(state.isnan().all()) is (wanted < 1) and bool(state.isnan().any()) is (wanted < 1)
+            assert bool(linear.isnan().all()) is (wanted < 2) and bool(linear.isnan().any()) is (wanted < 2)
+
+
+@pytest.mark.parametrize("kind", ["gdn", "kda", "gla"])
+def test_a_document_never_sees_another(kind: str) -> None:
+    x = make(kind, 200, begins=(30, 64, 101))
+    first = measured("chunked", x)
+    for changed in (x.q, x.k, x.v, x.do):
+        changed[0, 100] += 100.0
+    second = measured("chunked", x)
+    for name in ("o", "dq", "dk", "dv"):
+        for seen, same in ((slice(0, 64), True), (slice(64, 101), False), (slice(101, None), True)):
+            assert torch.equal(first[name][0, seen], second[name][0, seen]) is same, (name, seen)
+    assert torch.equal(first["final"][0], second["final"][0])
+
+
+@pytest.mark.parametrize("kind", ["gdn", "kda", "gla"])
+def test_inputs_stay_as_they_are(kind: str) -> None:
+    x = make(kind, 128, sizes=(1, 1, 1, 8, 8))
+    before = x.map(torch.clone)
+    measured("chunked", x)
+    assert all(y is None or torch.equal(y, z) for y, z in zip(x, before, strict=True) if z is not None)
+
+
+@pytest.mark.parametrize("heads,nearest", [(3, "2, 4"), (1, "2")])
+def test_value_heads_that_cannot_share_key_heads_are_refused(heads: int, nearest: str) -> None:
+    k, v = torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, heads, 4)
+    with pytest.raises(ValueError, match=f"{heads} value heads are no multiple of 2 key heads; nearest: {nearest}$"):
+        delta_rule.summarize("chunked", (k, v, None, None), None, 2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["gdn_head", "gdn", "kda", "ssd", "gla"])
+def test_operators_have_fake_implementations(kind: str, kernel: str) -> None:
+    x = make(kind, 65, begins=(30,)).map(lambda y: y.bfloat16())
+    x = x._replace(initial_state=low(x.initial_state), dfinal=low(x.dfinal))
+    given = (x.beta, x.log_decay, x.doc_ids)
+    ops = torch.ops.lasptrain
+    blocks = ops.delta_summarize(kernel, x.k, x.v, *given, 2)[2]
+    kept = ops.delta_attend(kernel, x.q, x.k, x.v, *given, x.initial_state, blocks)[1]
+    dblocks = ops.delta_grad_initial_state(kernel, x.q, x.do, x.k, *given, kept, 2)[2]
+    rest = ops.delta_grad_query(kernel, x.q, x.k, x.v, x.do, *given, kept)[1]
+    four, none = (x.q, x.k, x.v, x.do), list[Tensor]()
+    checks: list[tuple[Any, tuple[object, ...]]] = [
+        *((ops.delta_summarize.default, (x.k, x.v, *given, wanted)) for wanted in range(3)),
+        *((ops.delta_attend.default, (x.q, x.k, x.v, *given, x.initial_state, made)) for made in (none, blocks)),
+        *((ops.delta_grad_initial_state.default, (x.q, x.do, x.k, *given, kept, wanted)) for wanted in range(3)),
+        (ops.delta_grad_query.default, (*four, *given, kept)),
+        *((ops.delta_grad_inputs.default, (*four, *given, x.dfinal, made, kept, rest)) for made in (none, dblocks)),
+    ]
+    for op, args in checks:
+        torch.library.opcheck(op, (kernel, *args), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("kind", ["gdn", "kda", "gla"])
+def test_no_graph_break(kind: str) -> None:
+    x = make(kind, 70, begins=(5,)).map(lambda y: y.float())
+    found = torch.compile(forward_and_backward, backend="aot_eager", fullgraph=True)(x)
+    for got, want in zip(found, forward_and_backward(x), strict=True):
+        assert error(got, want) < 1e-6
+
+
+def forward_and_backward(x: Case) -> list[Tensor]:
+    inputs = (x.k, x.v, x.beta, x.log_decay)
+    state, linear, blocks = delta_rule.summarize("chunked", inputs, x.doc_ids, 2)
+    o, kept = delta_rule.attend("chunked", x.q, inputs, x.doc_ids, x.initial_state, blocks)
+    dinitial, _, dblocks = delta_rule.grad_initial_state("chunked", x.q, x.do, inputs, x.doc_ids, kept, 2)
+    dq, rest = delta_rule.grad_query("chunked", x.q, inputs, x.do, x.doc_ids, kept)
+    grads = delta_rule.grad_inputs("chunked", x.q, inputs, x.do, x.doc_ids, x.dfinal, dblocks, kept, rest)
+    return [state, linear, o, dinitial, dq, *(grad for grad in grads if grad is not None)]
+
+
+class Attention(torch.autograd.Function):
+    """Outputs of a slice from nothing, of q, k, v, beta and log decays per channel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, *inputs: Tensor) -> Tensor:
+        o, kept = delta_rule.attend("chunked", q, inputs, None, None, [])
+        ctx.save_for_backward(q, *inputs, *kept)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, log_decay, *kept = ctx.saved_tensors
+        inputs = (k, v, beta, log_decay)
+        dq, rest = delta_rule.grad_query("chunked", q, inputs, do, None, kept)
+        return dq, *delta_rule.grad_inputs("chunked", q, inputs, do, None, None, [], kept, rest)
+
+
+def test_selective_recomputation_does_not_attend_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make("kda", 130)._replace(initial_state=None, dfinal=None)
+    want = expected(x)
+    attends: list[int] = []
+    attend = delta_chunked.attend
+
+    def counted(*args: Any) -> tuple[Tensor, list[Tensor]]:
+        attends.append(1)
+        return attend(*args)
+
+    monkeypatch.setattr(delta_chunked, "attend", counted)
+
+    def policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is delta_rule.ATTEND else CheckpointPolicy.PREFER_RECOMPUTE
+
+    leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v, x.beta, x.log_decay) if y is not None]
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    o = checkpoint(Attention.apply, *leaves, use_reentrant=False, context_fn=contexts)
+    grads = torch.autograd.grad(o, leaves, x.do)
+    assert len(attends) == 1
+    for name, grad in zip(("dq", "dk", "dv", "dbeta", "dlog_decay"), grads, strict=True):
+        assert error(grad, want[name]) < 1e-12, name

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.ops import state_dtype
-from lasptrain.ops.delta_gates import before, following, gates
+from lasptrain.ops.delta_gates import gates
 from lasptrain.ops.delta_reference import (
     by_key_head,
     has_gradient,
@@ -46,13 +46,12 @@ def _chunk_count(tokens: int) -> int:
 
 
 def _cut(x: Tensor, heads: int) -> Tensor:
-    """Cut x [B, T, H or Hk, ·] → [B·H, n, C, ·], contiguous, at least fp32."""
+    """Cut x [B, T, H or Hk, ·] → [B·H, n, C, ·], contiguous, at least fp32; may share memory with x."""
     b, t, own, width = x.shape
     n = _chunk_count(t)
     x = F.pad(x, (0, 0, 0, 0, 0, n * CHUNK - t)) if t % CHUNK else x
-    x = x.view(b, n, CHUNK, own, 1, width) if x.is_contiguous() else x.reshape(b, n, CHUNK, own, 1, width)
-    x = x.permute(0, 3, 4, 1, 2, 5).expand(-1, -1, heads // own, -1, -1, -1)
-    return x.to(state_dtype(x)).reshape(b * heads, n, CHUNK, width)
+    x = x.reshape(b, n, CHUNK, own, 1, width).permute(0, 3, 4, 1, 2, 5).expand(-1, -1, heads // own, -1, -1, -1)
+    return x.to(state_dtype(x)).reshape(b * heads, n, CHUNK, width).contiguous()
 
 
 def _join(x: Tensor, like: Tensor) -> Tensor:
@@ -128,7 +127,8 @@ class Chunks:
         written = self.beta * self.k
         below = self.gates.scores(written, self.k)  # its diagonal is not read
         identity = torch.eye(CHUNK, dtype=below.dtype, device=below.device).expand_as(below)
-        transform = torch.linalg.solve_triangular(below, identity, upper=False, unitriangular=True)
+        # transposed, because the solver works on columns
+        transform = torch.linalg.solve_triangular(below.mT, identity, upper=True, unitriangular=True).mT
         return [transform, transform @ written.mul_(self.gates.lead).neg_()]
 
     def forward(self, v: Tensor, transform: list[Tensor]) -> Walk:
@@ -138,7 +138,7 @@ class Chunks:
         if self.beta is None:
             return Walk(self.gates.through, write.mT @ v, v, None, write)
         matrix, erase = transform
-        return Walk(self.gates.through, None, matrix @ v.mul_(self.beta), erase, write)
+        return Walk(self.gates.through, None, matrix @ (self.beta * v), erase, write)
 
 
 def blocks_like(k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, wanted: int) -> list[Tensor]:
@@ -218,14 +218,15 @@ def attend(
     wrote, states, _ = chunks.forward(v, transform).from_left(chunks.state(initial_state))
     cut_q = _cut(q, v.shape[2])
     scores = chunks.gates.scores(cut_q, chunks.k)
-    o = cut_q.mul_(chunks.gates.lead) @ states
+    o = (cut_q * chunks.gates.lead) @ states
     return _join(o.add_(scores @ wrote), v), [states, scores, wrote, *transform]
 
 
 def _sent(q: Tensor, do: Tensor, chunks: Chunks, scores: Tensor) -> list[Tensor]:
     """What the outputs send to what their chunks wrote, and to the states that entered them: Pᵀ dO and (lead Q)ᵀ dO."""
-    do = _cut(do, do.shape[2])
-    return [scores.mT @ do, (_cut(q, chunks.k.shape[0] // q.shape[0]).mul_(chunks.gates.lead)).mT @ do]
+    heads = do.shape[2]
+    do = _cut(do, heads)
+    return [scores.mT @ do, (_cut(q, heads) * chunks.gates.lead).mT @ do]
 
 
 def _backward(chunks: Chunks, sent: list[Tensor], transform: list[Tensor]) -> Walk:
@@ -264,12 +265,6 @@ def grad_initial_state(
     return first.unflatten(0, dinitial.shape[:2]).contiguous(), linear, sent
 
 
-def _flow(x: Tensor, dx: Tensor, like: Tensor) -> Tensor:
-    """What goes through each row [N, n, C, K], per channel or summed over channels, as a decay `like` has them."""
-    flow = x * dx
-    return flow if like.shape[-1] > 1 else flow.sum(-1, keepdim=True)
-
-
 def grad_query(
     q: Tensor,
     k: Tensor,
@@ -283,12 +278,10 @@ def grad_query(
     chunks = Chunks(k, v, beta, log_decay, doc_ids)
     states, _scores, wrote, *_ = kept
     cut_q, cut_do = _cut(q, v.shape[2]), _cut(do, v.shape[2])
-    dq, dk, over = chunks.gates.scores_grad(cut_do @ wrote.mT, cut_q, chunks.k, has_gradient(log_decay))
-    far = (cut_do @ states.mT).mul_(chunks.gates.lead)
-    rest = [dk]
-    if over is not None:
-        rest.append(over.add_(following(_flow(cut_q, far, over))))
-    return _join(dq.add_(far), q), rest
+    dq, dk = (cut_do @ states.mT).mul_(chunks.gates.lead), torch.zeros_like(chunks.k)
+    scores = cut_do @ wrote.mT
+    over = chunks.gates.scores_grad(scores, cut_q, chunks.k, dq, dk, has_gradient(log_decay))
+    return _join(dq, q), [dk] if over is None else [dk, over]
 
 
 def grad_inputs(
@@ -309,41 +302,27 @@ def grad_inputs(
     sent = dblocks or _sent(q, do, chunks, scores)
     walk = _backward(chunks, sent, transform)
     dwrote, dstates, _ = walk.from_right(chunks.state(dfinal))
-    folded = (wrote @ dstates.mT).mul_(chunks.gates.fold)
-    dk, over = folded + rest[0], None
-    if has_gradient(log_decay):
-        over = before(_flow(chunks.k, folded, rest[1])).add_(rest[1]).add_(_through(chunks, states, dstates, rest[1]))
-    dbeta = None
-    if beta is None or chunks.beta is None:
-        dv = torch.matmul(walk.write, dstates).add_(dwrote)
+    dk = (wrote @ dstates.mT).mul_(chunks.gates.fold)
+    if chunks.beta is None:
+        over = chunks.gates.sent_over(chunks.k, dk) if has_gradient(log_decay) else None
+        dv, dbeta = walk.write @ dstates + dwrote, None
     else:
         dread = transform[0].mT @ dwrote
-        dwritten, column, crossing = _grad_written(chunks, chunks.beta, dread, states, wrote, over is not None)
-        dk.addcmul_(chunks.beta, dwritten).add_(column)
-        dv = dread * chunks.beta
-        found = (chunks.k * dwritten).sum(-1, keepdim=True) + (dread * _cut(v, v.shape[2])).sum(-1, keepdim=True)
-        dbeta = _join(found, beta[..., None])[..., 0]
-        over = None if over is None or crossing is None else over.add_(crossing)
-    dlog = None
-    if over is not None and log_decay is not None:
-        dlog = _join(over, log_decay if log_decay.dim() == 4 else log_decay[..., None]).view_as(log_decay)
-    return _join(dk, k), _join(dv, v), dbeta, dlog
-
-
-def _through(chunks: Chunks, states: Tensor, dstates: Tensor, like: Tensor) -> Tensor:
-    """What goes through all of each chunk, [N, n, 1, D]: ⟨D′, through S⟩ by rows or in all."""
-    flow = (chunks.gates.through * states * dstates).sum(-1)[..., None, :]
-    return flow if like.shape[-1] > 1 else flow.sum(-1, keepdim=True)
-
-
-def _grad_written(
-    chunks: Chunks, beta: Tensor, dread: Tensor, states: Tensor, wrote: Tensor, crossing: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of β K, of K as the columns of A, and of the log decays between, from dR = Tᵀ dU."""
-    written = beta * chunks.k
-    below = (dread @ wrote.mT).neg_().tril_(-1)
-    dwritten, column, over = chunks.gates.scores_grad(below, written, chunks.k, crossing)
-    far = (dread @ states.mT).mul_(chunks.gates.lead).neg_()
+        dwritten = (dread @ states.mT).mul_(chunks.gates.lead).neg_()
+        below = (dread @ wrote.mT).neg_().tril_(-1)
+        written = chunks.beta * chunks.k
+        over = chunks.gates.scores_grad(below, written, chunks.k, dwritten, dk, has_gradient(log_decay))
+        dk.addcmul_(chunks.beta, dwritten)
+        dbeta = (chunks.k * dwritten).sum(-1, keepdim=True) + (_cut(v, v.shape[2]) * dread).sum(-1, keepdim=True)
+        dv = chunks.beta * dread
     if over is not None:
-        over.add_(following(_flow(written, far, over)))
-    return dwritten.add_(far), column, over
+        over += rest[1]
+        over += chunks.gates.sent_through(states, dstates)
+    return _join(dk.add_(rest[0]), k), _join(dv, v), _join_or_none(dbeta, beta), _join_or_none(over, log_decay)
+
+
+def _join_or_none(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """Join x [N, n, C, 1 or K] → [B, T, H] or [B, T, H, K], as `like` is, if there is any."""
+    if x is None or like is None:
+        return None
+    return _join(x, like if like.dim() == 4 else like[..., None]).view_as(like)

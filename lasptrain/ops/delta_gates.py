@@ -44,18 +44,16 @@ def between(scores: Tensor, half: int) -> Tensor:
     return pairs
 
 
-def before(x: Tensor) -> Tensor:
-    """Sums of x […, C, ·] over the tokens before each token."""
-    return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y; a product of matrices is slow where there are only one or two terms."""
+    return x @ y if x.shape[-1] > 2 else (x[..., None] * y[..., None, :, :]).sum(-2)
 
 
-def following(x: Tensor) -> Tensor:
-    """Sums of x […, C, ·] over each token and those after it."""
-    return x.flip(-2).cumsum(-2).flip(-2)
+def _sums(each: Tensor) -> Iterator[Level]:
+    """Logarithms of all levels, of log decays [N, n, C, D], and at last of the chunk as one half.
 
-
-def _levels(each: Tensor) -> Iterator[Level]:
-    """Logarithms of all levels, of log decays [N, n, C, D]; a level's tensors change when the next is asked for."""
+    A level's tensors change when the next is asked for.
+    """
     upto, behind = each.clone(), torch.zeros_like(each)
     half = 1
     while half < each.shape[-2]:
@@ -65,6 +63,7 @@ def _levels(each: Tensor) -> Iterator[Level]:
         behind_lower += upto_upper[..., -1:, :]
         upto_upper += upto_lower[..., -1:, :]
         half *= 2
+    yield Level(half, upto, behind)
 
 
 class Edges:
@@ -74,19 +73,40 @@ class Edges:
         self.each = each
 
     @cached_property
+    def _levels(self) -> list[Level]:
+        """Factors of all levels, from neighbours to halves of the chunk, and of the whole chunk."""
+        return [Level(half, upper.exp(), lower.exp()) for half, upper, lower in _sums(self.each)]
+
+    @property
     def lead(self) -> Tensor:
         """Weight of the chunk's initial state in token t, [N, n, C, D]."""
-        return self.each.cumsum(-2).exp_()
+        return self._levels[-1].upper
 
-    @cached_property
+    @property
     def fold(self) -> Tensor:
         """Weight of token j in the chunk's final state, [N, n, C, D]."""
-        return before(self.each.flip(-2)).flip(-2).exp_()
+        return self._levels[-1].lower
 
     @property
     def through(self) -> Tensor:
         """Decay over each chunk, [N, n, D, 1], as a factor of rows of states."""
         return self.lead[..., -1, :, None]
+
+    def _by_decay(self, flow: Tensor) -> Tensor:
+        """Sum over channels that decay together."""
+        return flow if self.each.shape[-1] > 1 else flow.sum(-1, keepdim=True)
+
+    def read_over(self, x: Tensor, dx: Tensor) -> Tensor:
+        """Gradient of log decays [N, n, C, D] by what x_t reads of the chunk's initial state."""
+        return self._by_decay(x * dx).flip(-2).cumsum(-2).flip(-2)
+
+    def sent_over(self, y: Tensor, dy: Tensor) -> Tensor:
+        """Gradient of log decays [N, n, C, D] by what y_j adds to the chunk's final state."""
+        return F.pad(self._by_decay(y * dy)[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+
+    def sent_through(self, states: Tensor, dstates: Tensor) -> Tensor:
+        """Gradient of log decays [N, n, 1, D] by what goes from initial states [N, n, K, V] to final ones."""
+        return self._by_decay((self.through * states * dstates).sum(-1)[..., None, :])
 
 
 class HeadGates(Edges):
@@ -96,62 +116,67 @@ class HeadGates(Edges):
     def _weights(self) -> Tensor:
         """Decay from token j to token t, [N, n, C, C]."""
         c = self.each.shape[-2]
-        logs = self.each.new_zeros(*self.each.shape[:-2], c, c)
-        for half, upper, lower in _levels(self.each):
-            between(logs, half).copy_(upper + lower.mT)
-        return logs.exp_().tril_()
+        weights = torch.eye(c, dtype=self.each.dtype, device=self.each.device).repeat(*self.each.shape[:-2], 1, 1)
+        for half, upper, lower in self._levels[:-1]:
+            between(weights, half).copy_(upper * lower.mT)
+        return weights
 
     def scores(self, x: Tensor, y: Tensor) -> Tensor:
         """⟨x_t, decay from j to t, y_j⟩ for j ≤ t, [N, n, C, C]; zero above the diagonal."""
         return (x @ y.mT).mul_(self._weights)
 
-    def scores_grad(self, d: Tensor, x: Tensor, y: Tensor, crossing: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradients of x and y and, if `crossing`, of the log decays [N, n, C, D], from those of the scores.
+    def scores_grad(self, d: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, crossing: bool) -> Tensor | None:
+        """Add the gradients of x and y to dx and dy, and return that of the log decays if `crossing`, [N, n, C, D].
 
-        The last are, of token t, sums over the pairs j < t ≤ s of what goes through each, with the decay between them.
-        Σ x·dx − Σ y·dy from t on is equal, but cancels. Scores above the diagonal are taken for constants.
+        The last is, of token t, the sum over the pairs j < t ≤ s of what goes through each with its decay.
+        Σ x·dx − Σ y·dy from t on is equal, but cancels.
+
+        Args:
+            d: gradient of the scores, which are constant above the diagonal.
+            dx, dy: what goes from x_s over the chunk's left edge, and from y_j over its right edge.
         """
         d = d * self._weights
-        dx, dy = d @ y, d.mT @ x
-        if not crossing:
-            return dx, dy, None
-        near = d.mul_(x @ y.mT)
-        earlier = F.pad(near[..., :-1], (1, 0)).cumsum(-1).tril_()  # what row s reads from before t, [s, t]
-        return dx, dy, earlier.sum(-2)[..., None]
+        over = None
+        if crossing:
+            near = F.pad((x @ y.mT).mul_(d)[..., :-1], (1, 0)).cumsum(-1).tril_()  # [s, t]: of row s, before t
+            over = near.sum(-2)[..., None]
+            over += self.read_over(x, dx) + self.sent_over(y, dy)
+        dx += d @ y
+        dy += d.mT @ x
+        return over
 
 
 class ChannelGates(Edges):
     """One decay per key channel and token."""
 
-    @cached_property
-    def _factors(self) -> list[Level]:
-        return [Level(half, upper.exp(), lower.exp()) for half, upper, lower in _levels(self.each)]
-
     def scores(self, x: Tensor, y: Tensor) -> Tensor:
         """As of `HeadGates`."""
         out = torch.diag_embed((x * y).sum(-1))
-        for half, upper, lower in self._factors:
+        for half, upper, lower in self._levels[:-1]:
             readers, writers = halves(x, half)[1] * upper, halves(y, half)[0] * lower
             between(out, half).copy_(readers @ writers.mT)
         return out
 
-    def scores_grad(self, d: Tensor, x: Tensor, y: Tensor, crossing: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As of `HeadGates`."""
-        own = d.diagonal(dim1=-2, dim2=-1)[..., None]
-        dx, dy = own * y, own * x
+    def scores_grad(self, d: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, crossing: bool) -> Tensor | None:
+        """As of `HeadGates`. From halves of the chunk down to neighbours, dx and dy are what has gone over the edges
+        of ever shorter runs of tokens, so that each level's decays get what is read and sent over all of a half.
+        """
         over = torch.zeros_like(x) if crossing else None
-        for half, upper, lower in self._factors:
-            (y_lower, _), (_, x_upper) = halves(y, half), halves(x, half)
-            part = between(d, half).contiguous()
-            readers = (part @ (y_lower * lower)).mul_(upper)
-            writers = (part.mT @ (x_upper * upper)).mul_(lower)
-            halves(dx, half)[1].add_(readers)
-            halves(dy, half)[0].add_(writers)
+        for half, upper, lower in reversed(self._levels[:-1]):
+            (_, x_upper), (y_lower, _), (_, dx_upper), (dy_lower, _) = (halves(z, half) for z in (x, y, dx, dy))
             if over is not None:
                 over_lower, over_upper = halves(over, half)
-                over_upper += following(readers.mul_(x_upper))
-                over_lower += before(writers.mul_(y_lower))
-        return dx, dy, over
+                over_lower += (x_upper * dx_upper).sum(-2, keepdim=True)
+                over_upper += (y_lower * dy_lower).sum(-2, keepdim=True)
+            pairs = between(d, half).contiguous()
+            dx_upper.addcmul_(_product(pairs, y_lower * lower), upper)
+            dy_lower.addcmul_(_product(pairs.mT, x_upper * upper), lower)
+        if over is not None:
+            over.addcmul_(x, dx)
+        own = d.diagonal(dim1=-2, dim2=-1)[..., None]
+        dx.addcmul_(own, y)
+        dy.addcmul_(own, x)
+        return over
 
 
 Gates = HeadGates | ChannelGates
