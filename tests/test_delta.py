@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lasptrain.ops import delta_chunked, delta_gates, delta_reference, delta_rule
+from lasptrain.ops import delta_chunked, delta_gates, delta_rule
 from lasptrain.ops.delta_reference import recurrence
+from lasptrain.parallel.recurrence import ShardedRecurrence
+from lasptrain.parallel.transition import Transition
 
-KERNELS = {"reference": delta_reference, "chunked": delta_chunked}
+KERNELS = ["reference", "chunked"]
 KINDS = {  # whether something is erased, and the shape of log decays
     "delta": (True, "none"),
     "gdn_head": (True, "head"),
@@ -150,23 +152,11 @@ def measured(kernel: str, x: Case, handed_on: bool = True) -> dict[str, Tensor]:
     grads = delta_rule.grad_inputs(
         kernel, x.q, inputs, x.do, x.doc_ids, x.dfinal, dblocks if handed_on else [], kept, rest
     )
-    final = apply(linear, x.initial_state, state)
-    dinitial = apply(transpose(linear), x.dfinal, dinitial)
+    final = Transition(linear).apply(x.initial_state, state)
+    dinitial = Transition(linear).transpose().apply(x.dfinal, dinitial)
     named = zip(("dk", "dv", "dbeta", "dlog_decay"), grads, strict=True)
     found = {"o": o, "final": final, "dq": dq, "dinitial": dinitial}
     return found | {name: grad for name, grad in named if grad is not None}
-
-
-def apply(linear: Tensor, state: Tensor | None, plus: Tensor) -> Tensor:
-    if state is None:
-        return plus
-    if linear.dim() == 4:
-        return linear @ state + plus
-    return linear[(...,) + (None,) * (4 - linear.dim())] * state + plus
-
-
-def transpose(linear: Tensor) -> Tensor:
-    return linear.mT if linear.dim() == 4 else linear
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -240,6 +230,7 @@ def test_decay_gradient_does_not_cancel_at_64k_tokens(kind: str) -> None:
 
 
 Change = Callable[[Tensor, Case], Tensor]
+Turn = Callable[[Transition], Transition]
 
 
 def unchanged(linear: Tensor, _: Case) -> Tensor:
@@ -247,18 +238,18 @@ def unchanged(linear: Tensor, _: Case) -> Tensor:
 
 
 def chained(
-    x: Case, edges: list[int], change: Change = unchanged, turn: Callable[[Tensor], Tensor] = transpose
+    x: Case, edges: list[int], change: Change = unchanged, turn: Turn = Transition.transpose
 ) -> dict[str, Tensor]:
     """Slices between edges, one by one: states from the left, then gradients from the right.
 
-    `change` replaces what slices do to states, `turn` makes of it what they do to the gradients of states.
+    `change` replaces what slices do to states, `turn` makes of that what they do to gradients of states.
     """
     slices = [x.cut(start, end) for start, end in pairwise(edges)]
     state, entering = x.initial_state, []
     for s in slices:
         made, linear, _ = delta_rule.summarize("chunked", (s.k, s.v, s.beta, s.log_decay), s.doc_ids, 2)
         entering.append(state)
-        state = apply(change(linear, s), state, made)
+        state = Transition(change(linear, s)).apply(state, made)
     grad, parts = x.dfinal, []
     for s, initial_state in zip(reversed(slices), reversed(entering), strict=True):
         inputs = (s.k, s.v, s.beta, s.log_decay)
@@ -266,7 +257,7 @@ def chained(
         dinitial, linear, dblocks = delta_rule.grad_initial_state("chunked", s.q, s.do, inputs, s.doc_ids, kept, 2)
         dq, rest = delta_rule.grad_query("chunked", s.q, inputs, s.do, s.doc_ids, kept)
         grads = delta_rule.grad_inputs("chunked", s.q, inputs, s.do, s.doc_ids, grad, dblocks, kept, rest)
-        grad = apply(turn(change(linear, s)), grad, dinitial)
+        grad = turn(Transition(change(linear, s))).apply(grad, dinitial)
         parts.append((o, dq, *grads))
     names = ("o", "dq", "dk", "dv", "dbeta", "dlog_decay")
     whole = {
@@ -297,12 +288,17 @@ def with_boundary_kept(linear: Tensor, s: Case) -> Tensor:
     return delta_rule.summarize("chunked", (s.k, s.v, s.beta, s.log_decay), None, 2)[1]
 
 
-MUTATIONS: dict[str, tuple[Change, Callable[[Tensor], Tensor]]] = {
-    "left out": (lambda m, s: torch.eye(8, dtype=m.dtype).expand_as(m) if s.k.shape[1] == 61 else m, transpose),
-    "not transposed": (unchanged, lambda m: m),
-    "rounded": (lambda m, _: m.bfloat16().double(), transpose),
-    "boundary kept": (with_boundary_kept, transpose),
-    "only decays": (lambda m, s: torch.diag_embed(s.log_decay.sum(1).exp()), transpose),  # type: ignore[union-attr]
+def only_decays(linear: Tensor, s: Case) -> Tensor:
+    assert s.log_decay is not None
+    return torch.diag_embed(s.log_decay.sum(1).exp())
+
+
+MUTATIONS: dict[str, tuple[Change, Turn]] = {
+    "left out": (lambda m, s: torch.eye(8).to(m).expand_as(m) if s.k.shape[1] == 61 else m, Transition.transpose),
+    "not transposed": (unchanged, lambda transition: transition),
+    "rounded": (lambda m, _: m.bfloat16().double(), Transition.transpose),
+    "boundary kept": (with_boundary_kept, Transition.transpose),
+    "only decays": (only_decays, Transition.transpose),
 }
 
 
@@ -368,17 +364,33 @@ def test_inputs_stay_as_they_are(kind: str) -> None:
     assert all(y is None or torch.equal(y, z) for y, z in zip(x, before, strict=True) if z is not None)
 
 
-@pytest.mark.parametrize("heads,nearest", [(3, "2, 4"), (1, "2")])
-def test_value_heads_that_cannot_share_key_heads_are_refused(heads: int, nearest: str) -> None:
-    k, v = torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, heads, 4)
-    with pytest.raises(ValueError, match=f"{heads} value heads are no multiple of 2 key heads; nearest: {nearest}$"):
-        delta_rule.summarize("chunked", (k, v, None, None), None, 2)
+@pytest.mark.parametrize(
+    "heads,beta,decay,message",
+    [
+        (3, None, None, "v: 3 heads are no multiple of the 2 of k; nearest: 2, 4"),
+        (1, None, None, "v: 1 heads are no multiple of the 2 of k; nearest: 2"),
+        (4, (1, 5, 2), None, "beta: expected [1, 5, 4], found [1, 5, 2]"),
+        (4, None, (1, 5), "log_decay: expected [H], [B, T, H] or [B, T, H, K], found [1, 5]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    heads: int, beta: tuple[int, ...] | None, decay: tuple[int, ...] | None, message: str
+) -> None:
+    k, v = torch.zeros(1, 5, 2, 4), torch.zeros(1, 5, heads, 4)
+    others = (None if shape is None else torch.zeros(shape) for shape in (beta, decay))
+    with pytest.raises(ValueError) as refusal:
+        delta_rule.summarize("chunked", (k, v, *others), None, 2)
+    assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", ["gdn_head", "gdn", "kda", "ssd", "gla"])
-def test_operators_have_fake_implementations(kind: str, kernel: str) -> None:
-    x = make(kind, 65, begins=(30,)).map(lambda y: y.bfloat16())
+@pytest.mark.parametrize("whole", [False, True])
+def test_operators_have_fakes_and_share_no_memory(kind: str, kernel: str, whole: bool) -> None:
+    if whole:  # tokens that are a chunk as they lie
+        x = make(kind, 64, sizes=(1, 1, 1, 8, 8)).map(lambda y: y.float())
+    else:
+        x = make(kind, 65, begins=(30,)).map(lambda y: y.bfloat16())
     x = x._replace(initial_state=low(x.initial_state), dfinal=low(x.dfinal))
     given = (x.beta, x.log_decay, x.doc_ids)
     ops = torch.ops.lasptrain
@@ -416,23 +428,6 @@ def forward_and_backward(x: Case) -> list[Tensor]:
     return [state, linear, o, dinitial, dq, *(grad for grad in grads if grad is not None)]
 
 
-class Attention(torch.autograd.Function):
-    """Outputs of a slice from nothing, of q, k, v, beta and log decays per channel."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, *inputs: Tensor) -> Tensor:
-        o, kept = delta_rule.attend("chunked", q, inputs, None, None, [])
-        ctx.save_for_backward(q, *inputs, *kept)
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, log_decay, *kept = ctx.saved_tensors
-        inputs = (k, v, beta, log_decay)
-        dq, rest = delta_rule.grad_query("chunked", q, inputs, do, None, kept)
-        return dq, *delta_rule.grad_inputs("chunked", q, inputs, do, None, None, [], kept, rest)
-
-
 def test_selective_recomputation_does_not_attend_again(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make("kda", 130)._replace(initial_state=None, dfinal=None)
     want = expected(x)
@@ -449,8 +444,13 @@ def test_selective_recomputation_does_not_attend_again(monkeypatch: pytest.Monke
         return CheckpointPolicy.MUST_SAVE if op is delta_rule.ATTEND else CheckpointPolicy.PREFER_RECOMPUTE
 
     leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v, x.beta, x.log_decay) if y is not None]
+    sharded = ShardedRecurrence("chunked")
+
+    def layer(q: Tensor, *inputs: Tensor) -> Tensor:
+        return sharded.finish(sharded.begin(inputs, None, rule=delta_rule), q)[0]
+
     contexts = partial(create_selective_checkpoint_contexts, policy)
-    o = checkpoint(Attention.apply, *leaves, use_reentrant=False, context_fn=contexts)
+    o = checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
     grads = torch.autograd.grad(o, leaves, x.do)
     assert len(attends) == 1
     for name, grad in zip(("dq", "dk", "dv", "dbeta", "dlog_decay"), grads, strict=True):

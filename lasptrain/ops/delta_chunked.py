@@ -80,9 +80,9 @@ class Walk(NamedTuple):
         states = state.new_empty(*self.inside.shape[:2], *state.shape[1:])
         for i in order:
             states[:, i] = state
-            state = (
-                state * self.through[:, i] if self.plus is None else self.plus[:, i].addcmul(state, self.through[:, i])
-            )
+            state = state * self.through[:, i]
+            if self.plus is not None:
+                state += self.plus[:, i]
             if self.read is not None:
                 wrote[:, i] = torch.baddbmm(self.inside[:, i], self.read[:, i], states[:, i])
                 state = torch.baddbmm(state, self.write[:, i].mT, wrote[:, i])
@@ -132,7 +132,7 @@ class Chunks:
         return [transform, transform @ written.mul_(self.gates.lead).neg_()]
 
     def forward(self, v: Tensor, transform: list[Tensor]) -> Walk:
-        """The walk of states from the left; `wrote` of it is U."""
+        """The walk of states from the left; its X is U."""
         v = _cut(v, v.shape[2])
         write = self.gates.fold * self.k
         if self.beta is None:
@@ -147,9 +147,9 @@ def blocks_like(k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | N
 
 
 def kept_like(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
-    """`kept` of `attend`: the states that enter chunks, P, U, T and E."""
-    transform = [] if beta is None else _transform_like(k, v)
-    return [_states_like(k, v), _chunks_like(k, v, CHUNK), _chunks_like(k, v, v.shape[-1]), *transform]
+    """`kept` of `attend`: the states that enter chunks and P; where something is erased also U, T and E."""
+    erased = [] if beta is None else [_chunks_like(k, v, v.shape[-1]), *_transform_like(k, v)]
+    return [_states_like(k, v), _chunks_like(k, v, CHUNK), *erased]
 
 
 def dblocks_like(q: Tensor, do: Tensor, beta: Tensor | None, log_decay: Tensor | None, wanted: int) -> list[Tensor]:
@@ -219,23 +219,23 @@ def attend(
     cut_q = _cut(q, v.shape[2])
     scores = chunks.gates.scores(cut_q, chunks.k)
     o = (cut_q * chunks.gates.lead) @ states
-    return _join(o.add_(scores @ wrote), v), [states, scores, wrote, *transform]
+    return _join(o.add_(scores @ wrote), v), [states, scores, *([wrote, *transform] if transform else [])]
 
 
 def _sent(q: Tensor, do: Tensor, chunks: Chunks, scores: Tensor) -> list[Tensor]:
-    """What the outputs send to what their chunks wrote, and to the states that entered them: Pᵀ dO and (lead Q)ᵀ dO."""
+    """Gradients of U and of the states that enter chunks, by the outputs of these chunks: Pᵀ dO and (lead Q)ᵀ dO."""
     heads = do.shape[2]
     do = _cut(do, heads)
     return [scores.mT @ do, (_cut(q, heads) * chunks.gates.lead).mT @ do]
 
 
-def _backward(chunks: Chunks, sent: list[Tensor], transform: list[Tensor]) -> Walk:
-    """The walk of states' gradients from the right; `wrote` of it is dU, where something is erased."""
+def _backward(chunks: Chunks, sent: list[Tensor], erased: list[Tensor]) -> Walk:
+    """The walk of states' gradients from the right, with U, T and E of what was `erased`; then its X is dU."""
     near, plus = sent
     read = chunks.gates.fold * chunks.k
-    if not transform:
+    if not erased:
         return Walk(chunks.gates.through, plus, near, None, read)
-    return Walk(chunks.gates.through, plus, near, read, transform[1])
+    return Walk(chunks.gates.through, plus, near, read, erased[2])
 
 
 def grad_initial_state(
@@ -252,9 +252,9 @@ def grad_initial_state(
     if not wanted:
         return if_wanted(dinitial, False), if_wanted(linear, False), []
     chunks = Chunks(k, do, beta, log_decay, doc_ids)
-    _states, scores, _wrote, *transform = kept
+    _states, scores, *erased = kept
     sent = _sent(q, do, chunks, scores)
-    walk, start = _backward(chunks, sent, transform), chunks.zero()
+    walk, start = _backward(chunks, sent, erased), chunks.zero()
     if wanted == 2 and beta is not None:
         *_, first = walk.beside_identity().from_right(torch.cat([start, _identity_like(start)], dim=-1))
         first, transposed = first.split([do.shape[-1], k.shape[-1]], dim=-1)
@@ -276,7 +276,8 @@ def grad_query(
     kept: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     chunks = Chunks(k, v, beta, log_decay, doc_ids)
-    states, _scores, wrote, *_ = kept
+    states, _scores, *erased = kept
+    wrote = erased[0] if erased else _cut(v, v.shape[2])
     cut_q, cut_do = _cut(q, v.shape[2]), _cut(do, v.shape[2])
     dq, dk = (cut_do @ states.mT).mul_(chunks.gates.lead), torch.zeros_like(chunks.k)
     scores = cut_do @ wrote.mT
@@ -298,22 +299,23 @@ def grad_inputs(
     rest: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     chunks = Chunks(k, v, beta, log_decay, doc_ids)
-    states, scores, wrote, *transform = kept
-    sent = dblocks or _sent(q, do, chunks, scores)
-    walk = _backward(chunks, sent, transform)
+    states, scores, *erased = kept
+    cut_v = _cut(v, v.shape[2])
+    wrote = erased[0] if erased else cut_v
+    walk = _backward(chunks, dblocks or _sent(q, do, chunks, scores), erased)
     dwrote, dstates, _ = walk.from_right(chunks.state(dfinal))
     dk = (wrote @ dstates.mT).mul_(chunks.gates.fold)
     if chunks.beta is None:
         over = chunks.gates.sent_over(chunks.k, dk) if has_gradient(log_decay) else None
         dv, dbeta = walk.write @ dstates + dwrote, None
     else:
-        dread = transform[0].mT @ dwrote
+        dread = erased[1].mT @ dwrote
         dwritten = (dread @ states.mT).mul_(chunks.gates.lead).neg_()
         below = (dread @ wrote.mT).neg_().tril_(-1)
         written = chunks.beta * chunks.k
         over = chunks.gates.scores_grad(below, written, chunks.k, dwritten, dk, has_gradient(log_decay))
         dk.addcmul_(chunks.beta, dwritten)
-        dbeta = (chunks.k * dwritten).sum(-1, keepdim=True) + (_cut(v, v.shape[2]) * dread).sum(-1, keepdim=True)
+        dbeta = (chunks.k * dwritten).sum(-1, keepdim=True) + (cut_v * dread).sum(-1, keepdim=True)
         dv = chunks.beta * dread
     if over is not None:
         over += rest[1]

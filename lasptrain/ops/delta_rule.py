@@ -1,5 +1,5 @@
-"""The delta rule, `S_t = (I − β_t k_t k_tᵀ) diag(a_t) S_{t-1} + β_t k_t v_tᵀ`, `o_t = q_t S_t`: a recurrence of k, v, β
-and log decays. The state decays; then what is stored under the key is replaced by the value, to a share of β.
+"""The delta rule, `S_t = (I − β_t k_t k_tᵀ) diag(a_t) S_{t-1} + β_t k_t v_tᵀ`, `o_t = q_t S_t`: a `Recurrence` of
+k, v, β and log decays. The state decays; then what is stored under the key is replaced by the value, to a share of β.
 
 | input | shape, dtype | meaning |
 |---|---|---|
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from lasptrain.ops import fake, operator
 from lasptrain.ops.delta_reference import has_gradient, linear_like, state_like
+from lasptrain.ops.recurrence import Inputs
 
 MODULES = {"reference": "delta_reference", "chunked": "delta_chunked"}
-Inputs: TypeAlias = tuple[Tensor | None, ...]
 Given: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 Summary: TypeAlias = tuple[Tensor, Tensor, list[Tensor]]
 Kept: TypeAlias = tuple[Tensor, list[Tensor]]
@@ -43,7 +43,7 @@ def _module(kernel: str) -> ModuleType:
 
 
 @operator
-def delta_summarize(
+def _delta_summarize(
     kernel: str,
     k: Tensor,
     v: Tensor,
@@ -57,7 +57,7 @@ def delta_summarize(
 
 
 @operator
-def delta_attend(
+def _delta_attend(
     kernel: str,
     q: Tensor,
     k: Tensor,
@@ -73,7 +73,7 @@ def delta_attend(
 
 
 @operator
-def delta_grad_initial_state(
+def _delta_grad_initial_state(
     kernel: str,
     q: Tensor,
     do: Tensor,
@@ -89,7 +89,7 @@ def delta_grad_initial_state(
 
 
 @operator
-def delta_grad_query(
+def _delta_grad_query(
     kernel: str,
     q: Tensor,
     k: Tensor,
@@ -105,7 +105,7 @@ def delta_grad_query(
 
 
 @operator
-def delta_grad_inputs(
+def _delta_grad_inputs(
     kernel: str,
     q: Tensor,
     k: Tensor,
@@ -194,25 +194,27 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-ATTEND = delta_attend  # the operator whose results are kept where activations are selectively recomputed
+ATTEND = _delta_attend  # the operator whose results are kept where activations are selectively recomputed
 
 
-def _checked(inputs: Inputs) -> Given:
-    """Return the inputs of one recurrence. Raises ValueError if its value heads cannot share its key heads."""
+def _given(inputs: Inputs) -> Given:
+    """Return k, v, beta and the log decay. Raises ValueError for shapes that do not fit each other."""
     k, v, beta, log_decay = cast(Given, inputs)
     key_heads, heads = k.shape[2], v.shape[2]
     if heads % key_heads:
         below = heads // key_heads * key_heads
         nearest = ", ".join(str(count) for count in (below, below + key_heads) if count)
-        raise ValueError(
-            f"delta rule: {heads} value heads are no multiple of {key_heads} key heads; nearest: {nearest}"
-        )
+        raise ValueError(f"v: {heads} heads are no multiple of the {key_heads} of k; nearest: {nearest}")
+    if beta is not None and beta.shape != v.shape[:3]:
+        raise ValueError(f"beta: expected {list(v.shape[:3])}, found {list(beta.shape)}")
+    if log_decay is not None and log_decay.shape not in ((heads,), v.shape[:3], (*v.shape[:3], k.shape[-1])):
+        raise ValueError(f"log_decay: expected [H], [B, T, H] or [B, T, H, K], found {list(log_decay.shape)}")
     return k, v, beta, log_decay
 
 
 def summarize(kernel: str, inputs: Inputs, doc_ids: Tensor | None, wanted: int) -> Summary:
     """Return the final state of a slice that starts from zero, `linear` and `blocks`."""
-    return delta_summarize(kernel, *_checked(inputs), doc_ids, wanted)
+    return _delta_summarize(kernel, *_given(inputs), doc_ids, wanted)
 
 
 def attend(
@@ -224,21 +226,21 @@ def attend(
     blocks: list[Tensor],
 ) -> Kept:
     """Return the output [B, T, H, V] in the dtype of v, and `kept`."""
-    return delta_attend(kernel, q, *_checked(inputs), doc_ids, initial_state, blocks)
+    return _delta_attend(kernel, q, *_given(inputs), doc_ids, initial_state, blocks)
 
 
 def grad_initial_state(
     kernel: str, q: Tensor, do: Tensor, inputs: Inputs, doc_ids: Tensor | None, kept: list[Tensor], wanted: int
 ) -> Summary:
     """Return the gradient of the initial state from this slice's outputs alone, `linear` and `dblocks`."""
-    k, _, beta, log_decay = _checked(inputs)
-    return delta_grad_initial_state(kernel, q, do, k, beta, log_decay, doc_ids, kept, wanted)
+    k, _, beta, log_decay = _given(inputs)
+    return _delta_grad_initial_state(kernel, q, do, k, beta, log_decay, doc_ids, kept, wanted)
 
 
 def grad_query(kernel: str, q: Tensor, inputs: Inputs, do: Tensor, doc_ids: Tensor | None, kept: list[Tensor]) -> Kept:
     """Return dq and `rest`."""
-    k, v, beta, log_decay = _checked(inputs)
-    return delta_grad_query(kernel, q, k, v, do, beta, log_decay, doc_ids, kept)
+    k, v, beta, log_decay = _given(inputs)
+    return _delta_grad_query(kernel, q, k, v, do, beta, log_decay, doc_ids, kept)
 
 
 def grad_inputs(
@@ -253,6 +255,6 @@ def grad_inputs(
     rest: list[Tensor],
 ) -> Inputs:
     """Return a gradient for each input; None where it has none."""
-    k, v, beta, log_decay = _checked(inputs)
-    dk, dv, dbeta, dlog = delta_grad_inputs(kernel, q, k, v, do, beta, log_decay, doc_ids, dfinal, dblocks, kept, rest)
+    k, v, beta, log_decay = _given(inputs)
+    dk, dv, dbeta, dlog = _delta_grad_inputs(kernel, q, k, v, do, beta, log_decay, doc_ids, dfinal, dblocks, kept, rest)
     return dk, dv, (None if beta is None else dbeta), (dlog if has_gradient(log_decay) else None)

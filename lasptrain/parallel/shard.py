@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lasptrain.ops import decay_rule
+from lasptrain.ops import decay_rule, delta_rule
 from lasptrain.parallel.host import to_device, to_host
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.recipe.sections import REPLICATED
@@ -31,7 +31,7 @@ T = TypeVar("T", bound=Optimizer)
 SMALLEST_OFFLOAD = 1 << 16  # elements; smaller tensors stay on the device
 
 aten = torch.ops.aten
-KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, decay_rule.ATTEND}
+KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, decay_rule.ATTEND, delta_rule.ATTEND}
 
 
 class Block(Protocol):
