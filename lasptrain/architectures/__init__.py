@@ -20,6 +20,9 @@ OURS = {
     "linear_transformer": "lasptrain.architectures.linear_transformer:LinearTransformer",
     "ssd": "lasptrain.architectures.ssd:Ssd",
     "retnet": "lasptrain.architectures.retnet:RetNet",
+    "gdn": "lasptrain.architectures.gdn:Gdn",
+    "kda": "lasptrain.architectures.kda:Kda",
+    "gla": "lasptrain.architectures.gla:Gla",
     "minimax": "lasptrain.architectures.minimax:MiniMax",
 }
 

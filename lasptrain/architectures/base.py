@@ -3,14 +3,18 @@
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
+from lasptrain.architectures import softmax
 from lasptrain.architectures.nearest import nearest_fits
 from lasptrain.architectures.section import Count, Index, Problem, Section, as_tuple
-from lasptrain.console.tables import figures
 
 Recompute = Literal["none", "full", "selective", "offload"]
 Layers = Annotated[tuple[Index, ...], BeforeValidator(as_tuple)]  # their indices
+
+
+def _softmax(value: object, info: ValidationInfo) -> object:
+    return softmax.spelled_out(value, info.data.get("layers"))
 
 
 class Norm(NamedTuple):
@@ -45,6 +49,7 @@ class Architecture(Section):
     implementation: ClassVar[str]  # module of its layers
     norm: ClassVar[Norm] = Norm()  # before mixer and MLP, and before the head
     gated_mlp: ClassVar[bool] = True  # silu on the gate of the MLP
+    kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")  # of its recurrence, the fastest first
 
     arch: str = Field(description="the name of an architecture")
     dim: Count = Field(description="the width of the model, such as 256")
@@ -55,10 +60,16 @@ class Architecture(Section):
     mlp: Count = Field(description="the width of the MLP, such as 704")
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
     tie: bool = True  # the output head is the embedding
-    softmax: Layers = ()  # indices of the layers of softmax attention
+    softmax: Annotated[tuple[Index, ...], BeforeValidator(_softmax)] = ()  # layers of softmax attention, or every 4th
+    softmax_heads: Count | None = None  # softmax: heads of q; `heads` if not given
+    softmax_dim: Count | None = None  # softmax: channels of a head; dim / heads of q if not given
     kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
     sliding_window: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
     rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # softmax: the part of a head's channels that is rotated
+    qk_norm: Literal["none", "head", "whole"] = "none"  # softmax: norms of q and k, each head's or all heads' channels
+    softmax_gate: bool = False  # softmax: o is multiplied by sigmoid(W h)
+    softmax_norm: Literal["before", "after"] = "before"  # softmax: norms of a block stand before, or after its parts
 
     @property
     def K(self) -> int:
@@ -86,22 +97,38 @@ class Architecture(Section):
         return None
 
     @property
+    def query_heads(self) -> int:
+        """Heads of q in a softmax layer."""
+        return self.softmax_heads or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a softmax layer's head."""
+        return self.softmax_dim or self.dim // self.query_heads
+
+    @property
+    def query_channels(self) -> int:
+        """Channels of a softmax layer's queries."""
+        return self.query_heads * self.head_dim
+
+    @property
     def key_channels(self) -> int:
         """Channels of a softmax layer's keys, and of its values."""
-        return (self.kv_heads or self.heads) * (self.dim // self.heads)
+        return (self.kv_heads or self.query_heads) * self.head_dim
+
+    @property
+    def rotated(self) -> int:
+        """Channels of a softmax layer's head that are rotated."""
+        return round(self.rotary_fraction * self.head_dim)
 
     def problems(self) -> Iterator[Problem]:
-        """Yield heads that do not divide the width, and softmax layers that do not exist or cannot have such heads."""
+        """Yield heads that do not divide the width, and keys of softmax layers that do not fit."""
         if (self.key_dim is None or self.value_dim is None) and self.dim % self.heads:
-            fits = f"nearest: {self._nearest_heads()} (or give model.key_dim and model.value_dim)"
+            nearest = nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
+            fits = f"nearest: {nearest} (or give model.key_dim and model.value_dim)"
             yield "model.heads", f"{self.heads} heads do not divide model.dim = {self.dim}; {fits}"
         yield from self.layer_problems("model.softmax", self.softmax)
-        if self.softmax:
-            yield from self._softmax_problems()
-            return
-        for key in ("kv_heads", "sliding_window"):
-            if (found := getattr(self, key)) is not None:
-                yield f"model.{key}", f"found {found} without model.softmax; name its layers, or leave it out"
+        yield from softmax.problems(self)
 
     def layer_problems(self, key: str, layers: tuple[int, ...]) -> Iterator[Problem]:
         """Yield indices in `layers`, the value of `key`, that do not exist or are out of order."""
@@ -111,28 +138,11 @@ class Architecture(Section):
         if list(layers) != sorted(set(layers)):
             yield key, f"found {list(layers)}; write {sorted(set(layers))}"
 
-    def _softmax_problems(self) -> Iterator[Problem]:
-        if self.dim % self.heads:
-            found = f"{self.heads} softmax heads do not divide model.dim = {self.dim}"
-            yield "model.heads", f"{found}; nearest: {self._nearest_heads()}"
-        elif self.rotary is not None and self.dim // self.heads % 2:
-            found = f"{self.dim // self.heads} channels of a head do not make pairs to rotate"
-            yield "model.rotary", f"{found}; expected null, or another model.heads"
-        if self.kv_heads and self.heads % self.kv_heads:
-            nearest = nearest_fits(self.kv_heads, lambda heads: self.heads % heads == 0)
-            yield "model.kv_heads", f"{self.kv_heads} do not divide model.heads = {self.heads}; nearest: {nearest}"
-
-    def _nearest_heads(self) -> str:
-        return nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
-
     def description(self) -> Iterator[tuple[str, str]]:
         """Yield lines for `lasptrain check`: a title and a text."""
         yield "heads", f"key dim {self.K}, value dim {self.V}"
         if self.softmax:
-            layers = ", ".join(map(str, self.softmax))
-            seen = "all tokens before" if self.sliding_window is None else f"the last {self.sliding_window:,} tokens"
-            turned = "no positions" if self.rotary is None else f"rotary positions of base {figures(self.rotary, 6)}"
-            yield "softmax", f"layers {layers}: {self.kv_heads or self.heads} key heads, over {seen}, {turned}"
+            yield "softmax", softmax.description(self)
 
     # Costs of one layer of the architecture's own mixer. Defaults: products for q, k, v, gate and output, and a state
     # of K × V per head that fades by a number per head.
@@ -179,19 +189,12 @@ class Architecture(Section):
     def layer_parameters(self, layer: int) -> dict[str, int]:
         """Return the parameters of a layer's mixer by part; `mixer` and `softmax` are matrices."""
         if layer in self.softmax:
-            return {"softmax": 2 * self.dim * (self.dim + self.key_channels)}
+            return softmax.parameters(self)
         return self.mixer_parameters(layer)
 
     def layer_flops(self, layer: int, window: int) -> int:
-        """Return the FLOPs per token of a layer's forward over a window of one document, matrices left out.
-
-        Scores and sums of softmax cost 2·D each per key seen.
-        """
-        if layer not in self.softmax:
-            return self.recurrence_flops(layer)
-        reach = min(self.sliding_window or window, window)
-        seen = reach - reach * (reach - 1) // (2 * window)  # on average: the first tokens see fewer
-        return 4 * self.dim * seen
+        """Return the FLOPs per token of a layer's forward over a window of one document, matrices left out."""
+        return softmax.flops(self, window) if layer in self.softmax else self.recurrence_flops(layer)
 
     def layer_state(self, layer: int) -> State:
         """Return the size of what a layer carries; softmax without a sliding window: nothing of fixed size."""
@@ -200,16 +203,5 @@ class Architecture(Section):
         return State(0, rows=((self.sliding_window or 1) - 1) * (2 * self.key_channels + 1))
 
     def layer_kept(self, layer: int, recompute: Recompute, compiled: bool) -> int:
-        """Return the numbers per token that a layer's mixer keeps for its backward.
-
-        Softmax keeps q, its rotation, o, and keys and values as made, as rows, joined with those before, and rotated.
-        """
-        if layer not in self.softmax:
-            return self.kept(recompute, compiled)
-        match recompute:
-            case "none":
-                return 3 * self.dim + 8 * self.key_channels + (0 if compiled else 2 * (self.dim + self.key_channels))
-            case "selective":
-                return self.dim + 2 * self.key_channels
-            case _:
-                return 0
+        """Return the numbers per token that a layer's mixer keeps for its backward."""
+        return softmax.kept(self, recompute, compiled) if layer in self.softmax else self.kept(recompute, compiled)

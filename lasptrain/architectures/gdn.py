@@ -1,0 +1,50 @@
+"""Gated DeltaNet (arXiv:2412.06464) in numbers."""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from lasptrain.architectures.delta_rule import GatedByData
+from lasptrain.architectures.nearest import nearest_fits
+from lasptrain.architectures.section import Count, Problem
+
+STEP = 0.01  # geometric mean of the steps 0.001 to 0.1 with which the paper starts
+
+
+class Gdn(GatedByData):
+    """The delta rule with a decay per head and token."""
+
+    implementation: ClassVar[str] = "lasptrain.models.gdn"
+
+    arch: Literal["gdn"] = "gdn"
+    key_heads: Count | None = None  # heads of q and k, each shared by neighbouring value heads; `heads` if not given
+    negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
+    gate: Literal["silu", "sigmoid"] = "silu"  # on the output
+
+    @property
+    def Hk(self) -> int:
+        """Heads of q and k."""
+        return self.key_heads or self.heads
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: q, k and v."""
+        return 2 * self.Hk * self.K + self.heads * self.V
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield key heads that do not divide the value heads."""
+        yield from super().problems()
+        if self.heads % self.Hk:
+            nearest = nearest_fits(self.Hk, lambda heads: self.heads % heads == 0, self.heads)
+            yield "model.key_heads", f"{self.Hk} do not divide model.heads = {self.heads}; nearest: {nearest}"
+
+    def mixer_parameters(self, layer: int) -> dict[str, int]:
+        """Return the common parts, beta, and weight, bias and slope of the decay."""
+        return super().mixer_parameters(layer) | {"beta": self.heads * self.dim, "decay": self.heads * (self.dim + 2)}
+
+    def recurrence_flops(self, layer: int) -> int:
+        """Return the model FLOPs per token of the forward: 2·K·V each to predict, to write and to read."""
+        return 6 * self.heads * self.K * self.V
+
+    def first_slopes(self) -> list[float]:
+        """Return slopes spread evenly over (0, 16), times the median step."""
+        return [STEP * 16 * (head + 0.5) / self.heads for head in range(self.heads)]
