@@ -15,11 +15,12 @@ class ConvWeights(NamedTuple):
     """The weights of a convolution over n + 1 tokens, in full precision."""
 
     weight: Tensor  # [C, n + 1], the present token's last
-    bias: Tensor  # [C]
+    bias: Tensor | None  # [C]
 
     def split(self, *channels: int) -> list[ConvWeights]:
         """Split into the weights of consecutive groups of channels."""
-        return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), self.bias.split(channels), strict=True)]
+        biases = [None] * len(channels) if self.bias is None else self.bias.split(channels)
+        return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), biases, strict=True)]
 
     def __call__(self, x: Tensor, before: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Return silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.
@@ -31,7 +32,9 @@ class ConvWeights(NamedTuple):
         """
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         n = before.shape[1]
-        y = self.weight[:, n] * x.to(wide) + self.bias
+        y = self.weight[:, n] * x.to(wide)
+        if self.bias is not None:
+            y = y + self.bias
         for j in range(1, n + 1):
             shifted = _shifted(x, before, j)
             if doc_ids is not None:
@@ -60,9 +63,10 @@ class Convolution(nn.Module):
 
     full_precision = True
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, *, bias: bool = True):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(channels, width)), nn.Parameter(torch.empty(channels))
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def initial(self, part: str, start: Start) -> Tensor:
         """Return initial weights; see the class."""
@@ -71,4 +75,4 @@ class Convolution(nn.Module):
 
     def forward(self) -> ConvWeights:
         """Return copies: where parameters are sharded, they are gathered only while this runs."""
-        return ConvWeights(self.weight.clone(), self.bias.clone())
+        return ConvWeights(self.weight.clone(), None if self.bias is None else self.bias.clone())
