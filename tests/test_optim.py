@@ -27,6 +27,8 @@ STEPS = 100
 class _Net(nn.Module):
     """Three kinds of parameters: matrices, a vector, and a matrix of angles."""
 
+    undecayed = ("theta",)
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)

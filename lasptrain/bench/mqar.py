@@ -78,7 +78,8 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> tuple[dict[st
     device, world = meshes.device(), meshes.world_size()
     mesh = meshes.build(1, world)
     cfg = recipe.model.model_copy(update={"vocab": -(-vocab // 64) * 64})
-    attention = ShardedRecurrence(ops.select(recipe.train.kernel, device), SCANS["all_gather"](mesh.sp_group, device))
+    kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
+    attention = ShardedRecurrence(kernel, SCANS["all_gather"](mesh.sp_group, device))
     model = on_meta(cfg, length, attention)
     values = initial_values(model, recipe.train.seed, device)
     wrapped = parallelize(

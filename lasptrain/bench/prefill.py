@@ -65,7 +65,7 @@ def _rank(recipe: Recipe, tokens: Sequence[int], segment: int) -> tuple[dict[str
 def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> LanguageModel:
     """Return the model with initial weights, whole on every rank."""
     device = meshes.device()
-    kernel = ops.select(recipe.train.kernel, device)
+    kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
     attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
     model = job.language_model(recipe, attention)
     values = initial_values(model, recipe.train.seed, device)

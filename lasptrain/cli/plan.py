@@ -102,6 +102,8 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     table.add_row("gradients", f"summed over ranks once per {recipe.parallel.reduce}")
     table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
     table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
+    if "triton" not in recipe.model.kernels:
+        table.add_row("", f"with a Triton kernel, which {recipe.model.arch} does not have yet: it will be slower")
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
     yield table
@@ -126,7 +128,8 @@ def _memory_horizon(recipe: Recipe) -> Table:
     window = recipe.data.window
     heads, far = plan.memory_horizon(recipe.model, window), plan.effective_context(recipe.model, window)
     warning = f"WARNING: windows of {window:,} tokens, but a quarter of the layers sees no further than {far:,.0f}"
-    table = Table(title="heads to which a token still matters", caption=warning if window > 4 * far else None)
+    first = " at the start of training: data decide later" if recipe.model.decays_by_data else ""
+    table = Table(title=f"heads to which a token still matters{first}", caption=warning if window > 4 * far else None)
     table.add_column("layer")
     for distance in plan.DISTANCES:
         table.add_column(f"after {distance:,}", justify="right")

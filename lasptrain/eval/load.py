@@ -100,7 +100,7 @@ def _of_folder(path: Path) -> Trained:
 def _empty(recipe: Recipe, cfg: Architecture, window: int) -> LanguageModel:
     """Return the model on this rank's device, with uninitialised weights."""
     device = meshes.device()
-    attention = ShardedRecurrence(ops.select("auto", device))
+    attention = ShardedRecurrence(ops.select("auto", device, cfg.kernels))
     dtype = DTYPES[recipe.train.precision]
     model = on_meta(cfg, window, attention, dtype=dtype, loss_chunk=recipe.train.loss_chunk)
     model.to_empty(device=device).requires_grad_(False)

@@ -69,7 +69,7 @@ def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
     """Gather the whole model on this rank if `wanted`, else return None. Collective, one parameter at a time."""
     alone = None
     if wanted:
-        attention = ShardedRecurrence(select("auto", model.embed.weight.device))
+        attention = ShardedRecurrence(select("auto", model.embed.weight.device, model.cfg.kernels))
         alone = on_meta(model.cfg, model.window, attention, dtype=model.dtype)
         alone.to_empty(device=model.embed.weight.device)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:

@@ -67,6 +67,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.undecayed: tuple[str, ...] = ()  # parameters without weight decay
 
     def initial(self, part: str, start: Start) -> Tensor:
         """Return initial weights; see the class."""

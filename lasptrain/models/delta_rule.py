@@ -1,8 +1,9 @@
-"""The mixer that Gated DeltaNet, Kimi Delta Attention and GLA share: projections, convolutions, gates, recurrence, norm."""
+"""The mixer that Gated DeltaNet, Kimi Delta Attention and GLA share: projections, convolutions, gates, norm."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +27,7 @@ from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
 # Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 UNIT_EPS = 1e-6  # inside of the root of a key's length
-GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class Prepared(NamedTuple):
@@ -45,7 +46,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, o: Tensor, gate: Tensor) -> Tensor:
         """Return [B, T, H·V] of o [B, T, H, V] and the gate [B, T, H·V]."""
-        y = srms(wide(o), self.eps) * self.weight.to(wide(o).dtype) * self.gate(wide(gate)).view(o.shape)
+        y: Tensor = srms(wide(o), self.eps) * self.weight.to(wide(o).dtype) * self.gate(wide(gate)).view(o.shape)
         return y.flatten(2).to(o.dtype)
 
 
@@ -122,13 +123,15 @@ class DeltaRule(Mixer):
     def __init__(self, cfg: GatedByData, key_heads: int, gate: str, attention: ShardedRecurrence):
         super().__init__()
         dim, self.heads, self.key_heads, self.attention = cfg.dim, cfg.heads, key_heads, attention
-        self.key_dim = cfg.K
+        self.scale: float = cfg.K**-0.5
         keys, values = key_heads * cfg.K, cfg.heads * cfg.V
         self.q, self.k, self.v = Linear(dim, keys), Linear(dim, keys), Linear(dim, values)
         self.out = Linear(values, dim)
         self.norm = GatedNorm(cfg.V, cfg.norm.eps, gate)
         self.channels = (keys, keys, values)  # of q, k, v
         self.conv = Convolution(sum(self.channels), cfg.conv, bias=False) if cfg.conv else None
+        if self.conv is not None:
+            self.conv.undecayed = ("weight",)
 
     def _decay_weights(self) -> Any:
         """Return the decay's own weights, in full precision."""
@@ -238,7 +241,7 @@ class DeltaRule(Mixer):
     def _query(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return queries by head, likewise, times K^−½."""
         x = self._heads(x, self.key_heads)
-        return ((unit(x) if self.erases else x) * self.key_dim**-0.5).to(dtype)
+        return ((unit(x) if self.erases else x) * self.scale).to(dtype)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:2], heads, -1)

@@ -122,6 +122,7 @@ class Lrpe(nn.Module):
     """
 
     full_precision = True
+    undecayed = ("theta",)
 
     def __init__(self, heads: int, key_dim: int):
         super().__init__()

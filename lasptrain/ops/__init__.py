@@ -22,7 +22,7 @@ checkpointing and `torch.compile` treat each as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeGuard, TypeVar
 
 import torch
@@ -37,10 +37,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def select(name: str, device: torch.device) -> str:
-    """Return the kernel that `train.kernel: name` stands for on this device. Raises SetupError where it cannot run."""
+KERNELS = ("triton", "chunked", "reference")  # the fastest first
+
+
+def select(name: str, device: torch.device, kernels: Sequence[str] = KERNELS) -> str:
+    """Return the kernel, of those that a model has, that `train.kernel: name` stands for on this device.
+
+    Raises SetupError where it cannot run.
+    """
     if name == "auto":
-        return "triton" if device.type == "cuda" else "chunked"
+        return next(kernel for kernel in kernels if kernel != "triton" or device.type == "cuda")
     if name == "triton" and device.type != "cuda":
         raise SetupError(f"train.kernel: triton needs a CUDA device, found {device.type}; use chunked or auto")
     return name

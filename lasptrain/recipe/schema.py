@@ -47,6 +47,13 @@ class Recipe(Section):
         yield from _window(self)
         yield from _batch(self)
         yield from _schedule(self)
+        kernel, kernels = self.train.kernel, self.model.kernels
+        if kernel not in ("auto", *kernels):
+            fits = ", ".join(["auto", *kernels[:-1]])
+            yield (
+                "train.kernel",
+                f"found {kernel!r}, which arch {self.model.arch} does not have; expected {fits} or {kernels[-1]}",
+            )
         if self.train.compile and self.parallel.recompute == "selective":
             yield "parallel.recompute", "found 'selective' with train.compile = true; expected none or full"
 

@@ -63,7 +63,7 @@ def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | 
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     recipe = with_scan(recipe, mesh, segment, device)
-    kernel = ops.select(recipe.train.kernel, device)
+    kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
     scanning = attention or (
         lambda kernel, mesh: ShardedRecurrence(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device))
     )

@@ -17,13 +17,16 @@ FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
 def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
     """Return AdamW over the trainable parameters of `model`, plain or sharded; call after sharding.
 
-    Matrices decay. Vectors (norms, biases) and angles (`theta`) do not: pulling them to zero has no meaning.
+    Matrices decay. Vectors (norms, biases) and what a module calls `undecayed` (angles, taps) do not: pulling them to
+    zero has no meaning.
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
+        path, _, part = name.rpartition(".")
         if parameter.requires_grad:
-            free = parameter.ndim < 2 or name.rpartition(".")[2] == "theta"
+            free = parameter.ndim < 2 or part in getattr(owners[path], "undecayed", ())
             (others if free else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
