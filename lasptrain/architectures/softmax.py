@@ -43,6 +43,9 @@ def problems(model: Architecture) -> Iterator[Problem]:
             if (found := getattr(model, key)) is not None and key in given:
                 yield f"model.{key}", f"found {found} without model.softmax; name its layers, or leave it out"
         return
+    if model.softmax_norm == "after" and model.residual is not None:
+        found = "found 'after' where the residual carries the normalised value"
+        yield "model.softmax_norm", f"{found}; expected before"
     heads, key = model.query_heads, "softmax_heads" if model.softmax_heads else "heads"
     if model.softmax_dim is None and model.dim % heads:
         nearest = nearest_fits(heads, lambda n: model.dim % n == 0)

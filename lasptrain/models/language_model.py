@@ -32,16 +32,26 @@ class Block(nn.Module):
     """x += mixer(norm1(x)); x += mlp(norm2(x)).
 
     With `alpha` the residual carries the normalised value: h = norm1(x); x = α h + mixer(h); the same for the MLP.
+    With `after` norms stand behind: x += norm1(mixer(x)); x += norm2(mlp(x)).
     `recompute` calls `mix`: directly, or under activation checkpointing.
     """
 
     mixer: Mixer  # of a recurrence
     attn: Mixer  # softmax attention
 
-    def __init__(self, norm1: nn.Module, mixer: Mixer, norm2: nn.Module, mlp: nn.Module, *, alpha: float | None = None):
+    def __init__(
+        self,
+        norm1: nn.Module,
+        mixer: Mixer,
+        norm2: nn.Module,
+        mlp: nn.Module,
+        *,
+        alpha: float | None = None,
+        after: bool = False,
+    ):
         super().__init__()
         self.mixer_name = "attn" if isinstance(mixer, softmax.Softmax) else "mixer"  # in checkpoints
-        self.norm1, self.norm2, self.mlp, self.alpha = norm1, norm2, mlp, alpha
+        self.norm1, self.norm2, self.mlp, self.alpha, self.after = norm1, norm2, mlp, alpha, after
         self.add_module(self.mixer_name, mixer)
         self.recompute: Callable[..., Any] = lambda function, *args: function(*args)
 
@@ -49,7 +59,8 @@ class Block(nn.Module):
         """Return x [B, T, D] after the block and the mixer's final state; `only_state` leaves x as it is."""
         prepared: Any = self.token_mixer.prepare(x.shape[1])  # only the mixer knows what they are
         if only_state:
-            return x, self.token_mixer.state(self.norm1(x), prepared, context._replace(output_final_state=True))
+            h = x if self.after else self.norm1(x)
+            return x, self.token_mixer.state(h, prepared, context._replace(output_final_state=True))
         x, final_state = self.recompute(self.mix, x, prepared, context)
         return x, final_state
 
@@ -60,15 +71,20 @@ class Block(nn.Module):
         return mixer
 
     def mix(self, x: Tensor, prepared: Any, context: Context) -> tuple[Tensor, State]:
-        h = self.norm1(x)
+        h = x if self.after else self.norm1(x)
         y, final_state = self.token_mixer(h, prepared, context)
-        return self.feed(x if self.alpha is None else h, y), final_state
+        return self.feed(x if self.alpha is None else h, self.norm1(y) if self.after else y), final_state
 
     def feed(self, x: Tensor, y: Tensor) -> Tensor:
         """Run the second half: both residual additions and the MLP."""
+        z: Tensor
+        if self.after:
+            x = x + y
+            z = x + self.norm2(self.mlp(x))
+            return z
         if self.alpha is None:
             x = x + y
-            z: Tensor = x + self.mlp(self.norm2(x))
+            z = x + self.mlp(self.norm2(x))
             return z
         h = self.norm2(self.alpha * x + y)
         z = self.alpha * h + self.mlp(h)
@@ -209,7 +225,8 @@ def _block(cfg: Architecture, index: int, attention: ShardedRecurrence) -> Block
     module = softmax if index in cfg.softmax else import_module(cfg.implementation)
     mixer: Mixer = module.mixer(cfg, index, attention)
     norm1, norm2 = norm(cfg.norm, cfg.dim), norm(cfg.norm, cfg.dim)
-    return Block(norm1, mixer, norm2, Mlp(cfg.dim, cfg.mlp, activate=cfg.gated_mlp), alpha=cfg.residual)
+    after = index in cfg.softmax and cfg.softmax_norm == "after"
+    return Block(norm1, mixer, norm2, Mlp(cfg.dim, cfg.mlp, activate=cfg.gated_mlp), alpha=cfg.residual, after=after)
 
 
 def initial_values(model: LanguageModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:

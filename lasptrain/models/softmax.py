@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lasptrain.architectures.base import Architecture
-from lasptrain.models.layers import Rotary
+from lasptrain.models.layers import Phases, RMSNorm, Rotary
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.mixer import Context, Mixer, State
 from lasptrain.ops import softmax
@@ -19,14 +19,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 
 def mixer(model: Architecture, layer: int, attention: ShardedRecurrence) -> Softmax:
     """Return the softmax attention of a layer."""
-    return Softmax(
-        model.dim,
-        model.heads,
-        model.kv_heads or model.heads,
-        sliding_window=model.sliding_window,
-        rotary=model.rotary,
-        attention=attention,
-    )
+    return Softmax(model, attention)
 
 
 class Seen(NamedTuple):
@@ -39,7 +32,10 @@ class Seen(NamedTuple):
 
 
 class Softmax(Mixer):
-    """y = W attend(q, k, v), q, k, v linear, scores scaled by K^−½, q and k rotated where `rotary` is a base.
+    """y = W attend(q, k, v), q, k, v linear, scores scaled by K^−½.
+
+    By the keys of the model q and k are normed, over each head's channels or over all of them, and some of a head's
+    channels rotated; o may have a gate, o ⊙ sigmoid(W h).
 
     Rows cross slices: k (before it is rotated, because positions count from the first visible key), v, and a column
     with document information. A sliding window takes the rows that it reaches from the slice before, over segments too;
@@ -48,36 +44,42 @@ class Softmax(Mixer):
 
     compiled = ("rotated",)
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        kv_heads: int,
-        *,
-        sliding_window: int | None,
-        rotary: float | None,
-        attention: ShardedRecurrence,
-    ):
+    def __init__(self, cfg: Architecture, attention: ShardedRecurrence):
         super().__init__()
-        self.heads, self.kv_heads, self.sliding_window, self.attention = heads, kv_heads, sliding_window, attention
-        self.key_dim = dim // heads
-        self.q, self.out = Linear(dim, dim), Linear(dim, dim)
-        self.k, self.v = Linear(dim, kv_heads * self.key_dim), Linear(dim, kv_heads * self.key_dim)
-        self.rotary = None if rotary is None else Rotary(self.key_dim, rotary)
+        self.sliding_window, self.attention, self.head_dim = cfg.sliding_window, attention, cfg.head_dim
+        wide, narrow = cfg.query_channels, cfg.key_channels
+        self.q, self.out = Linear(cfg.dim, wide), Linear(wide, cfg.dim)
+        self.k, self.v = Linear(cfg.dim, narrow), Linear(cfg.dim, narrow)
+        self.gate = Linear(cfg.dim, wide) if cfg.softmax_gate else None
+        self.whole = cfg.qk_norm == "whole"
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if cfg.qk_norm != "none":
+            self.q_norm = RMSNorm(wide if self.whole else cfg.head_dim, cfg.norm.eps)
+            self.k_norm = RMSNorm(narrow if self.whole else cfg.head_dim, cfg.norm.eps)
+        self.turned = cfg.rotated
+        self.rotary = None if cfg.rotary is None else Rotary(self.turned, cfg.rotary)
 
     def forward(self, h: Tensor, phases: None, context: Context) -> tuple[Tensor, State]:
-        q, k, v = multi_linear(h, self.q, self.k, self.v)
-        seen = self._seen(torch.cat([k, v], dim=-1), context)
+        q, k, v, *gate = multi_linear(h, self.q, self.k, self.v, *([self.gate] if self.gate else []))
+        seen = self._seen(torch.cat([self._normed(k, self.k_norm), v], dim=-1), context)
         keys, values = seen.rows.split(k.shape[-1], dim=-1)
-        q, keys = self.rotated(self._heads(q), self._heads(keys))
+        q, keys = self.rotated(self._heads(self._normed(q, self.q_norm)), self._heads(keys))
         o = softmax.attend(q, keys, self._heads(values), seen.query_doc_ids, seen.key_doc_ids, self.sliding_window)
-        y: Tensor = self.out(o.flatten(2))
+        y: Tensor = self.out(o.flatten(2) * torch.sigmoid(gate[0]) if gate else o.flatten(2))
         return y, (seen.final_state,)
 
     def state(self, h: Tensor, phases: None, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         k, v = multi_linear(h, self.k, self.v)
-        return (self._seen(torch.cat([k, v], dim=-1), context).final_state,)
+        return (self._seen(torch.cat([self._normed(k, self.k_norm), v], dim=-1), context).final_state,)
+
+    def _normed(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Return x [B, T, channels of all heads] normed, over all of them or by head."""
+        if norm is None:
+            return x
+        y: Tensor = norm(x) if self.whole else norm(self._heads(x)).flatten(2)
+        return y
 
     def _seen(self, rows: Tensor, context: Context) -> Seen:
         """Return what the queries of a slice see, given its own rows [B, T, C]: keys and values side by side."""
@@ -125,7 +127,14 @@ class Softmax(Mixer):
             return q, k
         wide = torch.promote_types(q.dtype, torch.float32)
         tables = self.rotary(k.shape[1], q.device, wide)
-        return tables.rotated(q, k.shape[1] - q.shape[1]), tables.rotated(k)
+        return self._turned(q, tables, k.shape[1] - q.shape[1]), self._turned(k, tables, 0)
+
+    def _turned(self, x: Tensor, tables: Phases, start: int) -> Tensor:
+        """Return x [B, T, H, K] with its first channels rotated, and the others as they are."""
+        if self.turned == self.head_dim:
+            return tables.rotated(x, start)
+        first, rest = x.split([self.turned, self.head_dim - self.turned], dim=-1)
+        return torch.cat([tables.rotated(first, start), rest], dim=-1)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.key_dim)
+        return x.view(*x.shape[:2], -1, self.head_dim)
