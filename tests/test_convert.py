@@ -694,6 +694,24 @@ def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
         assert reason(target, **model) == expected, (target, model)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"qk_norm": "head"}, "its softmax layers have model.qk_norm = none only, not head"),
+        ({"softmax_gate": True}, "its softmax layers have model.softmax_gate = False only, not True"),
+        ({"rotary_fraction": 0.5}, "its softmax layers have model.rotary_fraction = 1.0 only, not 0.5"),
+        (
+            {"softmax_dim": 32},
+            "its softmax layers have as many heads as its others, of model.dim / model.heads channels",
+        ),
+    ],
+)
+@pytest.mark.parametrize("arch", ["ssd", "minimax"])
+def test_softmax_layers_with_more_stay(arch: str, keys: dict[str, Any], expected: str) -> None:
+    found = reason({"ssd": "granitemoehybrid"}.get(arch, arch), arch=arch, softmax=[0], heads=2, **keys)
+    assert found is not None and found.startswith(expected)
+
+
 @pytest.mark.parametrize("target", ["transnormer", "linear_attn", "retnet"])
 def test_softmax_layers_stay_where_layers_are_linear(target: str) -> None:
     arch = targets.TARGETS[target].arch

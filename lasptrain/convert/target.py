@@ -71,6 +71,19 @@ class Target:
         return next(self.reasons(model), None)
 
 
+def unlike_plain_softmax(model: Architecture) -> Iterator[str]:
+    """Yield the keys of softmax layers that are more than q, k and v of the width, rotated or not."""
+    if not model.softmax:
+        return
+    plain = {"qk_norm": "none", "softmax_gate": False, "softmax_norm": "before", "rotary_fraction": 1.0}
+    for key, value in plain.items():
+        if (found := getattr(model, key)) != value:
+            yield f"its softmax layers have model.{key} = {value} only, not {found}"
+    if (model.query_heads, model.query_channels) != (model.heads, model.dim):
+        found = f"{model.query_heads} of {model.head_dim} channels"
+        yield f"its softmax layers have as many heads as its others, of model.dim / model.heads channels, not {found}"
+
+
 def demand(config: Json, demands: Demands, where: str) -> None:
     """Raise ConvertError for the first key of others' config.json that is not what our model needs."""
     for key, (default, wanted) in demands.items():

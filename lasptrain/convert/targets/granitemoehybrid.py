@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lasptrain.architectures.ssd import Ssd
 from lasptrain.convert.libraries.transformers import EMBEDDING, NORM, NORMS, SOFTMAX, TRANSFORMERS, rope, softmax_keys
 from lasptrain.convert.rules import Rule, constant, ends, fixed, logarithm, renamed, rows, rows_above_zeros, shaped
-from lasptrain.convert.target import Demands, Json, Target, demand
+from lasptrain.convert.target import Demands, Json, Target, demand, unlike_plain_softmax
 from lasptrain.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ TAPS = 4  # of a convolution that passes its last tap only
 
 def reasons(model: Ssd) -> Iterator[str]:
     """Yield softmax layers with a window, and sizes that its configuration or its norms do not fit."""
+    yield from unlike_plain_softmax(model)
     wide = model.heads * model.V
     if model.softmax and model.sliding_window is not None:
         yield f"its softmax layers see all tokens, not model.sliding_window = {model.sliding_window}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lasptrain.architectures.minimax import MiniMax
 from lasptrain.convert.libraries.transformers import EMBEDDING, NORM, NORMS, SOFTMAX, TRANSFORMERS, rope, softmax_keys
 from lasptrain.convert.rules import Rule, constant, ends, halves, implied, renamed, rows, rows_by_head
-from lasptrain.convert.target import Demands, Json, Target, demand
+from lasptrain.convert.target import Demands, Json, Target, demand, unlike_plain_softmax
 from lasptrain.errors import ConvertError
 
 DEMANDS: Demands = {"hidden_act": ("silu", "silu"), "rms_norm_eps": (1e-5, 1e-5)}
@@ -21,6 +21,7 @@ LINEAR = {
 
 def reasons(model: MiniMax) -> Iterator[str]:
     """Yield other decays and shapes of heads, and softmax layers that its cache or its positions do not fit."""
+    yield from unlike_plain_softmax(model)
     if model.decay != "minimax_hf":
         yield f"model.decay is {model.decay}; it computes minimax_hf"
     if model.K != model.V:

@@ -10,6 +10,7 @@ from lasptrain.convert.target import Json, Target
 from lasptrain.recipe.formats import upgraded
 
 EXACT = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias", "lrpe.theta")
+EXACT += ("decay.bias", "decay.log_slope")
 
 
 def config(model: Architecture) -> Json:
