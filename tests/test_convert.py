@@ -702,7 +702,7 @@ def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
         ({"rotary_fraction": 0.5}, "its softmax layers have model.rotary_fraction = 1.0 only, not 0.5"),
         (
             {"softmax_dim": 32},
-            "its softmax layers have as many heads as its others, of model.dim / model.heads channels",
+            "its softmax layers have as many heads as its others, of model.dim",
         ),
     ],
 )

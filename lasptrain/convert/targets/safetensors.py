@@ -9,8 +9,8 @@ from lasptrain.convert.rules import Rule, rows
 from lasptrain.convert.target import Json, Target
 from lasptrain.recipe.formats import upgraded
 
-EXACT = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias", "lrpe.theta")
-EXACT += ("decay.bias", "decay.log_slope")
+EXACT = ("mixer.slope", "mixer.theta", "dt.weight", "dt.bias", "dt.log_slope", "conv.weight", "conv.bias", "lrpe.theta",
+         "decay.bias", "decay.log_slope")  # fmt: skip
 
 
 def config(model: Architecture) -> Json:
