@@ -35,6 +35,7 @@ WINDOW, BATCH, VOCAB, BOS = 120, 2, 61, 0
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 CPU = torch.device("cpu")
 Arch = Literal["tnl", "linear_transformer", "ssd", "retnet", "sliding hybrid", "full hybrid", "minimax"]
+Model = Arch | Architecture  # by name, or one of another test
 HYBRIDS: dict[str, dict[str, object]] = {
     "sliding hybrid": {"arch": "ssd", "softmax": [0, 2], "kv_heads": 2, "sliding_window": 50},
     "full hybrid": {"arch": "ssd", "softmax": [1], "kv_heads": 1},
@@ -42,7 +43,9 @@ HYBRIDS: dict[str, dict[str, object]] = {
 }
 
 
-def config(arch: Arch) -> Architecture:
+def config(arch: Model) -> Architecture:
+    if isinstance(arch, Architecture):
+        return arch
     if arch == "sliding hybrid" or arch == "full hybrid" or arch == "minimax":
         sizes = {"dim": 16, "layers": 3, "heads": 4, "mlp": 20, "vocab": VOCAB, "tie": False}
         return architectures.model(HYBRIDS[arch] | sizes)
@@ -68,7 +71,7 @@ class Layout:
     apart: bool = False  # ranks that share a window are not neighbours
 
 
-Case = tuple[Arch, torch.dtype, Layout]
+Case = tuple[Model, torch.dtype, Layout]
 Reference = tuple[Tensor, dict[str, Tensor]]  # loss, and its gradients by name
 
 
@@ -104,7 +107,7 @@ def values(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 
 @cache
-def single(arch: Arch, dtype: torch.dtype) -> Reference:
+def single(arch: Model, dtype: torch.dtype) -> Reference:
     """Mean loss and its gradients of one process, one segment, from the token-by-token reference."""
     model = LanguageModel(config(arch), WINDOW, ShardedRecurrence("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
@@ -121,7 +124,7 @@ def mesh_of(layout: Layout) -> meshes.Mesh:
     return meshes.Mesh(grid, DeviceMesh("cpu", list(range(layout.dp * layout.sp)), mesh_dim_names=("dp_sp",)))
 
 
-def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, dict[str, Tensor], Ring | AllGather]:
+def distributed(arch: Model, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, dict[str, Tensor], Ring | AllGather]:
     mesh = mesh_of(layout)
     scan = SCANS[layout.scan](mesh.sp_group, CPU)
     with torch.device("meta"):
@@ -145,7 +148,7 @@ def distributed(arch: Arch, dtype: torch.dtype, layout: Layout) -> tuple[Tensor,
     return loss, grads, scan
 
 
-def compare(arch: Arch, dtype: torch.dtype, layout: Layout, reference: Reference) -> None:
+def compare(arch: Model, dtype: torch.dtype, layout: Layout, reference: Reference) -> None:
     want_loss, want = reference
     loss, grads, _ = distributed(arch, dtype, layout)
     assert abs(float(loss) / float(want_loss) - 1) < BOUNDS[dtype], layout
@@ -214,7 +217,7 @@ def test_cases_hold_every_pair_of_choices() -> None:
         assert {row[7] for row in rows} == ({1} if arch == "full hybrid" else {1, 2, 3, 5}), arch
 
 
-References = dict[tuple[Arch, torch.dtype], Reference]
+References = dict[tuple[Model, torch.dtype], Reference]
 
 
 def references(cases: list[Case]) -> References:
@@ -419,7 +422,7 @@ def test_bytes_sent_do_not_depend_on_the_window() -> None:
                 assert found[scan, 1024] == (state + decay, state + decay)
 
 
-def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Arch) -> tuple[Tensor, Tensor]:
+def gradients_of(rank: int, world: int, last_of_a: int, segments: int, arch: Model) -> tuple[Tensor, Tensor]:
     """Losses of a window of documents A and B per token, and the gradient of B's loss at each token's embedding."""
     mesh = meshes.build(1, world)
     model = LanguageModel(

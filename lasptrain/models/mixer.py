@@ -66,7 +66,7 @@ class RecurrentMixer(Mixer):
     """A mixer that is one linear recurrence: the order of work around the exchange, common to all of them.
 
     `keys` returns the recurrence's inputs, `queries` q and the other arguments of `output`, `project` the inputs, q and
-    those arguments. Slopes of None: no decay.
+    those arguments; they are given h and what `prepare` returned. Slopes of None: no decay.
     """
 
     compiled: ClassVar[tuple[str, ...]] = COMPILED
@@ -83,32 +83,27 @@ class RecurrentMixer(Mixer):
         """Constant log decays [H] of the heads."""
         return None if self.slope is None else -self.slope
 
-    def prepare(self, length: int) -> Phases | None:
-        return None
-
-    def forward(self, h: Tensor, phases: Phases | None, context: Context) -> tuple[Tensor, State]:
-        o, final_state, rest = self._attended(h, phases, context)
+    def forward(self, h: Tensor, prepared: Any, context: Context) -> tuple[Tensor, State]:
+        o, final_state, rest = self._attended(h, prepared, context)
         return self.output(o, *rest), (final_state,)
 
-    def state(self, h: Tensor, phases: Phases | None, context: Context) -> State:
+    def state(self, h: Tensor, prepared: Any, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
-        return (self.attention.final_state_of(self._begin(self.keys(h, phases), phases, context)),)
+        return (self.attention.final_state_of(self._begin(self.keys(h, prepared), prepared, context)),)
 
-    def _attended(
-        self, h: Tensor, phases: Phases | None, context: Context
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def _attended(self, h: Tensor, prepared: Any, context: Context) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return o, the final state and the other arguments of `output`; what else the scan needed is freed."""
         if self.attention.scan.size > 1:
-            pending = self._begin(self.keys(h, phases), phases, context)
-            q, *rest = self.queries(h, phases)
+            pending = self._begin(self.keys(h, prepared), prepared, context)
+            q, *rest = self.queries(h, prepared)
         else:
-            inputs, q, *rest = self.project(h, phases)
-            pending = self._begin(inputs, phases, context)
+            inputs, q, *rest = self.project(h, prepared)
+            pending = self._begin(inputs, prepared, context)
         return *self.attention.finish(pending, q), rest
 
-    def _begin(self, inputs: Inputs, phases: Phases | None, context: Context) -> Pending:
+    def _begin(self, inputs: Inputs, prepared: Any, context: Context) -> Pending:
         doc_ids, (carry, *_), saved, wanted = context
-        turn = None if phases is None else phases.turn
+        turn = prepared.turn if isinstance(prepared, Phases) else None
         return self.attention.begin(
             inputs, doc_ids, rule=self.rule, angle=turn, carry=carry, saved=saved, output_final_state=wanted
         )

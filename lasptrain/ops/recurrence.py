@@ -28,7 +28,8 @@ class Recurrence(Protocol):
     | `blocks`, `dblocks` | states at edges inside the slice, for `attend` and `grad_inputs`; [] makes them there |
     | `kept`, `rest` | from `attend` to the gradients, and from `grad_query` to `grad_inputs` |
 
-    The lists of the last two rows are private to the kernel.
+    The lists of the last two rows are private to the kernel. What is undefined has its shape all the same, and `attend`
+    runs the same PyTorch operators with `blocks` and without: selective recomputation may keep results of theirs.
     """
 
     def summarize(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils._mode_utils import no_dispatch
 
 from lasptrain.ops import decay_rule, state_dtype
 from lasptrain.ops.recurrence import Inputs, Recurrence
@@ -243,10 +244,11 @@ class _Begin(Function):
             return link, [], _Known(_remembered(piece, k, v))
         scan, final = recurrence.scan, piece.output_final_state
         wanted = scan.reads(carried=carry is not None, output_final_state=final)
-        state, linear, blocks = piece.rule.summarize(recurrence.kernel, inputs, piece.doc_ids, wanted)
-        transition = Transition(linear, angle)
-        state = transition.rotate(state) if wanted else state
-        return link, blocks, scan.start(state, transition, carry, output_final_state=final)
+        with no_dispatch():  # selective recomputation takes operators for those of the first pass, in their order
+            state, linear, blocks = piece.rule.summarize(recurrence.kernel, inputs, piece.doc_ids, wanted)
+            transition = Transition(linear, angle)
+            state = transition.rotate(state) if wanted else state
+            return link, blocks, scan.start(state, transition, carry, output_final_state=final)
 
     @staticmethod
     @once_differentiable
@@ -288,7 +290,8 @@ class _Finish(Function):
         ctx: Any, recurrence: ShardedRecurrence, pending: _Exchanging, q: Tensor, link: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         rule, inputs, doc_ids, angle, saved, _, ctx.grad_carry = pending.slice
-        initial_state, final_state = pending.exchange.wait()
+        with no_dispatch():  # as in `_Begin`
+            initial_state, final_state = pending.exchange.wait()
         saved.ready, saved.initial_state = True, initial_state
         saved.final_state = None if final_state is None else final_state.detach()
         o, kept = rule.attend(recurrence.kernel, q, inputs, doc_ids, initial_state, pending.blocks)
