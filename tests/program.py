@@ -59,5 +59,5 @@ def _run(
     os.environ.update({"PYTHONPATH": str(ROOT), **environment})
     for number, file in ((1, printed), (2, said)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv, sys.path[0] = [module, *arguments], str(folder)
+    sys.argv, sys.path[:1] = [module, *arguments], [str(folder), *os.environ["PYTHONPATH"].split(os.pathsep)]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
