@@ -6,9 +6,11 @@ Its transitions are matrices, which do not commute, and numbers per row. Copy th
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import import_module
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lasptrain import architectures, train
+from lasptrain.architectures import GROUP
 from lasptrain.architectures.base import Architecture
 from lasptrain.cost import plan
 from lasptrain.errors import Stopped
@@ -35,6 +38,7 @@ from lasptrain.process import signals as stop
 from lasptrain.recipe.loading import load
 from lasptrain.run.metrics import read_metrics
 from tests import program
+from tests import test_architectures as offered
 from tests.gloo import PATIENCE, spawn
 from tests.program import Started
 from tests.test_faults import at_call
@@ -391,3 +395,27 @@ def test_the_command_line_takes_it(folder: Path, undisturbed: list[float]) -> No
     ):
         code, _, error = start(folder, "check", "slow.yaml", "--set", f"model.{key}").end()
         assert code == 2 and error == f"error: --set model.{key}: {message}\n"
+
+
+# The page for those who write one
+
+PAGE = Path(architectures.__file__).with_name("README.md")
+
+
+def test_the_package_of_the_page_is_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in re.findall(r"^`([\w./]+)`[^\n]*\n\n```\w+\n(.*?)^```", PAGE.read_text(), re.M | re.S):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    offered.installed(
+        tmp_path, tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    one = load(tmp_path / "forgetful.yaml").model
+    assert one.arch == "forgetful"
+    made = on_meta(one.model_copy(update={"vocab": VOCAB}), WINDOW, ShardedRecurrence("chunked"))
+    assert sum(plan.parameters(one, VOCAB).values()) == sum(p.numel() for p in made.parameters())
+    small = architectures.model({"arch": "forgetful", **KEYS, "vocab": VOCAB, "tie": False})
+    layouts = (Layout(1, 2, "ring", "zero3", "selective", 2), Layout(2, 1, segments=3), Layout(1, 2, "all_gather"))
+    cases: list[Case] = [(small, torch.float64, layout) for layout in layouts]
+    assert spawn(2, check_all, cases, references(cases)) == [len(cases)] * 2
