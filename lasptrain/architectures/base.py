@@ -1,20 +1,15 @@
 """The part of an architecture that all share: sizes, softmax layers, the ingredients of a block, and default costs."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator
 
-from lasptrain.architectures import softmax
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Count, Index, Problem, Section, as_tuple
+from lasptrain.architectures.section import Count, Index, Problem, as_tuple
+from lasptrain.architectures.stack import Recompute, Stack
 
-Recompute = Literal["none", "full", "selective", "offload"]
 Layers = Annotated[tuple[Index, ...], BeforeValidator(as_tuple)]  # their indices
-
-
-def _softmax(value: object, info: ValidationInfo) -> object:
-    return softmax.spelled_out(value, info.data.get("layers"))
 
 
 class Norm(NamedTuple):
@@ -39,7 +34,7 @@ class Work(NamedTuple):
     flops: tuple[int, int] = (0, 0)  # of matrix products, where these and not the bytes bound it
 
 
-class Architecture(Section):
+class Architecture(Stack):
     """A model in numbers: `heads` heads of key dim K and value dim V on a residual stream of `dim` channels.
 
     One class per architecture adds its keys, overrides what differs, and names the module of its layers, which has a
@@ -51,25 +46,8 @@ class Architecture(Section):
     gated_mlp: ClassVar[bool] = True  # silu on the gate of the MLP
     kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")  # of its recurrence, the fastest first
 
-    arch: str = Field(description="the name of an architecture")
-    dim: Count = Field(description="the width of the model, such as 256")
-    layers: Count = Field(description="the number of layers, such as 4")
-    heads: Count = Field(description="the number of heads, such as 4")
     key_dim: Count | None = None  # K, per head; dim / heads if not given
     value_dim: Count | None = None  # V, per head; dim / heads if not given (some: twice that)
-    mlp: Count = Field(description="the width of the MLP, such as 704")
-    vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
-    tie: bool = True  # the output head is the embedding
-    softmax: Annotated[tuple[Index, ...], BeforeValidator(_softmax)] = ()  # layers of softmax attention, or every 4th
-    softmax_heads: Count | None = None  # softmax: heads of q; `heads` if not given
-    softmax_dim: Count | None = None  # softmax: channels of a head; dim / heads of q if not given
-    kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
-    sliding_window: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
-    rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
-    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # softmax: the part of a head's channels that is rotated
-    qk_norm: Literal["none", "head", "whole"] = "none"  # softmax: norms of q and k, each head's or all heads' channels
-    softmax_gate: bool = False  # softmax: o is multiplied by sigmoid(W h)
-    softmax_norm: Literal["before", "after"] = "before"  # softmax: norms of a block stand before, or after its parts
 
     @property
     def K(self) -> int:
@@ -96,31 +74,6 @@ class Architecture(Section):
         """Factor α of a residual that carries the normalised value; None: a plain residual beside the norms."""
         return None
 
-    @property
-    def query_heads(self) -> int:
-        """Heads of q in a softmax layer."""
-        return self.softmax_heads or self.heads
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a softmax layer's head."""
-        return self.softmax_dim or self.dim // self.query_heads
-
-    @property
-    def query_channels(self) -> int:
-        """Channels of a softmax layer's queries."""
-        return self.query_heads * self.head_dim
-
-    @property
-    def key_channels(self) -> int:
-        """Channels of a softmax layer's keys, and of its values."""
-        return (self.kv_heads or self.query_heads) * self.head_dim
-
-    @property
-    def rotated(self) -> int:
-        """Channels of a softmax layer's head that are rotated."""
-        return round(self.rotary_fraction * self.head_dim)
-
     def problems(self) -> Iterator[Problem]:
         """Yield heads that do not divide the width, and keys of softmax layers that do not fit."""
         if (self.key_dim is None or self.value_dim is None) and self.dim % self.heads:
@@ -128,21 +81,16 @@ class Architecture(Section):
             fits = f"nearest: {nearest} (or give model.key_dim and model.value_dim)"
             yield "model.heads", f"{self.heads} heads do not divide model.dim = {self.dim}; {fits}"
         yield from self.layer_problems("model.softmax", self.softmax)
-        yield from softmax.problems(self)
-
-    def layer_problems(self, key: str, layers: tuple[int, ...]) -> Iterator[Problem]:
-        """Yield indices in `layers`, the value of `key`, that do not exist or are out of order."""
-        for layer in layers:
-            if layer >= self.layers:
-                yield key, f"there is no layer {layer}; the {self.layers} layers are 0 to {self.layers - 1}"
-        if list(layers) != sorted(set(layers)):
-            yield key, f"found {list(layers)}; write {sorted(set(layers))}"
+        yield from self.softmax_problems()
+        if self.softmax_norm == "after" and self.residual is not None:
+            found = "found 'after' where the residual carries the normalised value"
+            yield "model.softmax_norm", f"{found}; expected before"
 
     def description(self) -> Iterator[tuple[str, str]]:
         """Yield lines for `lasptrain check`: a title and a text."""
         yield "heads", f"key dim {self.K}, value dim {self.V}"
         if self.softmax:
-            yield "softmax", softmax.description(self)
+            yield "softmax", self.softmax_description()
 
     # Costs of one layer of the architecture's own mixer. Defaults: products for q, k, v, gate and output, and a state
     # of K × V per head that fades by a number per head.
@@ -189,12 +137,12 @@ class Architecture(Section):
     def layer_parameters(self, layer: int) -> dict[str, int]:
         """Return the parameters of a layer's mixer by part; `mixer` and `softmax` are matrices."""
         if layer in self.softmax:
-            return softmax.parameters(self)
+            return self.softmax_parameters()
         return self.mixer_parameters(layer)
 
     def layer_flops(self, layer: int, window: int) -> int:
         """Return the FLOPs per token of a layer's forward over a window of one document, matrices left out."""
-        return softmax.flops(self, window) if layer in self.softmax else self.recurrence_flops(layer)
+        return self.softmax_flops(window) if layer in self.softmax else self.recurrence_flops(layer)
 
     def layer_state(self, layer: int) -> State:
         """Return the size of what a layer carries; softmax without a sliding window: nothing of fixed size."""
@@ -204,4 +152,4 @@ class Architecture(Section):
 
     def layer_kept(self, layer: int, recompute: Recompute, compiled: bool) -> int:
         """Return the numbers per token that a layer's mixer keeps for its backward."""
-        return softmax.kept(self, recompute, compiled) if layer in self.softmax else self.kept(recompute, compiled)
+        return self.softmax_kept(recompute, compiled) if layer in self.softmax else self.kept(recompute, compiled)

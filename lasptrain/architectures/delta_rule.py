@@ -13,6 +13,8 @@ from lasptrain.architectures.section import Problem
 # directions; 22.3 and 64 million for K = V = 128
 FORWARD, BOTH = 22.3e6 / (64 * 128 * 128), 64e6 / (64 * 128 * 128)
 
+STEP = 0.01  # geometric mean of the steps 0.001 to 0.1 with which the papers start
+
 
 class GatedByData(Architecture):
     """Linear attention whose decays come from the data, behind short convolutions, with a gated norm."""

@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from lasptrain.architectures.delta_rule import GatedByData
+from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.architectures.nearest import nearest_fits
 from lasptrain.architectures.section import Count, Problem
-
-STEP = 0.01  # geometric mean of the steps 0.001 to 0.1 with which the paper starts
 
 
 class Gdn(GatedByData):

@@ -2,8 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from lasptrain.architectures.delta_rule import GatedByData
-from lasptrain.architectures.gdn import STEP
+from lasptrain.architectures.delta_rule import STEP, GatedByData
 
 
 class Kda(GatedByData):

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lasptrain.architectures.delta_rule import GatedByData
-from lasptrain.architectures.gdn import STEP
+from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import HasWeight, Linear, multi_linear

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lasptrain.architectures.base import Recompute
 from lasptrain.architectures.section import Count, Fraction, Index, Problem, Section, Seed, Text, as_tuple
+from lasptrain.architectures.stack import Recompute
 
 
 class Part(Section):
