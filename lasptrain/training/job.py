@@ -99,8 +99,11 @@ def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) ->
     """Return the recipe with `mesh.scan: auto` decided: measured where GPUs share windows, else by rule."""
     if recipe.mesh.scan != "auto" or mesh.length("sp") == 1 or device.type != "cuda":
         return links.with_scan(recipe, mesh.length("sp"), segment)
-    shape = (recipe.train.micro_batch, recipe.model.heads, recipe.model.K, recipe.model.V)
-    scan = fastest_scan(mesh.sp_group, device, shape, segment < recipe.data.window)
+    model = recipe.model
+    shape = (recipe.train.micro_batch, model.heads, model.K, model.V)
+    numbers = max(model.layer_state(layer).transition for layer in range(model.layers)) // model.heads
+    linear = (*shape[:2], *{model.K: (model.K,), model.K**2: (model.K, model.K)}.get(numbers, ()))
+    scan = fastest_scan(mesh.sp_group, device, shape, segment < recipe.data.window, linear=linear)
     return recipe.replace(mesh={"scan": scan})
 
 
