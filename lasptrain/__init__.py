@@ -1,7 +1,7 @@
 """Pretrain linear-attention language models on sequences of millions of tokens.
 
-For programs with models of their own: `linear_attention` on one device, `ShardedRecurrence` over ranks. Both are
-imported on first use, because most commands need no torch.
+For programs with models of their own: `linear_attention` and `delta_rule` on one device, `ShardedRecurrence` over
+ranks. They are imported on first use, because most commands need no torch.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _FOUND_IN = {
     "linear_attention": "lasptrain.parallel.functional",
+    "delta_rule": "lasptrain.parallel.functional",
     "ShardedRecurrence": "lasptrain.parallel.recurrence",
 }
 

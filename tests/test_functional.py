@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lasptrain
+from lasptrain.ops.delta_reference import recurrence as delta_definition
 from lasptrain.ops.reference import recurrence as definition
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from tests.gloo import spawn
@@ -53,6 +54,50 @@ def test_function_is_the_definition_with_every_gradient(kernel: str, decay: str)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("beta", [True, False])
+@pytest.mark.parametrize("decay", ["head", "token", "channel"])
+def test_delta_rule_is_the_definition_with_every_gradient(decay: str, beta: bool) -> None:
+    x = given("token" if decay == "channel" else decay)
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)[:, :, :1]
+    x["q"] = x["q"][:, :, :1]
+    if decay == "channel":
+        x["log_decay"] = x["log_decay"][..., None] * torch.linspace(0.1, 2.0, K, dtype=torch.float64)
+    if beta:
+        x["beta"] = 2 * torch.rand(B, T, H, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    leaves = [value.requires_grad_() for value in x.values() if value.is_floating_point()]
+    names = ("q", "k", "v", "beta", "log_decay", "doc_ids", "initial_state")
+    results = [
+        lasptrain.delta_rule(**x, output_final_state=True, kernel="chunked"),
+        delta_definition(*(x.get(name) for name in names)),  # type: ignore[arg-type]
+    ]
+    found = []
+    for o, final_state in results:
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in (o, final_state)]
+        found.append([o, final_state, *torch.autograd.grad([o, final_state], leaves, weights)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("v", lambda x: x[:, :, :2], "v: expected [2, 70, 3 or a multiple, V], found [2, 70, 2, 5]"),
+        ("beta", lambda x: x - 1, "beta[0, 0, 0]: expected 0 to 2, found -0.5"),
+        ("beta", lambda x: x[..., None], "beta: expected [2, 70, 3], found [2, 70, 3, 1]"),
+        (
+            "log_decay",
+            lambda x: x[..., None].expand(*x.shape, 7),
+            "log_decay: expected [2, 70, 3], found [2, 70, 3, 7]",
+        ),
+    ],
+)
+def test_misuse_of_the_delta_rule_is_one_clear_error(name: str, change: Any, message: str) -> None:
+    x = given() | {"beta": torch.full((B, T, H), 0.5, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        lasptrain.delta_rule(**(x | {name: change(x[name])}))
+
+
 def test_no_state_is_returned_unless_asked_for() -> None:
     x = given()
     assert lasptrain.linear_attention(x["q"], x["k"], x["v"])[1] is None
@@ -81,7 +126,7 @@ def positive(log_decay: Tensor) -> Tensor:
         ("doc_ids", lambda x: x.double(), "doc_ids: expected torch.int32 or torch.int64, found torch.float64"),
         ("initial_state", lambda x: x[0], "initial_state: expected [2, 3, 8, 5], found [3, 8, 5]"),
         ("initial_state", lambda x: x.float(), "initial_state: expected torch.float64, found torch.float32"),
-        ("kernel", lambda _: "fast", "kernel: expected auto, reference, chunked, triton, found fast"),
+        ("kernel", lambda _: "fast", "kernel: expected auto, triton, chunked, reference, found fast"),
         ("kernel", lambda _: "triton", "kernel: triton needs a CUDA device, found cpu; use chunked or auto"),
     ],
 )
