@@ -67,3 +67,7 @@ def test_a_kernel_that_an_architecture_does_not_have_is_refused(tmp_path: Path) 
     code, shown, _ = program.end("plan", "r.yaml", "--gpu", "h200")
     assert code == 0 and "with a Triton kernel, which kda does not have yet: it will be slower" in shown
     assert "at the start of training: data decide later" in shown
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", MODELS["gdn"]))
+    for command in (("check", "r.yaml"), ("plan", "r.yaml", "--gpu", "h200")):
+        code, shown, _ = program.end(*command)
+        assert code == 0 and "Triton" not in shown

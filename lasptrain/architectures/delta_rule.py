@@ -42,11 +42,12 @@ class GatedByData(Architecture):
             yield "model.conv", "found 1, which sees no other token; expected 0 or at least 2"
 
     def description(self) -> Iterator[tuple[str, str]]:
-        """Yield the decay beside the heads, and the kernels that there are."""
+        """Yield the decay beside the heads, and a missing kernel."""
         (title, heads), *rest = super().description()
         yield title, f"{heads}, decay by data, starts as {self.decay}"
         yield from rest
-        yield "kernel", f"{self.arch} has no Triton kernel yet: on GPUs, too, it runs in PyTorch, in chunks"
+        if "triton" not in self.kernels:
+            yield "kernel", f"{self.arch} has no Triton kernel yet: on GPUs, too, it runs in PyTorch, in chunks"
 
     def mixer_parameters(self, layer: int) -> dict[str, int]:
         """Return the products' matrices, the convolution, and the norm over the V of a head."""

@@ -12,6 +12,7 @@ class Gdn(GatedByData):
     """The delta rule with a decay per head and token."""
 
     implementation: ClassVar[str] = "lasptrain.models.gdn"
+    kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")
 
     arch: Literal["gdn"] = "gdn"
     key_heads: Count | None = None  # heads of q and k, each shared by neighbouring value heads; `heads` if not given

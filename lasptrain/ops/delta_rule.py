@@ -14,8 +14,8 @@ a decay. A slice's transition `linear` acts on states from the left: [B, H, K, K
 [B, H, K] of decays per channel, else [B, H]. Gradients have the dtypes of their inputs, states and sums at least fp32.
 
 A kernel's module offers the operators below without `kernel`, and says by `blocks_like`, `kept_like`, `dblocks_like`
-and `rest_like` what its lists hold: `delta_reference`, the definition; `delta_chunked`, plain PyTorch. What is not
-wanted is filled with NaN, and not computed.
+and `rest_like` what its lists hold: `delta_reference`, the definition; `delta_chunked`, plain PyTorch;
+`delta_triton`, for GPUs, of β and a decay per head. What is not wanted is filled with NaN, and not computed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lasptrain.ops import fake, operator
 from lasptrain.ops.delta_reference import has_gradient, linear_like, state_like
 from lasptrain.ops.recurrence import Inputs
 
-MODULES = {"reference": "delta_reference", "chunked": "delta_chunked"}
+MODULES = {"reference": "delta_reference", "chunked": "delta_chunked", "triton": "delta_triton"}
 Given: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 Summary: TypeAlias = tuple[Tensor, Tensor, list[Tensor]]
 Kept: TypeAlias = tuple[Tensor, list[Tensor]]
