@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
@@ -28,3 +31,27 @@ def interpreted(file: str, expression: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
+
+
+def with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter round to bf16 as a GPU does, and multiply matrices of it, which it holds as integers."""
+    from triton.runtime import interpreter
+
+    of = interpreter.tl
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounded(x: Any, dtype: Any, into: Any, mode: Any) -> Any:
+        if (dtype, into) != (of.float32, of.bfloat16):
+            return convert(x, dtype, into, mode)
+        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    def exact(x: Any) -> Any:
+        if x.dtype.scalar != of.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), of.float32)
+
+    def product(builder: Any, x: Any, y: Any, *others: Any) -> Any:
+        return dot(builder, exact(x), exact(y), *others)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)

@@ -238,7 +238,11 @@ def unchanged(linear: Tensor, _: Case) -> Tensor:
 
 
 def chained(
-    x: Case, edges: list[int], change: Change = unchanged, turn: Turn = Transition.transpose
+    x: Case,
+    edges: list[int],
+    change: Change = unchanged,
+    turn: Turn = Transition.transpose,
+    kernel: str = "chunked",
 ) -> dict[str, Tensor]:
     """Slices between edges, one by one: states from the left, then gradients from the right.
 
@@ -247,16 +251,16 @@ def chained(
     slices = [x.cut(start, end) for start, end in pairwise(edges)]
     state, entering = x.initial_state, []
     for s in slices:
-        made, linear, _ = delta_rule.summarize("chunked", (s.k, s.v, s.beta, s.log_decay), s.doc_ids, 2)
+        made, linear, _ = delta_rule.summarize(kernel, (s.k, s.v, s.beta, s.log_decay), s.doc_ids, 2)
         entering.append(state)
         state = Transition(change(linear, s)).apply(state, made)
     grad, parts = x.dfinal, []
     for s, initial_state in zip(reversed(slices), reversed(entering), strict=True):
         inputs = (s.k, s.v, s.beta, s.log_decay)
-        o, kept = delta_rule.attend("chunked", s.q, inputs, s.doc_ids, initial_state, [])
-        dinitial, linear, dblocks = delta_rule.grad_initial_state("chunked", s.q, s.do, inputs, s.doc_ids, kept, 2)
-        dq, rest = delta_rule.grad_query("chunked", s.q, inputs, s.do, s.doc_ids, kept)
-        grads = delta_rule.grad_inputs("chunked", s.q, inputs, s.do, s.doc_ids, grad, dblocks, kept, rest)
+        o, kept = delta_rule.attend(kernel, s.q, inputs, s.doc_ids, initial_state, [])
+        dinitial, linear, dblocks = delta_rule.grad_initial_state(kernel, s.q, s.do, inputs, s.doc_ids, kept, 2)
+        dq, rest = delta_rule.grad_query(kernel, s.q, inputs, s.do, s.doc_ids, kept)
+        grads = delta_rule.grad_inputs(kernel, s.q, inputs, s.do, s.doc_ids, grad, dblocks, kept, rest)
         grad = turn(Transition(change(linear, s))).apply(grad, dinitial)
         parts.append((o, dq, *grads))
     names = ("o", "dq", "dk", "dv", "dbeta", "dlog_decay")

@@ -3,14 +3,17 @@
 Signatures and shapes: `lasptrain.ops.delta_rule`.
 """
 
-from importlib import import_module
-from typing import Any
-
+from lasptrain.ops.delta_triton_back import dblocks_like, grad_initial_state, grad_inputs, grad_query, rest_like
 from lasptrain.ops.delta_triton_forward import attend, blocks_like, kept_like, summarize
 
-__all__ = ["attend", "blocks_like", "kept_like", "summarize"]
-
-
-def __getattr__(name: str) -> Any:
-    """Return a function of the backward half."""
-    return getattr(import_module("lasptrain.ops.delta_triton_back"), name)
+__all__ = [
+    "attend",
+    "blocks_like",
+    "dblocks_like",
+    "grad_initial_state",
+    "grad_inputs",
+    "grad_query",
+    "kept_like",
+    "rest_like",
+    "summarize",
+]

@@ -1,0 +1,430 @@
+"""The backward of the delta rule with a decay per head in Triton, for Hopper.
+
+| function | programs |
+|---|---|
+| `grad_initial_state` | the gradient that each block's outputs send to its initial state; a scan over blocks |
+| `grad_query` | a walk that writes every chunk's initial state and U; dq, by chunks |
+| `grad_inputs` | the scan, with the gradient of the final state; a walk that writes every chunk's gradients; the rest |
+
+`kept` is that of `delta_triton_forward`. `dblocks` is what each block's outputs send to its initial state,
+[B, H, NB, V, K] fp32. `rest` is, of every chunk, its initial state [B, H, n, V, K], U [B, H, n, V, C] and the gradient
+of Q Kᵀ [B, H, n, C, C] in the dtype of k, and where the decay is per token Σ q·dq [B, T, H] fp32. States are
+transposed; K and V of what is handed on here are padded. Signatures: `lasptrain.ops.delta_rule`; programs:
+`delta_triton_back_kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasptrain.ops import delta_triton_back_kernels, per_token
+from lasptrain.ops.delta_reference import by_key_head, if_wanted, linear_like, state_like
+from lasptrain.ops.delta_triton_forward import (
+    CHUNK,
+    Cut,
+    Given,
+    _memory,
+    cut,
+    inverse_rows,
+    readable,
+    summarize,
+)
+from lasptrain.ops.triton_launch import (
+    Launch,
+    _aligned,
+    _as,
+    _cropped,
+    _Descriptor,
+    _rows,
+    run,
+)
+
+Kernel = Literal["walk_states", "walk_gradients", "query_gradient", "input_gradients"]
+
+# By kernel and padded K, for inputs of 16 bits; `tile` is of V, and halved where V is no multiple of it.
+LAUNCHES: dict[tuple[Kernel, int], Launch] = {
+    ("walk_states", 64): Launch(CHUNK, 64, 4, 2),
+    ("walk_states", 128): Launch(CHUNK, 128, 8, 3),
+    ("walk_gradients", 64): Launch(CHUNK, 64, 4, 2),
+    ("walk_gradients", 128): Launch(CHUNK, 128, 8, 3),
+    ("query_gradient", 64): Launch(CHUNK, 64, 4, 2),
+    ("query_gradient", 128): Launch(CHUNK, 64, 4, 2),
+    ("input_gradients", 64): Launch(CHUNK, 64, 4, 2),
+    ("input_gradients", 128): Launch(CHUNK, 64, 8, 2, 128),
+}
+LARGE = 220 << 10  # bytes of shared memory; a GPU with less gets these instead
+SMALL: dict[tuple[Kernel, int], Launch] = {
+    ("walk_states", 128): Launch(CHUNK, 64, 4, 1),
+    ("walk_gradients", 128): Launch(CHUNK, 64, 4, 1),
+}
+EXACT = Launch(CHUNK, 32, 8, 1)  # fp32 inputs
+PART = 64  # columns of keys per program that computes the inputs' gradients
+MEASURE = Launch(CHUNK, 0, 1, 1)
+SCAN = Launch(0, 16, 8, 2)  # rows of a state per program
+
+
+def _padded(s: Cut) -> tuple[int, int]:
+    """K and V of the programs."""
+    return s.widths[0], -(-s.values // 64) * 64
+
+
+def _launch(kernel: Kernel, s: Cut, like: Tensor) -> Launch:
+    """Return the launch parameters of a program, for inputs like that."""
+    keys, values = _padded(s)
+    launch = EXACT if like.dtype == torch.float32 else LAUNCHES[kernel, keys]
+    if like.is_cuda and launch is not EXACT and _memory(like.device.index) < LARGE:
+        launch = SMALL.get((kernel, keys), launch)
+    return launch if values % launch.tile == 0 else launch._replace(tile=launch.tile // 2)
+
+
+def _fit(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Return x [..., rows, columns] at most, padded with zeros to that, contiguous."""
+    missing = columns - x.shape[-1], rows - x.shape[-2]
+    return _aligned(F.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x)
+
+
+def _flat(x: Tensor, rows: int, columns: int | None = None) -> _Descriptor:
+    """Return a descriptor of x [..., ·] whose blocks are so many of its rows and columns; None is all."""
+    width = x.shape[-1]
+    return _Descriptor(x, [x.numel() // width, width], [width, 1], [rows, columns or width])
+
+
+def _measured(x: Given) -> Tensor:
+    """Return what the programs need to know of decays, documents and beta: six numbers per token of each chunk."""
+    s = x.s
+    measured = x.beta.new_empty((s.batch, s.heads, s.chunks, 6, CHUNK))
+    run(
+        delta_triton_back_kernels.measure_decays,
+        x.beta,
+        (s.batch * s.chunks * s.heads, 1, 1),
+        MEASURE,
+        {name: x.constants[name] for name in ("C", "DECAY", "DOCS")},
+        *x.gates,
+        measured,
+        s.tokens,
+        s.heads,
+    )
+    return measured
+
+
+class _Slice(NamedTuple):
+    """Inputs of a slice, as the programs read them."""
+
+    cut: Cut
+    k: Tensor
+    v: Tensor  # or the gradient of outputs, where values are not known
+    inverse: Tensor
+    gates: Tensor
+    flows: bool  # whether the decay is per token, and so has a gradient
+
+    @classmethod
+    def of(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None,
+        log_decay: Tensor | None,
+        doc_ids: Tensor | None,
+        kept: list[Tensor],
+    ) -> _Slice:
+        x = Given.of(k, v, beta, log_decay, doc_ids)
+        return cls(x.s, x.k, x.v, kept[0], _measured(x), per_token(log_decay))
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Batch and heads."""
+        return self.cut.batch, self.cut.heads
+
+    def constants(self, launch: Launch) -> dict[str, int]:
+        keys, values = _padded(self.cut)
+        return {"K": keys, "V": values, "C": CHUNK, "TILE": launch.tile, "GROUP": self.cut.group}
+
+    def by_block(self, launch: Launch) -> tuple[int, int, int]:
+        return self.cut.grid(_padded(self.cut)[1] // launch.tile)
+
+    def by_chunk(self) -> tuple[int, int, int]:
+        return self.cut.batch * self.cut.chunks * self.cut.heads, 1, 1
+
+    def walk_states(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states that enter chunks and U, from those that enter blocks."""
+        keys, values = _padded(self.cut)
+        launch = _launch("walk_states", self.cut, self.k)
+        states, wrote = _states(self.k, self.cut), _writes(self.k, self.cut)
+        run(
+            delta_triton_back_kernels.walk_states,
+            self.k,
+            self.by_block(launch),
+            launch,
+            self.constants(launch),
+            _rows(self.k, CHUNK, keys),
+            _rows(self.v, CHUNK, launch.tile),
+            inverse_rows(self.inverse),
+            _flat(states, launch.tile),
+            _flat(wrote, launch.tile),
+            self.gates,
+            _fit(prefix, values, keys),
+            *self.cut.sizes,
+        )
+        return states, wrote
+
+    def walk_gradients(self, q: Tensor, do: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
+        """Return what each block's outputs send to its initial state; or, from the gradients of what leaves blocks,
+        those of what leaves chunks and those of R.
+        """
+        keys, _ = _padded(self.cut)
+        launch = _launch("walk_gradients", self.cut, self.k)
+        first, made = None, tuple[Tensor, ...]()
+        if last is None:
+            first = _sent(self.k, self.cut)
+        else:
+            made = _states(self.k, self.cut), _writes(self.k, self.cut)
+        run(
+            delta_triton_back_kernels.walk_gradients,
+            self.k,
+            self.by_block(launch),
+            launch,
+            {**self.constants(launch), "KEEP": last is not None},
+            _rows(readable(q), CHUNK, keys),
+            _rows(self.k, CHUNK, keys),
+            _rows(readable(do), CHUNK, launch.tile),
+            inverse_rows(self.inverse),
+            *((None, None) if last is None else (_flat(x, launch.tile) for x in made)),
+            self.gates,
+            last,
+            first,
+            *self.cut.sizes,
+        )
+        return made if first is None else (first,)
+
+
+def _states(like: Tensor, s: Cut) -> Tensor:
+    """An empty state of each chunk, or its gradient."""
+    keys, values = _padded(s)
+    return like.new_empty((s.batch, s.heads, s.chunks, values, keys))
+
+
+def _writes(like: Tensor, s: Cut) -> Tensor:
+    """An empty U of each chunk, or the gradient of its R."""
+    return like.new_empty((s.batch, s.heads, s.chunks, _padded(s)[1], CHUNK))
+
+
+def _pairs(like: Tensor, s: Cut) -> Tensor:
+    """An empty number per pair of tokens of each chunk."""
+    return like.new_empty((s.batch, s.heads, s.chunks, CHUNK, CHUNK))
+
+
+def _sent(like: Tensor, s: Cut) -> Tensor:
+    """An empty gradient of a state of each block."""
+    keys, values = _padded(s)
+    return like.new_empty((s.batch, s.heads, s.blocks, values, keys), dtype=torch.float32)
+
+
+def _flow(like: Tensor, s: Cut, *parts: int) -> Tensor:
+    """An empty gradient of a number per head and token, or parts of it."""
+    return like.new_empty((*parts, s.batch, s.tokens, s.heads), dtype=torch.float32)
+
+
+def _total(parts: Tensor) -> Tensor:
+    """Return the sum of parts [parts, B, T, H]."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def _scan(
+    s: Cut,
+    sent: Tensor | None,
+    maps: Tensor | None,
+    edge: Tensor | None = None,
+    last: Tensor | None = None,
+    first: Tensor | None = None,
+    linear: Tensor | None = None,
+) -> None:
+    """Scan the blocks from the right, from `edge`; fill `last`, or `first` and, where there are maps, `linear`."""
+    keys, values = _padded(s)
+    rows = values if linear is None else values + keys
+    like = first if last is None else last
+    assert like is not None
+    run(
+        delta_triton_back_kernels.scan_gradients,
+        like,
+        (rows // SCAN.tile, s.batch * s.heads, 1),
+        SCAN,
+        {
+            "K": keys,
+            "V": values,
+            "ROWS": SCAN.tile,
+            "EDGED": edge is not None,
+            "MAPPED": maps is not None,
+            "KEEP": last is not None,
+        },
+        sent,
+        maps,
+        edge,
+        last,
+        first,
+        linear,
+        s.blocks,
+    )
+
+
+def dblocks_like(q: Tensor, do: Tensor, beta: Tensor | None, log_decay: Tensor | None, wanted: int) -> list[Tensor]:
+    """`dblocks` of `grad_initial_state`."""
+    return [_sent(q, cut(q, do))] if wanted else []
+
+
+def rest_like(q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
+    """`rest` of `grad_query`."""
+    s = cut(q, v)
+    return [_states(q, s), _writes(q, s), _pairs(q, s), *([_flow(q, s)] if per_token(log_decay) else [])]
+
+
+def grad_initial_state(
+    q: Tensor,
+    do: Tensor,
+    k: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    doc_ids: Tensor | None,
+    kept: list[Tensor],
+    wanted: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dinitial, linear = state_like(k, do), linear_like(k, do, beta, log_decay)
+    if not wanted:
+        return if_wanted(dinitial, False), if_wanted(linear, False), []
+    x = _Slice.of(k, _as(do, q.dtype), beta, log_decay, doc_ids, kept)
+    s, (keys, values) = x.cut, _padded(x.cut)
+    (sent,) = x.walk_gradients(q, x.v, None)
+    first = sent.new_empty((*x.lines, keys, values))
+    maps = whole = None
+    if wanted == 2 or s.blocks > 1:
+        maps = kept[2]
+        if not maps.numel():  # of one block, whose outputs need none
+            maps = summarize(k, x.v, beta, log_decay, doc_ids, 2)[2][2]
+        maps, whole = _fit(maps, keys, keys), sent.new_empty((*x.lines, keys, keys))
+    _scan(s, sent, maps, first=first, linear=whole)
+    linear = _cropped(whole, *linear.shape[-2:]) if whole is not None and wanted == 2 else if_wanted(linear, False)
+    return _cropped(first, *dinitial.shape[-2:]), linear, [sent]
+
+
+def _by_key_head(dx: Tensor, like: Tensor) -> Tensor:
+    """Return dx [B, T, H, ·] as a gradient of `like` [B, T, Hk, ·]."""
+    dx = dx if dx.shape[2] == like.shape[2] else by_key_head(dx, like.shape[2])
+    return _cropped(dx.to(like.dtype), like.shape[2], like.shape[-1])
+
+
+def _heads_like(x: Tensor, s: Cut) -> Tensor:
+    """An empty gradient [B, T, H, ·] of x [B, T, Hk, ·], in fp32 if heads are to be summed."""
+    dtype = x.dtype if s.group == 1 else torch.float32
+    return x.new_empty((s.batch, s.tokens, s.heads, x.shape[-1]), dtype=dtype)
+
+
+def grad_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    doc_ids: Tensor | None,
+    kept: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    x = _Slice.of(k, v, beta, log_decay, doc_ids, kept)
+    states, wrote = x.walk_states(kept[1])
+    s, rows, (keys, _) = x.cut, readable(q), _padded(x.cut)
+    launch = _launch("query_gradient", s, k)
+    dq, dscores = _heads_like(rows, s), _pairs(k, s)
+    flow = _flow(q, s) if per_token(log_decay) else None
+    run(
+        delta_triton_back_kernels.query_gradient,
+        q,
+        x.by_chunk(),
+        launch,
+        {**x.constants(launch), "FLOWS": x.flows},
+        _rows(rows, CHUNK, keys),
+        _rows(x.k, CHUNK, keys),
+        _rows(readable(_as(do, q.dtype)), CHUNK, launch.tile),
+        _flat(states, launch.tile),
+        _flat(wrote, launch.tile),
+        _rows(dq, CHUNK, keys),
+        _flat(dscores, CHUNK),
+        x.gates,
+        flow,
+        *s.sizes,
+    )
+    return _by_key_head(dq, q), [states, wrote, dscores, *([] if flow is None else [flow])]
+
+
+def _leaving(
+    x: _Slice, q: Tensor, do: Tensor, dfinal: Tensor | None, dblocks: list[Tensor], kept: list[Tensor]
+) -> Tensor:
+    """Return the gradients of what leaves blocks, [B, H, NB, V, K]."""
+    s, sent, maps, (keys, values) = x.cut, None, None, _padded(x.cut)
+    if s.blocks > 1:
+        sent = dblocks[0] if dblocks else x.walk_gradients(q, do, None)[0]
+        maps = _fit(kept[2], keys, keys)
+    last = _sent(x.k, s)
+    edge = None if dfinal is None else _fit(_as(dfinal, torch.float32), keys, values)
+    _scan(s, sent, maps, edge, last)
+    return last
+
+
+def grad_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    doc_ids: Tensor | None,
+    dfinal: Tensor | None,
+    dblocks: list[Tensor],
+    kept: list[Tensor],
+    rest: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    assert beta is not None
+    x = _Slice.of(k, v, beta, log_decay, doc_ids, kept)
+    s, (keys, _), do = x.cut, _padded(x.cut), _as(do, q.dtype)
+    dstates, dread = x.walk_gradients(q, do, _leaving(x, q, do, dfinal, dblocks, kept))
+    launch = _launch("input_gradients", s, k)
+    parts = keys // PART
+    dk, dv, dbeta = _heads_like(x.k, s), x.v.new_empty(x.v.shape), _flow(k, s, parts)
+    dlog = _flow(k, s, parts) if per_token(log_decay) else None
+    states, wrote, dscores, *flow = rest
+    run(
+        delta_triton_back_kernels.input_gradients,
+        k,
+        (s.batch * s.chunks * s.heads * parts, 1, 1),
+        launch,
+        {
+            "K": keys,
+            "V": _padded(s)[1],
+            "C": CHUNK,
+            "TILE": launch.tile,
+            "PART": PART,
+            "GROUP": s.group,
+            "FLOWS": x.flows,
+        },
+        _rows(readable(q), CHUNK, PART),
+        _rows(x.k, CHUNK, PART),
+        _rows(x.v, CHUNK, launch.tile),
+        _flat(states, launch.tile, PART),
+        _flat(wrote, launch.tile),
+        _flat(dstates, launch.tile, PART),
+        _flat(dread, launch.tile),
+        _flat(dscores, CHUNK),
+        _rows(dk, CHUNK, PART),
+        _rows(dv, CHUNK, launch.tile),
+        x.gates,
+        flow[0] if flow else None,
+        dbeta,
+        dlog,
+        s.batch,
+        *s.sizes,
+    )
+    dbeta, dlog = _total(dbeta), None if dlog is None else _total(dlog)
+    if dlog is not None and log_decay is not None:
+        dlog = _as(dlog, log_decay.dtype)
+    return _by_key_head(dk, k), _cropped(dv, s.heads, v.shape[-1]), _as(dbeta, beta.dtype), dlog
