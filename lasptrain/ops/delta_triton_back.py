@@ -54,7 +54,7 @@ LAUNCHES: dict[tuple[Kernel, int], Launch] = {
     ("query_gradient", 64): Launch(CHUNK, 64, 4, 2),
     ("query_gradient", 128): Launch(CHUNK, 64, 4, 2),
     ("input_gradients", 64): Launch(CHUNK, 64, 4, 2),
-    ("input_gradients", 128): Launch(CHUNK, 64, 8, 2, 128),
+    ("input_gradients", 128): Launch(CHUNK, 64, 4, 2),
 }
 LARGE = 220 << 10  # bytes of shared memory; a GPU with less gets these instead
 SMALL: dict[tuple[Kernel, int], Launch] = {

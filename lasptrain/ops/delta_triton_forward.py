@@ -46,10 +46,10 @@ Program = Literal["invert", "summarize", "walk", "scan"]
 
 # By program and the larger of the widths of K and V, for inputs of 16 bits.
 LAUNCHES: dict[tuple[Program, int], Launch] = {
-    ("invert", 64): Launch(CHUNK, 0, 4, 1),
-    ("invert", 128): Launch(CHUNK, 0, 4, 1),
+    ("invert", 64): Launch(CHUNK, 0, 1, 1),
+    ("invert", 128): Launch(CHUNK, 0, 1, 1),
     ("summarize", 64): Launch(CHUNK, 64, 4, 2),
-    ("summarize", 128): Launch(CHUNK, 128, 8, 2),
+    ("summarize", 128): Launch(CHUNK, 64, 4, 3),
     ("walk", 64): Launch(CHUNK, 64, 4, 2),
     ("walk", 128): Launch(CHUNK, 128, 8, 2),
 }
