@@ -56,6 +56,7 @@ SLICES = [  # kind, dtype, keys, values, heads, tokens
     ("gdn_head", torch.bfloat16, 64, 64, (1, 2, 4), 600),
     ("delta", torch.float16, 96, 192, (1, 1, 2), 200),
     ("gdn", torch.float32, 64, 128, (1, 1, 1), 600),
+    ("gdn", torch.bfloat16, 128, 128, (1, 1, 1), 1),
 ]
 
 
@@ -82,3 +83,30 @@ def test_forward(
         for state in (None, x.initial_state):
             delta_triton_forward.attend(x.q, *inputs, state, blocks)
             delta_triton_forward.attend(x.q, *inputs, state, [])
+
+
+@pytest.mark.parametrize("of,dtype,keys,values,heads,tokens", SLICES, ids=str)
+def test_backward(
+    of: str,
+    dtype: torch.dtype,
+    keys: int,
+    values: int,
+    heads: tuple[int, int, int],
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from lasptrain.ops import delta_triton_back, delta_triton_forward
+
+    for module in (delta_triton_back, delta_triton_forward):
+        monkeypatch.setattr(module, "run", compiled)
+    x = make(of, tokens, begins=(9,) if of == "gdn_head" else (), sizes=(*heads, keys, values)).map(
+        lambda y: y.to(dtype)
+    )
+    given = (x.beta, x.log_decay, x.doc_ids)
+    _, kept = delta_triton_forward.attend(x.q, x.k, x.v, *given, None, [])
+    _, rest = delta_triton_back.grad_query(x.q, x.k, x.v, x.do, *given, kept)
+    for wanted in range(3):
+        _, _, dblocks = delta_triton_back.grad_initial_state(x.q, x.do, x.k, *given, kept, wanted)
+        for dfinal in (None, x.dfinal):
+            delta_triton_back.grad_inputs(x.q, x.k, x.v, x.do, *given, dfinal, dblocks, kept, rest)

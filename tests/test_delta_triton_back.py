@@ -108,7 +108,7 @@ WHOLE: dict[str, Callable[[], Case]] = {
     "no_edges": lambda: make("delta", 300, sizes=SMALL, beta=0.1)._replace(dfinal=None),
     "head": lambda: make("gdn_head", 100, sizes=(1, 1, 2, 96, 192), beta=0.1),
 }
-QUICK = ("one_token", "one_more", "blocks_documents", "token", "head")  # of both, those that take a few seconds
+QUICK = ("one_token", "one_more", "blocks_documents", "token")  # of both, those that take a few seconds
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "rest"])
