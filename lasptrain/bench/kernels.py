@@ -12,6 +12,7 @@ from torch import Tensor
 from lasptrain.bench.result import Column, Result, table
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import SetupError
+from lasptrain.ops import delta_rule
 from lasptrain.ops.precision import DTYPES
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
@@ -32,20 +33,24 @@ class Row(NamedTuple):
     failure: str | None = None  # why there is no backward
 
 
-def measure(tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int) -> Result[Row]:
+def measure(
+    tokens: Sequence[int], heads: int, dim: int, dtype: str, decay: str, documents: int, op: str = "linear"
+) -> Result[Row]:
     """Measure every length, ours first, and the rates that bound them.
 
-    Inputs are q, k, v [1, T, H, D], normal; `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and
-    token, with gradient). Backward runs on the calling thread, as in training. Raises SetupError without a GPU.
+    Inputs are q, k, v [1, T, H, D], normal. `op` is linear, or gdn: the delta rule with keys of length one and beta in
+    (0, 1). `decay` is none, head (a slope of 2^(−8(h+1)/H)) or token (per head and token, with gradient): for linear
+    that slope times a number in (0, 1), for gdn of mean 0.05. Backward runs on the calling thread, as in training.
+    Raises SetupError without a GPU.
     """
     rates = measure_rates(dtype)
     rows = []
     with torch.autograd.set_multithreading_enabled(False):
         for length in tokens:
-            implementations, learned = _implementations(length, heads, decay, documents)
+            implementations, learned = _implementations(length, heads, decay, documents, op)
             for name, forward in implementations.items():
-                rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype]))
-    return result(torch.cuda.get_device_name(), rows, rates, heads, dim, dtype, decay)
+                rows.append(_row(name, forward, learned, length, heads, dim, DTYPES[dtype], op == "gdn"))
+    return result(torch.cuda.get_device_name(), rows, rates, heads, dim, dtype, decay, op)
 
 
 def measure_rates(dtype: str) -> Rates:
@@ -61,14 +66,17 @@ def measure_rates(dtype: str) -> Rates:
     return Rates(2 * SIDE**3 / product * 1e3, 2 * source.numel() / copy * 1e3, memory)
 
 
-def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tuple[dict[str, Forward], list[Tensor]]:
-    """Implementations by name, and the inputs they differentiate besides q, k and v: a log decay per token."""
+GATES = 0.05  # mean slope of gdn's decays per token, as in the other library's own benchmark
+
+
+def _implementations(
+    tokens: int, heads: int, decay: str, documents: int, op: str
+) -> tuple[dict[str, Forward], list[Tensor]]:
+    """Implementations by name, and the inputs they differentiate besides q, k and v: beta, a log decay per token."""
     slope = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device="cuda")
-    log_decay = {
-        "none": None,
-        "head": -slope,
-        "token": (-slope * torch.rand(1, tokens, heads, device="cuda")).requires_grad_(),
-    }[decay]
+    each = torch.rand(1, tokens, heads, device="cuda")
+    per_token = -(2 * GATES * each if op == "gdn" else slope * each)
+    log_decay = {"none": None, "head": -slope, "token": per_token.requires_grad_()}[decay]
     learned = [log_decay] if log_decay is not None and log_decay.requires_grad else []
     doc_ids, edges = None, None
     if documents:
@@ -77,6 +85,9 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
         doc_ids = starts.cumsum(1, dtype=torch.int32)
         inner = starts[0].nonzero().flatten()
         edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), tokens)]).unique()
+    if op == "gdn":
+        beta = torch.rand(1, tokens, heads, device="cuda").requires_grad_()
+        return _delta(beta, log_decay, doc_ids, edges), [beta, *learned]
     attention = ShardedRecurrence("triton")
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,10 +109,42 @@ def _implementations(tokens: int, heads: int, decay: str, documents: int) -> tup
     return found, learned
 
 
+def _delta(beta: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None, edges: Tensor | None) -> dict[str, Forward]:
+    """Implementations of the delta rule by name; the other library takes FlashQLA's, where that is installed."""
+    attention = ShardedRecurrence("triton")
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.finish(attention.begin((k, v, beta, log_decay), doc_ids, rule=delta_rule), q)[0]
+
+    found: dict[str, Forward] = {"lasptrain": ours}
+    if find_spec("fla") is None:
+        return found
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        g = torch.zeros_like(beta) if log_decay is None else log_decay.expand_as(beta)
+        o: Tensor = chunk_gated_delta_rule(q, k, v, g, beta.to(q.dtype), scale=1.0, cu_seqlens=edges)[0]
+        return o
+
+    backend = "FlashQLA" if find_spec("flash_qla") is not None else "fla"
+    return found | {f"{backend} chunk_gated_delta_rule": theirs}
+
+
 def _row(
-    name: str, forward: Forward, learned: list[Tensor], tokens: int, heads: int, dim: int, dtype: torch.dtype
+    name: str,
+    forward: Forward,
+    learned: list[Tensor],
+    tokens: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    unit: bool,
 ) -> Row:
-    q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    """Measure one implementation; `unit`: on q and k of length one."""
+    q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=dtype) for _ in range(3))
+    if unit:
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     do = torch.randn_like(q)
 
     def both() -> None:
@@ -141,21 +184,24 @@ def _ms(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:
     return ms
 
 
-def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates) -> list[Row]:
+def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates, op: str = "linear") -> list[Row]:
     """Lower bounds of times. Memory: read q, k, v and write o; with backward also read them and do again and write
-    dq, dk, dv. Products: those of a chunkwise algorithm with chunks of CHUNK tokens.
+    dq, dk, dv. Products: those of a chunkwise algorithm with chunks of CHUNK tokens; of gdn the sequential form's.
     """
     tensor = tokens * heads * dim * DTYPES[dtype].itemsize / rates.copies * 1e3
     product = 2 * tokens * heads * dim * (CHUNK + dim) / rates.products * 1e3
+    forward, both = (10.8 / 6.3, 42 / 6.3) if op == "gdn" else (2, 7)  # millions, of 6.3 a chunk at D = 128
     return [
         Row("memory floor", tokens, 4 * tensor, 11 * tensor, None),
-        Row("product floor", tokens, 2 * product, 7 * product, None),
+        Row("product floor", tokens, forward * product, both * product, None),
     ]
 
 
-def result(device: str, rows: list[Row], rates: Rates, heads: int, dim: int, dtype: str, decay: str) -> Result[Row]:
+def result(
+    device: str, rows: list[Row], rates: Rates, heads: int, dim: int, dtype: str, decay: str, op: str = "linear"
+) -> Result[Row]:
     """Return a result whose table has every time beside the floors and, for ours, beside the fastest other."""
-    least = {row.tokens: floors(row.tokens, heads, dim, dtype, rates) for row in rows}
+    least = {row.tokens: floors(row.tokens, heads, dim, dtype, rates, op) for row in rows}
     shown = [row for length in least for row in (*(one for one in rows if one.tokens == length), *least[length])]
 
     def above(row: Row) -> float | None:
@@ -179,8 +225,9 @@ def result(device: str, rows: list[Row], rates: Rates, heads: int, dim: int, dty
         ("speed-up", lambda row: gain(row, lambda one: one.replayed), ".2f"),
         ("GB", lambda row: row.extra, ".2f"),
     ]
+    gates = f" of mean -{GATES:g}" if (op, decay) == ("gdn", "token") else ""
     title = (
-        f"H {heads}, D {dim}, {dtype}, decay {decay}; "
+        f"{op}, H {heads}, D {dim}, {dtype}, decay {decay}{gates}; "
         f"copies {rates.copies / 1e12:.2f} TB/s, products {rates.products / 1e12:.0f} TFLOP/s"
     )
     failures = sorted({row.failure for row in rows if row.failure})

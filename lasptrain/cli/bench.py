@@ -51,13 +51,14 @@ def bench_kernels(
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option()] = "bf16",
     decay: Annotated[Literal["none", "head", "token"], typer.Option(help="None, constant, or per token.")] = "head",
     documents: Annotated[int, typer.Option(min=0, help="Document boundaries in the window.")] = 0,
+    op: Annotated[Literal["linear", "gdn"], typer.Option(help="Linear attention, or the delta rule.")] = "linear",
     file: Numbers = None,
 ) -> None:
     """Time the attention kernels beside flash-linear-attention (extra `bench`) and the floors."""
     from lasptrain.bench import kernels
 
     lengths = tokens or [1 << n for n in (13, 15, 17, 19)]
-    found = _tell([kernels.measure(lengths, heads, dim, dtype, decay, documents)], file)
+    found = _tell([kernels.measure(lengths, heads, dim, dtype, decay, documents, op)], file)
     if all(row.name == "lasptrain" for row in found.rows):
         typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
 
