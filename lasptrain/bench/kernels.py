@@ -190,7 +190,7 @@ def floors(tokens: int, heads: int, dim: int, dtype: str, rates: Rates, op: str 
     """
     tensor = tokens * heads * dim * DTYPES[dtype].itemsize / rates.copies * 1e3
     product = 2 * tokens * heads * dim * (CHUNK + dim) / rates.products * 1e3
-    forward, both = (10.8 / 6.3, 42 / 6.3) if op == "gdn" else (2, 7)  # millions, of 6.3 a chunk at D = 128
+    forward, both = (10.8 / 3.15, 42 / 3.15) if op == "gdn" else (2, 7)  # a chunk of D = 128 has 3.15 million
     return [
         Row("memory floor", tokens, 4 * tensor, 11 * tensor, None),
         Row("product floor", tokens, forward * product, both * product, None),
