@@ -98,6 +98,54 @@ def test_misuse_of_the_delta_rule_is_one_clear_error(name: str, change: Any, mes
         lasptrain.delta_rule(**(x | {name: change(x[name])}))
 
 
+def both(dtype: torch.dtype, **changed: Any) -> list[list[Tensor]]:
+    """Results and gradients of both functions, in `dtype`."""
+    found = []
+    for function in (lasptrain.linear_attention, lasptrain.delta_rule):
+        x: dict[str, Any] = given(dtype=dtype) | changed
+        x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+        if function is lasptrain.linear_attention:
+            x.pop("beta", None)
+        leaves = [value.requires_grad_() for value in x.values() if value.is_floating_point()]
+        o, final_state = function(**x, output_final_state=True)
+        assert final_state is not None
+        found.append([o, final_state, *torch.autograd.grad([o.sum() + final_state.sum()], leaves)])
+    return found
+
+
+def test_a_wider_beta_is_taken() -> None:
+    beta = torch.rand(B, T, H, generator=torch.Generator().manual_seed(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = given(dtype=torch.float32)
+        x = {name: value.to(dtype) if name in ("q", "k", "v") else value for name, value in x.items()}
+        x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+        wide, narrow = beta.double().requires_grad_(), beta.clone().requires_grad_()
+        (found, _), (expected, _) = (lasptrain.delta_rule(**x, beta=b) for b in (wide, narrow))
+        torch.testing.assert_close(found, expected)
+        (dwide,) = torch.autograd.grad(found.sum(), wide)
+        (dnarrow,) = torch.autograd.grad(expected.sum(), narrow)
+        torch.testing.assert_close(dwide, dnarrow.double())
+
+
+def test_autocast_rounds_nothing() -> None:
+    beta = torch.full((B, T, H), 0.5)
+    expected = both(torch.float32, beta=beta.clone())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = both(torch.float32, beta=beta.clone())
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
+
+
+def test_functions_with_states_can_be_compiled() -> None:
+    x = given()
+    for function in (lasptrain.linear_attention, lasptrain.delta_rule):
+        torch.compiler.reset()
+        found = torch.compile(
+            lambda function=function: function(**x, output_final_state=True)[0] * 2, backend="eager"
+        )()
+        torch.testing.assert_close(found, function(**x, output_final_state=True)[0] * 2)
+
+
 def test_no_state_is_returned_unless_asked_for() -> None:
     x = given()
     assert lasptrain.linear_attention(x["q"], x["k"], x["v"])[1] is None
@@ -113,7 +161,14 @@ def positive(log_decay: Tensor) -> Tensor:
     [
         ("q", lambda x: x[0], "q: expected [B, T, H, K], none of them 0, found [70, 3, 8]"),
         ("q", lambda x: x[:, :0], "q: expected [B, T, H, K], none of them 0, found [2, 0, 3, 8]"),
-        ("q", lambda x: x.int(), "q: expected a floating dtype, found torch.int32"),
+        (
+            "q",
+            lambda x: x.int(),
+            "q: expected torch.bfloat16, torch.float16, torch.float32 or torch.float64, found torch.int32",
+        ),
+        ("q", lambda x: x.tolist(), "q: expected a tensor, found list"),
+        ("k", lambda _: None, "k: expected a tensor, found NoneType"),
+        ("log_decay", lambda _: -0.1, "log_decay: expected a tensor, found float"),
         ("k", lambda x: x[:, :, :2], "k: expected [2, 70, 3, 8], found [2, 70, 2, 8]"),
         ("k", lambda x: x.float(), "k: expected torch.float64, found torch.float32"),
         ("v", lambda x: x[:, 1:], "v: expected [2, 70, 3, V], found [2, 69, 3, 5]"),
@@ -124,6 +179,8 @@ def positive(log_decay: Tensor) -> Tensor:
         ("log_decay", lambda x: x * float("nan"), "log_decay[0, 0, 0]: expected at most 0, found nan"),
         ("doc_ids", lambda x: x[:1], "doc_ids: expected [2, 70], found [1, 70]"),
         ("doc_ids", lambda x: x.double(), "doc_ids: expected torch.int32 or torch.int64, found torch.float64"),
+        ("doc_ids", lambda x: x - 1, "doc_ids[0, 0]: expected numbers from 0 on that never fall, found -1"),
+        ("doc_ids", lambda x: x % 2, "doc_ids[0, 64]: expected numbers from 0 on that never fall, found 0"),
         ("initial_state", lambda x: x[0], "initial_state: expected [2, 3, 8, 5], found [3, 8, 5]"),
         ("initial_state", lambda x: x.float(), "initial_state: expected torch.float64, found torch.float32"),
         ("kernel", lambda _: "fast", "kernel: expected auto, triton, chunked, reference, found fast"),

@@ -108,7 +108,7 @@ class Chunks:
         self, k: Tensor, values: Tensor, beta: Tensor | None, log_decay: Tensor | None, doc_ids: Tensor | None
     ):
         self.k = _cut(k, values.shape[2])
-        self.beta = None if beta is None else _cut(beta[..., None], values.shape[2])
+        self.beta = None if beta is None else _cut(beta.to(self.k.dtype)[..., None], values.shape[2])
         self.gates = gates(_cut(with_starts(values, log_decay, doc_ids), values.shape[2]))
         self.width = values.shape[-1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lasptrain.ops import delta_rule as delta
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shapes import check
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of q, k and v
 
 
 def linear_attention(
@@ -27,8 +29,8 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return o [B, T, H, V] of `S_t = a_t S_{t-1} + k_tᵀ v_t`, `o_t = q_t S_t`, and S_T if `output_final_state`.
 
-    Differentiable in every floating argument and in both results. Checking log decays waits for the device;
-    `ShardedRecurrence` does not, and runs over ranks.
+    Differentiable in every floating argument and in both results; computed as if there were no autocast. Checking log
+    decays and documents waits for the device; `ShardedRecurrence` does not, and runs over ranks.
 
     Args:
         q, k: [B, T, H, K].
@@ -40,8 +42,9 @@ def linear_attention(
         kernel: auto, reference, chunked or triton, which needs a GPU.
 
     Raises:
-        ValueError: for shapes, dtypes, devices or log decays that do not fit.
+        ValueError: for shapes, dtypes, devices, log decays or numbers of documents that do not fit.
     """
+    _check_tensors(q=q, k=k, v=v, log_decay=log_decay, doc_ids=doc_ids, initial_state=initial_state)
     _check(q, k, v, doc_ids, initial_state)
     _check_log_decay(log_decay, v, q)
     log_decay = _per_token(log_decay, v)
@@ -73,8 +76,9 @@ def delta_rule(
         log_decay: also per key channel, [B, T, H, K].
 
     Raises:
-        ValueError: for shapes, dtypes, devices, log decays or beta that do not fit.
+        ValueError: for shapes, dtypes, devices, log decays, beta or numbers of documents that do not fit.
     """
+    _check_tensors(q=q, k=k, v=v, beta=beta, log_decay=log_decay, doc_ids=doc_ids, initial_state=initial_state)
     _check(q, k, v, doc_ids, initial_state, shared=True)
     _check_log_decay(log_decay, v, q, k.shape[3])
     if beta is not None:
@@ -96,7 +100,11 @@ def _run(
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a recurrence on one device."""
+    """Run a recurrence on one device. A compiler runs one with states as it is, in a graph of its own."""
+    states = output_final_state or initial_state is not None
+    if states and torch.compiler.is_compiling():
+        run: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(_run)
+        return run(rule, kernel, q, inputs, doc_ids, initial_state, output_final_state)
     recurrence = ShardedRecurrence(kernel)
     numbers = None if doc_ids is None else doc_ids.to(torch.int32)
     pending = recurrence.begin(inputs, numbers, rule=rule, carry=initial_state, output_final_state=output_final_state)
@@ -120,14 +128,20 @@ def _per_token(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
     return log_decay
 
 
+def _check_tensors(**given: object) -> None:
+    for name, x in given.items():
+        if not isinstance(x, Tensor) and (x is not None or name in ("q", "k", "v")):
+            raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, initial_state: Tensor | None, *, shared: bool = False
 ) -> None:
     """Check shapes and kinds; `shared`: several heads of v may have one key head."""
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q: expected [B, T, H, K], none of them 0, found {list(q.shape)}")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q: expected a floating dtype, found {q.dtype}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: expected {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}, found {q.dtype}")
     b, t, key_heads, key_dim = q.shape
     check("k", k, (b, t, key_heads, key_dim))
     heads = v.shape[2] if v.dim() == 4 and shared and v.shape[2] and v.shape[2] % key_heads == 0 else key_heads
@@ -139,6 +153,8 @@ def _check(
     if doc_ids is not None:
         check("doc_ids", doc_ids, (b, t))
         _check_kind("doc_ids", doc_ids, q, torch.int32, torch.int64)
+        before = torch.cat([torch.zeros_like(doc_ids[:, :1]), doc_ids[:, :-1]], dim=1)
+        _check_within("doc_ids", doc_ids, doc_ids >= before, "numbers from 0 on that never fall")
     if initial_state is not None:
         check("initial_state", initial_state, (b, v.shape[2], key_dim, v.shape[3]))
         _check_kind("initial_state", initial_state, q, state_dtype(q))
@@ -166,4 +182,4 @@ def _check_within(name: str, x: Tensor, fits: Tensor, expected: str) -> None:
     """Raise ValueError for the first number that does not fit, or is NaN."""
     if not fits.all():
         at = (~fits).nonzero()[0].tolist()
-        raise ValueError(f"{name}{at}: expected {expected}, found {x[tuple(at)].item():g}")
+        raise ValueError(f"{name}{at}: expected {expected}, found {x[tuple(at)].item():.6g}")

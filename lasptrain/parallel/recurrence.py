@@ -19,8 +19,10 @@ state lies between the four.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -202,10 +204,28 @@ class ShardedRecurrence:
         return final_state
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _as_given(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a pass compute in the dtypes of its tensors: autocast would round states and sums."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **named: P.kwargs) -> R:
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return function(*arguments, **named)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*arguments, **named)
+
+    return run
+
+
 class _Whole(Function):
     """A slice without exchange; apart from the two below, because at short lengths host time dominates."""
 
     @staticmethod
+    @_as_given
     def forward(
         ctx: Any, kernel: str, rule: Recurrence, doc_ids: Tensor | None, q: Tensor, *inputs: Tensor | None
     ) -> Tensor:
@@ -216,6 +236,7 @@ class _Whole(Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, doc_ids, *saved = ctx.saved_tensors
         inputs, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
@@ -227,6 +248,7 @@ class _Whole(Function):
 
 class _Begin(Function):
     @staticmethod
+    @_as_given
     def forward(
         ctx: Any,
         recurrence: ShardedRecurrence,
@@ -252,6 +274,7 @@ class _Begin(Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         q, do, inputs, doc_ids, angle, initial_state, kept, rest, dblocks, exchange = ctx.handoff.take()
         kernel, rule = ctx.kernel, ctx.rule
@@ -286,6 +309,7 @@ def _grad_angle(right: Tensor, final_state: Tensor) -> Tensor:
 
 class _Finish(Function):
     @staticmethod
+    @_as_given
     def forward(
         ctx: Any, recurrence: ShardedRecurrence, pending: _Exchanging, q: Tensor, link: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -303,6 +327,7 @@ class _Finish(Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, doc_ids, angle, initial_state, *saved = ctx.saved_tensors
         inputs, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
