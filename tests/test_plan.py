@@ -32,6 +32,8 @@ def test_the_sizes_of_the_released_models() -> None:
 def test_the_horizon_of_the_paper_model() -> None:
     model = load(RECIPES / "1b_4096k.yaml").model
     assert [sum(column) for column in zip(*plan.memory_horizon(model, 1 << 22), strict=True)] == [33, 16, 16, 15, 11]
+    hybrid = model.model_copy(update={"softmax": (0,), "softmax_heads": 2})
+    assert plan.memory_horizon(hybrid, 1 << 22)[0] == [2] * len(plan.DISTANCES)
     assert 8_000 < plan.effective_context(model, 1 << 22) < 10_000
 
 

@@ -77,7 +77,7 @@ class Architecture(Stack):
     def problems(self) -> Iterator[Problem]:
         """Yield heads that do not divide the width, and keys of softmax layers that do not fit."""
         if (self.key_dim is None or self.value_dim is None) and self.dim % self.heads:
-            nearest = nearest_fits(self.heads, lambda heads: self.dim % heads == 0)
+            nearest = nearest_fits(self.heads, lambda heads: self.dim % heads == 0, self.dim)
             fits = f"nearest: {nearest} (or give model.key_dim and model.value_dim)"
             yield "model.heads", f"{self.heads} heads do not divide model.dim = {self.dim}; {fits}"
         yield from self.layer_problems("model.softmax", self.softmax)

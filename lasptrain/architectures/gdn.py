@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Count, Problem
+from lasptrain.architectures.section import Few, Problem
 
 
 class Gdn(GatedByData):
@@ -15,7 +15,7 @@ class Gdn(GatedByData):
     kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")
 
     arch: Literal["gdn"] = "gdn"
-    key_heads: Count | None = None  # heads of q and k, each shared by neighbouring value heads; `heads` if not given
+    key_heads: Few | None = None  # heads of q and k, each shared by neighbouring value heads; `heads` if not given
     negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
     gate: Literal["silu", "sigmoid"] = "silu"  # on the output
 

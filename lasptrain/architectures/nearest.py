@@ -12,6 +12,7 @@ def nearest_fits(value: int, fits: Callable[[int], bool], largest: int | None = 
     """Return the nearest numbers below and above `value` that fit, searched nearby only; empty if there are none."""
     reach = 1 << 16
     top = value + reach if largest is None else min(largest, value + reach)
-    below = next((n for n in range(min(value, top), max(0, value - reach), -1) if fits(n)), None)
+    start = min(value, top)
+    below = next((n for n in range(start, max(0, start - reach), -1) if fits(n)), None)
     above = next((n for n in range(value + 1, top + 1) if fits(n)), None)
     return ", ".join(str(n) for n in (below, above) if n is not None)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from lasptrain.architectures.decay import Decaying, Schedule
+from lasptrain.architectures.nearest import nearest_fits
 from lasptrain.architectures.section import Problem
 
 
@@ -24,8 +25,8 @@ class RetNet(Decaying):
         """Yield keys whose channels do not make pairs to rotate."""
         yield from super().problems()
         if self.K % 2:
-            found = f"{self.K} channels do not make pairs to rotate"
-            yield "model.key_dim", f"{found}; nearest: {self.K - 1 or 2}, {self.K + 1}"
+            nearest = nearest_fits(self.K, lambda channels: channels % 2 == 0)
+            yield "model.key_dim", f"{self.K} channels do not make pairs to rotate; nearest: {nearest}"
 
     def mixer_parameters(self, layer: int) -> dict[str, int]:
         """Return the products' matrices, and the norm over the V of a head."""

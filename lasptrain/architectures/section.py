@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 LARGEST = 2**48  # larger counts are typos; products of two still fit what has to hold them
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Few = Annotated[int, Field(ge=1, le=4096)]  # layers, heads: of which there are lists
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

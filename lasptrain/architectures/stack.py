@@ -8,10 +8,20 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Count, Index, Problem, Section
+from lasptrain.architectures.section import Count, Few, Index, Problem, Section
 from lasptrain.console.tables import figures
 
 Recompute = Literal["none", "full", "selective", "offload"]
+SOFTMAX_ONLY = (  # keys that say nothing of other layers
+    "kv_heads",
+    "sliding_window",
+    "softmax_heads",
+    "softmax_dim",
+    "rotary_fraction",
+    "qk_norm",
+    "softmax_gate",
+    "softmax_norm",
+)
 EVERY = re.compile(r"every (\d{1,6})(?:st|nd|rd|th)")
 
 
@@ -23,9 +33,11 @@ def _spelled_out(value: object, info: ValidationInfo) -> object:
     layers: Any = info.data.get("layers")
     if isinstance(value, list):
         return tuple(value)
-    found = EVERY.fullmatch(value) if isinstance(value, str) else None
-    if found is None or not isinstance(layers, int):
+    if not isinstance(value, str) or not isinstance(layers, int):
         return value
+    found = EVERY.fullmatch(value)
+    if found is None:
+        raise PydanticCustomError("every", "a list such as [0], or every 4th")
     step = int(found[1])
     if not step or layers % step:
         fits = nearest_fits(step, lambda n: layers % n == 0, layers)
@@ -38,15 +50,15 @@ class Stack(Section):
 
     arch: str = Field(description="the name of an architecture")
     dim: Count = Field(description="the width of the model, such as 256")
-    layers: Count = Field(description="the number of layers, such as 4")
-    heads: Count = Field(description="the number of heads, such as 4")
+    layers: Few = Field(description="the number of layers, such as 4")
+    heads: Few = Field(description="the number of heads, such as 4")
     mlp: Count = Field(description="the width of the MLP, such as 704")
     vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
     tie: bool = True  # the output head is the embedding
     softmax: Annotated[tuple[Index, ...], BeforeValidator(_spelled_out)] = ()  # layers of it, or every 4th
-    softmax_heads: Count | None = None  # softmax: heads of q; `heads` if not given
+    softmax_heads: Few | None = None  # softmax: heads of q; `heads` if not given
     softmax_dim: Count | None = None  # softmax: channels of a head; dim / heads of q if not given
-    kv_heads: Count | None = None  # softmax: heads of k and v; as many as of q if not given
+    kv_heads: Few | None = None  # softmax: heads of k and v; as many as of q if not given
     sliding_window: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
     rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # softmax: the part of a head's channels that is rotated
@@ -90,20 +102,24 @@ class Stack(Section):
     def softmax_problems(self) -> Iterator[Problem]:
         """Yield keys of softmax layers that do not fit each other, or have no such layer."""
         if not self.softmax:
-            for key in ("kv_heads", "sliding_window", "softmax_heads", "softmax_dim"):
-                if (found := getattr(self, key)) is not None:
-                    yield f"model.{key}", f"found {found} without model.softmax; name its layers, or leave it out"
+            for key in SOFTMAX_ONLY:
+                if (found := getattr(self, key)) != Stack.model_fields[key].default:
+                    shown = str(found).lower() if isinstance(found, bool) else found
+                    yield f"model.{key}", f"found {shown} without model.softmax; name its layers, or leave it out"
             return
         heads, key = self.query_heads, "softmax_heads" if self.softmax_heads else "heads"
         if self.softmax_dim is None and self.dim % heads:
-            nearest = nearest_fits(heads, lambda n: self.dim % n == 0)
+            nearest = nearest_fits(heads, lambda n: self.dim % n == 0, self.dim)
             yield f"model.{key}", f"{heads} softmax heads do not divide model.dim = {self.dim}; nearest: {nearest}"
+        elif self.rotary is not None and not self.rotated:
+            found = f"found {self.rotary_fraction:g} of {self.head_dim} channels, which are none"
+            yield "model.rotary_fraction", f"{found}; expected at least {min(2 / self.head_dim, 1):g}"
         elif self.rotary is not None and (odd := self.rotated) % 2:
             found = f"{odd} channels of a head do not make pairs to rotate"
             other = "softmax_dim" if self.softmax_dim else key
             yield "model.rotary", f"{found}; expected null, or another model.{other}"
         if self.kv_heads and heads % self.kv_heads:
-            nearest = nearest_fits(self.kv_heads, lambda n: heads % n == 0)
+            nearest = nearest_fits(self.kv_heads, lambda n: heads % n == 0, heads)
             yield "model.kv_heads", f"{self.kv_heads} do not divide model.{key} = {heads}; nearest: {nearest}"
 
     def softmax_description(self) -> str:

@@ -244,7 +244,7 @@ def memory_horizon(model: Architecture, window: int) -> list[list[int]]:
     after each of DISTANCES.
     """
     table = model.decays(window)
-    seen = [model.heads * (far < (model.sliding_window or math.inf)) for far in DISTANCES]
+    seen = [model.query_heads * (far < (model.sliding_window or math.inf)) for far in DISTANCES]
     weighed = [[sum(slope * far < 1.001 * math.log(1000) for slope in layer) for far in DISTANCES] for layer in table]
     return [seen if index in model.softmax else heads for index, heads in enumerate(weighed)]
 
