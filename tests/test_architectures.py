@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from lasptrain import architectures
 from lasptrain.architectures import GROUP, OURS
+from lasptrain.architectures.base import Architecture
 from lasptrain.cost import links, plan
 from lasptrain.errors import RecipeError
 from lasptrain.models.language_model import on_meta
@@ -20,7 +22,7 @@ from tests.test_recipe import RECIPES
 
 SOURCE = Path(architectures.__file__).parents[1]
 KNOWN = f"{', '.join(sorted(OURS)[:-1])} or {max(OURS)}"
-SIZES = {"dim": 32, "layers": 3, "heads": 4, "mlp": 48, "vocab": 64}
+SIZES: dict[str, Any] = {"dim": 32, "layers": 3, "heads": 4, "mlp": 48, "vocab": 64}
 
 
 @pytest.mark.parametrize("softmax", [[], [1]], ids=["pure", "hybrid"])
@@ -69,8 +71,11 @@ def test_keys_that_came_later_have_their_defaults_in_what_was_written_before() -
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere.at_all:Model", "which does not load: No module named 'nowhere'"),
-        ("json:Model", "which does not load: module 'json' has no attribute 'Model'"),
+        ("nowhere.at_all:Model", "which does not load: ModuleNotFoundError: No module named 'nowhere'"),
+        ("json:Model", "which does not load: AttributeError: module 'json' has no attribute 'Model'"),
+        ("unparsable:Model", r"which does not load: SyntaxError: .*\(unparsable.py, line 1\)$"),
+        ("failing:Model", "which does not load: KeyError: 'SETTING'$"),
+        ("lasptrain.architectures.decay:Decaying", "expected its implementation, the module of its layers$"),
         ("json:JSONDecoder", r"expected a subclass of lasptrain\.architectures\.base\.Architecture"),
     ],
 )
@@ -78,16 +83,41 @@ def test_a_package_that_offers_something_else_is_refused(
     place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(tmp_path, {"broken": place})
+    (tmp_path / "unparsable.py").write_text("def (")
+    (tmp_path / "failing.py").write_text("{}['SETTING']")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RecipeError, match=f"model.arch: broken is {place}.*{message}"):
         architectures.model({"arch": "broken", **SIZES})
 
 
-def installed(folder: Path, offered: dict[str, str]) -> None:
+@pytest.mark.parametrize("arch", ["tnl", "twofold"])
+def test_a_name_that_several_packages_offer_is_refused(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(tmp_path, {arch: "one:Model"})
+    monkeypatch.syspath_prepend(tmp_path)
+    first = "lasptrain.architectures.tnl:Tnl of lasptrain and one:Model of offers"
+    if arch not in OURS:
+        installed(tmp_path, {arch: "two:Model"}, "another")
+        first = "one:Model of offers|two:Model of another"
+    with pytest.raises(RecipeError, match=f"^model.arch: {arch} is ({first}).*; expected one of them to be installed$"):
+        architectures.model({"arch": arch, **SIZES})
+
+
+@pytest.mark.parametrize("place", ["nowhere.at_all", "json"])
+def test_layers_that_are_not_where_a_package_says_are_one_line(place: str) -> None:
+    class Astray(Architecture):
+        implementation: ClassVar[str] = place
+
+    with pytest.raises(RecipeError, match=f"^model.arch: astray has its layers in {place}, which does not load: .*"):
+        on_meta(Astray(arch="astray", **SIZES), 128, ShardedRecurrence("chunked"))
+
+
+def installed(folder: Path, offered: dict[str, str], package: str = "offers") -> None:
     """Write what pip writes for a package that offers architectures."""
-    info = folder / "offers-1.0.dist-info"
+    info = folder / f"{package}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offers\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
     lines = [f"{name} = {place}\n" for name, place in offered.items()]
     (info / "entry_points.txt").write_text("".join([f"[{GROUP}]\n", *lines]))
 

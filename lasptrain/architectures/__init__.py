@@ -5,8 +5,7 @@ Add one: `README.md`.
 
 import difflib
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,14 +28,19 @@ OURS = {
 
 def named(arch: object) -> type[Architecture]:
     """Return the class of an architecture: ours, or one that an installed package offers under the entry-point group
-    `lasptrain.architectures`. RecipeError for another name, with the nearest, and for a package that does not load.
+    `lasptrain.architectures`. RecipeError for another name, with the nearest, for one that several offer, and for a
+    package that does not load.
     """
-    if isinstance(arch, str) and arch in OURS:
-        return _loaded(arch, OURS[arch])
-    others = {point.name: point.value for point in entry_points(group=GROUP)}
-    if isinstance(arch, str) and arch in others:
-        return _loaded(arch, others[arch])
-    known = sorted([*OURS, *others])
+    offered: dict[str, dict[str, str]] = {name: {place: "lasptrain"} for name, place in OURS.items()}
+    for point in entry_points(group=GROUP):
+        offered.setdefault(point.name, {})[point.value] = point.dist.name if point.dist else "a package"
+    if isinstance(arch, str) and arch in offered:
+        (place, _), *others = offered[arch].items()
+        if others:
+            found = " and ".join(f"{place} of {package}" for place, package in offered[arch].items())
+            raise RecipeError(f"model.arch: {arch} is {found}; expected one of them to be installed")
+        return _loaded(arch, place)
+    known = sorted(offered)
     close = difflib.get_close_matches(arch, known, n=1) if isinstance(arch, str) else []
     found = "missing" if arch is None else f"found {arch!r}"
     hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known[:-1])} or {known[-1]}"
@@ -69,13 +73,15 @@ def having(key: str) -> list[str]:
 
 def _loaded(arch: str, place: str) -> type[Architecture]:
     """Import `module:Class`."""
-    module, _, name = place.partition(":")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"model.arch: {arch} is {place}, which does not load: {error}") from None
+        found = EntryPoint(arch, place, GROUP).load()
+    except Exception as error:  # a package may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RecipeError(f"model.arch: {arch} is {place}, which does not load: {reason}") from None
     if not (isinstance(found, type) and issubclass(found, Architecture)):
         raise RecipeError(
             f"model.arch: {arch} is {place}; expected a subclass of {Architecture.__module__}.Architecture"
         )
+    if not hasattr(found, "implementation"):
+        raise RecipeError(f"model.arch: {arch} is {place}; expected its implementation, the module of its layers")
     return found

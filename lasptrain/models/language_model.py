@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from lasptrain.architectures.base import Architecture
+from lasptrain.errors import RecipeError
 from lasptrain.models import softmax
 from lasptrain.models.layers import Mlp, norm
 from lasptrain.models.linear import Linear
@@ -221,9 +222,22 @@ def on_meta(
         return model.to(torch.promote_types(dtype, torch.float32))
 
 
+def _mixer_of(cfg: Architecture) -> Callable[[Architecture, int, ShardedRecurrence], Mixer]:
+    """Return the function that makes the architecture's mixers. RecipeError where its module does not have it."""
+    place = cfg.implementation
+    try:
+        make: Callable[[Architecture, int, ShardedRecurrence], Mixer] = import_module(place).mixer
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{place}.".startswith(f"{error.name}."):
+            raise
+        found = f"{cfg.arch} has its layers in {place}, which does not load: {error}"
+        raise RecipeError(f"model.arch: {found}; expected a module with a function mixer") from None
+    return make
+
+
 def _block(cfg: Architecture, index: int, attention: ShardedRecurrence) -> Block:
-    module = softmax if index in cfg.softmax else import_module(cfg.implementation)
-    mixer: Mixer = module.mixer(cfg, index, attention)
+    make = softmax.mixer if index in cfg.softmax else _mixer_of(cfg)
+    mixer = make(cfg, index, attention)
     norm1, norm2 = norm(cfg.norm, cfg.dim), norm(cfg.norm, cfg.dim)
     after = index in cfg.softmax and cfg.softmax_norm == "after"
     return Block(norm1, mixer, norm2, Mlp(cfg.dim, cfg.mlp, activate=cfg.gated_mlp), alpha=cfg.residual, after=after)
