@@ -13,6 +13,7 @@ from rich.table import Table
 from lasptrain import __version__
 from lasptrain.cli import bench, checkpoint, data
 from lasptrain.cli import eval as eval_commands
+from lasptrain.cli.certify import certify
 from lasptrain.cli.convert import convert
 from lasptrain.cli.options import Overrides, RecipeFile
 from lasptrain.cli.plan import plan_command
@@ -185,6 +186,7 @@ def _times(count: int, word: str, plural: str = "s") -> str:
 
 
 app.command("plan")(plan_command)
+app.command()(certify)
 eval_commands.register(app)
 app.command()(convert)
 app.add_typer(data.app, name="data")

@@ -30,7 +30,7 @@ class Validation:
         return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, **positions}
 
 
-def _losses(model: nn.Module, segments: MicroBatch) -> Iterable[tuple[int, Tensor, Tensor]]:
+def token_losses(model: nn.Module, segments: MicroBatch) -> Iterable[tuple[int, Tensor, Tensor]]:
     """Yield per segment its number, labels [B, T] and losses [B, T] of this rank's slice."""
     carry = None
     for m, piece in enumerate(segments):
@@ -55,7 +55,7 @@ def validate(
     sp, sp_rank = mesh.length("sp"), mesh.rank("sp")
     table: Tensor | None = None  # rows: loss, tokens, bytes; columns: buckets
     for segments in micro_batches:
-        for m, labels, losses in _losses(model, segments):
+        for m, labels, losses in token_losses(model, segments):
             length = labels.shape[1]
             position = (m * sp + sp_rank) * length + torch.arange(1, length + 1, device=labels.device)
             bucket = position.double().log2().floor().long().expand_as(labels).flatten()

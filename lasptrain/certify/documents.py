@@ -1,0 +1,82 @@
+"""A document never sees another: tokens of some are changed, and nothing moves in the others, to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasptrain.certify.check import Check, Error, judge, not_run, of_tokens
+from lasptrain.certify.layout import places_of
+from lasptrain.certify.measured import Measured, measure, mine, opened
+from lasptrain.certify.text import Edge, another, documents, planted, windows_of
+from lasptrain.certify.trial import Trial
+from lasptrain.parallel.collectives import all_gather_object, all_reduce_sum
+from lasptrain.recipe.schema import Recipe
+
+NAME = "documents"
+
+
+def check(trial: Trial) -> list[Check]:
+    """Change every second document, then the others, over all edges of the layout. Collective."""
+    if not trial.recipe.data.reset_at_documents:
+        why = "data.reset_at_documents = false: documents go on into each other"
+        return [not_run(NAME, "a document and its neighbours", why)]
+    return run(trial.exact)
+
+
+def breaks(trial: Trial, recipe: Recipe) -> bool:
+    """Return True if a document sees another in this layout of the recipe. Collective."""
+    return any(one.verdict == "fails" for one in run(recipe))
+
+
+def run(recipe: Recipe) -> list[Check]:
+    """Return a check of losses, one of gradients, and one that the changes are seen where they may be."""
+    places = places_of(recipe)
+    with opened(recipe) as job:
+        bos, vocab = job.dataset.bos, job.dataset.vocab_size
+        text = planted(windows_of(job.loader, 0), bos, vocab, places)
+        numbers = documents(text, bos)
+        here = mine(job)
+        before = measure(job, text)
+        moved, seen = [], 0
+        for parity in (0, 1):
+            changed = (numbers % 2 == parity) & (text != bos)
+            after = measure(job, torch.where(changed, another(text, bos, vocab), text))
+            kept = here & (numbers[:, :-1] % 2 != parity)
+            moved.append(_moved(before, after, kept))
+            seen += int((before.token_losses != after.token_losses)[here & ~kept].sum())
+    losses, gradients = (max(pair, key=lambda error: error.size) for pair in zip(*moved, strict=True))
+    reached = int(all_reduce_sum(torch.tensor(seen, device=job.device)))
+    kinds = ", ".join(dict.fromkeys(edge.kind for edge in places))
+    return [
+        judge(NAME, "losses before and after other documents changed", losses, 0.0, _note(kinds, losses, places)),
+        judge(
+            NAME, "gradients before and after other documents changed", gradients, 0.0, _note(kinds, gradients, places)
+        ),
+        judge(NAME, "losses in the changed documents moved", Error(float(not reached)), 0.0, f"{reached:,} of them"),
+    ]
+
+
+def _note(kinds: str, found: Error, places: list[Edge]) -> str:
+    """Say over which edges documents lie, and over which of them one was seen; the same on every rank. Collective."""
+    seen = [kind for kind in all_gather_object(_edge(found, places)) if kind]
+    return f"edges: {kinds}" + (f"; seen over: {', '.join(dict.fromkeys(seen))}" if seen else "")
+
+
+def _moved(before: Measured, after: Measured, kept: Tensor) -> tuple[Error, Error]:
+    """Return the largest change of losses and of gradients at the tokens `kept` [windows, N]."""
+    losses = (after.token_losses - before.token_losses).abs()
+    gradients = (after.token_gradients - before.token_gradients).norm(dim=-1)
+    return _largest(losses, kept), _largest(gradients, kept)
+
+
+def _largest(changes: Tensor, kept: Tensor) -> Error:
+    return of_tokens(changes, kept, 0.0) if kept.any() else Error(0.0)
+
+
+def _edge(found: Error, places: list[Edge]) -> str | None:
+    """Return the kind of the edge nearest to what moved, None where nothing did."""
+    near = [token for place in (found.first, found.last) if place is not None for token in place[1:]]
+    if not near:
+        return None
+    return min(places, key=lambda edge: min(abs(edge.token - token) for token in near)).kind

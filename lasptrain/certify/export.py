@@ -1,0 +1,63 @@
+"""An exported model is the model: its logits in the target's library, and the weights that come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lasptrain.certify.check import Check, failed, not_run
+from lasptrain.certify.resume import RUN
+from lasptrain.certify.trial import Trial
+from lasptrain.checkpoint.single import CheckpointReader
+from lasptrain.checkpoint.steps import committed
+from lasptrain.convert import targets, verify
+from lasptrain.convert.export import export
+from lasptrain.convert.restore import open_weights
+from lasptrain.errors import ConvertError
+
+NAME = "export"
+LOGITS = "logits of the export as {} in its library, of ours in fp64"
+WEIGHTS = "weights that come back from the export as {}, of those that left"
+
+
+def check(trial: Trial) -> list[Check]:
+    """Export the run that was ended to every target that it can leave to. One process."""
+    if not committed(trial.folder / RUN):
+        why = "no checkpoint to export: the run of the resume check left none"
+        return [not_run(NAME, LOGITS.format("any target"), why)]
+    found = []
+    for target, reason in targets.refusals(trial.recipe.model).items():
+        if reason is None:
+            found += _exported(trial, target)
+        elif targets.TARGETS[target].expresses(trial.recipe.model.arch):
+            found.append(not_run(NAME, LOGITS.format(target), reason))
+    return found
+
+
+def _exported(trial: Trial, target: str) -> list[Check]:
+    """Return the checks of one target."""
+    run, folder = trial.folder / RUN, trial.folder / f"export-{target}"
+    try:
+        parity = export(run, folder, target).parity
+        back = _come_back(run, folder)
+    except ConvertError as refusal:
+        return [failed(NAME, LOGITS.format(target), str(refusal))]
+    weights = Check(
+        NAME,
+        WEIGHTS.format(target),
+        "fails" if back else "holds",
+        len(back),
+        0.0,
+        parameter=", ".join(back[:1]) or None,
+    )
+    if isinstance(parity, str):
+        return [not_run(NAME, LOGITS.format(target), parity), weights]
+    worst, error = max(parity.errors().items(), key=lambda item: item[1])
+    tolerance = verify.TOLERANCE * max(1.0, parity.scale)
+    logits = Check(NAME, LOGITS.format(target), "holds", error, tolerance, parameter=worst, note=parity.library)
+    return [logits, weights]
+
+
+def _come_back(run: Path, folder: Path) -> list[str]:
+    """Return the names of weights whose bits are others after an export and an import."""
+    left, back = CheckpointReader(run), open_weights(folder)
+    return [name for name in left.shapes if not left.read(name).float().equal(back.read(name))]

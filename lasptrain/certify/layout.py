@@ -1,0 +1,120 @@
+"""Every layout is one device: loss and gradients against one process and one segment."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lasptrain.certify.check import Check, Error, judge, norms, not_run, of_parameters, of_tokens
+from lasptrain.certify.measured import Measured, measure, mine, opened
+from lasptrain.certify.text import Edge, edges, windows_of, with_documents
+from lasptrain.certify.trial import Trial, alone, chunked_otherwise
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import Job
+
+NAME = "layout"
+FLOOR = 1e-6  # of the largest gradient: smaller ones are measured against it
+SPREAD = 4.0  # times the spread of two runs that sum in another order
+EXACT, OWN, OTHERWISE, TOGETHER = "exact", "own", "otherwise", "together"  # references, by file
+
+
+def same(recipe: Recipe) -> bool:
+    """Return True if the layout is one rank and one segment: nothing to compare."""
+    return recipe.mesh.dp == recipe.mesh.sp == 1 and recipe.train.segment == recipe.data.window
+
+
+def places_of(recipe: Recipe) -> list[Edge]:
+    """Return the edges that documents are planted on."""
+    assert isinstance(recipe.mesh.sp, int) and isinstance(recipe.train.segment, int)
+    return edges(recipe.data.window, recipe.mesh.sp, recipe.data.window // recipe.train.segment)
+
+
+def read(job: Job, places: list[Edge]) -> torch.Tensor:
+    """Read the first step's windows; every second one has documents at `places`."""
+    return with_documents(windows_of(job.loader, 0), job.dataset.bos, job.dataset.vocab_size, places)
+
+
+def run(recipe: Recipe, places: list[Edge]) -> tuple[Measured, torch.Tensor]:
+    """Measure a recipe on these ranks; return that, and which tokens [windows, N] are this rank's."""
+    with opened(recipe) as job:
+        return measure(job, read(job, places)), mine(job)
+
+
+def reference(trial: Trial) -> list[Check]:
+    """Leave what one process computes, exactly and in the recipe's precision twice."""
+    places = places_of(trial.recipe)
+    recipes = {EXACT: alone(trial.exact), OWN: alone(trial.recipe), OTHERWISE: chunked_otherwise(alone(trial.recipe))}
+    for name, recipe in recipes.items():
+        run(recipe, places)[0].save(_file(trial, name))
+    return []
+
+
+def together(trial: Trial) -> list[Check]:
+    """Leave what one process computes of documents that are not kept apart."""
+    recipe = alone(trial.exact).replace(data={"reset_at_documents": False})
+    run(recipe, places_of(trial.recipe))[0].save(_file(trial, TOGETHER))
+    return []
+
+
+def _file(trial: Trial, name: str) -> Path:
+    return trial.folder / f"{name}.safetensors"
+
+
+def check(trial: Trial) -> list[Check]:
+    """Compare the layout with what `reference` left. Collective."""
+    if same(trial.recipe):
+        why = "one rank and one segment: nothing to compare; --nproc 2 gives two ranks, train.segment segments"
+        return [not_run(NAME, "one process, one segment", why)]
+    return [*exact(trial), *own(trial)]
+
+
+def exact(trial: Trial) -> list[Check]:
+    """Compare strictly: losses, the gradient at every token, the gradient of every parameter."""
+    found, here = run(trial.exact, places_of(trial.recipe))
+    want = Measured.load(_file(trial, EXACT))
+    return compare(found, want, here, trial.tolerance, trial.strict)
+
+
+def compare(found: Measured, want: Measured, here: torch.Tensor, tolerance: float, precision: str) -> list[Check]:
+    """Return the checks of one measurement against another."""
+    alike = partial("{} in {}, of one process and one segment".format)
+    loss = Error(float((found.loss - want.loss).abs() / want.loss.abs()))
+    scale = float(want.token_losses.abs().max())
+    losses = of_tokens((found.token_losses - want.token_losses).abs() / scale, here, tolerance)
+    size = float(want.token_gradients.norm(dim=-1).max())
+    tokens = of_tokens((found.token_gradients - want.token_gradients).norm(dim=-1) / size, here, tolerance)
+    parameters = of_parameters(found.gradients, want.gradients, norms(want.gradients, FLOOR))
+    return [
+        judge(NAME, alike("mean loss", precision), loss, tolerance),
+        judge(NAME, alike("loss of every token", precision), losses, tolerance),
+        judge(NAME, alike("gradient at every token", precision), tokens, tolerance),
+        judge(NAME, alike("gradient of every parameter", precision), parameters, tolerance),
+    ]
+
+
+def own(trial: Trial) -> list[Check]:
+    """Compare in the recipe's precision with the spread of two equal runs that sum in another order."""
+    precision = trial.recipe.train.precision
+    found, _ = run(trial.recipe, places_of(trial.recipe))
+    want, other = (Measured.load(_file(trial, name)) for name in (OWN, OTHERWISE))
+    sizes = norms(want.gradients, FLOOR)
+    spread = of_parameters(other.gradients, want.gradients, sizes)
+    allowed = SPREAD * max(spread.size, float(torch.finfo(torch.float64).eps))
+    loss = Error(float((found.loss - want.loss).abs() / want.loss.abs()))
+    loss_spread = float((other.loss - want.loss).abs() / want.loss.abs())
+    error = of_parameters(found.gradients, want.gradients, sizes)
+    between = f"two runs of one process in other chunks are {spread.size:.1e} apart"
+    about = f"mean loss in {precision}, of one process"
+    return [
+        judge(NAME, about, loss, max(SPREAD * loss_spread, allowed), f"chunks: {loss_spread:.1e}"),
+        judge(NAME, f"gradient of every parameter in {precision}, of one process", error, allowed, between),
+    ]
+
+
+def breaks(trial: Trial, recipe: Recipe) -> bool:
+    """Return True if the exact comparison fails for another layout of the recipe. Collective."""
+    found, here = run(recipe, places_of(trial.recipe))
+    want = Measured.load(_file(trial, EXACT if recipe.data.reset_at_documents else TOGETHER))
+    return any(one.verdict == "fails" for one in compare(found, want, here, trial.tolerance, trial.strict))

@@ -1,0 +1,179 @@
+"""One pass of training over a step's windows: the losses and gradients that `pretrain` computes, by token and name."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lasptrain import train
+from lasptrain.certify.text import Held
+from lasptrain.data.loader import MicroBatch
+from lasptrain.models.language_model import initial_values
+from lasptrain.models.start import generator
+from lasptrain.ops.cross_entropy import IGNORED
+from lasptrain.parallel.shard import fill, reshard
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.job import Job, build
+from lasptrain.training.validation import token_losses
+
+NOISE = 0.02  # added to every weight: none is left at a special value, such as zero
+EVERY, MOST = 5, 3  # labels of the first half of a window that count: MOST of EVERY
+
+
+class Place(NamedTuple):
+    """The tokens of this rank in one micro-batch and segment: rows of the global batch, columns of a window."""
+
+    micro_batch: int
+    segment: int
+    windows: list[int]
+    tokens: slice
+
+
+def places(job: Job) -> Iterator[Place]:
+    """Yield the places of this rank's slices."""
+    loader, mesh = job.loader, job.mesh
+    dp, sp = mesh.length("dp"), mesh.length("sp")
+    length = loader.segment // sp
+    for i in range(loader.batch // (dp * loader.micro_batch)):
+        rows = range(i * loader.micro_batch, (i + 1) * loader.micro_batch)
+        windows = [row * dp + mesh.rank("dp") for row in rows]
+        for m in range(loader.window // loader.segment):
+            start = (m * sp + mesh.rank("sp")) * length
+            yield Place(i, m, windows, slice(start, start + length))
+
+
+def mine(job: Job) -> Tensor:
+    """Return True at the tokens [windows, N] of this rank."""
+    found = torch.zeros(job.loader.batch, job.loader.window, dtype=torch.bool)
+    for place in places(job):
+        found[place.windows, place.tokens] = True
+    return found
+
+
+class Measured(NamedTuple):
+    """Losses and gradients of the global batch; by token they are zero at tokens of other ranks."""
+
+    loss: Tensor  # mean over labels, fp64
+    token_losses: Tensor  # [windows, N]
+    token_gradients: Tensor  # [windows, N, D] of the first layer's input
+    gradients: dict[str, Tensor]  # of the parameters, whole
+
+    def save(self, file: Path) -> None:
+        """Write everything to a file."""
+        named = {f"gradient.{name}": x.cpu().contiguous() for name, x in self.gradients.items()}
+        beside = {name: getattr(self, name).cpu().contiguous() for name in self._fields[:-1]}
+        save_file({**beside, **named}, file)
+
+    @classmethod
+    def load(cls, file: Path) -> Measured:
+        """Read what `save` wrote."""
+        found = load_file(file)
+        prefix = "gradient."
+        named = {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
+        loss, token_losses, token_gradients = (found[name] for name in cls._fields[:-1])
+        return cls(loss, token_losses, token_gradients, named)
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[Job]:
+    """Build a job as `pretrain` does, its weights stirred; let go of it at the end."""
+    torch._dynamo.reset()
+    job = build(recipe)
+    stir(job)
+    try:
+        yield job
+    finally:
+        job.loader.close()
+        del job
+        gc.collect()
+
+
+def stir(job: Job) -> None:
+    """Give every weight its initial value and noise, the same on any layout."""
+    model, device = job.model, job.device
+    known = dict(model.named_parameters())
+    values = initial_values(model, job.recipe.train.seed, device)
+
+    def noise(name: str, value: Tensor) -> Tensor:
+        random = torch.randn(value.shape, generator=generator(0, f"certify {name}", device), device=device)
+        return value + NOISE * random.to(value.dtype)
+
+    fill(model, ((name, noise(name, value)) for name, value in values if name in known))
+
+
+def measure(job: Job, windows: Tensor) -> Measured:
+    """Run the step's micro-batches on windows [windows, N + 1]; no weight changes. Collective."""
+    job.loader.split = Held(windows)
+    micro_batches = [tuple(piece.to(job.device) for piece in read) for read in job.loader.read_step(0)]
+    micro_batches = left_out(job, micro_batches)
+    losses = torch.zeros(job.loader.batch, job.loader.window, dtype=torch.float64)
+    found = list(places(job))
+    with torch.no_grad():
+        for i, segments in enumerate(micro_batches):
+            own = [place for place in found if place.micro_batch == i]
+            for place, (_, _, values) in zip(own, token_losses(job.wrapped, segments), strict=True):
+                losses[place.windows, place.tokens] = values.double().cpu()
+    reshard(job.model)
+    with tapped(job.model.layers[0]) as inputs:
+        recipe = job.recipe
+        loss = train.gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, micro_batches)
+    by_token = torch.zeros(*losses.shape, recipe.model.dim, dtype=torch.float64)
+    order = sorted(found, key=lambda place: (place.micro_batch, -place.segment))
+    for place, x in zip(order, inputs, strict=True):
+        if x.grad is not None:
+            by_token[place.windows, place.tokens] = x.grad.double().cpu() / job.mesh.size
+    return Measured(loss.cpu(), losses, by_token, gradients_of(job.model))
+
+
+def left_out(job: Job, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Leave some labels of each window's first half out, so that ranks and segments have unequally many."""
+    kept = []
+    for i, segments in enumerate(micro_batches):
+        own = [place for place in places(job) if place.micro_batch == i]
+        pieces = []
+        for place, piece in zip(own, segments, strict=True):
+            position = torch.arange(place.tokens.start, place.tokens.stop, device=piece.labels.device)
+            out = (position < job.loader.window // 2) & (position % EVERY >= MOST)
+            pieces.append(piece._replace(labels=piece.labels.masked_fill(out, IGNORED)))
+        kept.append(tuple(pieces))
+    return kept
+
+
+@contextmanager
+def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a layer in passes with gradients, and keep the gradients that reach them."""
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            arguments[0].retain_grad()
+            inputs.append(arguments[0])
+
+    handle = layer.register_forward_pre_hook(keep)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Take the whole gradients off the parameters, by name; zero where one has none."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = whole(grad).detach().clone()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a whole. Collective where it is."""
+    full: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return full

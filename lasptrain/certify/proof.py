@@ -1,0 +1,114 @@
+"""The order of a proof: jobs of one process and of all ranks, whose checks become a certificate."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lasptrain.certify import documents, export, kernel, layout, resume, smallest, update
+from lasptrain.certify.certificate import Certificate
+from lasptrain.certify.check import Check, failed
+from lasptrain.certify.trial import Trial, fit
+from lasptrain.console.progress import asking
+from lasptrain.errors import RecipeError
+from lasptrain.process.local_ranks import TrialFailure, trials
+from lasptrain.recipe.schema import Recipe
+
+SILENCE = 900.0  # seconds that one stage may take
+Stage = tuple[str, str]  # a check, and the name of a part of it
+
+NAMES = (layout.NAME, documents.NAME, kernel.NAME, update.NAME, resume.NAME, export.NAME)
+REFERENCES: dict[str, Callable[[Trial], list[Check]]] = {layout.NAME: layout.reference, update.NAME: update.reference}
+ON_RANKS: dict[Stage, Callable[[Trial], list[Check]]] = {
+    (layout.NAME, "on ranks"): layout.check,
+    (documents.NAME, "on ranks"): documents.check,
+    (kernel.NAME, "on ranks"): kernel.check,
+    (update.NAME, "on ranks"): update.check,
+    (resume.NAME, "undisturbed"): resume.undisturbed,
+    (resume.NAME, "until it is killed"): resume.killed,
+    (resume.NAME, "continued"): resume.continued,
+}
+AFTER: dict[str, Callable[[Trial], list[Check]]] = {resume.NAME: resume.elsewhere, export.NAME: export.check}
+BREAKS: dict[str, Callable[[Trial, Recipe], bool]] = {
+    layout.NAME: layout.breaks,
+    documents.NAME: documents.breaks,
+    update.NAME: update.breaks,
+}
+
+
+def prove(
+    recipe: Recipe, ranks: int, tokens: int | None = None, layers: int | None = None, only: Sequence[str] = ()
+) -> Certificate:
+    """Return the certificate of a recipe on `ranks` processes of this machine; `only` some checks, if any are named.
+
+    Raises RecipeError for a check that does not exist, and the errors of `trial.fit` and `local_ranks.trials`.
+    """
+    if unknown := [name for name in only if name not in NAMES]:
+        raise RecipeError(f"--check: found {unknown[0]!r}; expected {', '.join(NAMES)}")
+    wanted = [name for name in NAMES if name in (only or NAMES)]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lasptrain-certify-") as name:
+        trial, sizes = fit(recipe, ranks, Path(name), tokens, layers)
+        stages = _stages(wanted)
+        checks: list[Check] = []
+        with asking(len(stages), 0, True) as show:
+            for job in ("alone", "ranks", "after"):
+                given = [stage for stage in stages if stage[0] == job]
+                if given:
+                    show(f"{given[0][1]}: {given[0][2]}", 0)
+                for number, found in enumerate(_run(1 if job != "ranks" else ranks, trial, given)):
+                    checks += found
+                    following = given[number + 1] if number + 1 < len(given) else given[number]
+                    show(f"{following[1]}: {following[2]}", 1)
+        checks.sort(key=lambda one: NAMES.index(one.check))
+        broken = [name for name in BREAKS if any(one.check == name and one.verdict == "fails" for one in checks)]
+        least = {name: _smallest(trial, ranks, name) for name in broken}
+    return Certificate(recipe, trial.recipe, ranks, sizes, checks, least, time.monotonic() - began)
+
+
+def _stages(wanted: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return the parts of the wanted checks: the job they run in, the check, and what they are."""
+    needed = [*wanted, *([resume.NAME] if export.NAME in wanted and resume.NAME not in wanted else [])]
+    alone = [("alone", name, "one process") for name in REFERENCES if name in needed]
+    on_ranks = [("ranks", *stage) for stage in ON_RANKS if stage[0] in needed]
+    return [*alone, *on_ranks, *(("after", name, "one process") for name in AFTER if name in needed)]
+
+
+def perform(trial: Trial, job: str, check: str, part: str) -> list[dict[str, Any]]:
+    """Run one part of a check on this rank; return its checks as JSON."""
+    tables: dict[str, Any] = {"alone": REFERENCES, "after": AFTER}
+    function = ON_RANKS[check, part] if job == "ranks" else tables[job][check]
+    return [one._asdict() for one in function(trial)]
+
+
+def _run(ranks: int, trial: Trial, given: Sequence[tuple[str, str, str]]) -> Iterator[list[Check]]:
+    """Yield the checks of each part; one that does not end as it should has failed."""
+    arguments = [(trial, *stage) for stage in given]
+    for (_, job, check, part), found in trials(ranks, perform, arguments, silence=SILENCE):
+        if not isinstance(found, TrialFailure):
+            yield [Check(**one) for one in found]
+        elif (check, part) == (resume.NAME, "until it is killed") and "SIGKILL" in found.reason:
+            yield []
+        else:
+            yield [failed(check, f"{job}: {part}", found.reason)]
+
+
+def _smallest(trial: Trial, ranks: int, name: str) -> str:
+    """Return the smallest layout in which a check fails, in words."""
+    if name == layout.NAME:
+        list(trials(1, _together, [(trial,)], silence=SILENCE))
+    ((_, found),) = trials(ranks, reduced, [(trial, name)], silence=SILENCE)
+    return f"not found: {found.reason}" if isinstance(found, TrialFailure) else str(found)
+
+
+def _together(trial: Trial) -> None:
+    layout.together(trial)
+
+
+def reduced(trial: Trial, name: str) -> str:
+    """Return the smallest layout of these ranks in which a check fails, in words. Collective."""
+    least = smallest.smallest(trial.exact, lambda recipe: BREAKS[name](trial, recipe))
+    return smallest.told(least)

@@ -1,0 +1,122 @@
+"""A resumed run is the uninterrupted run: to the bit on the same mesh, to a tolerance on another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
+
+from lasptrain import files, train
+from lasptrain.certify.check import Check, Error, failed, judge, not_run
+from lasptrain.certify.measured import opened
+from lasptrain.certify.trial import STEPS, Trial, alone
+from lasptrain.checkpoint.load import load
+from lasptrain.checkpoint.saver import Saver
+from lasptrain.errors import CheckpointError
+from lasptrain.parallel.collectives import all_gather_object
+from lasptrain.parallel.replicas import checksum
+from lasptrain.recipe.loading import dump_saved
+from lasptrain.recipe.schema import Recipe
+from lasptrain.run import folder as runs
+from lasptrain.training.job import Job, fingerprint_of
+
+NAME = "resume"
+SAVED = 2  # updates before the checkpoint
+RUN, RECORD = "run", "undisturbed.json"
+TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "bf16": 2e-2}  # of losses on another mesh
+
+
+class Course(NamedTuple):
+    """Losses and gradient norms of updates, and a checksum of each rank's weights after them."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: list[int]
+
+
+def undisturbed(trial: Trial) -> list[Check]:
+    """Train without a break, and leave the course."""
+    with opened(trial.recipe) as job:
+        files.replace(trial.folder / RECORD, json.dumps(_course(job, 0)._asdict()))
+    return []
+
+
+def _course(job: Job, start: int) -> Course:
+    """Make the updates from `start` on. Collective."""
+    made = [train.train_step(job, step) for step in range(start, STEPS)]
+    losses, norms = ([float(one[key] or 0.0) for one in made] for key in ("loss", "grad_norm"))
+    return Course(losses, norms, all_gather_object(checksum(job.model)))
+
+
+def kill() -> NoReturn:
+    """End this rank as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def killed(trial: Trial, end: Callable[[], None] = kill) -> list[Check]:
+    """Train, save after SAVED updates, and `end` in the middle of the next one."""
+    run = trial.folder / RUN
+    run.mkdir(exist_ok=True)
+    with opened(trial.recipe) as job:
+        files.replace(run / runs.RECIPE, dump_saved(job.recipe))
+        saver = Saver(run, job.model, job.optimizer, job.recipe.checkpoint, None)
+        for step in range(SAVED):
+            train.train_step(job, step)
+        train.save(job, saver, SAVED)
+        saver.wait(last=True)
+        saver.close()
+        train.train_step(replace(job, on_segment=end), SAVED)
+    return []
+
+
+def continued(trial: Trial) -> list[Check]:
+    """Continue on this mesh and compare with the undisturbed course, to the bit. Collective."""
+    about = f"losses, norms, weights of updates {SAVED + 1} to {STEPS}, of an undisturbed run"
+    try:
+        found = _resumed(trial, trial.recipe)
+    except CheckpointError as missing:
+        return [failed(NAME, about, str(missing))]
+    want = _undisturbed(trial)
+    pairs = zip(found.losses + found.norms, want.losses + want.norms, strict=True)
+    error = max(abs(a - b) for a, b in pairs)
+    odd = [rank for rank, (a, b) in enumerate(zip(found.weights, want.weights, strict=True)) if a != b]
+    note = "killed in the middle of an update, continued by new processes"
+    if odd:
+        note += f"; other weights on rank {', '.join(map(str, odd))}"
+    return [judge(NAME, about, Error(error if error or not odd else 1.0), 0.0, note)]
+
+
+def elsewhere(trial: Trial) -> list[Check]:
+    """Continue on one process and compare losses with the undisturbed course. Collective."""
+    if trial.recipe.mesh.dp == trial.recipe.mesh.sp == 1:
+        return [not_run(NAME, "another mesh", "one rank has no other mesh; --nproc 2")]
+    about = f"losses of updates {SAVED + 1} to {STEPS} on one process, of an undisturbed run"
+    try:
+        found = _resumed(trial, alone(trial.recipe))
+    except CheckpointError as missing:
+        return [failed(NAME, about, str(missing))]
+    want = _undisturbed(trial)
+    error = max(abs(a / b - 1) for a, b in zip(found.losses, want.losses, strict=True))
+    tolerance = TOLERANCES[trial.recipe.train.precision]
+    return [judge(NAME, about, Error(error), tolerance, f"another mesh, in {trial.recipe.train.precision}")]
+
+
+def _resumed(trial: Trial, recipe: Recipe) -> Course:
+    """Continue the run that was ended. Raises CheckpointError where nothing was saved. Collective."""
+    run = trial.folder / RUN
+    with opened(recipe) as job:
+        loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
+        if loaded is None or loaded.step != SAVED:
+            raise CheckpointError(f"found no checkpoint of update {SAVED}; the run that was ended left none")
+        job.guard.restore(loaded.meta.get("guard", {}))
+        return _course(job, SAVED)
+
+
+def _undisturbed(trial: Trial) -> Course:
+    """Return the undisturbed course from update SAVED on."""
+    record: dict[str, Any] = json.loads((trial.folder / RECORD).read_text())
+    return Course(record["losses"][SAVED:], record["norms"][SAVED:], record["weights"])
