@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lasptrain.recipe.schema import Recipe
 
-
 Choice = Mapping[str, Mapping[str, object]]  # keys of sections, and simpler values
 
 
