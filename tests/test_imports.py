@@ -14,7 +14,8 @@ FILES = sorted(file for top in ("lasptrain", "data_tools") for file in (ROOT / t
 # Lowest first: a module imports its own folder and earlier ones.
 ORDER = [
     "__init__", "errors", "files", "console", "architectures", "recipe", "run", "cost", "ops", "parallel", "models",
-    "data", "data_tools", "training", "checkpoint", "process", "convert", "eval", "train", "certify", "bench", "cli", "__main__",
+    "data", "data_tools", "training", "checkpoint", "process", "convert", "eval", "train", "certify", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 
 # Outside packages that only these may import.

@@ -66,9 +66,12 @@ def judge(check: str, compared: str, own: Error, tolerance: float, note: str = "
     size, parameter, window, token, *_ = errors[rank]
     wrong = [number for number, error in enumerate(errors) if not error.size <= tolerance]
     notes = [note, *([f"on rank {', '.join(map(str, wrong))}" if len(wrong) < len(errors) else "on every rank"])]
-    if spans := [error for error in errors if error.first is not None and error.last is not None]:
-        first, last = min(error.first for error in spans if error.first), max(e.last for e in spans if e.last)
-        notes.append(f"from window {first[0]} token {first[1]} to window {last[0]} token {last[1]}")
+    first = min(((*error.first, number) for number, error in enumerate(errors) if error.first), default=None)
+    last = max(((*error.last, number) for number, error in enumerate(errors) if error.last), default=None)
+    if first and last:
+        notes.append(
+            "from {} to {}".format(*("window {} token {} (rank {})".format(*place) for place in (first, last)))
+        )
     told = "; ".join(part for part in notes if part) if wrong else note
     verdict: Verdict = "fails" if wrong else "holds"
     return Check(check, compared, verdict, size, tolerance, rank, parameter, window, token, told)

@@ -25,8 +25,8 @@ def check(trial: Trial) -> list[Check]:
 
 
 def breaks(trial: Trial, recipe: Recipe) -> bool:
-    """Return True if a document sees another in this layout of the recipe. Collective."""
-    return any(one.verdict == "fails" for one in run(recipe))
+    """Return True if a document sees another in this layout of the recipe, and should not. Collective."""
+    return recipe.data.reset_at_documents and any(one.verdict == "fails" for one in run(recipe))
 
 
 def run(recipe: Recipe) -> list[Check]:

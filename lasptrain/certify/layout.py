@@ -44,18 +44,25 @@ def run(recipe: Recipe, places: list[Edge]) -> tuple[Measured, torch.Tensor]:
 
 def reference(trial: Trial) -> list[Check]:
     """Leave what one process computes, exactly and in the recipe's precision twice."""
-    places = places_of(trial.recipe)
-    recipes = {EXACT: alone(trial.exact), OWN: alone(trial.recipe), OTHERWISE: chunked_otherwise(alone(trial.recipe))}
-    for name, recipe in recipes.items():
-        run(recipe, places)[0].save(_file(trial, name))
+    if not same(trial.recipe):
+        for name in (EXACT, OWN, OTHERWISE):
+            leave(trial, name)
     return []
 
 
-def together(trial: Trial) -> list[Check]:
-    """Leave what one process computes of documents that are not kept apart."""
-    recipe = alone(trial.exact).replace(data={"reset_at_documents": False})
-    run(recipe, places_of(trial.recipe))[0].save(_file(trial, TOGETHER))
-    return []
+def leave(trial: Trial, name: str) -> None:
+    """Leave one of the references: what one process computes."""
+    exact, own = alone(trial.exact), alone(trial.recipe)
+    match name:
+        case "exact":
+            recipe = exact
+        case "together":
+            recipe = exact.replace(data={"reset_at_documents": False})
+        case "own":
+            recipe = own
+        case _:
+            recipe = chunked_otherwise(own)
+    run(recipe, places_of(trial.recipe))[0].save(_file(trial, name))
 
 
 def _file(trial: Trial, name: str) -> Path:

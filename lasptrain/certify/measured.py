@@ -24,7 +24,7 @@ from lasptrain.training.job import Job, build
 from lasptrain.training.validation import token_losses
 
 NOISE = 0.02  # added to every weight: none is left at a special value, such as zero
-EVERY, MOST = 5, 3  # labels of the first half of a window that count: MOST of EVERY
+LEFT_OUT = 0.8  # share of labels at a window's start that do not count, falling to none at its end
 
 
 class Place(NamedTuple):
@@ -60,8 +60,8 @@ def mine(job: Job) -> Tensor:
 class Measured(NamedTuple):
     """Losses and gradients of the global batch; by token they are zero at tokens of other ranks."""
 
-    loss: Tensor  # mean over labels, fp64
-    token_losses: Tensor  # [windows, N]
+    loss: Tensor  # mean over the labels that count, fp64
+    token_losses: Tensor  # [windows, N] of all labels
     token_gradients: Tensor  # [windows, N, D] of the first layer's input
     gradients: dict[str, Tensor]  # of the parameters, whole
 
@@ -112,7 +112,6 @@ def measure(job: Job, windows: Tensor) -> Measured:
     """Run the step's micro-batches on windows [windows, N + 1]; no weight changes. Collective."""
     job.loader.split = Held(windows)
     micro_batches = [tuple(piece.to(job.device) for piece in read) for read in job.loader.read_step(0)]
-    micro_batches = left_out(job, micro_batches)
     losses = torch.zeros(job.loader.batch, job.loader.window, dtype=torch.float64)
     found = list(places(job))
     with torch.no_grad():
@@ -123,7 +122,8 @@ def measure(job: Job, windows: Tensor) -> Measured:
     reshard(job.model)
     with tapped(job.model.layers[0]) as inputs:
         recipe = job.recipe
-        loss = train.gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, micro_batches)
+        unequal = left_out(job, micro_batches)
+        loss = train.gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, unequal)
     by_token = torch.zeros(*losses.shape, recipe.model.dim, dtype=torch.float64)
     order = sorted(found, key=lambda place: (place.micro_batch, -place.segment))
     for place, x in zip(order, inputs, strict=True):
@@ -133,15 +133,16 @@ def measure(job: Job, windows: Tensor) -> Measured:
 
 
 def left_out(job: Job, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    """Leave some labels of each window's first half out, so that ranks and segments have unequally many."""
-    kept = []
+    """Leave some labels out, the same on any layout, so that windows, segments and ranks have unequally many."""
+    loader, kept = job.loader, []
+    share = LEFT_OUT * (1 - torch.arange(loader.window) / loader.window)
+    out = torch.rand(loader.batch, loader.window, generator=torch.Generator().manual_seed(0)) < share
     for i, segments in enumerate(micro_batches):
         own = [place for place in places(job) if place.micro_batch == i]
         pieces = []
         for place, piece in zip(own, segments, strict=True):
-            position = torch.arange(place.tokens.start, place.tokens.stop, device=piece.labels.device)
-            out = (position < job.loader.window // 2) & (position % EVERY >= MOST)
-            pieces.append(piece._replace(labels=piece.labels.masked_fill(out, IGNORED)))
+            here = out[place.windows, place.tokens].to(piece.labels.device)
+            pieces.append(piece._replace(labels=piece.labels.masked_fill(here, IGNORED)))
         kept.append(tuple(pieces))
     return kept
 

@@ -97,18 +97,26 @@ def _run(ranks: int, trial: Trial, given: Sequence[tuple[str, str, str]]) -> Ite
 
 
 def _smallest(trial: Trial, ranks: int, name: str) -> str:
-    """Return the smallest layout in which a check fails, in words."""
+    """Return the smallest layout in which a check fails, in words: of all ranks, then of fewer."""
     if name == layout.NAME:
-        list(trials(1, _together, [(trial,)], silence=SILENCE))
+        list(trials(1, layout.leave, [(trial, layout.TOGETHER)], silence=SILENCE))
     ((_, found),) = trials(ranks, reduced, [(trial, name)], silence=SILENCE)
-    return f"not found: {found.reason}" if isinstance(found, TrialFailure) else str(found)
-
-
-def _together(trial: Trial) -> None:
-    layout.together(trial)
-
-
-def reduced(trial: Trial, name: str) -> str:
-    """Return the smallest layout of these ranks in which a check fails, in words. Collective."""
-    least = smallest.smallest(trial.exact, lambda recipe: BREAKS[name](trial, recipe))
+    if isinstance(found, TrialFailure):
+        return f"not found: {found.reason}"
+    least = Recipe.model_validate(found)
+    for fewer, candidate in smallest.on_fewer_ranks(least):
+        ((_, breaks),) = trials(fewer, still_breaks, [(trial, candidate, name)], silence=SILENCE)
+        if breaks is True:
+            least = candidate
+            break
     return smallest.told(least)
+
+
+def reduced(trial: Trial, name: str) -> dict[str, Any]:
+    """Return the recipe of the smallest layout of these ranks in which a check fails, as JSON. Collective."""
+    return smallest.smallest(trial.exact, lambda recipe: BREAKS[name](trial, recipe)).model_dump(mode="json")
+
+
+def still_breaks(trial: Trial, recipe: Recipe, name: str) -> bool:
+    """Return True if a check fails in a layout of the recipe. Collective."""
+    return BREAKS[name](trial, recipe)

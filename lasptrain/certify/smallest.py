@@ -56,6 +56,15 @@ def _shared_by_fewer(ranks: int, sp: int) -> Iterator[Choice]:
     yield from ({"mesh": {"sp": n, "dp": ranks // n}} for n in range(1, sp) if ranks % n == 0)
 
 
+def on_fewer_ranks(recipe: Recipe) -> Iterator[tuple[int, Recipe]]:
+    """Yield fewer ranks, the fewest first, and the recipe on them, both axes divisors of what they were."""
+    dp, sp = recipe.mesh.dp, recipe.mesh.sp
+    assert isinstance(dp, int) and isinstance(sp, int)
+    meshes = [(i, j) for i in range(1, dp + 1) for j in range(1, sp + 1) if dp % i == sp % j == 0]
+    for i, j in sorted(meshes, key=lambda mesh: mesh[0] * mesh[1])[:-1]:
+        yield i * j, recipe.replace(mesh={"dp": i, "sp": j})
+
+
 def possible(recipe: Recipe) -> bool:
     """Return True if the batch splits over the ranks."""
     assert isinstance(recipe.mesh.dp, int)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -107,11 +106,10 @@ def limits(device: torch.device) -> Limits:
     """Return those of this machine."""
     if device.type == "cuda":
         return Limits(WORK["cuda"], meshes.free_memory(device), shared=False)
-    names = getattr(os, "sysconf_names", {})
-    known = "SC_AVPHYS_PAGES" in names and "SC_PAGE_SIZE" in names
-    return Limits(
-        WORK["cpu"], os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None, shared=True
-    )
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    found = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return Limits(WORK["cpu"], next(found, None), shared=True)
 
 
 def fit(
@@ -139,7 +137,9 @@ def fit(
         eval={"window": None, "tasks": (), "every": 0},
     )
     for window, depth in _candidates(recipe, sp * segments, tokens, layers):
-        sized = fixed.replace(data={"window": window}, train={"segment": window // segments})
+        segment = window // segments
+        chunk = min(recipe.train.loss_chunk, recipe.train.micro_batch * segment // sp)
+        sized = fixed.replace(data={"window": window}, train={"segment": segment, "loss_chunk": chunk})
         chosen = sized.model_copy(update={"model": with_layers(recipe.model, depth)})
         if within.fits(chosen.replace(train={"precision": strict}), vocab, ranks):
             break
