@@ -625,8 +625,8 @@ def certify(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command on a recipe, whose temporary files go to `folder`."""
     environment = os.environ | {"PYTHONPATH": str(program.ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     command = [sys.executable, "-m", "lasptrain", "certify", "ring.yaml", *arguments]
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **piped)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
 def left_behind(folder: Path) -> list[str]:

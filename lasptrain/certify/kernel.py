@@ -23,7 +23,7 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job
 
 NAME = "kernel"
-TOKENS = 200  # several chunks, and no whole number of them
+TOKENS = 200  # several chunks, and no whole number of them; a shorter slice is repeated
 LAYERS = 4
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 FLOOR = 1e-6
@@ -86,12 +86,11 @@ def _overheard(attention: ShardedRecurrence) -> Iterator[list[Call]]:
 
     def began(inputs: Inputs, doc_ids: Tensor | None, **given: Any) -> Any:
         own = tuple(None if x is None else _first(x, inputs) for x in inputs)
-        documents = None if doc_ids is None else doc_ids[:1, :TOKENS]
-        calls.append(Call(len(calls), given.get("rule", decay_rule), own, documents, given.get("angle")))
+        calls.append(Call(len(calls), given.get("rule", decay_rule), own, _numbers(doc_ids), given.get("angle")))
         return begin(inputs, doc_ids, **given)
 
     def finished(pending: Any, q: Tensor) -> Any:
-        calls[-1].q = q[:1, :TOKENS].detach().clone()
+        calls[-1].q = _repeated(q)
         return finish(pending, q)
 
     attention.begin, attention.finish = began, finished  # type: ignore[method-assign]
@@ -105,7 +104,20 @@ def _first(x: Tensor, inputs: Inputs) -> Tensor:
     """Return the first tokens of the first window of an input that has tokens, all of another."""
     k = inputs[0]
     assert k is not None
-    return (x[:1, :TOKENS] if x.shape[:2] == k.shape[:2] else x).detach().clone()
+    return _repeated(x) if x.shape[:2] == k.shape[:2] else x.detach().clone()
+
+
+def _repeated(x: Tensor) -> Tensor:
+    """Return TOKENS tokens [1, TOKENS, …] of the first window of x [B, T, …], again from its start after its end."""
+    return x[0, torch.arange(TOKENS, device=x.device) % x.shape[1]][None].detach().clone()
+
+
+def _numbers(doc_ids: Tensor | None) -> Tensor | None:
+    """Return the numbers of documents of these tokens: those that start in the slice start again."""
+    if doc_ids is None:
+        return None
+    starts = torch.diff(doc_ids[:1], dim=1, prepend=doc_ids[:1, :1] * 0)
+    return _repeated(starts).cumsum(1, dtype=doc_ids.dtype)
 
 
 def _compared(call: Call, kernel: str) -> Error:
