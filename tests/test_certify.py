@@ -54,7 +54,7 @@ MODELS = {
 }
 RECIPE = """
 model: MODEL
-data: {source: SOURCE, tokenizer: bytes, window: 64, cache: CACHE, validation: 300000}
+data: {source: SOURCE, tokenizer: bytes, window: WINDOW, cache: CACHE, validation: 300000}
 mesh: {MESH}
 parallel: {data_parallel: KIND}
 optim: {lr: 1e-2, schedule: constant, clip: 1.0}
@@ -63,23 +63,24 @@ train: {steps: 6, batch: BATCH, precision: fp32, segment: SEGMENT}
 
 
 class Case(NamedTuple):
-    """A recipe of the table below; slices have 16 tokens, of "rows" 8."""
+    """A recipe of the table below; slices of two ranks have 16 tokens, of four 8."""
 
     model: str
     dp: int
     sp: int
     scan: str
     kind: str
+    window: int = 64
     segment: int = 32
 
 
 CASES = {
     "ring": Case("gdn", 1, 2, "ring", "ddp"),
     "decays": Case("tnl", 1, 2, "all_gather", "ddp"),
-    "prefix": Case("hybrid", 1, 2, "all_gather", "ddp", 64),
-    "rows": Case("ssd", 2, 2, "all_gather", "zero3", 16),
-    "zero2": Case("tnl", 2, 2, "all_scan", "zero2"),
-    "copies": Case("gdn", 2, 2, "ring", "ddp"),
+    "prefix": Case("hybrid", 1, 2, "all_gather", "ddp", 64, 64),
+    "rows": Case("ssd", 2, 2, "all_gather", "zero3", 32, 16),
+    "zero2": Case("tnl", 2, 2, "all_scan", "zero2", 32, 16),
+    "copies": Case("gdn", 2, 2, "ring", "ddp", 32, 16),
 }
 
 
@@ -117,7 +118,7 @@ def mutant(name: str, case: str, check: str, *fails: str, **more: Any) -> Callab
     return keep
 
 
-LOSSES, GRADIENTS = ("loss of every token",), ("gradient at every token", "gradient of every parameter in fp64")
+LOSSES, GRADIENTS = ("loss of every token",), ("gradient at every token", "gradient of every parameter")
 
 
 def scanned(patch: Patch, change: Callable[[Tensor], Tensor], *, reverse: bool, here: bool) -> None:
@@ -306,7 +307,14 @@ def _(patch: Patch, rank: int) -> None:
     patch.setattr(decay_rule, "summarize", summarize)
 
 
-@mutant("decay inside a chunk off by a token", "decays", "kernel", "chunked in fp32", "chunked in fp64", where="layer")
+@mutant(
+    "decay inside a chunk off by a token",
+    "decays",
+    "kernel",
+    "outputs and gradients of chunked, fp32",
+    "outputs and gradients of chunked, fp64",
+    where="layer",
+)
 def _(patch: Patch, rank: int) -> None:
     def to_right(self: chunked.Chunks) -> Tensor:
         same = self.doc_ids == self.doc_ids[..., -1:]
@@ -315,13 +323,27 @@ def _(patch: Patch, rank: int) -> None:
     patch.setattr(chunked.Chunks, "to_right", to_right)
 
 
-@mutant("kernel's state in bf16", "decays", "kernel", "chunked in fp32", "chunked in fp64", where="layer")
+@mutant(
+    "kernel's state in bf16",
+    "decays",
+    "kernel",
+    "outputs and gradients of chunked, fp32",
+    "outputs and gradients of chunked, fp64",
+    where="layer",
+)
 def _(patch: Patch, rank: int) -> None:
     original = chunked._scan
     patch.setattr(chunked, "_scan", lambda *args: tuple(x.bfloat16().to(x.dtype) for x in original(*args)))
 
 
-@mutant("gradient of the decay lost", "rows", "kernel", "chunked in fp32", "chunked in fp64", where="log_decay")
+@mutant(
+    "gradient of the decay lost",
+    "rows",
+    "kernel",
+    "outputs and gradients of chunked, fp32",
+    "outputs and gradients of chunked, fp64",
+    where="log_decay",
+)
 def _(patch: Patch, rank: int) -> None:
     original = chunked.grad_inputs
 
@@ -341,7 +363,7 @@ def renumbered(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
     sliced(patch, changed)
 
 
-SEEN = ("losses before", "gradients before")
+SEEN = ("losses of documents beside", "gradients of documents beside")
 
 
 @mutant("documents leak inside a slice", "ring", "documents", *SEEN, where="seen over: inside a slice")
@@ -395,7 +417,7 @@ def _(patch: Patch, rank: int) -> None:
     patch.setattr(all_gather, "reduce_scatter", own)
 
 
-@mutant("optimizer's state not restored", "ring", "resume", "losses, norms, weights", where="weights on rank 0, 1")
+@mutant("optimizer's state not restored", "ring", "resume", "updates 3", where="weights on rank 0, 1")
 def _(patch: Patch, rank: int) -> None:
     original = tensors.restore
 
@@ -407,7 +429,7 @@ def _(patch: Patch, rank: int) -> None:
     patch.setattr("lasptrain.checkpoint.load.restore", restore)
 
 
-@mutant("weights not restored", "ring", "resume", "losses, norms, weights", where="weights on rank 0, 1")
+@mutant("weights not restored", "ring", "resume", "updates 3", where="weights on rank 0, 1")
 def _(patch: Patch, rank: int) -> None:
     patch.setattr("lasptrain.checkpoint.load.restore", lambda *_: None)
 
@@ -436,12 +458,12 @@ def drifting(patch: Patch, here: bool) -> None:
         patch.setattr(train, "set_learning_rate", lambda adam, lr: original(adam, lr * 1.01))
 
 
-@mutant("a replica drifts", "copies", "update", "replicas", where="parameters of rank 3 differ")
+@mutant("a replica drifts", "copies", "update", "weights of replicas", where="parameters of rank 3 differ")
 def _(patch: Patch, rank: int) -> None:
     drifting(patch, rank == 3)
 
 
-@mutant("a shard drifts", "rows", "update", "moves of weights", holds=("replicas",), where="model.")
+@mutant("a shard drifts", "rows", "update", "moves of weights", holds=("weights of replicas",), where="model.")
 def _(patch: Patch, rank: int) -> None:
     drifting(patch, rank == 3)
 
@@ -471,7 +493,14 @@ def gathered_stale(patch: Patch) -> None:
     patch.setattr(FSDPParam, "all_gather_inputs", property(inputs))
 
 
-@mutant("stale weights after a gather (zero2)", "zero2", "update", "losses", "moves of weights", holds=("replicas",))
+@mutant(
+    "stale weights after a gather (zero2)",
+    "zero2",
+    "update",
+    "losses",
+    "moves of weights",
+    holds=("weights of replicas",),
+)
 def _(patch: Patch, rank: int) -> None:
     gathered_stale(patch)
 
@@ -482,7 +511,7 @@ def _(patch: Patch, rank: int) -> None:
     "update",
     "losses",
     "moves of weights",
-    holds=("replicas",),
+    holds=("weights of replicas",),
     least="mesh.dp = 4, parallel.data_parallel = zero3, documents kept apart",
 )
 def _(patch: Patch, rank: int) -> None:
@@ -580,6 +609,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trial]:
             "MESH": f"dp: {case.dp}, sp: {case.sp}, scan: {case.scan}",
             "KIND": case.kind,
             "BATCH": str(2 * case.dp),
+            "WINDOW": str(case.window),
             "SEGMENT": str(case.segment),
         }
         text = RECIPE
@@ -588,13 +618,15 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trial]:
         file = folder / f"{name}.yaml"
         file.write_text(text)
         made[name], _ = fit(load(file), case.dp * case.sp, folder / name)
-        assert made[name].recipe.data.window == 64 and made[name].recipe.model.layers == 2
+        assert made[name].recipe.data.window == case.window and made[name].recipe.model.layers == 2
     spawn(1, prepare, made)
     return made
 
 
 def told(found: list[Check]) -> Iterator[str]:
-    yield from (f"{one.verdict}: {one.compared}: {one.error} {one.where()}; {one.note}" for one in found)
+    yield from (
+        f"{one.verdict}: {one.compared}, {one.reference}: {one.error} {one.where()}; {one.note}" for one in found
+    )
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -685,10 +717,16 @@ def test_what_does_not_fit_is_refused(trials: dict[str, Trial]) -> None:
 
 
 def test_a_failure_is_no_certificate(trials: dict[str, Trial], tmp_path: Path) -> None:
-    holds = Check("layout", "one", "holds", 0.0, 0.0)
-    fails = Check("layout", "other", "fails", math.inf, 1e-9, rank=1, parameter="k", note="from window 0 token 3")
+    holds = Check("layout", "one", "other", "holds", 0.0, 0.0)
+    fails = Check(
+        "layout", "one", "other", "fails", math.inf, 1e-9, rank=1, parameter="k", note="from window 0 token 3"
+    )
     recipe = trials["ring"].recipe
-    for checks, good in (([holds], True), ([holds, fails], False), ([not_run("layout", "a", "because")], False)):
+    for checks, good in (
+        ([holds], True),
+        ([holds, fails], False),
+        ([not_run("layout", "one", "other", "because")], False),
+    ):
         made = Certificate(recipe, recipe, 2, [], checks, {"layout": "mesh.sp = 2"}, 1.0)
         made.write(tmp_path / "c.json")
         written = json.loads((tmp_path / "c.json").read_text())

@@ -66,7 +66,7 @@ class Certificate:
         where = f"{self.ranks} × {device_name()}, dp {mesh.dp} × sp {mesh.sp}, {self.certified.parallel.data_parallel}"
         title = f"{self.recipe.name}: {where}; {'; '.join(map(str, self.sizes))}"
         table = Table(title=title)
-        for column in ("check", "compared"):
+        for column in ("check", "compared", "with"):
             table.add_column(column)
         for column in ("error", "tolerance"):
             table.add_column(column, justify="right")
@@ -76,10 +76,11 @@ class Certificate:
         for one in self.checks:
             table.add_row(
                 "" if one.check == last else one.check,
-                f"{one.compared} ({one.note})" if one.note else one.compared,
+                one.compared,
+                one.reference,
                 number(one.error, ".1e"),
                 number(one.tolerance, ".1e"),
-                one.where() if one.error else "",
+                one.note if one.verdict == "not run" else _place(one),
                 one.verdict,
             )
             last = one.check
@@ -108,6 +109,12 @@ class Certificate:
             "checks": [{key: _finite(value) for key, value in one._asdict().items()} for one in self.checks],
             "smallest": self.smallest,
         }
+
+
+def _place(one: Check) -> str:
+    """Return where the largest error is, and of a failure everything that is known."""
+    parts = [one.where() if one.error else "", one.note if one.verdict == "fails" else ""]
+    return "; ".join(part for part in parts if part)
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ class Check(NamedTuple):
 
     check: str
     compared: str
+    reference: str  # with what
     verdict: Verdict
     error: float | None = None
     tolerance: float | None = None
@@ -49,17 +50,17 @@ class Error(NamedTuple):
 NONE = Error(0.0)
 
 
-def not_run(check: str, compared: str, why: str) -> Check:
+def not_run(check: str, compared: str, reference: str, why: str) -> Check:
     """Return a check that says why it was not run."""
-    return Check(check, compared, "not run", note=why)
+    return Check(check, compared, reference, "not run", note=why)
 
 
-def failed(check: str, compared: str, why: str) -> Check:
+def failed(check: str, compared: str, reference: str, why: str) -> Check:
     """Return a check that could not be finished, which is a failure."""
-    return Check(check, compared, "fails", note=why)
+    return Check(check, compared, reference, "fails", note=why)
 
 
-def judge(check: str, compared: str, own: Error, tolerance: float, note: str = "") -> Check:
+def judge(check: str, compared: str, reference: str, own: Error, tolerance: float, note: str = "") -> Check:
     """Return the check of the largest error over all ranks. Collective."""
     errors = all_gather_object(own)
     rank = max(range(len(errors)), key=lambda number: errors[number].size)
@@ -74,7 +75,7 @@ def judge(check: str, compared: str, own: Error, tolerance: float, note: str = "
         )
     told = "; ".join(part for part in notes if part) if wrong else note
     verdict: Verdict = "fails" if wrong else "holds"
-    return Check(check, compared, verdict, size, tolerance, rank, parameter, window, token, told)
+    return Check(check, compared, reference, verdict, size, tolerance, rank, parameter, window, token, told)
 
 
 def of_tokens(errors: Tensor, mine: Tensor, tolerance: float) -> Error:

@@ -20,7 +20,7 @@ def check(trial: Trial) -> list[Check]:
     """Change every second document, then the others, over all edges of the layout. Collective."""
     if not trial.recipe.data.reset_at_documents:
         why = "data.reset_at_documents = false: documents go on into each other"
-        return [not_run(NAME, "a document and its neighbours", why)]
+        return [not_run(NAME, "losses and gradients of documents", "before others change", why)]
     return run(trial.exact)
 
 
@@ -47,20 +47,21 @@ def run(recipe: Recipe) -> list[Check]:
             seen += int((before.token_losses != after.token_losses)[here & ~kept].sum())
     losses, gradients = (max(pair, key=lambda error: error.size) for pair in zip(*moved, strict=True))
     reached = int(all_reduce_sum(torch.tensor(seen, device=job.device)))
-    kinds = ", ".join(dict.fromkeys(edge.kind for edge in places))
+    kinds, before_change = ", ".join(dict.fromkeys(edge.kind for edge in places)), "before the change"
+    over = f"of documents beside others that change ({kinds})"
     return [
-        judge(NAME, "losses before and after other documents changed", losses, 0.0, _note(kinds, losses, places)),
+        judge(NAME, f"losses {over}", before_change, losses, 0.0, _seen(losses, places)),
+        judge(NAME, f"gradients {over}", before_change, gradients, 0.0, _seen(gradients, places)),
         judge(
-            NAME, "gradients before and after other documents changed", gradients, 0.0, _note(kinds, gradients, places)
+            NAME, "losses of documents that change", "not those before", Error(float(not reached)), 0.0, f"{reached:,}"
         ),
-        judge(NAME, "losses in the changed documents moved", Error(float(not reached)), 0.0, f"{reached:,} of them"),
     ]
 
 
-def _note(kinds: str, found: Error, places: list[Edge]) -> str:
-    """Say over which edges documents lie, and over which of them one was seen; the same on every rank. Collective."""
-    seen = [kind for kind in all_gather_object(_edge(found, places)) if kind]
-    return f"edges: {kinds}" + (f"; seen over: {', '.join(dict.fromkeys(seen))}" if seen else "")
+def _seen(found: Error, places: list[Edge]) -> str:
+    """Say over which edges a document was seen, the same on every rank; nothing where none was. Collective."""
+    kinds = [kind for kind in all_gather_object(_edge(found, places)) if kind]
+    return f"seen over: {', '.join(dict.fromkeys(kinds))}" if kinds else ""
 
 
 def _moved(before: Measured, after: Measured, kept: Tensor) -> tuple[Error, Error]:

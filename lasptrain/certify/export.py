@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lasptrain.certify.check import Check, failed, not_run
+from lasptrain.certify.check import Check, Verdict, failed, not_run
 from lasptrain.certify.resume import RUN
 from lasptrain.certify.trial import Trial
 from lasptrain.checkpoint.single import CheckpointReader
@@ -15,21 +15,21 @@ from lasptrain.convert.restore import open_weights
 from lasptrain.errors import ConvertError
 
 NAME = "export"
-LOGITS = "logits of the export as {} in its library, of ours in fp64"
-WEIGHTS = "weights that come back from the export as {}, of those that left"
+LOGITS, OURS = "logits as {} in its library", "ours in fp64"
+WEIGHTS, LEFT = "weights that come back from {}", "those that left"
 
 
 def check(trial: Trial) -> list[Check]:
     """Export the run that was ended to every target that it can leave to. One process."""
     if not committed(trial.folder / RUN):
         why = "no checkpoint to export: the run of the resume check left none"
-        return [not_run(NAME, LOGITS.format("any target"), why)]
+        return [not_run(NAME, LOGITS.format("a target"), OURS, why)]
     found = []
     for target, reason in targets.refusals(trial.recipe.model).items():
         if reason is None:
             found += _exported(trial, target)
         elif targets.TARGETS[target].expresses(trial.recipe.model.arch):
-            found.append(not_run(NAME, LOGITS.format(target), reason))
+            found.append(not_run(NAME, LOGITS.format(target), OURS, reason))
     return found
 
 
@@ -40,20 +40,15 @@ def _exported(trial: Trial, target: str) -> list[Check]:
         parity = export(run, folder, target).parity
         back = _come_back(run, folder)
     except ConvertError as refusal:
-        return [failed(NAME, LOGITS.format(target), str(refusal))]
-    weights = Check(
-        NAME,
-        WEIGHTS.format(target),
-        "fails" if back else "holds",
-        len(back),
-        0.0,
-        parameter=", ".join(back[:1]) or None,
-    )
+        return [failed(NAME, LOGITS.format(target), OURS, str(refusal))]
+    verdict: Verdict = "fails" if back else "holds"
+    first = back[0] if back else None
+    weights = Check(NAME, WEIGHTS.format(target), LEFT, verdict, float(len(back)), 0.0, parameter=first)
     if isinstance(parity, str):
-        return [not_run(NAME, LOGITS.format(target), parity), weights]
+        return [not_run(NAME, LOGITS.format(target), OURS, parity), weights]
     worst, error = max(parity.errors().items(), key=lambda item: item[1])
     tolerance = verify.TOLERANCE * max(1.0, parity.scale)
-    logits = Check(NAME, LOGITS.format(target), "holds", error, tolerance, parameter=worst, note=parity.library)
+    logits = Check(NAME, LOGITS.format(target), OURS, "holds", error, tolerance, parameter=worst, note=parity.library)
     return [logits, weights]
 
 

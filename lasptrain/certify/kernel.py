@@ -22,7 +22,7 @@ from lasptrain.parallel.shard import reshard
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job
 
-NAME = "kernel"
+NAME, DEFINITION = "kernel", "token by token, fp64"
 TOKENS = 200  # several chunks, and no whole number of them; a shorter slice is repeated
 LAYERS = 4
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -50,11 +50,11 @@ def check(trial: Trial) -> list[Check]:
 
 def _check(recipe: Recipe) -> list[Check]:
     if not recipe.model.mixers:
-        return [not_run(NAME, "the definition, token by token", "no layer of the model is a recurrence")]
+        return [not_run(NAME, "outputs and gradients", DEFINITION, "no layer of the model is a recurrence")]
     with opened(recipe) as job:
         kernel = job.model.attention.kernel
         if kernel == "reference":
-            return [not_run(NAME, "the definition, token by token", "train.kernel: reference is the definition itself")]
+            return [not_run(NAME, "outputs and gradients", DEFINITION, "train.kernel: reference is the definition")]
         calls = _calls(job)
     found = [_compared(call, kernel) for call in calls[:LAYERS]]
     worst = max(found, key=lambda error: error.size)
@@ -63,8 +63,8 @@ def _check(recipe: Recipe) -> list[Check]:
     assert k is not None and v is not None
     tolerance = TOLERANCES[v.dtype]
     shapes = f"{len(found)} layers, {k.shape[1]} tokens, {v.shape[2]} heads, K {k.shape[3]}, V {v.shape[3]}"
-    about = f"{kernel} in {recipe.train.precision}, the definition in fp64: outputs, gradients"
-    return [judge(NAME, about, worst, tolerance, shapes)]
+    about = f"outputs and gradients of {kernel}, {recipe.train.precision}"
+    return [judge(NAME, about, DEFINITION, worst, tolerance, shapes)]
 
 
 def _calls(job: Job) -> list[Call]:

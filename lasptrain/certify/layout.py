@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from lasptrain.certify.trial import Trial, alone, chunked_otherwise
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job
 
-NAME = "layout"
+NAME, ONE = "layout", "one process, one segment"
 FLOOR = 1e-6  # of the largest gradient: smaller ones are measured against it
 SPREAD = 4.0  # times the spread of two runs that sum in another order
 EXACT, OWN, OTHERWISE, TOGETHER = "exact", "own", "otherwise", "together"  # references, by file
@@ -73,7 +72,7 @@ def check(trial: Trial) -> list[Check]:
     """Compare the layout with what `reference` left. Collective."""
     if same(trial.recipe):
         why = "one rank and one segment: nothing to compare; --nproc 2 gives two ranks, train.segment segments"
-        return [not_run(NAME, "one process, one segment", why)]
+        return [not_run(NAME, "loss and gradients", ONE, why)]
     return [*exact(trial), *own(trial)]
 
 
@@ -86,7 +85,6 @@ def exact(trial: Trial) -> list[Check]:
 
 def compare(found: Measured, want: Measured, here: torch.Tensor, tolerance: float, precision: str) -> list[Check]:
     """Return the checks of one measurement against another."""
-    alike = partial("{} in {}, of one process and one segment".format)
     loss = Error(float((found.loss - want.loss).abs() / want.loss.abs()))
     scale = float(want.token_losses.abs().max())
     losses = of_tokens((found.token_losses - want.token_losses).abs() / scale, here, tolerance)
@@ -94,10 +92,10 @@ def compare(found: Measured, want: Measured, here: torch.Tensor, tolerance: floa
     tokens = of_tokens((found.token_gradients - want.token_gradients).norm(dim=-1) / size, here, tolerance)
     parameters = of_parameters(found.gradients, want.gradients, norms(want.gradients, FLOOR))
     return [
-        judge(NAME, alike("mean loss", precision), loss, tolerance),
-        judge(NAME, alike("loss of every token", precision), losses, tolerance),
-        judge(NAME, alike("gradient at every token", precision), tokens, tolerance),
-        judge(NAME, alike("gradient of every parameter", precision), parameters, tolerance),
+        judge(NAME, f"mean loss, {precision}", ONE, loss, tolerance),
+        judge(NAME, f"loss of every token, {precision}", ONE, losses, tolerance),
+        judge(NAME, f"gradient at every token, {precision}", ONE, tokens, tolerance),
+        judge(NAME, f"gradient of every parameter, {precision}", ONE, parameters, tolerance),
     ]
 
 
@@ -112,11 +110,12 @@ def own(trial: Trial) -> list[Check]:
     loss = Error(float((found.loss - want.loss).abs() / want.loss.abs()))
     loss_spread = float((other.loss - want.loss).abs() / want.loss.abs())
     error = of_parameters(found.gradients, want.gradients, sizes)
-    between = f"two runs of one process in other chunks are {spread.size:.1e} apart"
-    about = f"mean loss in {precision}, of one process"
+    against = f"{ONE}, within {SPREAD:g} × its spread over chunks"
+    apart = "two runs of one process in other chunks are {:.1e} apart"
+    most = max(SPREAD * loss_spread, allowed)
     return [
-        judge(NAME, about, loss, max(SPREAD * loss_spread, allowed), f"chunks: {loss_spread:.1e}"),
-        judge(NAME, f"gradient of every parameter in {precision}, of one process", error, allowed, between),
+        judge(NAME, f"mean loss, {precision}", against, loss, most, apart.format(loss_spread)),
+        judge(NAME, f"gradient of every parameter, {precision}", against, error, allowed, apart.format(spread.size)),
     ]
 
 

@@ -87,13 +87,13 @@ def perform(trial: Trial, job: str, check: str, part: str) -> list[dict[str, Any
 def _run(ranks: int, trial: Trial, given: Sequence[tuple[str, str, str]]) -> Iterator[list[Check]]:
     """Yield the checks of each part; one that does not end as it should has failed."""
     arguments = [(trial, *stage) for stage in given]
-    for (_, job, check, part), found in trials(ranks, perform, arguments, silence=SILENCE):
+    for (_, _, check, part), found in trials(ranks, perform, arguments, silence=SILENCE):
         if not isinstance(found, TrialFailure):
             yield [Check(**one) for one in found]
         elif (check, part) == (resume.NAME, "until it is killed") and "SIGKILL" in found.reason:
             yield []
         else:
-            yield [failed(check, f"{job}: {part}", found.reason)]
+            yield [failed(check, part, "an end of its own", found.reason)]
 
 
 def _smallest(trial: Trial, ranks: int, name: str) -> str:

@@ -25,6 +25,7 @@ from lasptrain.training.job import Job, fingerprint_of
 
 NAME = "resume"
 SAVED = 2  # updates before the checkpoint
+CONTINUED, RUN_THROUGH = f"updates {SAVED + 1} and on", "the run without a break"
 RUN, RECORD = "run", "undisturbed.json"
 TOLERANCES = {"fp64": 1e-6, "fp32": 1e-3, "bf16": 2e-2}  # of losses on another mesh
 
@@ -75,34 +76,32 @@ def killed(trial: Trial, end: Callable[[], None] = kill) -> list[Check]:
 
 def continued(trial: Trial) -> list[Check]:
     """Continue on this mesh and compare with the undisturbed course, to the bit. Collective."""
-    about = f"losses, norms, weights of updates {SAVED + 1} to {STEPS}, of an undisturbed run"
+    about = f"{CONTINUED} after kill -9 in the middle of one: losses, norms, weights"
     try:
         found = _resumed(trial, trial.recipe)
     except CheckpointError as missing:
-        return [failed(NAME, about, str(missing))]
+        return [failed(NAME, about, RUN_THROUGH, str(missing))]
     want = _undisturbed(trial)
     pairs = zip(found.losses + found.norms, want.losses + want.norms, strict=True)
     error = max(abs(a - b) for a, b in pairs)
     odd = [rank for rank, (a, b) in enumerate(zip(found.weights, want.weights, strict=True)) if a != b]
-    note = "killed in the middle of an update, continued by new processes"
-    if odd:
-        note += f"; other weights on rank {', '.join(map(str, odd))}"
-    return [judge(NAME, about, Error(error if error or not odd else 1.0), 0.0, note)]
+    note = f"other weights on rank {', '.join(map(str, odd))}" if odd else ""
+    return [judge(NAME, about, RUN_THROUGH, Error(error if error or not odd else 1.0), 0.0, note)]
 
 
 def elsewhere(trial: Trial) -> list[Check]:
     """Continue on one process and compare losses with the undisturbed course. Collective."""
+    about = f"{CONTINUED} on another mesh, one process: losses"
     if trial.recipe.mesh.dp == trial.recipe.mesh.sp == 1:
-        return [not_run(NAME, "another mesh", "one rank has no other mesh; --nproc 2")]
-    about = f"losses of updates {SAVED + 1} to {STEPS} on one process, of an undisturbed run"
+        return [not_run(NAME, about, RUN_THROUGH, "one rank has no other mesh; --nproc 2")]
     try:
         found = _resumed(trial, alone(trial.recipe))
     except CheckpointError as missing:
-        return [failed(NAME, about, str(missing))]
+        return [failed(NAME, about, RUN_THROUGH, str(missing))]
     want = _undisturbed(trial)
     error = max(abs(a / b - 1) for a, b in zip(found.losses, want.losses, strict=True))
     tolerance = TOLERANCES[trial.recipe.train.precision]
-    return [judge(NAME, about, Error(error), tolerance, f"another mesh, in {trial.recipe.train.precision}")]
+    return [judge(NAME, about, RUN_THROUGH, Error(error), tolerance)]
 
 
 def _resumed(trial: Trial, recipe: Recipe) -> Course:

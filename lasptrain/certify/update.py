@@ -18,11 +18,11 @@ from lasptrain.parallel import replicas
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job
 
-NAME = "update"
 UPDATES = 2  # the second reads what the first has written
 SIGNS = 1e3  # times the error of a gradient is that of a step of AdamW, which divides by its size
 FLOOR = 1e-6
 TENSORS, NUMBERS = "update.safetensors", "update.json"
+NAME, OTHERS, ONE = "update", "those on other ranks", f"{UPDATES} updates of one process"
 CLIP = 0.5  # of the first norm, so that gradients are clipped
 
 
@@ -76,30 +76,25 @@ def breaks(trial: Trial, recipe: Recipe) -> bool:
 
 def compared(trial: Trial, recipe: Recipe) -> list[Check]:
     """Return the checks of a layout's updates."""
-    about, numbers = "replicas of the weights on all ranks", json.loads((trial.folder / NUMBERS).read_text())
+    about, numbers = "weights of replicas", json.loads((trial.folder / NUMBERS).read_text())
     try:
         found = run(recipe.replace(optim={"clip": numbers["clip"]}), UPDATES)
     except ReplicasError as error:
-        return [failed(NAME, about, str(error))]
+        return [failed(NAME, about, OTHERS, str(error))]
     want = load_file(trial.folder / TENSORS)
-    tolerance = trial.tolerance
     norm = max(abs(a / b - 1) for a, b in zip(found.norms, numbers["norms"], strict=True))
     loss = max(abs(a / b - 1) for a, b in zip(found.losses, numbers["losses"], strict=True))
     here = {name: x for name, x in want.items() if name in found.tensors}
     weights = {name: x for name, x in here.items() if name.startswith("model.") and numbers["moved"][name] > 0}
     moments = {name: x for name, x in here.items() if name.startswith("optimizer.")}
-    of = f"{UPDATES} updates of one process"
+    loose = trial.tolerance * SIGNS
+    clipped = f"gradient norm before clipping to {numbers['clip']:.3g}"
+    moment = of_parameters(found.tensors, moments, norms(moments, FLOOR))
+    moves = of_parameters(found.tensors, weights, numbers["moved"])
     return [
-        judge(NAME, about, Error(0.0), 0.0, "checksums"),
-        judge(NAME, f"losses, of {of}", Error(loss), tolerance * SIGNS),
-        judge(NAME, f"gradient norm before clipping to {numbers['clip']:.3g}, of {of}", Error(norm), tolerance * SIGNS),
-        judge(
-            NAME, f"moments, of {of}", of_parameters(found.tensors, moments, norms(moments, FLOOR)), tolerance * SIGNS
-        ),
-        judge(
-            NAME,
-            f"moves of weights, of {of}",
-            of_parameters(found.tensors, weights, numbers["moved"]),
-            tolerance * SIGNS,
-        ),
+        judge(NAME, about, OTHERS, Error(0.0), 0.0, "checksums"),
+        judge(NAME, f"losses, {trial.strict}", ONE, Error(loss), loose),
+        judge(NAME, f"{clipped}, {trial.strict}", ONE, Error(norm), loose),
+        judge(NAME, f"moments of gradients, {trial.strict}", ONE, moment, loose),
+        judge(NAME, f"moves of weights, {trial.strict}", ONE, moves, loose),
     ]
