@@ -463,7 +463,7 @@ def _(patch: Patch, rank: int) -> None:
     drifting(patch, rank == 3)
 
 
-@mutant("a shard drifts", "rows", "update", "moves of weights", holds=("weights of replicas",), where="model.")
+@mutant("a shard drifts", "rows", "update", "moves of weights", where="model.")
 def _(patch: Patch, rank: int) -> None:
     drifting(patch, rank == 3)
 
@@ -499,7 +499,6 @@ def gathered_stale(patch: Patch) -> None:
     "update",
     "losses",
     "moves of weights",
-    holds=("weights of replicas",),
 )
 def _(patch: Patch, rank: int) -> None:
     gathered_stale(patch)
@@ -511,7 +510,6 @@ def _(patch: Patch, rank: int) -> None:
     "update",
     "losses",
     "moves of weights",
-    holds=("weights of replicas",),
     least="mesh.dp = 4, parallel.data_parallel = zero3, documents kept apart",
 )
 def _(patch: Patch, rank: int) -> None:
@@ -635,7 +633,8 @@ def test_every_mutant_is_caught_where_it_is(trials: dict[str, Trial], world: int
     all_found, least = spawn(world, hunt, mine)[0]
     wrong = []
     for name in mine:
-        assert {one.verdict for one in all_found[name]} == {"holds"}, "\n".join([name, *told(all_found[name])])
+        verdicts = {one.verdict for one in all_found[name]}
+        assert "holds" in verdicts and "fails" not in verdicts, "\n".join([name, *told(all_found[name])])
     for name, one in wanted(world).items():
         found = all_found[name]
         failing = [check for check in found if check.verdict == "fails"]
@@ -647,6 +646,12 @@ def test_every_mutant_is_caught_where_it_is(trials: dict[str, Trial], world: int
         if not (caught and kept and located and ranked and least[name] == one.least):
             wrong.append("\n  ".join([f"{name}: {caught=} {kept=} {located=} {ranked=} {least[name]}", *told(found)]))
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_page_lists_the_mutants() -> None:
+    page = (program.ROOT / "lasptrain" / "certify" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([^|]+) \| (\w+) \|$", page, re.MULTILINE) == [(k, v.check) for k, v in MUTANTS.items()]
+    assert f"{len(MUTANTS)} broken programs" in page
 
 
 def test_there_are_many_mutants_of_every_check() -> None:
