@@ -10,12 +10,14 @@ from lasptrain.certify.check import Check, Error, judge, norms, not_run, of_para
 from lasptrain.certify.measured import Measured, measure, mine, opened
 from lasptrain.certify.text import Edge, edges, windows_of, with_documents
 from lasptrain.certify.trial import Trial, alone, chunked_otherwise
+from lasptrain.ops.precision import DTYPES
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job
 
 NAME, ONE = "layout", "one process, one segment"
 FLOOR = 1e-6  # of the largest gradient: smaller ones are measured against it
-SPREAD = 4.0  # times the spread of two runs that sum in another order
+FP32 = float(torch.finfo(torch.float32).eps)
+SPREAD = 4.0  # times the rounding of one process
 EXACT, OWN, OTHERWISE, TOGETHER = "exact", "own", "otherwise", "together"  # references, by file
 
 
@@ -100,22 +102,37 @@ def compare(found: Measured, want: Measured, here: torch.Tensor, tolerance: floa
 
 
 def own(trial: Trial) -> list[Check]:
-    """Compare in the recipe's precision with the spread of two equal runs that sum in another order."""
+    """Compare in the recipe's precision: rounding may take the layout SPREAD times as far from the exact numbers as it
+    takes two runs of one process that sum in different chunks.
+    """
     precision = trial.recipe.train.precision
     found, _ = run(trial.recipe, places_of(trial.recipe))
-    want, other = (Measured.load(_file(trial, name)) for name in (OWN, OTHERWISE))
-    sizes = norms(want.gradients, FLOOR)
-    spread = of_parameters(other.gradients, want.gradients, sizes)
-    allowed = SPREAD * max(spread.size, float(torch.finfo(torch.float64).eps))
-    loss = Error(float((found.loss - want.loss).abs() / want.loss.abs()))
-    loss_spread = float((other.loss - want.loss).abs() / want.loss.abs())
-    error = of_parameters(found.gradients, want.gradients, sizes)
-    against = f"{ONE}, within {SPREAD:g} × its spread over chunks"
-    apart = "two runs of one process in other chunks are {:.1e} apart"
-    most = max(SPREAD * loss_spread, allowed)
+    exact, one, other = (Measured.load(_file(trial, name)) for name in (EXACT, OWN, OTHERWISE))
+    sizes = norms(exact.gradients, FLOOR)
+    parameters = of_parameters(found.gradients, exact.gradients, sizes)
+    rounding = max(of_parameters(plain.gradients, exact.gradients, sizes).size for plain in (one, other))
+    loss, *plain_losses = (abs(float(x.loss / exact.loss) - 1) for x in (found, one, other))
+    least = float(torch.finfo(DTYPES[precision]).eps)
+    least_loss = max(least / 32, min(least, FP32))  # losses are summed in at least fp32, whatever activations are
+    against = f"{ONE}, {trial.strict}; {SPREAD:g} × its own rounding"
+    apart = "one process in two chunkings is up to {:.1e} off"
     return [
-        judge(NAME, f"mean loss, {precision}", against, loss, most, apart.format(loss_spread)),
-        judge(NAME, f"gradient of every parameter, {precision}", against, error, allowed, apart.format(spread.size)),
+        judge(
+            NAME,
+            f"mean loss, {precision}",
+            against,
+            Error(loss),
+            SPREAD * max(*plain_losses, least_loss),
+            apart.format(max(plain_losses)),
+        ),
+        judge(
+            NAME,
+            f"gradient of every parameter, {precision}",
+            against,
+            parameters,
+            SPREAD * max(rounding, least),
+            apart.format(rounding),
+        ),
     ]
 
 

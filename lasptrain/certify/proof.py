@@ -103,6 +103,8 @@ def _smallest(trial: Trial, ranks: int, name: str) -> str:
     ((_, found),) = trials(ranks, reduced, [(trial, name)], silence=SILENCE)
     if isinstance(found, TrialFailure):
         return f"not found: {found.reason}"
+    if found is None:
+        return f"none: it holds exactly, in {trial.strict}, and fails in {trial.recipe.train.precision} only"
     least = Recipe.model_validate(found)
     for fewer, candidate in smallest.on_fewer_ranks(least):
         ((_, breaks),) = trials(fewer, still_breaks, [(trial, candidate, name)], silence=SILENCE)
@@ -112,8 +114,12 @@ def _smallest(trial: Trial, ranks: int, name: str) -> str:
     return smallest.told(least)
 
 
-def reduced(trial: Trial, name: str) -> dict[str, Any]:
-    """Return the recipe of the smallest layout of these ranks in which a check fails, as JSON. Collective."""
+def reduced(trial: Trial, name: str) -> dict[str, Any] | None:
+    """Return the recipe of the smallest layout of these ranks in which a check fails, as JSON; None where it does not
+    fail in exact numbers. Collective.
+    """
+    if not BREAKS[name](trial, trial.exact):
+        return None
     return smallest.smallest(trial.exact, lambda recipe: BREAKS[name](trial, recipe)).model_dump(mode="json")
 
 
