@@ -1,4 +1,4 @@
-"""What a proof found: a table for people, and a file with every number, the hardware, versions and digests."""
+"""The findings of a proof: a table for people, and a file with every number, the hardware, versions and digests."""
 
 from __future__ import annotations
 

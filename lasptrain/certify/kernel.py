@@ -32,7 +32,7 @@ NAMES = {3: ("k", "v", "log_decay"), 4: ("k", "v", "beta", "log_decay")}  # by n
 
 @dataclass
 class Call:
-    """What a layer gave the recurrence, for one window."""
+    """The inputs that a layer gave the recurrence, for one window."""
 
     layer: int
     rule: Recurrence

@@ -77,7 +77,7 @@ def chunked_otherwise(recipe: Recipe) -> Recipe:
 
 
 class Limits(NamedTuple):
-    """What a trial may take: FLOP of a pass, and bytes of memory (None: unknown) for each or all of the ranks."""
+    """The limits of a trial: FLOP of a pass, and bytes of memory (None: unknown) for each or all of the ranks."""
 
     work: float
     memory: int | None
