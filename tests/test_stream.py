@@ -11,6 +11,7 @@ import torch
 
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import LanguageModel, initial_values
+from lasptrain.parallel.host import unread
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.shard import fill
 from lasptrain.training.segments import backward, keep_states
@@ -77,3 +78,9 @@ def test_memory_is_flat_but_for_the_kept_states() -> None:
     (few, few_states), (many, many_states) = saved_bytes(8), saved_bytes(32)
     assert many == few
     assert many_states == few_states // 6 * 30  # the first segment of all starts from zero
+
+
+def test_a_placeholder_is_nan_of_one_element_and_no_view() -> None:
+    x = unread((2, 3, 4), torch.zeros(1, dtype=torch.float64), torch.float32)
+    assert x.isnan().all() and x.shape == (2, 3, 4) and x.dtype == torch.float32
+    assert x.untyped_storage().nbytes() == 4 and not x._is_view()  # FSDP warns of modules that return views

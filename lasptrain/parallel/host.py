@@ -21,7 +21,9 @@ def unread(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None)
 
     Its device is that of `like`, and its dtype too unless another is given.
     """
-    return like.new_full((), math.nan, dtype=dtype).expand(tuple(shape))
+    one = like.new_full((), math.nan, dtype=dtype)
+    # No view, as `expand` would be: FSDP warns of modules that return views.
+    return one.new_empty(0).set_(one.untyped_storage(), 0, tuple(shape), (0,) * len(shape))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
