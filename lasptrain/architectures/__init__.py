@@ -38,12 +38,14 @@ def named(arch: object) -> type[Architecture]:
         (place, _), *others = offered[arch].items()
         if others:
             found = " and ".join(f"{place} of {package}" for place, package in offered[arch].items())
-            raise RecipeError(f"model.arch: {arch} is {found}; expected one of them to be installed")
+            raise RecipeError(f"model.arch: {arch} is {found}; expected a name of its own for each")
         return _loaded(arch, place)
     known = sorted(offered)
     close = difflib.get_close_matches(arch, known, n=1) if isinstance(arch, str) else []
     found = "missing" if arch is None else f"found {arch!r}"
-    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known[:-1])} or {known[-1]}"
+    hint = (
+        f"did you mean {close[0]}?" if close else f"expected {', '.join(known)} or one that an installed package offers"
+    )
     raise RecipeError(f"model.arch: {found}; {hint}")
 
 
