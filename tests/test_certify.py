@@ -661,7 +661,10 @@ def test_there_are_many_mutants_of_every_check() -> None:
 def certify(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command on a recipe, whose temporary files go to `folder`."""
     environment = os.environ | {"PYTHONPATH": str(program.ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    command = [sys.executable, "-m", "lasptrain", "certify", "ring.yaml", *arguments]
+    # A shell ignores Ctrl-C in what it starts in the background, such as these tests; a user's terminal does not.
+    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    module = "runpy.run_module('lasptrain', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", heard + module, "certify", "ring.yaml", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe, stderr=pipe)
 
