@@ -8,6 +8,7 @@ from pydantic import Field
 from lasptrain.architectures.base import Architecture, State, Work
 from lasptrain.architectures.decay import slopes
 from lasptrain.architectures.section import Problem
+from lasptrain.architectures.stack import Recompute
 
 # FLOPs of a chunk of 64 tokens in the form with blocks, per key and value channel of a head: forward, and both
 # directions; 22.3 and 64 million for K = V = 128
@@ -55,6 +56,10 @@ class GatedByData(Architecture):
         convolution = {"convolution": self.channels * self.conv} if self.conv else {}
         return {"mixer": matrices, **convolution, "norms": self.V}
 
+    def recurrence_flops(self, layer: int) -> int:
+        """Return the model FLOPs per token of the forward: 2·K·V each to predict, to write and to read."""
+        return 6 * self.heads * self.K * self.V
+
     def recurrence_work(self, layer: int) -> Work:
         """Return the work of the form with blocks; its products take longer than its bytes."""
         size, width = self.heads * self.K * self.V, self.heads * (self.K + self.V)
@@ -65,7 +70,7 @@ class GatedByData(Architecture):
         rows = max(self.conv - 1, 0) * self.channels
         return State(self.heads * self.K * self.V, self.heads * self.K * self.K, rows)
 
-    def kept(self, recompute: str, compiled: bool) -> int:
+    def kept(self, recompute: Recompute, compiled: bool) -> int:
         """Return the numbers per token that a mixer keeps: q, k and v before and after the convolution, gate and o."""
         match recompute:
             case "none":

@@ -40,10 +40,6 @@ class Gdn(GatedByData):
         """Return the common parts, beta, and weight, bias and slope of the decay."""
         return super().mixer_parameters(layer) | {"beta": self.heads * self.dim, "decay": self.heads * (self.dim + 2)}
 
-    def recurrence_flops(self, layer: int) -> int:
-        """Return the model FLOPs per token of the forward: 2·K·V each to predict, to write and to read."""
-        return 6 * self.heads * self.K * self.V
-
     def first_slopes(self) -> list[float]:
         """Return slopes spread evenly over (0, 16), times the median step."""
         return [STEP * 16 * (head + 0.5) / self.heads for head in range(self.heads)]

@@ -28,6 +28,10 @@ class Gla(GatedByData):
         parts["mixer"] += (self.dim + self.heads * self.K) * self.decay_rank
         return parts | {"decay": self.heads * self.K}
 
+    def recurrence_flops(self, layer: int) -> int:
+        """Return the model FLOPs per token of the forward: 2·K·V each to write and to read."""
+        return 4 * self.heads * self.K * self.V
+
     def state(self, layer: int) -> State:
         """Return the size of the state; a number per row moves it."""
         return super().state(layer)._replace(transition=self.heads * self.K)

@@ -21,10 +21,6 @@ class Kda(GatedByData):
         parts["mixer"] += (dim + heads * keys) * keys  # the decay
         return parts | {"beta": heads * dim, "decay": heads * (keys + 1)}
 
-    def recurrence_flops(self, layer: int) -> int:
-        """Return the model FLOPs per token of the forward: 2·K·V each to predict, to write and to read."""
-        return 6 * self.heads * self.K * self.V
-
     def first_slopes(self) -> list[float]:
         """Return slopes spread evenly over (1, 16), times the median step."""
         return [STEP * (1 + 15 * (head + 0.5) / self.heads) for head in range(self.heads)]

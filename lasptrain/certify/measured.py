@@ -18,7 +18,7 @@ from lasptrain.data.loader import MicroBatch
 from lasptrain.models.language_model import initial_values
 from lasptrain.models.start import generator
 from lasptrain.ops.cross_entropy import IGNORED
-from lasptrain.parallel.shard import fill, reshard
+from lasptrain.parallel.shard import fill, full_tensor, reshard
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job, build
 from lasptrain.training.validation import token_losses
@@ -169,12 +169,6 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = whole(grad).detach().clone()
+        found[name] = full_tensor(grad).detach().clone()
     model.zero_grad(set_to_none=True)
     return found
-
-
-def whole(x: Tensor) -> Tensor:
-    """Return a tensor that may be sharded as a whole. Collective where it is."""
-    full: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
-    return full

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lasptrain import files, train
 from lasptrain.certify.check import Check, Error, failed, judge, norms, not_run, of_parameters
-from lasptrain.certify.measured import opened, whole
+from lasptrain.certify.measured import opened
 from lasptrain.certify.trial import Trial, alone
 from lasptrain.checkpoint.tensors import present, tensors_of
 from lasptrain.errors import ReplicasError
 from lasptrain.parallel import replicas
+from lasptrain.parallel.shard import full_tensor
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import REPLICATED
 from lasptrain.training.job import Job
@@ -62,7 +63,7 @@ def run(recipe: Recipe, updates: int) -> Updated:
 def _tensors(job: Job) -> dict[str, Tensor]:
     """Return copies of weights and moments, whole, those that some rank has here. Collective."""
     found = present(tensors_of(job.model, job.optimizer))
-    return {name: whole(x).cpu().clone() for name, x in found.items() if not name.endswith(".step")}
+    return {name: full_tensor(x).cpu().clone() for name, x in found.items() if not name.endswith(".step")}
 
 
 def check(trial: Trial) -> list[Check]:

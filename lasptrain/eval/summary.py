@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from data_tools import prepared
 from data_tools.tokenizer import Tokenizer, load_tokenizer
@@ -20,7 +19,7 @@ from lasptrain.eval.generate import generate
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.ops import select
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.parallel.shard import fill
+from lasptrain.parallel.shard import fill, full_tensor
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Optim
 from lasptrain.training.validation import Validation
@@ -73,7 +72,7 @@ def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
         alone = on_meta(model.cfg, model.window, attention, dtype=model.dtype)
         alone.to_empty(device=model.embed.weight.device)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+        whole = full_tensor(value)
         if alone is not None:
             fill(alone, [(name, whole)])
     return alone

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lasptrain.models.start import Start
+
+# Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class ConvWeights(NamedTuple):
@@ -21,6 +27,15 @@ class ConvWeights(NamedTuple):
         """Split into the weights of consecutive groups of channels."""
         biases = [None] * len(channels) if self.bias is None else self.bias.split(channels)
         return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), biases, strict=True)]
+
+    def each(self, parts: Sequence[Tensor], before: Tensor, doc_ids: Tensor | None) -> list[Tensor]:
+        """Return parts [B, T, ·], whose channels side by side are the C, convolved and recomputed in the backward.
+
+        Args as of a call, `before` [B, n, C].
+        """
+        channels = [x.shape[-1] for x in parts]
+        rows = before.split(channels, dim=-1)
+        return [again(w, x, r, doc_ids) for w, x, r in zip(self.split(*channels), parts, rows, strict=True)]
 
     def __call__(self, x: Tensor, before: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Return silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.models.convolution import Convolution, ConvWeights
-from lasptrain.models.layers import srms
+from lasptrain.models.layers import srms, wide
 from lasptrain.models.linear import HasWeight, Linear, multi_linear
-from lasptrain.models.mixer import COMPILED, Context, Mixer, State
-from lasptrain.models.start import Start
+from lasptrain.models.mixer import COMPILED, Context, Mixer, State, split_heads
+from lasptrain.models.start import UNIT_STEP, Start
 from lasptrain.ops import delta_rule
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
 
-# Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
-again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 UNIT_EPS = 1e-6  # inside of the root of a key's length
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -79,7 +75,6 @@ class Decay(nn.Module):
     """
 
     full_precision = True
-    FIRST_BIAS = 0.541324854612918  # ln(e − 1)
 
     def __init__(self, heads: int, count: int, *, paper: bool):
         super().__init__()
@@ -92,7 +87,7 @@ class Decay(nn.Module):
             assert start.slopes is not None
             return (start.slopes.double() / (STEP if self.paper else 1.0)).log().to(start.device)
         if not self.paper:
-            return start.full(self.FIRST_BIAS)
+            return start.full(UNIT_STEP)
         step = (start.empty().uniform_(-1, 1, generator=start.generator).double() * math.log(10)).exp() * STEP
         return step + torch.log(-torch.expm1(-step))
 
@@ -188,7 +183,7 @@ class DeltaRule(Mixer):
     def keys(self, h: Tensor, weights: Prepared) -> Inputs:
         """Return k, v, beta and log decays, without a convolution."""
         k, v, *gates = multi_linear(h, self.k, self.v, *self._gates())
-        return self._key(k, k.dtype), self._heads(v, self.heads), *self._written(gates, weights.decay)
+        return self._key(k, k.dtype), split_heads(v, self.heads), *self._written(gates, weights.decay)
 
     def queries(self, h: Tensor, weights: Prepared) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H_k, K] and the gate [B, T, H·V], without a convolution."""
@@ -198,7 +193,7 @@ class DeltaRule(Mixer):
     def project(self, h: Tensor, weights: Prepared) -> tuple[Inputs, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q, gate, *gates = multi_linear(h, self.k, self.v, self.q, self._output_gate(), *self._gates())
-        inputs = self._key(k, k.dtype), self._heads(v, self.heads), *self._written(gates, weights.decay)
+        inputs = self._key(k, k.dtype), split_heads(v, self.heads), *self._written(gates, weights.decay)
         return inputs, self._query(q, q.dtype), self._opened(gate)
 
     def _with_neighbours(
@@ -225,25 +220,20 @@ class DeltaRule(Mixer):
     ) -> tuple[Inputs, Tensor, Tensor]:
         """Return inputs, q and gate from the products and the rows before them."""
         assert weights.taps is not None
-        taps = weights.taps.split(*self.channels)
-        parts = zip((q, k, v), before.split(self.channels, dim=-1), taps, strict=True)
-        wide_q, wide_k, wide_v = (again(tap, x, rows, doc_ids) for x, rows, tap in parts)
-        value = self._heads(wide_v.to(v.dtype), self.heads)
+        wide_q, wide_k, wide_v = weights.taps.each((q, k, v), before, doc_ids)
+        value = split_heads(wide_v.to(v.dtype), self.heads)
         inputs = self._key(wide_k, k.dtype), value, *self._written(gates, weights.decay)
         return inputs, self._query(wide_q, q.dtype), self._opened(gate)
 
     def _key(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return keys by head; those of unit length are rounded to `dtype` after they have got it."""
-        x = self._heads(x, self.key_heads)
+        x = split_heads(x, self.key_heads)
         return (unit(x) if self.erases else x).to(dtype)
 
     def _query(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return queries by head, likewise, times K^−½."""
-        x = self._heads(x, self.key_heads)
+        x = split_heads(x, self.key_heads)
         return ((unit(x) if self.erases else x) * self.scale).to(dtype)
-
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:2], heads, -1)
 
     def _opened(self, gate: Tensor) -> Tensor:
         """Return the gate [B, T, H·V] from the product of `_output_gate`."""
@@ -259,8 +249,3 @@ def unit(x: Tensor) -> Tensor:
     """Return x / √(|x|² + 1e-6) over the last axis, in at least fp32."""
     x = wide(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return x in at least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lasptrain.architectures.gdn import Gdn
-from lasptrain.models.delta_rule import Decay, DeltaRule, Rate, ZeroLinear, log_decay, wide
+from lasptrain.models.delta_rule import Decay, DeltaRule, Rate, ZeroLinear, log_decay
+from lasptrain.models.layers import wide
 from lasptrain.models.linear import HasWeight, Linear
 from lasptrain.parallel.recurrence import ShardedRecurrence
 

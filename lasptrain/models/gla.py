@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasptrain.architectures.gla import TEMPER, Gla
-from lasptrain.models.delta_rule import DeltaRule, LowRank, wide
+from lasptrain.models.delta_rule import DeltaRule, LowRank
+from lasptrain.models.layers import wide
 from lasptrain.models.linear import HasWeight, Linear
 from lasptrain.models.start import Start
 from lasptrain.parallel.recurrence import ShardedRecurrence

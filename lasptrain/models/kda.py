@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lasptrain.architectures.kda import Kda
-from lasptrain.models.delta_rule import Decay, DeltaRule, LowRank, Rate, log_decay, wide
+from lasptrain.models.delta_rule import Decay, DeltaRule, LowRank, Rate, log_decay
+from lasptrain.models.layers import wide
 from lasptrain.models.linear import HasWeight, Linear
 from lasptrain.parallel.recurrence import ShardedRecurrence
 

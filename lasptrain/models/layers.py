@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from lasptrain.architectures.base import Norm
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.start import Start
+from lasptrain.ops import state_dtype
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in at least fp32."""
+    return x.to(state_dtype(x))
 
 
 def srms(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Return x divided by its root mean square over the last axis, statistics in at least fp32, without weight."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+    return F.rms_norm(wide(x), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 class SimpleRMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from lasptrain.architectures.minimax import MiniMax
 from lasptrain.models.layers import RMSNorm
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import RecurrentMixer
+from lasptrain.models.mixer import RecurrentMixer, split_heads
 from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
@@ -50,7 +50,7 @@ class Lightning(RecurrentMixer):
         return (self._active(k), self._active(v), self.log_decay), self._active(q), gate
 
     def _active(self, x: Tensor) -> Tensor:
-        return F.silu(x).view(*x.shape[:2], self.heads, -1)
+        return split_heads(F.silu(x), self.heads)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """Return y [B, T, D] from o [B, T, H, V] and the gate."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from lasptrain.architectures.retnet import RetNet
 from lasptrain.models.layers import Phases, RMSNorm, Rotary
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import RecurrentMixer
+from lasptrain.models.mixer import RecurrentMixer, split_heads
 from lasptrain.ops.recurrence import Inputs
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
@@ -43,21 +43,18 @@ class Retention(RecurrentMixer):
     def keys(self, h: Tensor, phases: Phases) -> Inputs:
         """Return k and v, [B, T, H, ·], and the log decay."""
         k, v = multi_linear(h, self.k, self.v)
-        return phases.rotated(self._heads(k)), self._heads(v), self.log_decay
+        return phases.rotated(split_heads(k, self.heads)), split_heads(v, self.heads), self.log_decay
 
     def queries(self, h: Tensor, phases: Phases) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
-        return phases.rotated(self._heads(q) * self.scale), gate
+        return phases.rotated(split_heads(q, self.heads) * self.scale), gate
 
     def project(self, h: Tensor, phases: Phases) -> tuple[Inputs, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q, gate = multi_linear(h, self.k, self.v, self.q, self.gate)
-        inputs = phases.rotated(self._heads(k)), self._heads(v), self.log_decay
-        return inputs, phases.rotated(self._heads(q) * self.scale), gate
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1)
+        inputs = phases.rotated(split_heads(k, self.heads)), split_heads(v, self.heads), self.log_decay
+        return inputs, phases.rotated(split_heads(q, self.heads) * self.scale), gate
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """Return y [B, T, D] from o [B, T, H, V] and the gate."""

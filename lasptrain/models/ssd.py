@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lasptrain.architectures.ssd import Ssd
 from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import COMPILED, Context, Mixer, State
-from lasptrain.models.start import Start
+from lasptrain.models.mixer import COMPILED, Context, Mixer, State, split_heads
+from lasptrain.models.start import UNIT_STEP, Start
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
-
-# Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
-again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def mixer(model: Ssd, layer: int, attention: ShardedRecurrence) -> StateSpace:
@@ -52,7 +47,6 @@ class TimeStep(nn.Module):
     """The weights of a data-dependent step; initially W is zero and b = ln(e − 1), so that every step is one."""
 
     full_precision = True
-    FIRST_BIAS = 0.541324854612918
 
     def __init__(self, dim: int, heads: int, *, learned: bool):
         super().__init__()
@@ -64,7 +58,7 @@ class TimeStep(nn.Module):
         if part == "log_slope":
             assert start.slopes is not None
             return start.slopes.log().to(start.device)
-        return start.full(self.FIRST_BIAS if part == "bias" else 0.0)
+        return start.full(UNIT_STEP if part == "bias" else 0.0)
 
     def forward(self) -> TimeStepWeights:
         """Return copies: where parameters are sharded, they are gathered only while this runs."""
@@ -170,17 +164,22 @@ class StateSpace(Mixer):
     def keys(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Return k and v [B, T, H, ·], v times its step, and the log decay [H] or [B, T, H]."""
         k, v, *dt = multi_linear(h, self.k, self.v, *weights.steps)
-        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, weights)
+        return split_heads(F.silu(k), self.heads), *self._stepped(F.silu(v), dt, weights)
 
     def queries(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor]:
         """Return q [B, T, H, K] and the gate [B, T, H·V]."""
         q, gate = multi_linear(h, self.q, self.gate)
-        return self._heads(F.silu(q)), gate
+        return split_heads(F.silu(q), self.heads), gate
 
     def project(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return `keys` and `queries` at once."""
         k, v, q, gate, *dt = multi_linear(h, self.k, self.v, self.q, self.gate, *weights.steps)
-        return self._heads(F.silu(k)), *self._stepped(F.silu(v), dt, weights), self._heads(F.silu(q)), gate
+        return (
+            split_heads(F.silu(k), self.heads),
+            *self._stepped(F.silu(v), dt, weights),
+            split_heads(F.silu(q), self.heads),
+            gate,
+        )
 
     def _with_neighbours(
         self, h: Tensor, weights: SsdWeights, context: Context
@@ -205,14 +204,9 @@ class StateSpace(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return k, v, log decay and q from the products and the rows before them."""
         assert weights.taps is not None
-        taps = weights.taps.split(*self.channels)
-        parts = zip((v, k, q), before.split(self.channels, dim=-1), taps, strict=True)
-        wide_v, wide_k, wide_q = (again(tap, x, rows, doc_ids) for x, rows, tap in parts)
+        wide_v, wide_k, wide_q = weights.taps.each((v, k, q), before, doc_ids)
         value, decay = self._stepped(wide_v, dt, weights, v.dtype)
-        return self._heads(wide_k.to(k.dtype)), value, decay, self._heads(wide_q.to(q.dtype))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1)
+        return split_heads(wide_k.to(k.dtype), self.heads), value, decay, split_heads(wide_q.to(q.dtype), self.heads)
 
     def _stepped(
         self, v: Tensor, dt: list[Tensor], weights: SsdWeights, dtype: torch.dtype | None = None
@@ -220,10 +214,10 @@ class StateSpace(Mixer):
         """Return values times their steps, and the log decay, from products v and dt; steps are in at least fp32."""
         dtype = dtype or v.dtype
         if weights.step is None:
-            return self._heads(v.to(dtype)), -self.slope
+            return split_heads(v.to(dtype), self.heads), -self.slope
         step = F.softplus(dt[0].to(torch.promote_types(v.dtype, torch.float32)) + weights.step.bias)
         slope = self.slope if weights.step.log_slope is None else weights.step.log_slope.exp()
-        return (self._heads(v) * step[..., None]).to(dtype), -slope * step
+        return (split_heads(v, self.heads) * step[..., None]).to(dtype), -slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """Return y [B, T, D] from o [B, T, H, V] and the gate."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 STD = 0.02  # of matrices
+UNIT_STEP = 0.541324854612918  # ln(e − 1), of which softplus is one
 
 
 class Start(NamedTuple):

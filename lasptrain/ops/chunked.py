@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.ops import per_token, state_dtype
-from lasptrain.ops.reference import slice_decay, token_decay
+from lasptrain.ops.reference import if_wanted, slice_decay, token_decay
 
 CHUNK = 64
 
@@ -122,12 +122,7 @@ def summarize(
     chunks = _chunks(k, log_decay, doc_ids)
     blocks = _block_states(_cut(k), _cut(v), chunks)
     _, state = _scan(blocks, chunks.through(), None)
-    return _if_wanted(state, wanted >= 1), _if_wanted(slice_decay(k, log_decay, doc_ids), wanted == 2), [blocks]
-
-
-def _if_wanted(x: Tensor, wanted: bool) -> Tensor:
-    """Return x if wanted, else NaNs, so that an unwanted read shows."""
-    return x if wanted else torch.full_like(x, float("nan"))
+    return if_wanted(state, wanted >= 1), if_wanted(slice_decay(k, log_decay, doc_ids), wanted == 2), [blocks]
 
 
 def _scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
@@ -188,7 +183,7 @@ def grad_initial_state(
     blocks = _block_states(_reversed_cut(q), _reversed_cut(do), chunks)
     _, state = _scan(blocks, chunks.through(), None)
     dinitial = state * token_decay(q, log_decay, doc_ids)[:, 0, :, None, None]
-    return _if_wanted(dinitial, wanted >= 1), _if_wanted(slice_decay(q, log_decay, doc_ids), wanted == 2), [blocks]
+    return if_wanted(dinitial, wanted >= 1), if_wanted(slice_decay(q, log_decay, doc_ids), wanted == 2), [blocks]
 
 
 def grad_query(

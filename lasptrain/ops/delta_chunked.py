@@ -28,15 +28,8 @@ from torch import Tensor
 
 from lasptrain.ops import state_dtype
 from lasptrain.ops.delta_gates import gates
-from lasptrain.ops.delta_reference import (
-    by_key_head,
-    has_gradient,
-    if_wanted,
-    linear_like,
-    slice_decay,
-    state_like,
-    with_starts,
-)
+from lasptrain.ops.delta_reference import by_key_head, has_gradient, linear_like, slice_decay, state_like, with_starts
+from lasptrain.ops.reference import if_wanted
 
 CHUNK = 64
 

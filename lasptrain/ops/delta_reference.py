@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasptrain.ops import state_dtype
-from lasptrain.ops.reference import starts
+from lasptrain.ops.reference import if_wanted, starts
 
 
 def with_starts(v: Tensor, log_decay: Tensor | None, doc_ids: Tensor | None) -> Tensor:
@@ -136,11 +136,6 @@ def dblocks_like(q: Tensor, do: Tensor, beta: Tensor | None, log_decay: Tensor |
 def rest_like(q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
     """`rest` of `grad_query`: none."""
     return []
-
-
-def if_wanted(x: Tensor, wanted: bool) -> Tensor:
-    """Return x if wanted, else NaNs, so that an unwanted read shows."""
-    return x if wanted else torch.full_like(x, float("nan"))
 
 
 def _linear(k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, doc_ids: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain.ops import delta_triton_back_kernels, per_token
-from lasptrain.ops.delta_reference import by_key_head, if_wanted, linear_like, state_like
+from lasptrain.ops.delta_reference import by_key_head, linear_like, state_like
 from lasptrain.ops.delta_triton_forward import (
     CHUNK,
     Cut,
@@ -33,6 +33,7 @@ from lasptrain.ops.delta_triton_forward import (
     readable,
     summarize,
 )
+from lasptrain.ops.reference import if_wanted
 from lasptrain.ops.triton_launch import (
     Launch,
     _aligned,

@@ -25,7 +25,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lasptrain.ops import delta_triton_kernels
-from lasptrain.ops.delta_reference import if_wanted, linear_like, state_like
+from lasptrain.ops.delta_reference import linear_like, state_like
+from lasptrain.ops.reference import if_wanted
 from lasptrain.ops.triton_launch import (
     DTYPES,
     PROGRAMS,

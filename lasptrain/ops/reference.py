@@ -56,6 +56,11 @@ def recurrence(
     return torch.stack(outputs, dim=1), state
 
 
+def if_wanted(x: Tensor, wanted: bool) -> Tensor:
+    """Return x if wanted, else NaNs, so that an unwanted read shows."""
+    return x if wanted else torch.full_like(x, float("nan"))
+
+
 def block_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
     """Shape of the states in `blocks` and `kept`: the whole slice is one block."""
     b, _, h, kdim = k.shape

@@ -200,6 +200,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def full_tensor(x: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a whole. Collective where it is."""
+    full: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+    return full
+
+
 def set_gradient_sync(model: nn.Module, on: bool, *, always: bool = False, gathered: bool = False) -> None:
     """Set whether the next backward reduces gradients over ranks; if not, they accumulate locally in at least fp32.
 

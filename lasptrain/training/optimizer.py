@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lasptrain.parallel.shard import bump_parameter_versions
+from lasptrain.parallel.shard import bump_parameter_versions, full_tensor
 from lasptrain.recipe.sections import Optim
 
 FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
@@ -107,7 +107,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     # In fp64, because long sums in fp32 come out differently for a shard and for the whole, and scale all that follows.
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    norm: Tensor = (total.full_tensor() if hasattr(total, "full_tensor") else total).to(wide)
+    norm = full_tensor(total).to(wide)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], scale)
