@@ -106,12 +106,11 @@ def told_left_out(found: Mapping[str, int]) -> str:
     return f"\nleft out: {counted(found)}" if found else ""
 
 
-def train_tokenizer(sources: list[str], vocab: int, out: Path) -> TrainedTokenizer:
+def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "text") -> TrainedTokenizer:
     """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
     if out.exists():
         raise SetupError(f"{out}: it exists; a tokenizer is written to a new file")
-    dropped: Counter[str] = Counter()
-    texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
+    texts = _texts(sources, field)
     if not texts:
         raise DataError(f"0 documents in {' + '.join(sources)} to train a tokenizer on")
     model = tokenizer.train(texts, vocab)
@@ -135,13 +134,23 @@ def inspect(folder: Path, window: int | None = None) -> Inspection:
     return Inspection(folder, Manifest.load(folder), window)
 
 
+def _texts(sources: list[str], field: str) -> list[str]:
+    reading, dropped = Reading(field=field), Counter[str]()
+    return [document.text for source in sources for document in open_source(source).documents(reading, dropped)]
+
+
 def synthesize(
-    kind: Kind, sources: list[str], lengths: tuple[int, int], count: int, seed: int, prompts: bool, out: Path
+    kind: Kind,
+    sources: list[str],
+    lengths: tuple[int, int],
+    count: int,
+    seed: int,
+    prompts: bool,
+    out: Path,
+    field: str = "text",
 ) -> str:
     """Write documents of a synthetic kind over the text of `sources`, or prompts without the answer."""
-    dropped: Counter[str] = Counter()
-    texts = [document.text for source in sources for document in open_source(source).documents(Reading(), dropped)]
-    made = synthetic.documents(kind, texts, lengths, count, seed)
+    made = synthetic.documents(kind, _texts(sources, field), lengths, count, seed)
     written = synthetic.write(out, (one.prompt if prompts else one.row for one in made))
     about = " to ".join(f"{length:,}" for length in sorted(set(lengths)))
     told = f"{out}: {written:,} {'prompts' if prompts else 'documents'} of about {about} characters"

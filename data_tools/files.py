@@ -20,6 +20,8 @@ FIT = f"{TEXT}, {', '.join(JSON)}, each also with {', '.join(PACKED)}, and {TABL
 LINKS = "repeated link", "upward link", "dangling link"
 NOUNS = ("dot file", "other file", *LINKS, "FIFO", "socket", "device")  # kinds of what is left out, besides endings
 SHOWN = 12  # of these kinds and endings
+SMALLEST = 1 << 24  # bytes that a packed file may hold, however small it is
+AT_ONCE, IN_ALL = 100, 1000  # times that a row of a packed file, and all of it, may be larger than the file
 
 Found = tuple[Path, Path]  # where it really is, and the name under which it was found
 
@@ -33,6 +35,17 @@ def endings(name: str) -> tuple[str, str] | None:
     name = name.removesuffix(packed)
     held = next((ending for ending in (TEXT, *JSON, TABLE) if name.endswith(ending)), None)
     return None if held is None or (held == TABLE and packed) else (held, packed)
+
+
+def at_once(size: int) -> int:
+    """Return the bytes that a row of a packed file of `size` bytes may have: text shrinks less."""
+    return max(SMALLEST, AT_ONCE * size)
+
+
+def check_unpacked(path: Path, size: int, unpacked: int) -> None:
+    """Raise DataError where a packed file of `size` bytes has given more than text does."""
+    if unpacked > max(SMALLEST, IN_ALL * size):
+        raise DataError(f"{path}: {size:,} bytes unpack to {unpacked:,} and more; expected text, which shrinks less")
 
 
 def below(root: Path, without: Collection[str], left_out: Counter[str]) -> Iterator[Found]:

@@ -11,12 +11,13 @@ LARGEST = 1 << 30  # characters of a row
 _BLANK = re.compile(r"[ \t\r\n]*+")
 
 
-def rows(parts: Iterator[str]) -> Iterator[Any]:
+def rows(parts: Iterator[str], largest: int = LARGEST) -> Iterator[Any]:
     """Parse the rows of a JSON text that comes in parts, one row in memory at a time.
 
-    Raises ValueError, also after it has given rows, where the parts are no such JSON or a row is above LARGEST.
+    Raises ValueError, also after it has given rows, where the parts are no such JSON or a row is above `largest` or
+    LARGEST characters.
     """
-    text = _Text(parts)
+    text = _Text(parts, min(largest, LARGEST))
     if text.mark() != "[":
         while text.mark():
             yield text.value()
@@ -37,8 +38,8 @@ def rows(parts: Iterator[str]) -> Iterator[Any]:
 class _Text:
     """The unparsed rest of a text; its beginning is in memory."""
 
-    def __init__(self, parts: Iterator[str]) -> None:
-        self._parts, self._held, self.at = parts, "", 0
+    def __init__(self, parts: Iterator[str], largest: int) -> None:
+        self._parts, self._largest, self._held, self.at = parts, largest, "", 0
         self._decoder = json.JSONDecoder()
 
     def mark(self) -> str:
@@ -70,8 +71,8 @@ class _Text:
         """Read as much again as is held, so that a row of n characters is parsed log n times; drop the parsed part."""
         held = [self._held[self.at :]]
         size = len(held[0])
-        if size > LARGEST:
-            raise ValueError(f"expected rows of at most {LARGEST:,} characters")
+        if size > self._largest:
+            raise ValueError(f"expected rows of at most {self._largest:,} characters")
         wanted = 2 * size
         for part in self._parts:
             held.append(part)

@@ -51,6 +51,7 @@ PROBED = 64  # pieces at whose good places it is tried whether a cut changes ids
 SPLITS = ("train", "validation")
 MILLION = 1_000_000
 ANY_LENGTH = (0, 1 << 62)  # tokens of a document
+LONGEST_NAME = 240  # characters of the sources' names in a shard: each may take 12 bytes there
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total): "encode" in bytes of source, "write" in tokens
 
@@ -140,16 +141,16 @@ def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
 
 
 def find_dataset(preparation: Preparation, cache: Path) -> Path | None:
-    """Find the folder that `ensure_dataset` would; None if it would prepare one, or read more than FOUND of text."""
+    """Find the folder that `ensure_dataset` would; None if it would prepare one, or read more than FOUND of text.
+
+    Raises DataError where there is no such source, or it cannot be read.
+    """
     (source,) = preparation.sources
-    if (Path(source) / FILE).exists():
+    if is_dataset(source):
         return Path(source)
-    try:
-        if preparation.opened[0].bytes > FOUND:
-            return None
-        final = _kept(preparation, cache)
-    except (DataError, OSError):
+    if preparation.opened[0].bytes > FOUND:
         return None
+    final = _kept(preparation, cache)
     return final if (final / FILE).exists() else None
 
 
@@ -159,6 +160,8 @@ def _kept(preparation: Preparation, cache: Path) -> Path:
     tokenizer, packing = preparation.tokenizer, preparation.packing
     arguments: list[int | str] = [1, source.name, source.sha256, tokenizer.sha256]
     arguments += [preparation.validation_ppm, preparation.seed]
+    if preparation.reading.field != "text":  # so that what was prepared before there was a choice is found
+        arguments.append(f"field {preparation.reading.field}")
     if packing:
         arguments += [packing.window, packing.long_documents]
     key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
@@ -170,9 +173,12 @@ def prepare(preparation: Preparation, out: Path) -> Path:
 
     Raises SetupError when `out` is not empty or being written, DataError for text that `reading` does not tolerate.
     """
+    if out.is_symlink():
+        raise SetupError(f"{out} -> {out.readlink()}: is a symbolic link; expected a new folder")
+    out = out if out.name not in ("", "..") else out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SetupError(f"{out}: it is not empty; a dataset is written to a new folder")
-    _ = preparation.opened  # what cannot be read is refused before anything is written
+    _ = preparation.opened, preparation.tokenizer  # what cannot be read is refused before anything is written
     with _building(out, wait=False) as hidden:
         if hidden is None:
             raise SetupError(f"{out}: another process has just written it")
@@ -189,11 +195,7 @@ def _building(final: Path, wait: bool) -> Iterator[Path | None]:
     hidden, lock = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.lock")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                raise SetupError(f"{final}: another process is writing it") from error
+        with _locked(lock, final, wait):
             if (final / FILE).exists():
                 yield None
                 return
@@ -208,17 +210,42 @@ def _building(final: Path, wait: bool) -> Iterator[Path | None]:
                 if wait or not ids.exists() or not ids.stat().st_size:
                     shutil.rmtree(hidden, ignore_errors=True)
                 raise
-            lock.unlink()  # whoever still waits for this lock finds `final`
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{final}: the disk is full") from error
         raise SetupError(f"{final}: {error.strerror or error}") from error
 
 
+@contextmanager
+def _locked(lock: Path, final: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock whose file is there only as long. SetupError where another process holds it, unless told to wait."""
+    while True:
+        with lock.open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise SetupError(f"{final}: another process is writing it") from error
+            if not _is_there(lock, held.fileno()):
+                continue  # whoever held it has removed it, and the next one makes another
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Return True if an open file still has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def _build(folder: Path, preparation: Preparation) -> None:
     """Write the shards and, last, `dataset.json`."""
     tokenizer = preparation.tokenizer
-    name = " + ".join(source.name for source in preparation.opened)
+    name = _name(preparation.opened)
     dropped: Counter[str] = Counter()
     what = f"1 {tokenizer.sha256} {UNIT}"
     with Spool(folder, tokenizer.vocab_size, what) as spool:
@@ -254,6 +281,12 @@ def _build(folder: Path, preparation: Preparation) -> None:
     for path in folder.iterdir():
         if path.name != FILE and path.suffix != ".ltok":
             path.unlink()
+
+
+def _name(sources: Sequence[Source]) -> str:
+    """Join the names of the sources, as far as they fit into the header of a shard."""
+    name = " + ".join(source.name for source in sources)
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
 
 
 def _documents(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> dict[str, Documents]:

@@ -9,16 +9,18 @@ from pathlib import Path
 
 from data_tools.packing import BestFit
 from data_tools.prepare import Preparation, Progress, find_dataset
+from data_tools.sources import Reading
 from lasptrain.console.tables import figures
 from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
+from lasptrain.files import at_home
 from lasptrain.recipe.sections import Data
 
 
 def cache_folder(data: Data) -> Path:
     """Folder in which prepared datasets are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(data.cache or f"{home}/lasptrain").expanduser()
+    return Path(data.cache or at_home(f"{home}/lasptrain"))
 
 
 def sources(data: Data) -> list[tuple[str, Fraction]]:
@@ -36,6 +38,7 @@ def preparations(data: Data, progress: Progress | None = None) -> list[Preparati
         Preparation(
             [name],
             data.tokenizer,
+            reading=Reading(field=data.field),
             validation_ppm=data.validation,
             seed=data.seed,
             packing=packing,

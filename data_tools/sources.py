@@ -19,18 +19,19 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from data_tools.files import FIT, TABLE, TEXT, below, choose, counted, ending, endings, naming
+from data_tools import tables
+from data_tools.fields import as_text, names, told, under
+from data_tools.files import FIT, TABLE, TEXT, at_once, below, check_unpacked, choose, counted, ending, endings, naming
 from data_tools.json_rows import rows
 from data_tools.tokenizer import Cutter
 from lasptrain.errors import DataError, SetupError
-from lasptrain.files import sha256
+from lasptrain.files import sha256, utf8
 
 PYTHON_SOURCE = "python:source"
 REPOSITORIES = "repositories:"  # before a folder: each folder in it is one document
 LARGEST_CODE = 1 << 20  # bytes; a longer file of a repository is data
 READ = 1 << 20  # bytes of a text file that are read at once
 LONGEST_LINE = 1 << 30  # bytes of a line of JSON, which is in memory as a whole
-ROWS = 256  # of a parquet file that are in memory at once
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 HIDDEN = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
 TESTS = {"test", "tests", "idle_test"}
@@ -40,7 +41,7 @@ Errors = Literal["fail", "replace", "skip"]
 
 @dataclass(frozen=True)
 class Reading:
-    """Options of reading: the policy for text that is not Unicode, the JSON key, and the bad lines tolerated."""
+    """Options of reading: the policy for text that is not Unicode, the field of rows, and the bad rows tolerated."""
 
     errors: Errors = "fail"
     field: str = "text"
@@ -157,7 +158,7 @@ class Source:
                 if text is None:
                     dropped["not code"] += 1
                 else:
-                    head = f"{between}# {path.relative_to(self.root / name).as_posix()}"
+                    head = f"{between}# {utf8(path.relative_to(self.root / name).as_posix())}"
                     yield str(self.root / name), f"{head}\n{text.rstrip()}\n", done, False
                     between = "\n"
             yield str(self.root / name), "", done, True
@@ -181,13 +182,13 @@ def open_source(spec: str, tests: bool = False) -> Source:
     else:
         root = Path(spec)
         with naming(root):
-            is_folder, exists = root.is_dir(), root.exists()
+            is_folder, exists = root.is_dir(), os.path.lexists(root)
         if not spec or not exists:
             raise DataError(
                 f"{spec or 'an empty name'}: no such source; {PYTHON_SOURCE}, or a file or folder of {FIT} fits"
             )
         files = choose(below(root, (), left_out), lambda path: endings(path.name) is not None, left_out)
-        name, root = root.resolve().name, root if is_folder else root.parent
+        name, root = utf8(root.resolve().name), root if is_folder else root.parent
     if not files:
         raise DataError(f"{spec}: 0 files to read; {FIT} fit; left out: {counted(left_out) or 'nothing'}")
     files.sort(key=lambda path: path.relative_to(root).as_posix())
@@ -219,7 +220,7 @@ def _open_repositories(root: Path) -> Source:
         fits = f"{REPOSITORIES}FOLDER takes each folder in it as one document"
         raise DataError(f"{root}: 0 files in folders; {fits}; left out: {counted(left_out) or 'nothing'}")
     files.sort(key=lambda path: path.relative_to(root).parts)
-    return Source(root.resolve().name, root, tuple(files), True, left_out)
+    return Source(utf8(root.resolve().name), root, tuple(files), True, left_out)
 
 
 def _size(path: Path) -> int:
@@ -247,23 +248,30 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
             yield str(path), text, raw.tell(), True
         return
     held, packed = endings(path.name) or (TEXT, "")
+    size = os.fstat(raw.fileno()).st_size
     if held == TABLE:
-        yield from _rows(path, reading, dropped)
+        for number, (content, part) in enumerate(tables.rows(path, reading.field), start=1):
+            text = _decode(content or b"", f"{path}:{number}", reading, dropped)
+            if text is not None:
+                yield f"{path}:{number}", text, int(size * part), True
         return
-    stream = _unpacked(path, packed, raw)
+    stream = raw
+    if packed:
+        stream = io.BufferedReader(_Unpacked(path, _unpacked(path, packed, raw), size), READ >> 3)
+    longest = min(LONGEST_LINE, at_once(size)) if packed else LONGEST_LINE
     if held == TEXT:
         yield from ((str(path), text, raw.tell(), last) for text, last in _plain(path, stream, reading, dropped))
         return
     is_value = held == ".json"
     for number, begin in enumerate(iter(lambda: stream.readline(READ), b""), start=1):
-        begin = begin.removeprefix(codecs.BOM_UTF8) if number == 1 else begin
+        begin = begin.removeprefix(codecs.BOM_UTF8)  # of the file, or of one that was put behind another
         if is_value and _is_no_line(begin):
-            content = chain((begin,), iter(lambda: stream.read(READ), b""))
-            values = _json_value(path, content, reading, dropped)
+            rest = chain((begin,), iter(lambda: stream.read(READ), b""))
+            values = _json_value(path, rest, longest, reading, dropped)
             yield from ((place, text, raw.tell(), True) for place, text in values)
             return
         place = f"{path}:{number}"
-        line = _whole_line(begin, stream, place)
+        line = _whole_line(begin, stream, place, longest)
         if line.strip():
             is_value = False
             text = _json_text(line, place, reading, dropped)
@@ -278,13 +286,13 @@ def _is_no_line(line: bytes) -> bool:
 
 
 def _json_value(
-    path: Path, content: Iterable[bytes], reading: Reading, dropped: Counter[str]
+    path: Path, content: Iterable[bytes], longest: int, reading: Reading, dropped: Counter[str]
 ) -> Iterator[tuple[str, str]]:
     """Read (place, text) of each row of JSON that is not in lines. Raises DataError where it is no such JSON."""
     number = 0
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # what is not UTF-8 is found in its row
     try:
-        for row in rows(decoder.decode(part, final=not part) for part in chain(content, (b"",))):
+        for row in rows((decoder.decode(part, final=not part) for part in chain(content, (b"",))), longest):
             number += 1
             text = _row_text(row, f"{path}:{number}", reading, dropped)
             if text is not None:
@@ -323,13 +331,31 @@ def _decoded(place: str, content: Iterator[bytes], reading: Reading, dropped: Co
         yield text
 
 
-def _whole_line(begin: bytes, stream: BinaryIO, place: str) -> bytes:
-    """Read the rest of a line. Raises DataError above LONGEST_LINE bytes, before it reads more."""
-    rest = 0 if begin.endswith(b"\n") else max(0, LONGEST_LINE + 1 - len(begin))
+def _whole_line(begin: bytes, stream: BinaryIO, place: str, longest: int) -> bytes:
+    """Read the rest of a line. Raises DataError above `longest` bytes, before it reads more."""
+    rest = 0 if begin.endswith(b"\n") else max(0, longest + 1 - len(begin))
     line = begin + stream.readline(rest)
-    if len(line) > LONGEST_LINE:
-        raise DataError(f"{place}: more than {LONGEST_LINE:,} bytes in a line of JSON; write it as {TEXT}, or split it")
+    if len(line) > longest:
+        raise DataError(f"{place}: more than {longest:,} bytes in a line of JSON; write it as {TEXT}, or split it")
     return line
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file of `size` bytes holds. Reading raises DataError once that is more than text shrinks to."""
+
+    def __init__(self, path: Path, stream: BinaryIO, size: int) -> None:
+        super().__init__()
+        self._path, self._stream, self._size, self._read = path, stream, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._read += len(content)
+        check_unpacked(self._path, self._size, self._read)
+        return len(content)
 
 
 def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
@@ -342,7 +368,7 @@ def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
                 from pyarrow import CompressedInputStream, PythonFile
             except ImportError:
                 raise SetupError(f"{path}: needs pyarrow: pip install 'lasptrain[data]'") from None
-            return io.BufferedReader(CompressedInputStream(PythonFile(raw, mode="r"), "zstd"), 1 << 17)
+            return cast(BinaryIO, CompressedInputStream(PythonFile(raw, mode="r"), "zstd"))
         case ".bz2" | ".xz":
             try:
                 import bz2
@@ -351,29 +377,6 @@ def _unpacked(path: Path, packed: str, raw: BinaryIO) -> BinaryIO:
                 raise SetupError(f"{path}: needs a Python with bz2 and lzma; .gz and .zst fit this one") from None
             return cast(BinaryIO, bz2.BZ2File(raw) if packed == ".bz2" else lzma.LZMAFile(raw))
     return raw
-
-
-def _rows(path: Path, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
-    """Read the text of each row of a parquet file. Raises SetupError without pyarrow, DataError for a bad file."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise SetupError(f"{path}: needs pyarrow: pip install 'lasptrain[data]'") from None
-    try:
-        file = parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        if reading.field not in columns:
-            raise DataError(f"{path}: no column {reading.field!r}; it has {', '.join(columns)}")
-        size, rows, number = path.stat().st_size, max(1, file.metadata.num_rows), 0
-        for batch in file.iter_batches(ROWS, columns=[reading.field]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                if isinstance(text, str):
-                    yield f"{path}:{number}", text, size * number // rows, True
-                else:
-                    _malformed(f"{path}:{number}: {type(text).__name__} under {reading.field!r}", reading, dropped)
-    except ArrowException as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _malformed(problem: str, reading: Reading, dropped: Counter[str]) -> None:
@@ -414,9 +417,15 @@ def _json_text(line: bytes, place: str, reading: Reading, dropped: Counter[str])
 
 
 def _row_text(row: Any, place: str, reading: Reading, dropped: Counter[str]) -> str | None:
-    text = row.get(reading.field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        _malformed(f"{place}: no text under {reading.field!r}", reading, dropped)
+    try:
+        value = under(row, reading.field)
+    except KeyError:
+        there = told(names(row)) if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+        _malformed(f"{place}: no text under {reading.field!r}; {there}", reading, dropped)
+        return None
+    text = as_text(value)
+    if text is None:
+        _malformed(f"{place}: found {type(value).__name__} under {reading.field!r}; expected text", reading, dropped)
         return None
     if problem := _surrogate(text):
         return _invalid(f"{place}: {problem}", _without_surrogates(text), reading, dropped)

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 
+from data_tools.files import naming
 from lasptrain.errors import DataError
+from lasptrain.files import read, utf8
 
 BYTES = "bytes"
 PIECE = 1 << 16  # characters encoded at once: sentencepiece slows down on longer strings
 LONGEST = 1 << 20  # a text without any good place is cut here
+LARGEST = 1 << 26  # bytes of a tokenizer's file
 GOOD_PLACE = re.compile(r"\n|(?<=\S) ")
 
 # Nothing is unknown, and text survives a round trip exactly: no normalisation, no invented spaces.
@@ -78,18 +81,21 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         """Read a model. Raises DataError for a file that is no model, or a model without BOS."""
+        content = _content(path)
         try:
-            content = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise DataError(f"{path}: no sentencepiece model can be read from it; {BYTES!r} needs no file") from error
-        self.name = path.name
+        self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.vocab_size()
         self.bos: int = self._model.bos_id()
         if self.bos < 0:
             raise DataError(f"{path}: the model has no BOS piece, and every document starts with one")
-        self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
+        try:
+            self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: the model has pieces that are not UTF-8; expected text in each") from None
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
@@ -116,16 +122,16 @@ class FastTokenizer:
             from tokenizers import Tokenizer as Reader
         except ImportError:
             raise DataError(f"{path}: needs the package tokenizers; pip install tokenizers") from None
+        content = _content(path)
         try:
-            content = path.read_bytes()
             parsed = json.loads(content)
             self._model = Reader.from_str(content.decode())
         except Exception as error:  # the package raises nothing more exact
-            raise DataError(f"{path}: no tokenizer can be read from it ({error})") from None
+            raise DataError(f"{path}: no tokenizer can be read from it ({str(error)[:200]})") from None
         self._model.encode_special_tokens = True  # "<s>" in a text is text
         self._model.no_truncation()
         self._model.no_padding()
-        self.name = path.name
+        self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.get_vocab_size()
         bos = _bos_of(path, parsed)
@@ -155,6 +161,11 @@ class FastTokenizer:
         if byte_level:
             return len(piece)  # one character for each byte
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("▁", " ").encode())
+
+
+def _content(path: Path) -> bytes:
+    with naming(path):
+        return read(path, LARGEST)
 
 
 def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:

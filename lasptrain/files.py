@@ -1,14 +1,40 @@
 """Write files and folders that are whole or not there, and tell them by their digests."""
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lasptrain.errors import SetupError
+
+
+def at_home(path: str) -> str:
+    """Expand a `~` that begins a path, also one behind a word such as `repositories:`, as a shell does."""
+    word, found, rest = path.rpartition(":~")
+    if found:
+        return f"{word}:{at_home(f'~{rest}')}"
+    return os.path.expanduser(path)  # noqa: PTH111  a Path would write other names in another way
+
+
+def read(path: Path, most: int) -> bytes:
+    """Read a file of at most `most` bytes. Raises OSError for a longer one, and for a FIFO or a device, not waiting."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def utf8(name: str) -> str:
+    """Return a name with what is not UTF-8 in it replaced, so that it can be written."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 @contextmanager

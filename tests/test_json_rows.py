@@ -76,7 +76,7 @@ def test_rows_that_hold_no_text_are_counted(tmp_path: Path, short: None) -> None
     content = b'[{"text": "a \xff"}, {"text": 5}, 7, {"other": 1}, {"text": "end"}]'
     with pytest.raises(DataError, match=r"a\.json:1: character 2 is a lone surrogate; prepare --errors replace"):
         texts(tmp_path / "a.json", content)
-    with pytest.raises(DataError, match=r"a\.json:2: no text under 'text'; 0 such lines are tolerated"):
+    with pytest.raises(DataError, match=r"a\.json:2: found int under 'text'; expected text; 0 such lines"):
         texts(tmp_path / "a.json", content, Reading("skip"))
     assert texts(tmp_path / "a.json", content, Reading("skip", max_bad=3)) == ["end"]
     assert texts(tmp_path / "a.json", content, Reading("replace", max_bad=3)) == ["a \ufffd", "end"]

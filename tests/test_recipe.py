@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from lasptrain.architectures.tnl import Tnl
 from lasptrain.cost import plan
 from lasptrain.errors import RecipeError, SetupError
+from lasptrain.files import at_home
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import SECTIONS, Recipe
@@ -350,7 +351,7 @@ def test_dump_is_read_back_as_the_same_recipe(
 def test_dump_quotes_text_that_looks_like_something_else(tmp_path: Path, source: str) -> None:
     recipe = load(RECIPES / "quickstart.yaml", [f"data.source={source!r}"])
     (tmp_path / "r.yaml").write_text(dump(recipe), encoding="utf-8")
-    assert load(tmp_path / "r.yaml").data.source == source
+    assert load(tmp_path / "r.yaml").data.source == at_home(source)
 
 
 def test_recipes_are_frozen_and_strict() -> None:

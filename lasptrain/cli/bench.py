@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lasptrain.cli import checkpoint
-from lasptrain.cli.options import Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
+from lasptrain.cli.options import App, Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
 from lasptrain.console.tables import show
 from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
@@ -16,7 +16,7 @@ from lasptrain.recipe.loading import load
 if TYPE_CHECKING:
     from lasptrain.bench.result import Result, Row
 
-app = typer.Typer(help="Measure on this machine.", rich_markup_mode=None, no_args_is_help=True)
+app = App("Measure on this machine.")
 app.command("saving")(checkpoint.bench_saving)
 
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")]

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from lasptrain.cli.options import App
 from lasptrain.console.tables import show
 from lasptrain.errors import CheckpointError
 from lasptrain.recipe.loading import load
 from lasptrain.run import folder as runs
 
-app = typer.Typer(help="Checkpoints of a run.", rich_markup_mode=None, no_args_is_help=True)
+app = App("Checkpoints of a run.")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")]
 

@@ -5,30 +5,32 @@ from typing import Annotated, Literal
 
 import typer
 
-from lasptrain.cli.options import Overrides, RecipeFile
+from lasptrain.cli.options import App, Overrides, RecipeFile, spec
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe.loading import load
 from lasptrain.run.folder import RECIPE
 
-app = typer.Typer(help="Text, tokenizers and token shards.", rich_markup_mode=None, no_args_is_help=True)
-tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", rich_markup_mode=None, no_args_is_help=True)
+app = App("Text, tokenizers and token shards.")
+tokenizer_app = App("Train a tokenizer, or look at one.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE…",
+        callback=spec,
         help="python:source, repositories:FOLDER for code, or files and folders of text, JSON lines and .parquet.",
     ),
 ]
-Tokenizer = Annotated[str, typer.Argument(metavar="FILE", help="A sentencepiece model, or bytes.")]
+Tokenizer = Annotated[str, typer.Argument(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")]
+Field = Annotated[str, typer.Option(help="The key of rows that holds the text, or a path of keys such as doc.text.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
 
 
 @app.command()
 def prepare(
     sources: Sources,
-    tokenizer: Annotated[str, typer.Option(metavar="FILE", help="A sentencepiece model, or bytes.")],
+    tokenizer: Annotated[str, typer.Option(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
     seed: Annotated[int, typer.Option(help="Of the shuffle of documents.")] = 0,
     validation: Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")] = 20_000,
@@ -36,7 +38,7 @@ def prepare(
     errors: Annotated[
         Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")
     ] = "fail",
-    field: Annotated[str, typer.Option(help="The key of JSON lines that holds the text.")] = "text",
+    field: Field = "text",
     max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
     min_tokens: Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")] = 0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
@@ -88,7 +90,7 @@ def inspect(
     sample: Annotated[int | None, typer.Option(min=0, help="With --window: the text that this sample reads.")] = None,
     at: Annotated[int | None, typer.Option(min=0, help="With --window: the text from this token on.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="FILE", help="To show text: the one it was made with.")
+        str | None, typer.Option(metavar="FILE", callback=spec, help="To show text: the one it was made with.")
     ] = None,
     seed: Annotated[int, typer.Option(help="data.seed of the recipe that reads it.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option()] = "train",
@@ -126,7 +128,8 @@ def synth(
         Literal["passkey", "recall", "tracking", "pairs"],
         typer.Option(help="What is hidden and asked; pairs stand alone, without sources."),
     ] = "recall",
-    sources: Annotated[list[str] | None, typer.Argument(help="Text to hide facts in.")] = None,
+    sources: Annotated[list[str] | None, typer.Argument(callback=spec, help="Text to hide facts in.")] = None,
+    field: Field = "text",
     characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
     shortest: Annotated[
         int | None, typer.Option(min=1, help="Lengths from this to --characters, as much text in every octave.")
@@ -143,7 +146,7 @@ def synth(
     lengths = (min(shortest or characters, characters), characters)
     if (kind == "pairs") != (not sources):
         raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")
-    typer.echo(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out))
+    typer.echo(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out, field))
 
 
 @app.command()
@@ -185,18 +188,22 @@ def train_tokenizer(
     sources: Sources,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The new model.")],
     vocab: Annotated[int, typer.Option(min=300, max=1 << 20, help="Pieces.")] = 16384,
+    field: Field = "text",
 ) -> None:
     """Train a sentencepiece tokenizer on text."""
     from data_tools import commands
 
-    typer.echo(str(commands.train_tokenizer(sources, vocab, out)))
+    typer.echo(str(commands.train_tokenizer(sources, vocab, out, field)))
 
 
 @tokenizer_app.command("check")
 def check_tokenizer(
     file: Tokenizer,
     sources: Sources,
-    other: Annotated[str | None, typer.Option("--against", metavar="FILE", help="Another one: same ids?")] = None,
+    other: Annotated[
+        str | None, typer.Option("--against", metavar="FILE", callback=spec, help="Another one: same ids?")
+    ] = None,
+    field: Field = "text",
 ) -> None:
     """Encode text and decode it again: what is lost, unknown, or encoded otherwise by another tokenizer."""
     from collections import Counter
@@ -206,7 +213,7 @@ def check_tokenizer(
     from data_tools.tokenizer import check, load_tokenizer
 
     dropped: Counter[str] = Counter()
-    documents = (d for source in sources for d in open_source(source).documents(Reading(), dropped))
+    documents = (d for source in sources for d in open_source(source).documents(Reading(field=field), dropped))
     texts = ((document.place, document.text) for document in documents)
     found = check(load_tokenizer(file), texts, load_tokenizer(other) if other else None)
     for line in found.changed[:20]:

@@ -15,7 +15,7 @@ from lasptrain.cli import bench, checkpoint, data
 from lasptrain.cli import eval as eval_commands
 from lasptrain.cli.certify import certify
 from lasptrain.cli.convert import convert
-from lasptrain.cli.options import Overrides, RecipeFile
+from lasptrain.cli.options import App, Overrides, RecipeFile
 from lasptrain.cli.plan import plan_command
 from lasptrain.console import stdio
 from lasptrain.console.tables import figures, show
@@ -27,13 +27,7 @@ from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 
-app = typer.Typer(
-    help="Pretrain linear-attention language models on sequences of millions of tokens.",
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-)
+app = App("Pretrain linear-attention language models on sequences of millions of tokens.", add_completion=True)
 
 
 def main() -> NoReturn:
@@ -49,7 +43,7 @@ def main() -> NoReturn:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except LaspError as error:
-        for line in str(error).splitlines():
+        for line in map(stdio.printable, _lines(error)):
             typer.echo(line if error.code in (STOPPED, INTERRUPTED) else f"error: {line}", err=True)
         code = error.code
     except KeyboardInterrupt:
@@ -71,6 +65,11 @@ def main() -> NoReturn:
         traceback.print_exc()
         code = INTERNAL
     sys.exit(code)
+
+
+def _lines(error: LaspError) -> list[str]:
+    """Split a message into its lines, of which only that about a recipe may have several."""
+    return str(error).split("\n") if isinstance(error, RecipeError) else [str(error)]
 
 
 def _version(asked: bool) -> None:

@@ -37,11 +37,14 @@ def ignore_broken_pipe() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Return the text with characters spelt out that do not print, which a terminal might obey, but those `kept`."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+
 def escape_controls(text: str) -> str:
     """Return the text with control characters spelt out, where stdout is a terminal that would obey them."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return printable(text, "\n\t") if sys.stdout.isatty() else text
 
 
 def argument(name: str, given: str) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_tools import prepared
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from lasptrain.console.stdio import escape_controls
+from lasptrain.console.stdio import printable
 from lasptrain.console.tables import show
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.mixture import MixedDataset
@@ -95,5 +95,5 @@ def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Ta
 
 def _sample(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], count: int) -> str:
     continued = generate(model, prompt, count)
-    before, after = (escape(escape_controls(tokenizer.decode(tokens))) for tokens in (prompt, continued))
+    before, after = (escape(printable(tokenizer.decode(tokens), "\n\t")) for tokens in (prompt, continued))
     return f"[dim]{before}[/dim][bold]{after}[/bold]\n"

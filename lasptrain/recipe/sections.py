@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lasptrain.architectures.section import Count, Fraction, Index, Problem, Section, Seed, Text, as_tuple
 from lasptrain.architectures.stack import Recompute
+from lasptrain.files import at_home
+
+FilePath = Annotated[Text, AfterValidator(at_home)]  # may begin with `~`
 
 
 class Part(Section):
     """One of several sources; `weight` sets its share of the windows."""
 
-    path: Text
+    path: FilePath
     weight: Annotated[float, Field(gt=0, le=1e9)]
 
 
@@ -21,12 +24,13 @@ class Data(Section):
 
     # the Python library's own source, a prepared folder, or text to prepare; or several, each with path and weight
     source: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[tuple[Part, ...], Tag("parts")],
+        Annotated[FilePath, Tag("text")] | Annotated[tuple[Part, ...], Tag("parts")],
         Discriminator(lambda value: "parts" if isinstance(value, tuple) else "text"),
         BeforeValidator(as_tuple),
     ] = "python:source"
     mix_block: Count = 1024  # windows over which several sources have exactly their shares
-    tokenizer: Text = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
+    field: Text = "text"  # the key, or the.path.of.keys, of JSON lines and parquet that holds the text
+    tokenizer: FilePath = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
     window: Count = Field(description="tokens of a training sequence, such as 8192")  # `seq_len` elsewhere
     seed: Seed = 0  # of the order of windows
     validation: Annotated[int, Field(ge=0, lt=1_000_000)] = 20_000  # documents held out, per million
@@ -36,7 +40,7 @@ class Data(Section):
     )
     reset_at_documents: bool = True  # a document never sees another
     repeat: bool = False  # fill a window that is longer than the corpus by reading it again
-    cache: Text | None = None  # where prepared shards are kept; ${XDG_CACHE_HOME:-~/.cache}/lasptrain
+    cache: FilePath | None = None  # where prepared shards are kept; ${XDG_CACHE_HOME:-~/.cache}/lasptrain
 
     def problems(self) -> Iterator[Problem]:
         """Yield a missing source, or documents cut by a packing that cuts none."""
