@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from lasptrain.console.stdio import printable
@@ -40,10 +41,14 @@ def as_text(value: Any) -> str | None:
 
 def told(names: Iterable[str]) -> str:
     """Format the names of a row's fields, or of a table's columns, as a hint."""
-    known = [name for name, _ in zip(names, range(SHOWN + 1), strict=False)]
-    listed = [printable(name if len(name) <= LONGEST else f"{name[:LONGEST]}…") for name in known[:SHOWN]]
-    listed += ["…"] * (len(known) > SHOWN)
-    return f"it has {', '.join(listed) or 'none'}; {ASK}"
+    return f"it has {listed(names)}; {ASK}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Format the first few names, and of long ones the beginning."""
+    known = list(islice(names, SHOWN + 1))
+    shown = [printable(name if len(name) <= LONGEST else f"{name[:LONGEST]}…") for name in known[:SHOWN]]
+    return ", ".join(shown + ["…"] * (len(known) > SHOWN)) or "none"
 
 
 def names(row: Mapping[str, Any]) -> Iterator[str]:

@@ -341,7 +341,7 @@ def _whole_line(begin: bytes, stream: BinaryIO, place: str, longest: int) -> byt
 
 
 class _Unpacked(io.RawIOBase):
-    """What a packed file of `size` bytes holds. Reading raises DataError once that is more than text shrinks to."""
+    """Bytes that a packed file of `size` bytes holds. Reading raises DataError for more than text shrinks to that."""
 
     def __init__(self, path: Path, stream: BinaryIO, size: int) -> None:
         super().__init__()

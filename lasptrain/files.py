@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lasptrain.errors import SetupError
 
@@ -21,11 +22,18 @@ def at_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  a Path would write other names in another way
 
 
-def read(path: Path, most: int) -> bytes:
-    """Read a file of at most `most` bytes. Raises OSError for a longer one, and for a FIFO or a device, not waiting."""
+@contextmanager
+def regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading. Raises OSError for a FIFO, which is not waited for, and for a device."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        yield stream
+
+
+def read(path: Path, most: int) -> bytes:
+    """Read a file of at most `most` bytes. Raises OSError for a longer one, and as `regular` does."""
+    with regular(path) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))

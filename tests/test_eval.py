@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from itertools import pairwise
@@ -276,6 +277,34 @@ def test_exact_is_what_greedy_generation_finds_and_answers_are_kept(tmp_path: Pa
     assert {file.name for file in report.plot(tmp_path, found)} == {"heatmap.png"}
 
 
+def test_a_page_shows_samples_and_says_what_its_numbers_are(tmp_path: Path) -> None:
+    """Whatever a model has answered: neither HTML nor control characters of it are obeyed."""
+    asked = {"task": "a|b.jsonl", "length": 4096, "depth": None, "tokens": 9, "seconds": 1.0}
+    records = [
+        asked
+        | {"index": index, "score": 1.0, "accuracy": 1.0, "exact": 0.0, "answer_nll": 0.25, "metric": "f1"}
+        | {"prompt_end": f"<b>{index}", "prediction": "\x1b[2J<script>\r", "references": ["right"]}
+        for index in range(7)
+    ]
+    copied = asked | {"task": "copy", "index": 0, "accuracy": 0.5, "exact": 0.0, "answer_nll": 2.0}
+    report.write(tmp_path, report.cells([*records, copied]), {"name": "<i>", "step": 1}, [*records, copied])
+    page = (tmp_path / "report.html").read_text()
+    assert "a|b.jsonl at 4K: 5 of 7 samples" in page and "…&lt;b&gt;4<" in page and "&lt;b&gt;5" not in page
+    assert "\\x1b[2J&lt;script&gt;\\r" in page and ">right<" in page and "100 % by score, 0 % by exact" in page
+    assert "<dt>nll 0.12</dt><dd>loss on the right answer, in nats per token" in page and "<dt>97 ±3</dt>" in page
+    assert "copy at 4K: 1 of 1 samples" in page and "<script" not in page and "<i>" not in page
+    assert all(character.isprintable() or character in "\n\t" for character in page)
+
+
+def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
+    for line, number in (("7", 1), ('{"identity": {}}\n{"task": "a"}', 2), ('\n{"identity": {}}\n[]', 3)):
+        (tmp_path / "samples.jsonl").write_text(f"{line}\n")
+        with pytest.raises(DataError, match=rf"samples\.jsonl:{number}: found no answer; expected those of an earlier"):
+            ResultsLog(tmp_path, {})
+    (tmp_path / "samples.jsonl").write_bytes(b'{"identity": {}}\n{"task": "\xff\n' + b"[" * 100_000)
+    assert ResultsLog(tmp_path, {}).records == []
+
+
 def test_a_right_answer_is_seen_as_right() -> None:
     reader, tokenizer = Reader(tiny()), ByteTokenizer()
     prompt = [tokenizer.bos, *tokenizer.encode("a prompt")]
@@ -330,7 +359,7 @@ def test_files_of_the_user(tmp_path: Path) -> None:
     squad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ann B. came.", "qas": [question]}]}]}))
     (only,) = rows(squad)
     assert only.references == ("Ann", "Ann B.") and only.prompt.endswith("Question: Who?\nAnswer:")
-    for text, message in (('{"prompt": 3}', r"bad.jsonl:1: found keys prompt"), ("{", "bad.jsonl: cannot be read")):
+    for text, message in (('{"prompt": 3}', r"bad.jsonl:1: found keys prompt"), ("{", "bad.jsonl:1: Expecting")):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(DataError, match=message):
             list(rows(tmp_path / "bad.jsonl"))
@@ -383,29 +412,98 @@ def test_files_are_told_apart_and_each_has_one_length(tmp_path: Path, monkeypatc
         open_files([files[5], tmp_path / "a" / ".." / "mine.jsonl"], ByteTokenizer())
 
 
+DEEP = "[" * 100_000
+LINES = {
+    "{": "Expecting property name",
+    "[]": "found list; expected an object",
+    "7": "found int; expected an object",
+    DEEP: "nested too deep; expected a question",
+    "1" + "0" * 5000: "Exceeds the limit",
+    '{"prompt": "a", "\x1b[2J": 1}'.replace("\x1b", "\\u001b"): r"found keys prompt, \\x1b\[2J; expected input and",
+    '{"prompt": "a", "answer": 2}': "answer: found 2; expected text",
+    '{"prompt": "a", "answer": true}': "answer: found True; expected text",
+    '{"prompt": ["a"], "answer": "b"}': r'prompt: found \["a"\]; expected text',
+    '{"prompt": "a", "answers": null}': "found keys prompt; expected input and outputs",
+    '{"prompt": "a", "answers": {"b": 1}}': r'answers: found \{"b": 1\}; expected text',
+    '{"input": "a", "outputs": []}': r"outputs: found \[\]; expected at least one answer",
+    '{"input": "a", "outputs": ["1", 2]}': "outputs: found 2; expected text",
+    '{"input": "a", "outputs": ["1", null]}': "outputs: found None; expected text",
+    '{"input": "a", "outputs": [" "]}': r'outputs: found \[" "\]; expected at least one answer, none of them blank',
+    '{"input": "\\ud800", "outputs": ["1"]}': "input: found a lone surrogate, character 0; expected Unicode",
+    '{"input": "a", "outputs": ["b\\udfff"]}': "outputs: found a lone surrogate, character 1",
+    '{"input": "a", "outputs": ["b"], "answer_prefix": "\\ud800"}': "answer_prefix: found a lone surrogate",
+    '{"prompt": "a", "answer": "b", "gap": "\\ud800"}': "gap: found a lone surrogate",
+    '{"input": "a", "outputs": ["1"], "length": "64"}': "length: found '64'; expected a number from 1 to",
+    '{"input": "a", "outputs": ["1"], "length": 0}': "length: found 0; expected a number",
+    '{"input": "a", "outputs": ["1"], "length": 1e400}': "length: found inf; expected a number",
+    '{"input": "a", "outputs": ["1"], "budget": -5}': "budget: found -5; expected a number from 1 to",
+    '{"input": "a", "outputs": ["1"], "budget": 1.5}': r"budget: found 1\.5",
+    '{"input": "a", "outputs": ["1"], "budget": true}': "budget: found True",
+    '{"input": "a", "outputs": ["1"], "answer_prefix": 3}': "answer_prefix: found 3; expected text",
+    '{"input": "a", "outputs": ["1"], "others": 3}': "others: found 3; expected an object",
+    '{"input": "a", "outputs": ["1"], "metric": "bleu"}': "metric: found 'bleu'; expected one of",
+    '{"input": "a", "outputs": ["1"], "metric": ["f1"]}': r'metric: found \["f1"\]; expected text',
+}
+
+
+@pytest.mark.parametrize("last", LINES, ids=lambda line: line[:60])
+def test_a_file_that_cannot_be_scored_is_refused_as_a_whole(tmp_path: Path, last: str) -> None:
+    """By one line with the file and the row, as data that does not fit; null is as if it were not there."""
+    file = tmp_path / "rows.jsonl"
+    good = '{"prompt": "1 + 1 =", "answer": "2", "length": null, "gap": null, "answer_prefix": null, "budget": null}'
+    file.write_text(f"\ufeff{good}\n\ufeff\n{good}\n{last}\n")
+    with pytest.raises(DataError, match=rf"^--file: {re.escape(str(file))}:4: {LINES[last]}") as caught:
+        open_files([file], ByteTokenizer())
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def squad(question: object = None, **paragraph: object) -> str:
+    """SQuAD's form, with one question."""
+    qas = [{"question": "q", "answers": [{"text": "a"}]}, question]
+    return json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": qas} | paragraph]}]})
+
+
 @pytest.mark.parametrize(
-    ("last", "message"),
+    ("content", "message"),
     [
-        ("{", r"cannot be read: line 2: Expecting"),
-        ("[]", "jsonl:2: found list"),
-        ('{"input": "a", "outputs": []}', "jsonl:2: found keys input, outputs; expected input and outputs"),
-        ('{"input": "a", "outputs": ["1", 2]}', "jsonl:2: found keys input, outputs"),
-        ('{"input": "a", "outputs": [" "]}', "jsonl:2: found keys input, outputs"),
-        ('{"input": "\\ud800", "outputs": ["1"]}', "cannot be read: .*surrogates"),
-        ('{"input": "a", "outputs": ["1"], "length": "4096"}', "jsonl:2: length: found '4096'; expected a number"),
-        ('{"input": "a", "outputs": ["1"], "length": 0}', "jsonl:2: length: found 0; expected a number"),
-        ('{"input": "a", "outputs": ["1"], "budget": 1.5}', r"jsonl:2: budget: found 1\.5"),
-        ('{"input": "a", "outputs": ["1"], "answer_prefix": 3}', "jsonl:2: answer_prefix: found 3; expected text"),
-        ('{"input": "a", "outputs": ["1"], "others": 3}', "jsonl:2: others: found 3; expected an object"),
-        ('{"input": "a", "outputs": ["1"], "metric": "bleu"}', "jsonl:2: metric 'bleu' is unknown"),
-        (None, "found nothing to ask; expected at least one row"),
+        ("", "rows.json: Expecting value"),
+        (DEEP, "rows.json: nested too deep"),
+        ("[]", "rows.json: data: found no list; expected SQuAD's form"),
+        ('{"data": [7]}', r"rows.json: data\[0\]\.paragraphs: found no list"),
+        (squad(), r"rows.json: data\[0\]\.paragraphs\[0\]\.qas\[1\]\.answers: found no list"),
+        (squad({"answers": [{"text": 7}]}), r"qas\[1\]\.answers\[0\]: text: found 7; expected text"),
+        (
+            squad({"answers": [{"text": "\ud800"}]}),
+            r"qas\[1\]\.answers\[0\]: text: found a lone surrogate, character 0",
+        ),
+        (squad({"answers": [{"text": " "}]}), r"qas\[1\]: answers: found \[\" \"\]; expected at least one answer"),
+        (squad({"answers": ["b"]}), r"qas\[1\]\.answers\[0\]: text: found None; expected text"),
+        (squad({"answers": [{"text": "b"}]}), r"qas\[1\]: question: found None; expected text"),
+        (squad({"question": "q", "answers": [{"text": "b"}]}, context=5), r"paragraphs\[0\]: context: found 5"),
     ],
 )
-def test_a_file_that_cannot_be_scored_is_refused_as_a_whole(tmp_path: Path, last: str | None, message: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n" if last is None else '{"prompt": "1 + 1 =", "answer": "2", "length": null}\n' + last + "\n")
-    with pytest.raises(RecipeError, match=rf"--file: .*{message}"):
-        open_files([file], ByteTokenizer())
+def test_what_is_not_in_squads_form_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_files([tmp_path / "rows.json"], ByteTokenizer())
+
+
+def test_files_that_hold_no_questions_are_named(tmp_path: Path) -> None:
+    """Without waiting for a pipe; and the command ends as for any other data that does not fit."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    for name, message in {
+        "pipe.jsonl": "pipe.jsonl: cannot be read: it is no regular file; expected .jsonl, .ndjson, or SQuAD's .json",
+        "loop.json": "loop.json: cannot be read: Too many levels",
+        "../nowhere/gone.json": "gone.json: cannot be read: No such file",
+        ".": "cannot be read: Is a directory",
+        "empty.jsonl": "empty.jsonl: found nothing to ask; expected at least one row",
+        "bytes.jsonl": "bytes.jsonl:1: byte 12 is not UTF-8",
+    }.items():
+        with pytest.raises(DataError, match=f"--file: .*{message}"):
+            open_files([tmp_path / name], ByteTokenizer())
 
 
 def test_a_file_has_one_score_beside_a_task_of_its_name(tmp_path: Path) -> None:
@@ -531,7 +629,7 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(
     )
     (tmp_path / "empty.jsonl").touch()  # earlier answers are none to what cannot be asked
     assert "too few for this task" in lasptrain("eval", "runs/tiny", "--tasks", "passkey", "--lengths", "1", expected=2)
-    assert "found nothing to ask" in lasptrain("eval", "runs/tiny", "--file", "empty.jsonl", expected=2)
+    assert "found nothing to ask" in lasptrain("eval", "runs/tiny", "--file", "empty.jsonl", expected=3)
     file = rows_of(tmp_path / "my rows" / "passkey" / "validation.jsonl", 500, 400, 300, budget=2)
     given: Any = {"files": [file.relative_to(tmp_path)], "predictions": Path("pred"), "out": Path("files"), "nproc": 1}
     commands.evaluate(run, **given, tasks="passkey", lengths="512", samples=2)
@@ -544,7 +642,7 @@ def test_a_run_is_asked_while_it_trains_and_afterwards(
     with pytest.raises(RecipeError, match=r"--lengths: .*--tasks"):
         commands.evaluate(run, **given, lengths="512")
     file.write_text(file.read_text() + '{"input": ""}\n')
-    with pytest.raises(RecipeError, match=r"--file: .*jsonl:4: found keys input"):
+    with pytest.raises(DataError, match=r"--file: .*jsonl:4: found keys input"):
         commands.evaluate(run, **(given | {"out": Path("none")}))
     assert not Path("none").exists()
     second = json.loads((tmp_path / "spread" / "results.json").read_text())

@@ -11,6 +11,7 @@ from lasptrain.console.tables import show
 from lasptrain.errors import RecipeError
 
 LONGEST = 1 << 30  # tokens of a text
+LARGEST_TEXT = 1 << 30  # bytes
 USUAL_SAMPLES = 5
 DEFAULT = ("passkey", "niah_multikey_2", "vt", "copy", "ppl_by_position", "ppl_vs_context")
 
@@ -129,11 +130,13 @@ def _tokens(text: str) -> int:
 
 def _sentences(file: Path) -> list[str]:
     from lasptrain.errors import DataError
+    from lasptrain.files import read
 
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read(file, LARGEST_TEXT).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise DataError(f"--text: {file}: {error}; expected a text file") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--text: {file}: {reason}; expected a text file") from None
     sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", content) if sentence.strip()]
     if not sentences:
         raise DataError(f"--text: {file}: found no sentence; expected text")

@@ -75,7 +75,7 @@ def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, rule
         header["seconds"] = time.perf_counter() - began
         found = report.cells(ledger.records)
         if is_main:
-            report.write(folder, found, header)
+            report.write(folder, found, header, ledger.records)
             write_scalars(folder, trained.step, report.scalars(found))
             if ruler is not None:
                 notes += predictions.write(ruler, asked.files, ledger.records)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from lasptrain.console.figures import figure_class
+from lasptrain.console.stdio import printable
 from lasptrain.eval.runner import PERPLEXITY, Record
 from lasptrain.eval.score import bootstrap, interval
 
@@ -147,11 +148,11 @@ def scalars(found: list[Record]) -> dict[str, float]:
     return result
 
 
-def write(folder: Path, found: list[Record], header: Record) -> None:
-    """Write results.json, table.md and report.html into the folder."""
+def write(folder: Path, found: list[Record], header: Record, records: Iterable[Record] = ()) -> None:
+    """Write results.json, table.md and report.html, which shows the first `records` of each cell, into the folder."""
     (folder / RESULTS).write_text(json.dumps({**header, "cells": found}, indent=1) + "\n", encoding="utf-8")
     (folder / TABLE).write_text(_markdown(found), encoding="utf-8")
-    (folder / PAGE).write_text(_page(found, header), encoding="utf-8")
+    (folder / PAGE).write_text(_page(found, header, list(records)), encoding="utf-8")
 
 
 def _grid(found: list[Record]) -> list[list[str]]:
@@ -175,28 +176,68 @@ STYLE = (
     "body{font:15px system-ui;margin:2em auto;max-width:70em;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .7em;border:1px solid #ccc;text-align:right}"
     "td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:1em 2em 1em 0}"
-    "pre{white-space:pre-wrap}"
+    "pre,dd{white-space:pre-wrap}dt{font-weight:600;float:left;clear:left;width:9em}dd{margin-left:9em}"
+    "details{margin:.5em 0}"
 )
 
+SHOWN = 5  # samples of each task and length
+LEGEND = {
+    "97 ±3": "percent right by the task's own score, and half of its 95 % interval; where there is no score, percent "
+    "of the answer's tokens that are the likeliest",
+    "nll 0.12": "loss on the right answer, in nats per token: 0 if the model was certain of it, and lower is better",
+    "(20)": "samples, of a file also its rows",
+}
+MAP = "Each number is the part that is right, 0 to 1, at a depth of the text and a length; grey was not asked."
 
-def _page(found: list[Record], header: Record) -> str:
-    """A self-contained HTML page: the table, a map of depth × length for each task, the curves."""
-    title = html.escape(f"{header.get('name')} after {header.get('step')} steps")
-    parts = [f"<h1>{title}</h1>", "<p>Percent right ± half of the 95 % interval, nats per answer token (samples).</p>"]
-    parts.append(_html(*_grid(found)))
+
+def _page(found: list[Record], header: Record, records: list[Record]) -> str:
+    """A self-contained HTML page: the table, a map of depth × length for each task, the curves, some samples."""
+    title = _escaped(f"{header.get('name')} after {header.get('step')} steps")
+    parts = [f"<h1>{title}</h1>", _html(*_grid(found)), _listed(LEGEND)]
     for cell in found:
         if "by_length" in cell:
-            parts += [f"<p>{html.escape(cell['task'])}, by length of the rows</p>", _html(*_lengths(cell))]
-    parts += [_map(task, found) for task in dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell)]
+            parts += [f"<p>{_escaped(cell['task'])}, by length of the rows</p>", _html(*_lengths(cell))]
+    maps = dict.fromkeys(cell["task"] for cell in found if "by_depth" in cell)
+    parts += [*(_map(task, found) for task in maps), *([f"<p>{MAP}</p>"] if maps else [])]
     parts += [_svg(cell) for cell in found if "curve" in cell]
-    parts.append(f"<h2>How</h2><pre>{html.escape(json.dumps(header, indent=1))}</pre>")
+    parts += [_samples(cell, records) for cell in found if "curve" not in cell]
+    parts.append(f"<h2>How</h2><pre>{_escaped(json.dumps(header, indent=1))}</pre>")
     page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return page + "\n".join(parts) + "\n"
 
 
+def _escaped(text: str) -> str:
+    """Escape a text for HTML, and spell out characters that do not print: they may be a model's."""
+    return html.escape(printable(text, "\n\t"))
+
+
+def _listed(terms: Mapping[str, str]) -> str:
+    """A list of terms, each with what it means or is."""
+    return f"<dl>{''.join(f'<dt>{_escaped(term)}</dt><dd>{_escaped(text)}</dd>' for term, text in terms.items())}</dl>"
+
+
+def _samples(cell: Record, records: list[Record]) -> str:
+    """First samples of a cell: the end of each prompt, the right answer, and the model's."""
+    of_cell = [r for r in records if (r["task"], r["length"]) == (cell["task"], cell["length"])]
+    first = sorted(of_cell, key=lambda record: int(record["index"]))[:SHOWN]
+    if not first:
+        return ""
+    title = f"{cell['task']} at {short(cell['length'])}: {len(first)} of {len(of_cell)} samples"
+    return f"<details><summary>{_escaped(title)}</summary>{''.join(map(_sample, first))}</details>"
+
+
+def _sample(record: Record) -> str:
+    said = {"prompt ends": f"…{record.get('prompt_end', '')}"}
+    if "prediction" in record:
+        said |= {"right answer": ", ".join(record["references"]), "model's answer": record["prediction"]}
+    found = [f"{100 * record[measure]:.0f} % by {measure}" for measure in MEASURES if measure in record]
+    said["result"] = ", ".join([*found, f"nll {record['answer_nll']:.2f}"])
+    return _listed(said)
+
+
 def _html(head: list[str], *rows: list[str]) -> str:
     def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
@@ -218,7 +259,7 @@ def _map(task: str, found: list[Record]) -> str:
         colours = "".join(_coloured(values.get((depth, n))) for n in lengths)
         rows.append(f"<tr><td>{depth:.0%}</td>{colours}</tr>")
     head = "".join(f"<th>{short(n)}</th>" for n in lengths)
-    caption = f"<figcaption>{html.escape(task)}: depth × length</figcaption>"
+    caption = f"<figcaption>{_escaped(task)}: depth × length</figcaption>"
     return f"<figure>{caption}<table><tr><th></th>{head}</tr>{''.join(rows)}</table></figure>"
 
 

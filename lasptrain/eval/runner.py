@@ -70,6 +70,7 @@ class EvalConfig:
 
 
 Key = tuple[str, int, int]  # task or file, length, index
+KEYS = ("task", "length", "index")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class EvalRunner:
 
 
 def _record(key: Key) -> Record:
-    return dict(zip(("task", "length", "index"), key, strict=True))
+    return dict(zip(KEYS, key, strict=True))
 
 
 def _key(record: Record) -> Key:
@@ -197,13 +198,17 @@ class ResultsLog:
             replace(self.file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self) -> list[Record]:
-        lines = []
+        """Read the lines, but for one that a kill has torn."""
+        lines: list[Record] = []
         try:
-            for line in self.file.read_text(encoding="utf-8").splitlines():
+            for number, line in enumerate(self.file.read_bytes().split(b"\n"), 1):
                 try:
-                    lines.append(json.loads(line))
-                except ValueError:
+                    found = json.loads(line)
+                except (ValueError, RecursionError):
                     continue
+                if not isinstance(found, dict) or (lines and not set(KEYS) <= found.keys()):
+                    raise DataError(f"{self.file}:{number}: found no answer; expected those of an earlier evaluation")
+                lines.append(found)
         except FileNotFoundError:
             pass
         except OSError as error:

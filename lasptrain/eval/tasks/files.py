@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.fields import listed
 from data_tools.tokenizer import Tokenizer
 from lasptrain.console.stdio import argument
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.eval.score import METRICS
 from lasptrain.eval.tasks.sample import Encoder, PromptDraft, Question, Sample, written
-from lasptrain.files import sha256
+from lasptrain.files import read, regular, sha256
 
 BUDGETS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # RULER's, by the start of a task's name
 SQUAD_BUDGET, USUAL_BUDGET = 32, 64
@@ -24,6 +26,9 @@ SUBSETS = ("validation", "test")  # names that RULER gives to the files of all i
 LARGEST = 1 << 30  # tokens
 COUNTS = ("length", "budget")  # keys of a row with numbers of tokens
 TEXTS = ("answer_prefix", "gap", "metric")
+LINES = (".jsonl", ".ndjson")
+LARGEST_LINE, LARGEST_FILE = 1 << 27, 1 << 28  # bytes of a question, which is in memory as a whole; of a .json
+SHOWN = 60  # characters of a value that does not fit
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class File:
 def open_files(paths: Sequence[Path], tokenizer: Tokenizer) -> tuple[File, ...]:
     """The files, each looked through before any is asked.
 
-    Raises RecipeError where one is given twice, has no rows, or has one that cannot be scored.
+    Raises RecipeError where one is given twice, DataError where one has no rows, or a row that cannot be scored.
     """
     real = [os.path.realpath(path) for path in paths]
     for number, path in enumerate(paths):
@@ -73,13 +78,13 @@ def open_files(paths: Sequence[Path], tokenizer: Tokenizer) -> tuple[File, ...]:
     try:
         found = [_looked_through(_absolute(path), tokenizer) for path in paths]
     except DataError as error:
-        raise RecipeError(f"--file: {error}") from None
+        raise DataError(f"--file: {error}") from None
     names = _names([(file.path, file.length) for file in found])
     return tuple(replace(file, name=name) for file, name in zip(found, names, strict=True))
 
 
 def _absolute(path: Path) -> Path:
-    whole = path.resolve() if ".." in path.parts else path.absolute()  # a link's own name is its name
+    whole = os.path.realpath(path) if ".." in path.parts else path.absolute()  # a link's own name is its name
     return Path(argument("--file", str(whole)))
 
 
@@ -123,24 +128,35 @@ def task_name(file: Path) -> str:
 
 
 def rows(file: Path) -> Iterator[Row]:
-    """The questions of a file, in its order. Raises DataError naming the line or key that does not fit."""
+    """The questions of a file, in its order. Raises DataError naming the row, and the key, that does not fit."""
+    lines = file.suffix.lower() in LINES
     try:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _row(_json(line, number), task_name(file), f"{file}:{number}")
-        else:
-            yield from _squad(json.loads(file.read_text(encoding="utf-8")), file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read: {error}; expected .jsonl, or SQuAD's .json") from None
+        yield from _lines(file) if lines else _squad(_parsed(read(file, LARGEST_FILE), f"{file}"), file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{file}: cannot be read: {reason}; expected {', '.join(LINES)}, or SQuAD's .json") from None
 
 
-def _json(line: str, number: int) -> Any:
+def _lines(file: Path) -> Iterator[Row]:
+    with regular(file) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(LARGEST_LINE + 1), b""), 1):
+            where = f"{file}:{number}"
+            if len(line) > LARGEST_LINE:
+                raise DataError(f"{where}: more than {LARGEST_LINE:,} bytes in a line; expected one question in each")
+            if line.removeprefix(BOM_UTF8).strip():
+                yield _row(_parsed(line, where), task_name(file), where)
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    """Parse JSON. Raises DataError for what is none, or is nested too deep."""
     try:
-        return json.loads(line)
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8; expected JSON in UTF-8") from None
     except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
+        raise DataError(f"{where}: {error}; expected JSON") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deep; expected a question") from None
 
 
 def _row(row: Any, task: str, where: str) -> Row:
@@ -148,28 +164,26 @@ def _row(row: Any, task: str, where: str) -> Row:
         raise DataError(f"{where}: found {type(row).__name__}; expected an object")
     row = {key: value for key, value in row.items() if value is not None}
     ruler = "outputs" in row
-    prompt = row.get("input" if ruler else "prompt")
-    answers = row.get("outputs") if ruler else row.get("answers", row.get("answer"))
-    answers = [answers] if isinstance(answers, str) else answers
-    if not _can_be_asked(prompt, answers):
-        raise DataError(
-            f"{where}: found keys {', '.join(row) or 'none'}; expected input and outputs (RULER), or prompt and answers"
-            ", as texts"
-        )
+    prompt = "input" if ruler else "prompt"
+    answers = "outputs" if ruler else "answers" if "answers" in row else "answer"
+    if prompt not in row or answers not in row:
+        expected = "input and outputs (RULER), or prompt and answers"
+        raise DataError(f"{where}: found keys {listed(row)}; expected {expected}")
     family = task.split("_")[0]
-    _check(row, where, ruler)
+    _check(row, where, prompt, ruler)
+    references = _answers(row[answers], where, answers)
     metric = row.get("metric", "match_part" if family == "qa" else "match_all")
     if metric not in METRICS:
-        raise DataError(f"{where}: metric {metric!r} is unknown; expected one of {', '.join(METRICS)}")
+        raise DataError(f"{where}: metric: found {_shown(metric)}; expected one of {', '.join(METRICS)}")
     again = {key: row[key] for key in ("index",) if key in row} | {
-        "outputs": answers,
+        "outputs": list(references),
         "others": row.get("others", {}),
         "truncation": row.get("truncation", -1),
         "length": row.get("length", -1),
     }
     return Row(
-        prompt + row.get("answer_prefix", ""),
-        tuple(answers),
+        row[prompt] + row.get("answer_prefix", ""),
+        references,
         row.get("budget", BUDGETS.get(family, USUAL_BUDGET)),
         metric,
         row.get("length"),
@@ -178,40 +192,67 @@ def _row(row: Any, task: str, where: str) -> Row:
     )
 
 
-def _check(row: dict[str, Any], where: str, ruler: bool) -> None:
+def _check(row: dict[str, Any], where: str, prompt: str, ruler: bool) -> None:
     """Raises DataError at the first key whose value is of another kind than it must be."""
-    fits = {key: isinstance(row[key], str) for key in TEXTS if key in row}
-    fits |= {key: type(row[key]) is int and 1 <= row[key] <= LARGEST for key in COUNTS if key in row}
-    if ruler and "others" in row:
-        fits["others"] = isinstance(row["others"], dict)
-    for key, right in fits.items():
-        if not right:
-            wanted = "text" if key in TEXTS else f"a number from 1 to {LARGEST:,}" if key in COUNTS else "an object"
-            raise DataError(f"{where}: {key}: found {row[key]!r}; expected {wanted}")
+    for key in (prompt, *TEXTS):
+        if key in row:
+            _text(row[key], where, key)
+    for key in COUNTS:
+        if key in row and not (type(row[key]) is int and 1 <= row[key] <= LARGEST):
+            expected = f"a number from 1 to {LARGEST:,}"
+            raise DataError(f"{where}: {key}: found {_shown(row[key])}; expected {expected}")
+    if ruler and not isinstance(row.get("others", {}), dict):
+        raise DataError(f"{where}: others: found {_shown(row['others'])}; expected an object")
 
 
-def _can_be_asked(prompt: Any, answers: Any) -> bool:
-    """True if they are texts, in characters that a tokenizer takes, and there is something to answer."""
-    if not isinstance(prompt, str) or not isinstance(answers, list) or not answers:
-        return False
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        return False
-    "".join([prompt, *answers]).encode()
-    return True
+def _answers(value: Any, where: str, key: str) -> tuple[str, ...]:
+    """Return the answers, one or several. Raises DataError where one is no text, or there is nothing to answer."""
+    answers = value if isinstance(value, list) else [value]
+    for answer in answers:
+        _text(answer, where, key)
+    if not answers or not all(answer.strip() for answer in answers):
+        raise DataError(f"{where}: {key}: found {_shown(value)}; expected at least one answer, none of them blank")
+    return tuple(answers)
+
+
+def _text(value: Any, where: str, key: str) -> str:
+    """Return a text. Raises DataError for anything else, and for characters that no tokenizer takes."""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key}: found {_shown(value)}; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = f"a lone surrogate, character {error.start}"
+        raise DataError(f"{where}: {key}: found {found}; expected Unicode") from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    found = repr(value) if not isinstance(value, dict | list) else json.dumps(value)
+    return found if len(found) <= SHOWN else f"{found[:SHOWN]}…"
 
 
 def _squad(content: Any, file: Path) -> Iterator[Row]:
-    try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    if answers := list(dict.fromkeys(answer["text"] for answer in question["answers"])):
-                        prompt = f"{paragraph['context']}\n\nQuestion: {question['question']}\nAnswer:"
-                        if not _can_be_asked(prompt, answers):
-                            raise DataError(f"{file}: found answers {answers!r}; expected texts")
-                        yield Row(prompt, tuple(answers), SQUAD_BUDGET, "f1")
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{file}: not in SQuAD's form (data, paragraphs, qas, answers): {error!r} is missing") from None
+    """The answered questions of a file in SQuAD's form."""
+    for article, outer in _members(content, "data", f"{file}: "):
+        for paragraph, inner in _members(article, "paragraphs", f"{outer}."):
+            for question, where in _members(paragraph, "qas", f"{inner}."):
+                found = [_field(answer, "text", place) for answer, place in _members(question, "answers", f"{where}.")]
+                if answers := _answers(list(dict.fromkeys(found)), where, "answers") if found else ():
+                    asked = f"Question: {_field(question, 'question', where)}\nAnswer:"
+                    yield Row(f"{_field(paragraph, 'context', inner)}\n\n{asked}", answers, SQUAD_BUDGET, "f1")
+
+
+def _members(content: Any, key: str, where: str) -> Iterator[tuple[Any, str]]:
+    """Yield the members of a list under a key, each with its place. Raises DataError where there is no such list."""
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise DataError(f"{where}{key}: found no list; expected SQuAD's form (data, paragraphs, qas, answers)")
+    yield from ((member, f"{where}{key}[{number}]") for number, member in enumerate(found))
+
+
+def _field(content: Any, key: str, where: str) -> str:
+    return _text(content.get(key) if isinstance(content, dict) else None, where, key)
 
 
 def asked_of(row: Row, tokenizer: Tokenizer) -> tuple[int, Sample]:
