@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lasptrain.architectures.base import Architecture
+from lasptrain.architectures.section import Section
 from lasptrain.architectures.tnl import Tnl
 from lasptrain.cost import plan
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.files import at_home
+from lasptrain.recipe import synonyms
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import SECTIONS, Recipe
@@ -188,6 +191,40 @@ def test_values_that_do_not_fit_each_other(refused: Refused, overrides: list[str
     assert message in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hidden_size=256", "model.hidden_size: no such key; did you mean dim?"),
+        ("model.num-hidden-layers=4", "model.num-hidden-layers: no such key; did you mean layers?"),
+        ("data.seq_len=4096", "data.seq_len: no such key; did you mean window?"),
+        ("train.seq_len=4096", "train.seq_len: no such key; did you mean data.window?"),
+        ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean lr?"),
+        ("train.learning_rate=1", "train.learning_rate: no such key; did you mean optim.lr?"),
+        ("train.lr=1", "train.lr: no such key; did you mean optim.lr?"),
+        ("train.global_batch_size=4", "train.global_batch_size: no such key; did you mean batch?"),
+        ("model.window_size=4", "model.window_size: no such key; did you mean sliding_window?"),
+        ("mesh.context_parallel_size=4", "mesh.context_parallel_size: no such key; did you mean sp?"),
+        ("hidden_size=256", "hidden_size: no such section; did you mean model.dim?"),
+        ("lr=1", "lr: no such section; did you mean optim.lr?"),
+        ("training.steps=1", "training: no such section; did you mean train?"),
+        ("optimizer.lr=1", "optimizer: no such section; did you mean optim?"),
+        ("max_steps=1", "max_steps: no such section; did you mean train.steps?"),
+        ("train.stps=1", "train.stps: no such key; did you mean steps?"),
+    ],
+)
+def test_names_that_others_have_are_known(refused: Refused, override: str, message: str) -> None:
+    assert refused(GOOD, override) == [f"--set {override}: {message}"]
+
+
+def test_synonyms_lead_to_keys_and_are_none() -> None:
+    """Of ours, whose own meaning would be lost; and none is there twice."""
+    kinds: dict[str, type[Section]] = {**SECTIONS, "model": Architecture}
+    keys = {f"{section}.{key}" for section, kind in kinds.items() for key in kind.model_fields}
+    assert set(synonyms.OURS.values()) <= keys | {*SECTIONS, "name", "model.conv"}
+    assert not set(synonyms.OURS) & ({key.partition(".")[2] for key in keys} | {*SECTIONS})
+    assert len(synonyms.OURS) == sum(len(names.split()) for names in synonyms._NAMES.values())
+
+
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(refused: Refused) -> None:
     text = edit("  dim: 256", "  dim: x").replace("  lr: 1e-4", "  lr: y").replace("  steps: 40", "  stps: 40")
     assert refused(text, "model.heads=z") == [
@@ -328,7 +365,7 @@ def test_a_name_stays_inside_its_folder(name: str) -> None:
 
 @given(
     st.floats(min_value=1e-300, max_value=10),
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40).map(at_home),
     st.lists(st.integers(0, 23), unique=True).map(sorted),
 )
 def test_dump_is_read_back_as_the_same_recipe(

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from lasptrain import architectures
 from lasptrain.architectures.section import Problem, Section
 from lasptrain.errors import RecipeError
+from lasptrain.recipe import synonyms
 from lasptrain.recipe.formats import FORMAT, RENAMED, is_format, upgraded
 from lasptrain.recipe.schema import SECTIONS, Recipe
 from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, shown
@@ -168,7 +169,7 @@ class _Source:
             if key not in known and key != "<<":
                 inner = [path for path in self.origins if path[:1] == (key,)]  # --set key.name=… has no other origin
                 origin = self._origin((key,) if (key,) in self.origins or not inner else inner[0])
-                self.problems.append((origin, (key,), f"no such section; {_suggest(key, known)}"))
+                self.problems.append((origin, (key,), f"no such section; {_suggest(key, known, _elsewhere('', key))}"))
 
     def _name(self, name: object) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
@@ -253,7 +254,11 @@ def _sections_with(key: str) -> tuple[str, ...]:
 
 
 def _elsewhere(section: str, key: str) -> tuple[str, ...]:
-    return tuple(f"{name}.{key}" for name in _sections_with(key) if name != section)
+    """Return where a key is to be found: in other sections, or under the name that this recipe has for it."""
+    found = tuple(f"{name}.{key}" for name in _sections_with(key) if name != section)
+    if not found and (other := synonyms.ours(key)):
+        found = (other.removeprefix(f"{section}."),)
+    return found
 
 
 def _instead(section: str, key: str, known: list[str]) -> str:
