@@ -27,7 +27,7 @@ from data_tools.files import naming
 from data_tools.packing import BestFit, Layout, best_fit, concat
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
-from data_tools.tokenizer import Tokenizer, cuts_safely, load_tokenizer
+from data_tools.tokenizer import MARK, Tokenizer, cuts_safely, keeps_mark, load_tokenizer
 from lasptrain import __version__
 from lasptrain.data.manifest import (
     FILE,
@@ -297,11 +297,12 @@ def _documents(preparation: Preparation, spool: Spool, dropped: Counter[str]) ->
     splits = {split: Documents() for split in SPLITS}
     start, end = 0, 0
     content, text_bytes, replaced = _content_hash(), 0, 0
+    lost = "" if keeps_mark(preparation.tokenizer) else MARK
     for piece, count in _encoded(preparation, spool, dropped):
         text = piece.text.encode()
         content.update(text)
         text_bytes += len(text)
-        replaced += piece.text.count("▁")
+        replaced += piece.text.count(lost) if lost else 0
         end += count
         if not piece.last:
             continue

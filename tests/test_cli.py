@@ -4,13 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
 from typing import NamedTuple
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from lasptrain import __version__
+from lasptrain.cli.main import app
 from tests.program import ROOT, start
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -43,6 +47,33 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert lasptrain("--version", cwd=tmp_path).stdout == f"lasptrain {__version__}\n"
     help_text = lasptrain("--help", cwd=tmp_path).stdout
     assert all(command in help_text for command in ("pretrain", "check", "data"))
+
+
+def commands(app: typer.Typer, name: str = "") -> Iterator[list[str]]:
+    """Every command and group, by its words."""
+    yield name.split()
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance, f"{name} {group.name}")
+    yield from (
+        f"{name} {one.name or one.callback.__name__}".split() for one in app.registered_commands if one.callback
+    )
+
+
+@pytest.mark.parametrize("words", list(commands(app)), ids=" ".join)
+def test_every_command_has_short_help(words: list[str]) -> None:
+    names = [word.replace("_", "-") for word in words]
+    shown = [CliRunner().invoke(app, [*names, option]) for option in ("-h", "--help")]
+    assert shown[0].exit_code == 0 and "-h, --help" in shown[0].output
+    assert shown[0].output == shown[1].output
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"_LASPTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "lasptrain data in", "COMP_CWORD": "2"}
+    code = "import sys; sys.argv = ['lasptrain']; from lasptrain.__main__ import main; main()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["inspect"], "")
 
 
 def interrupted(find_spec: str, *arguments: str) -> None:

@@ -25,6 +25,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+import tokenizers
 from data_tools import commands, sources, synthetic, windows
 from data_tools import encode as worker
 from data_tools import prepare as preparing
@@ -120,6 +121,35 @@ def test_a_tokenizer_is_checked(library: list[str]) -> None:
     bad = check(Lossy(), [("a", "axb"), ("b", "abc")], ByteTokenizer())
     assert not bad.good and bad.unknown == 1 and bad.differing == 1
     assert bad.changed == ["a: character 1: 'xb' comes back as 'b'"]
+
+
+def byte_level(folder: Path) -> Path:
+    """A tokenizer.json of bytes, as those of GPT-2's kind."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({"<s>": 0, **{letter: i for i, letter in enumerate(letters, 1)}}, [])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<s>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    return folder / "tokenizer.json"
+
+
+def test_the_mark_of_a_space_is_kept_or_counted_as_lost(tmp_path: Path) -> None:
+    text = "a ▁ mark and another▁ "
+    (tmp_path / "a.txt").write_text(text)
+    for spec, lost in (("bytes", 0), (byte_level(tmp_path), 0), (MODEL, 2)):
+        tokenizer = load_tokenizer(spec)
+        found = check(tokenizer, [("a", text)])
+        assert found.good and not found.changed
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == (text.replace("▁", " ") if lost else text)
+        assert sum(tokenizer.token_bytes[i] for i in ids) == len(text.encode()) - 2 * lost
+        out = prepare(
+            Preparation([str(tmp_path / "a.txt")], spec, validation_ppm=0), tmp_path / f"{Path(spec).name}.set"
+        )
+        assert Manifest.load(out).dropped == ({"replaced ▁": lost} if lost else {})
 
 
 def test_cut_places() -> None:

@@ -18,7 +18,7 @@ from lasptrain.architectures.tnl import Tnl
 from lasptrain.cli import eval as commands
 from lasptrain.cli.eval import parse_lengths
 from lasptrain.errors import DataError, RecipeError, SetupError
-from lasptrain.eval import main, perplexity, predictions, report
+from lasptrain.eval import main, perplexity, predictions, report, summary
 from lasptrain.eval.generate import decode
 from lasptrain.eval.inference import Reader
 from lasptrain.eval.runner import EvalConfig, EvalRunner, ResultsLog, answer
@@ -303,6 +303,14 @@ def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
             ResultsLog(tmp_path, {})
     (tmp_path / "samples.jsonl").write_bytes(b'{"identity": {}}\n{"task": "\xff\n' + b"[" * 100_000)
     assert ResultsLog(tmp_path, {}).records == []
+
+
+def test_a_sample_of_a_run_prints_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a log neither: a terminal will show it."""
+    monkeypatch.setattr(summary, "generate", lambda *_: [*b"\x1b[2J\rend\n"])
+    shown = summary._sample(tiny(), ByteTokenizer(), [*b"a\x07\tb"], 9)
+    assert r"a\x07" in shown and r"\x1b" in shown and r"\rend" in shown
+    assert all(character.isprintable() or character in "\n\t" for character in shown)
 
 
 def test_a_right_answer_is_seen_as_right() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from lasptrain.cli.options import App, Overrides, RecipeFile, spec
+from lasptrain.console.stdio import printable
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe.loading import load
 from lasptrain.run.folder import RECIPE
@@ -25,6 +26,11 @@ Sources = Annotated[
 Tokenizer = Annotated[str, typer.Argument(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")]
 Field = Annotated[str, typer.Option(help="The key of rows that holds the text, or a path of keys such as doc.text.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
+
+
+def _say(result: object) -> None:
+    """Print a result, in which names of files and of sources may hold any character."""
+    typer.echo(printable(str(result), "\n"))
 
 
 @app.command()
@@ -79,7 +85,7 @@ def prepare(
             progress=progress,
         )
         prepared = commands.prepare(preparation, out)
-    typer.echo(str(prepared))
+    _say(prepared)
     typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
 
 
@@ -107,18 +113,19 @@ def inspect(
             raise RecipeError("--step: expected it for a run, or else --at a place that its metrics.jsonl names")
         from data_tools import windows
 
-        typer.echo("\n".join(str(text) for text in windows.show_windows(folder, step, at)))
+        for text in windows.show_windows(folder, step, at):
+            _say(text)
         return
     if step is not None:
         raise RecipeError("--step: found with a dataset; expected a run")
     if sample is None and at is None:
-        typer.echo(str(commands.inspect(folder, window)))
+        _say(commands.inspect(folder, window))
         return
     if window is None or tokenizer is None:
         raise RecipeError(f"--{'at' if sample is None else 'sample'}: needs --window and --tokenizer too")
     from data_tools import windows
 
-    typer.echo(str(windows.show_window(folder, tokenizer, window, sample or 0, seed, split, at)))
+    _say(windows.show_window(folder, tokenizer, window, sample or 0, seed, split, at))
 
 
 @app.command()
@@ -146,7 +153,7 @@ def synth(
     lengths = (min(shortest or characters, characters), characters)
     if (kind == "pairs") != (not sources):
         raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")
-    typer.echo(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out, field))
+    _say(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out, field))
 
 
 @app.command()
@@ -154,7 +161,7 @@ def mix(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show in which shares a recipe reads its sources, and how often."""
     from data_tools import windows
 
-    typer.echo(str(windows.preview(load(recipe, overrides))))
+    _say(windows.preview(load(recipe, overrides)))
 
 
 @app.command("bench")
@@ -178,7 +185,7 @@ def verify(folder: Dataset) -> None:
     from data_tools import commands
 
     verified = commands.verify(folder)
-    typer.echo(str(verified))
+    _say(verified)
     if verified.failures:
         raise typer.Exit(DataError.code)
 
@@ -193,7 +200,7 @@ def train_tokenizer(
     """Train a sentencepiece tokenizer on text."""
     from data_tools import commands
 
-    typer.echo(str(commands.train_tokenizer(sources, vocab, out, field)))
+    _say(commands.train_tokenizer(sources, vocab, out, field))
 
 
 @tokenizer_app.command("check")
@@ -217,7 +224,7 @@ def check_tokenizer(
     texts = ((document.place, document.text) for document in documents)
     found = check(load_tokenizer(file), texts, load_tokenizer(other) if other else None)
     for line in found.changed[:20]:
-        typer.echo(line)
+        _say(line)
     rate = found.bytes / max(1, found.tokens)
     rates = f"{found.texts:,} texts, {found.tokens:,} tokens, {rate:.3f} bytes per token"
     typer.echo(rates + told_left_out(left_out(sources)))

@@ -53,13 +53,13 @@ def main() -> NoReturn:
         code = 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            typer.echo(f"error: {error.filename or 'output'}: no space left; expected some", err=True)
+            typer.echo(f"error: {_name(error) or 'output'}: no space left; expected some", err=True)
             code = ResourceError.code
         elif error.filename is None:
             traceback.print_exc()
             code = INTERNAL
         else:  # a file that cannot be written or read, where no better message exists
-            typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            typer.echo(f"error: {_name(error)}: {error.strerror}", err=True)
             code = SetupError.code
     except Exception:
         traceback.print_exc()
@@ -70,6 +70,10 @@ def main() -> NoReturn:
 def _lines(error: LaspError) -> list[str]:
     """Split a message into its lines, of which only that about a recipe may have several."""
     return str(error).split("\n") if isinstance(error, RecipeError) else [str(error)]
+
+
+def _name(error: OSError) -> str:
+    return stdio.printable(str(error.filename or ""))
 
 
 def _version(asked: bool) -> None:

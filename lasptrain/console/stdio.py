@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from lasptrain.errors import RecipeError
 
@@ -39,7 +40,9 @@ def ignore_broken_pipe() -> None:
 
 def printable(text: str, kept: str = "") -> str:
     """Return the text with characters spelt out that do not print, which a terminal might obey, but those `kept`."""
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept or category(c) == "Zs" else repr(c)[1:-1] for c in text)
 
 
 def escape_controls(text: str) -> str:
