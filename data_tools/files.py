@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lasptrain.console.stdio import printable
 from lasptrain.errors import DataError
 
 TEXT, TABLE = ".txt", ".parquet"
@@ -138,8 +139,13 @@ def naming(path: Path) -> Iterator[None]:
         of_library = type(error).__name__ == "LZMAError"  # which may not be there
         if not of_library and not isinstance(error, (EOFError, OSError, zlib.error)):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        found = error.strerror if isinstance(error, OSError) and error.strerror else error
         end = ""
         with suppress(OSError):
             end = f" -> {path.readlink()}"
-        raise DataError(f"{path}{end}: it cannot be read: {reason}") from error
+        raise DataError(f"{path}{end}: it cannot be read: {one_line(found)}") from error
+
+
+def one_line(found: object) -> str:
+    """Format what a library says of a file, which may have lines and repeat bytes of the file."""
+    return printable(" ".join(str(found).split()))[:300]

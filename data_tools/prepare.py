@@ -31,6 +31,7 @@ from data_tools.tokenizer import MARK, Tokenizer, cuts_safely, keeps_mark, load_
 from lasptrain import __version__
 from lasptrain.data.manifest import (
     FILE,
+    SPLITS,
     LengthsEntry,
     Manifest,
     OrderEntry,
@@ -48,7 +49,6 @@ UNIT = 1 << 20  # characters a worker encodes at a time
 FOUND = 1 << 28  # bytes of text whose digest is made in a moment, to find what was prepared of it
 SHARD_TOKENS = 1 << 28  # a shard closes with the document that reaches this
 PROBED = 64  # pieces at whose good places it is tried whether a cut changes ids
-SPLITS = ("train", "validation")
 MILLION = 1_000_000
 ANY_LENGTH = (0, 1 << 62)  # tokens of a document
 LONGEST_NAME = 240  # characters of the sources' names in a shard: each may take 12 bytes there

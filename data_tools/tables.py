@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.fields import told
-from data_tools.files import at_once, check_unpacked
+from data_tools.files import at_once, check_unpacked, one_line
 from lasptrain.console.stdio import printable
 from lasptrain.errors import DataError, SetupError
 
@@ -49,7 +49,7 @@ def rows(path: Path, field: str) -> Iterator[tuple[bytes | None, float]]:
                     check_unpacked(path, size, unpacked)
                     yield content, number / total
     except (ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: it cannot be read: {one_line(error)}") from error
 
 
 def _column(path: Path, schema: Any, field: str) -> list[str]:

@@ -38,7 +38,7 @@ def prepare(
     sources: Sources,
     tokenizer: Annotated[str, typer.Option(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
-    seed: Annotated[int, typer.Option(help="Of the shuffle of documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the shuffle of documents.")] = 0,
     validation: Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")] = 20_000,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
     errors: Annotated[

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lasptrain.console.stdio import printable
+from lasptrain.data.shard import Count, Size, misfit
 from lasptrain.errors import DataError
+from lasptrain.files import read
 
 FILE = "dataset.json"
+LARGEST = 1 << 25  # bytes: the lines of 100,000 shards
 
-Count = Annotated[int, Field(ge=0)]
+SPLITS = ("train", "validation")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class ShardEntry(_Entry):
@@ -38,7 +43,7 @@ class TokenizerEntry(_Entry):
 
     name: str
     sha256: Sha256
-    vocab_size: Count
+    vocab_size: Size
     bos: Count
     token_bytes: tuple[Count, ...]
 
@@ -48,8 +53,8 @@ class OrderEntry(_Entry):
     fit, windows starting at multiples of `align`, which documents fill to the last token.
     """
 
-    seed: int
-    align: Count = 1
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
+    align: Annotated[int, Field(ge=1, lt=1 << 53)] = 1
     packing: Literal["concat", "best_fit"] = "concat"
 
 
@@ -71,9 +76,9 @@ class LengthsEntry(_Entry):
     multiples.
     """
 
-    documents: tuple[Count, ...]
-    tokens: tuple[Count, ...]
-    cut: dict[str, float]
+    documents: Annotated[tuple[Count, ...], Field(max_length=64)]
+    tokens: Annotated[tuple[Count, ...], Field(max_length=64)]
+    cut: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Annotated[float, Field(ge=0, le=1)]]
 
 
 class SourceEntry(_Entry):
@@ -85,6 +90,10 @@ class SourceEntry(_Entry):
     sha256: Sha256
 
 
+def _told(totals: Mapping[str, int]) -> str:
+    return printable(", ".join(f"{name[:20]} {tokens}" for name, tokens in list(totals.items())[:4]))
+
+
 class Manifest(_Entry):
     """The whole of `dataset.json`. `unigram_entropy` is in nats per token of the training split."""
 
@@ -93,7 +102,7 @@ class Manifest(_Entry):
     tokenizer: TokenizerEntry
     order: OrderEntry
     splits: dict[str, SplitEntry]
-    unigram_entropy: float
+    unigram_entropy: Annotated[float, Field(ge=0)]
     dropped: dict[str, Count]
     lengths: LengthsEntry
     sources: tuple[SourceEntry, ...]
@@ -118,17 +127,13 @@ class Manifest(_Entry):
         """Read and check `dataset.json`. Raises DataError with the file and the key that does not fit."""
         path = folder / FILE
         try:
-            text = path.read_bytes()
+            text = read(path, LARGEST)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; a dataset is a folder that holds {FILE}") from error
         try:
             manifest = cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            raise DataError(
-                f"{path}: {key or 'content'}: {first['msg']}, found {str(first['input'])[:80]!r}"
-            ) from error
+            raise DataError(f"{path}: {misfit(error)}") from error
         computed = manifest.computed_fingerprint()
         if manifest.fingerprint != computed:
             raise DataError(
@@ -139,4 +144,20 @@ class Manifest(_Entry):
                 f"{path}: token_bytes has {len(manifest.tokenizer.token_bytes)} entries for a vocabulary of "
                 f"{manifest.tokenizer.vocab_size}"
             )
+        manifest._check(path)
         return manifest
+
+    def _check(self, path: Path) -> None:
+        """Raise DataError where parts do not fit each other."""
+        if self.tokenizer.bos >= self.tokenizer.vocab_size:
+            raise DataError(
+                f"{path}: tokenizer.bos: {self.tokenizer.bos} of a vocabulary of {self.tokenizer.vocab_size}"
+            )
+        if len(self.lengths.documents) != len(self.lengths.tokens):
+            raise DataError(f"{path}: lengths: documents and tokens have different numbers of entries")
+        totals = dict.fromkeys(SPLITS, 0)
+        for shard in self.shards:
+            totals[shard.split] = totals.get(shard.split, 0) + shard.tokens
+        found = {name: split.tokens for name, split in self.splits.items()}
+        if found != totals:
+            raise DataError(f"{path}: splits: found {_told(found)} tokens, its shards have {_told(totals)}")

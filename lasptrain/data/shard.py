@@ -22,13 +22,16 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
+from lasptrain.console.stdio import printable
 from lasptrain.errors import DataError
 
 MAGIC = b"LASPTOK1"
@@ -41,24 +44,40 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Int64s = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class ShardHeader:
-    """Header of a shard. `tokenizer` is the model's SHA-256; windows start at multiples of `align`."""
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Size = Annotated[int, Field(ge=1, le=1 << 32)]
 
-    vocab_size: int
-    bos: int
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class ShardHeader:
+    """Header of a shard. `tokenizer` is the model's SHA-256; windows start at multiples of `align`.
+
+    Raises pydantic.ValidationError for values of other types, or out of their range.
+    """
+
+    vocab_size: Size
+    bos: Count
     tokenizer: str
     source: str
     split: str
     created_by: str
-    align: int = 1
-    n_tokens: int = 0
-    n_documents: int = 0
-    dtype: str = "u16"
-    format: int = 1
+    align: Annotated[int, Field(ge=1, lt=1 << 53)] = 1
+    n_tokens: Count = 0
+    n_documents: Count = 0
+    dtype: Literal["u16", "u32"] = "u16"
+    format: Literal[1] = 1
 
 
-def token_dtype(vocab_size: int) -> str:
+def misfit(error: ValidationError) -> str:
+    """Describe the first value that does not fit: its key, the reason, and what was found, in one short line."""
+    first = error.errors(include_url=False)[0]
+    value = first["input"]
+    is_short = isinstance(value, str | float | bool | None) or (isinstance(value, int) and abs(value) < 1 << 64)
+    found = repr(value if not isinstance(value, str) else value[:80]) if is_short else type(value).__name__
+    return printable(f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}, found {found}"[:400])
+
+
+def token_dtype(vocab_size: int) -> Literal["u16", "u32"]:
     """Smallest type of ids: `u16` for a vocabulary of up to 65,536, else `u32`."""
     return "u16" if vocab_size <= 1 << 16 else "u32"
 
@@ -167,10 +186,9 @@ class Shard:
             head = self._pread(fd, 0, PAGE, "header")
             foot = self._pread(fd, self.bytes - FOOTER.size, FOOTER.size, "footer")
             self.header = self._parse_head(head)
+            self._dtype = numpy_dtype(self.header.dtype)
             table = self._parse_foot(fd, foot)
-        self._dtype = numpy_dtype(self.header.dtype)
         self._table = np.frombuffer(table, "<u4")
-        self._check_layout()
         self.identity = hashlib.sha256(head + table + foot).hexdigest()
 
     def read(self, start: int, count: int) -> Tokens:
@@ -238,12 +256,19 @@ class Shard:
         whole = end + 4 <= PAGE and zlib.crc32(page[:end]) == struct.unpack_from("<I", page, end)[0]
         if not whole or any(page[end + 4 :]):
             raise DataError(f"shard {self.name}: header, bytes 0..{PAGE}, does not match its CRC-32")
-        values = json.loads(page[12:end])
-        if values.get("format") != 1 or values.keys() != {field.name for field in fields(ShardHeader)}:
-            raise DataError(
-                f"shard {self.name}: format {values.get('format')} with keys {sorted(values)}; this reads format 1"
-            )
-        return ShardHeader(**values)
+        try:
+            values = json.loads(page[12:end])
+            if not isinstance(values, dict) or values.keys() != {field.name for field in fields(ShardHeader)}:
+                raise DataError(f"shard {self.name}: header with other keys than those of format 1, which this reads")
+            header = ShardHeader(**values)
+        except ValidationError as error:
+            raise DataError(f"shard {self.name}: header: {misfit(error)}") from None
+        except (ValueError, RecursionError):
+            raise DataError(f"shard {self.name}: header, bytes 12..{end}, is no JSON") from None
+        if header.bos >= header.vocab_size or header.dtype != token_dtype(header.vocab_size):
+            found = f"BOS {header.bos} and {header.dtype} with a vocabulary of {header.vocab_size}"
+            raise DataError(f"shard {self.name}: header: found {found}, which do not fit each other")
+        return header
 
     def _parse_foot(self, fd: int, foot: bytearray) -> bytearray:
         """Read the table of checksums and set the places of the three parts."""
@@ -259,6 +284,7 @@ class Shard:
             raise DataError(
                 f"shard {self.name}: {self.bytes} bytes, its footer says {table_at + table_len + FOOTER.size}"
             )
+        self._check_layout(table_at, table_len)
         table = self._pread(fd, table_at, table_len, "table")
         if zlib.crc32(table) != table_crc:
             raise DataError(
@@ -266,16 +292,20 @@ class Shard:
             )
         return table
 
-    def _check_layout(self) -> None:
-        expected = {"tokens": self.header.n_tokens * self._dtype.itemsize, "starts": self.header.n_documents * 8}
-        for part, length in expected.items():
-            if self._parts[part][1] != length:
-                raise DataError(
-                    f"shard {self.name}: {part} take {self._parts[part][1]} bytes, its header says {length}"
-                )
-        blocks = sum(-(-length // BLOCK) for length in expected.values())
-        if len(self._table) != blocks:
-            raise DataError(f"shard {self.name}: {len(self._table)} checksums for {blocks} blocks")
+    def _check_layout(self, table_at: int, table_len: int) -> None:
+        """Check that the parts lie one behind another and are as long as the header says: so none exceeds the file."""
+        tokens, starts = self.header.n_tokens * self._dtype.itemsize, self.header.n_documents * 8
+        starts_at = -(-(PAGE + tokens) // PAGE) * PAGE
+        blocks = -(-tokens // BLOCK) - (-starts // BLOCK)
+        expected = {
+            "tokens": (PAGE, tokens),
+            "starts": (starts_at, starts),
+            "table": (-(-(starts_at + starts) // 64) * 64, 4 * blocks),
+        }
+        for part, place in expected.items():
+            if (found := (self._parts | {"table": (table_at, table_len)})[part]) != place:
+                said = f"{found[1]} bytes at {found[0]}, expected {place[1]} at {place[0]} by its header"
+                raise DataError(f"shard {self.name}: {part} take {said}")
 
     def _part(self, part: str, offset: int, length: int) -> memoryview:
         """Read bytes [offset, offset + length) of a part: whole blocks, each checked against the table."""
