@@ -108,7 +108,7 @@ def told_left_out(found: Mapping[str, int]) -> str:
 
 def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "text") -> TrainedTokenizer:
     """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise SetupError(f"{out}: it exists; a tokenizer is written to a new file")
     texts = _texts(sources, field)
     if not texts:

@@ -351,7 +351,13 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
+        try:
+            content = self._stream.read(len(buffer))
+        except OSError as error:
+            if "too much memory" in str(error):  # of a frame of zstd
+                found = f"{self._path}: looks back over more than 128 MiB of text, as zstd --long=31 makes it"
+                raise DataError(f"{found}; expected less: zstd -dc --long=31 OLD.zst | zstd -o NEW.zst") from None
+            raise
         buffer[: len(content)] = content
         self._read += len(content)
         check_unpacked(self._path, self._size, self._read)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 
-from data_tools.files import naming
+from data_tools.files import naming, one_line
 from lasptrain.errors import DataError
 from lasptrain.files import read, utf8
 
@@ -128,7 +128,7 @@ class FastTokenizer:
             parsed = json.loads(content)
             self._model = Reader.from_str(content.decode())
         except Exception as error:  # the package raises nothing more exact
-            raise DataError(f"{path}: no tokenizer can be read from it ({str(error)[:200]})") from None
+            raise DataError(f"{path}: no tokenizer can be read from it ({one_line(error)})") from None
         self._model.encode_special_tokens = True  # "<s>" in a text is text
         self._model.no_truncation()
         self._model.no_padding()
@@ -173,11 +173,12 @@ def _content(path: Path) -> bytes:
 def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
     """Find BOS: named in the configuration beside a tokenizer, or the first token that it puts before a text."""
     try:
-        named = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("bos_token")
-    except (OSError, ValueError):
+        named = json.loads(read(path.with_name("tokenizer_config.json"), LARGEST))["bos_token"]
+        named = named["content"] if isinstance(named, dict) else named
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         named = None
-    if named:
-        return str(named["content"] if isinstance(named, dict) else named)
+    if named and isinstance(named, str):
+        return named.encode("utf-8", "replace").decode()
     parts = [parsed.get("post_processor") or {}]
     parts += parts[0].get("processors") or []
     first: dict[str, Any] = next((part["single"][0] for part in parts if part.get("single")), {})

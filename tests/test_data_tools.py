@@ -238,6 +238,19 @@ def test_all_usual_names_are_read_in_any_case(tmp_path: Path) -> None:
                 texts(path, Reading(max_bad=1))
 
 
+@pytest.mark.parametrize(("log", "fits"), [(20, True), (27, True), (28, False), (31, False)])
+def test_frames_that_look_far_back(tmp_path: Path, log: int, fits: bool) -> None:
+    """As `zstd --long=31` makes them: these would take 2 GiB; how to make others of them is said."""
+    content = b'{"text": "a"}\n'
+    frame = b"\x28\xb5\x2f\xfd\0" + bytes([(log - 10) << 3]) + (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(content) + frame)
+    if fits:
+        assert len(texts(tmp_path)) == 2
+        return
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: looks back over more than 128 MiB.*zstd -dc --long=31 OLD"):
+        texts(tmp_path)
+
+
 def named(folder: Path, *names: str) -> Path:
     """The folder, with files of these names that say their name."""
     for name in names:

@@ -38,6 +38,7 @@ from lasptrain.errors import DataError, LaspError
 from lasptrain.eval.tasks.files import open_files
 from tests.gloo import PATIENCE
 from tests.program import ROOT
+from tests.test_data_tools import byte_level
 
 MODEL = ROOT / "tokenizers" / "python-4k.model"
 ODD: list[Any] = [
@@ -261,6 +262,28 @@ def test_damaged_tokenizers_are_read_or_refused(tmp_path: Path) -> None:
             tokenizer = load_tokenizer(path)
             tokenizer.decode(tokenizer.encode("def f(x):\n    return ▁\n")).encode()
 
+        tried(reads)
+
+
+def test_odd_values_in_a_tokenizer_json_are_read_or_refused(tmp_path: Path) -> None:
+    path, beside = byte_level(tmp_path), tmp_path / "tokenizer_config.json"
+    whole, config = path.read_text(), {"bos_token": {"content": "<s>"}}
+    load_tokenizer(path)
+
+    def reads() -> None:
+        tokenizer = load_tokenizer(path)
+        tokenizer.decode(tokenizer.encode("def f(x):\n    return ▁\n")).encode()
+
+    for seed in range(60):
+        path.write_bytes(damaged(whole.encode(), random.Random(seed)))
+        tried(reads)
+    of = random.Random(0)
+    for place in of.sample(list(places(json.loads(whole))), 60):
+        path.write_text(json.dumps(changed(json.loads(whole), place, of.choice(ODD))))
+        tried(reads)
+    path.write_text(whole)
+    for odd in [json.dumps(changed(config, place, odd)) for place in places(config) for odd in ODD] + ["[" * 9999]:
+        beside.write_text(odd)
         tried(reads)
 
 
