@@ -29,10 +29,11 @@ class TrainedTokenizer:
     sha256: str
     bytes_per_token: float
     left_out: Mapping[str, int]
+    dropped: Mapping[str, int]
 
     def __str__(self) -> str:
         told = f"{self.path}: {self.vocab} pieces, {self.bytes_per_token:.2f} bytes per token, SHA-256 {self.sha256}"
-        return told + told_left_out(self.left_out)
+        return told + told_left_out(self.left_out, self.dropped)
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,18 @@ def _cut(manifest: Manifest) -> str:
     return (f"windows of a multiple of {align:,}; " if align > 1 else "") + f"documents cut: {found or 'not counted'}"
 
 
-def told_left_out(found: Mapping[str, int]) -> str:
-    """Format a line that counts the files left out of sources, by kind; empty if there are none."""
-    return f"\nleft out: {counted(found)}" if found else ""
+def told_left_out(found: Mapping[str, int], dropped: Mapping[str, int]) -> str:
+    """Format lines that count the documents dropped and the files left out of sources, by kind, if there are any."""
+    lines = {"dropped": ", ".join(f"{n:,} {why}" for why, n in dropped.items()), "left out": counted(found)}
+    return "".join(f"\n{name}: {told}" for name, told in lines.items() if told)
 
 
 def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "text") -> TrainedTokenizer:
     """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
     if out.exists() or out.is_symlink():
         raise SetupError(f"{out}: it exists; a tokenizer is written to a new file")
-    texts = _texts(sources, field)
+    dropped = Counter[str]()
+    texts = _texts(sources, field, dropped)
     if not texts:
         raise DataError(f"0 documents in {' + '.join(sources)} to train a tokenizer on")
     model = tokenizer.train(texts, vocab)
@@ -120,7 +123,7 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "tex
     sample = texts[:: max(1, len(texts) // 100)]
     tokens = sum(len(trained.encode(piece)) for text in sample for piece in tokenizer.cut(text))
     rate = sum(len(text.encode()) for text in sample) / max(1, tokens)
-    return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate, left_out(sources))
+    return TrainedTokenizer(out, trained.vocab_size, trained.sha256, rate, left_out(sources), dropped)
 
 
 def prepare(preparation: Preparation, out: Path) -> Inspection:
@@ -134,8 +137,8 @@ def inspect(folder: Path, window: int | None = None) -> Inspection:
     return Inspection(folder, Manifest.load(folder), window)
 
 
-def _texts(sources: list[str], field: str) -> list[str]:
-    reading, dropped = Reading(field=field), Counter[str]()
+def _texts(sources: list[str], field: str, dropped: Counter[str]) -> list[str]:
+    reading = Reading(field=field)
     return [document.text for source in sources for document in open_source(source).documents(reading, dropped)]
 
 
@@ -150,11 +153,12 @@ def synthesize(
     field: str = "text",
 ) -> str:
     """Write documents of a synthetic kind over the text of `sources`, or prompts without the answer."""
-    made = synthetic.documents(kind, _texts(sources, field), lengths, count, seed)
+    dropped = Counter[str]()
+    made = synthetic.documents(kind, _texts(sources, field, dropped), lengths, count, seed)
     written = synthetic.write(out, (one.prompt if prompts else one.row for one in made))
     about = " to ".join(f"{length:,}" for length in sorted(set(lengths)))
     told = f"{out}: {written:,} {'prompts' if prompts else 'documents'} of about {about} characters"
-    return told + told_left_out(left_out(sources))
+    return told + told_left_out(left_out(sources), dropped)
 
 
 def verify(folder: Path) -> Verification:

@@ -213,7 +213,7 @@ def _building(final: Path, wait: bool) -> Iterator[Path | None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{final}: the disk is full") from error
-        raise SetupError(f"{final}: {error.strerror or error}") from error
+        raise SetupError(f"{error.filename or final}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lasptrain.errors import DataError
 from lasptrain.recipe.loading import load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+TEXT = "to be or not to be, that is the question of 300 pieces\n" * 99
 
 
 def read(path: Path, reading: Reading) -> tuple[list[str], Counter[str]]:
@@ -120,7 +121,13 @@ def test_bytes_that_are_no_text_follow_the_policy(tmp_path: Path) -> None:
 
 def test_null_is_empty_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n{"text": ""}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n' + json.dumps({"text": TEXT}))
     made = commands.prepare(Preparation([str(tmp_path / "a.jsonl")], "bytes", validation_ppm=0), tmp_path / "out")
+    for told in (
+        commands.train_tokenizer([str(tmp_path / "b.jsonl")], 300, tmp_path / "b.model"),
+        commands.synthesize("passkey", [str(tmp_path / "b.jsonl")], (900, 900), 1, 0, False, tmp_path / "c.jsonl"),
+    ):
+        assert str(told).endswith("\ndropped: 1 empty")
     assert "\n  dropped      2 empty\n" in str(made) and made.manifest.splits["train"].documents == 1
 
 

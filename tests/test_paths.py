@@ -221,6 +221,14 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path) -> None:
         prepare(Preparation(["python:source"], "bytes"), tmp_path / "out")
 
 
+def test_a_place_that_cannot_be_written_is_the_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(SetupError, match=r"^\S+/a\.txt: (File exists|Not a directory)$"):
+        prepare(Preparation([str(tmp_path / "a.txt")], "bytes"), tmp_path / "a.txt" / "out")
+    code, _, said = lasptrain("data", "tokenizer", "inspect", "bytes", "--text", ODD, cwd=tmp_path)
+    assert code == 2 and said == "error: --text: found bytes that are not UTF-8; expected text\n"
+
+
 def test_a_name_with_a_line_end_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a\nb.txt").write_bytes(b"\xff\x1b[2J")
     code, _, said = lasptrain("data", "prepare", "a\nb.txt", "--tokenizer", "bytes", "--out", "o", cwd=tmp_path)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from lasptrain.cli.options import App, Overrides, RecipeFile, spec
-from lasptrain.console.stdio import printable
+from lasptrain.console.stdio import argument, printable
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe.loading import load
 from lasptrain.run.folder import RECIPE
@@ -227,7 +227,7 @@ def check_tokenizer(
         _say(line)
     rate = found.bytes / max(1, found.tokens)
     rates = f"{found.texts:,} texts, {found.tokens:,} tokens, {rate:.3f} bytes per token"
-    typer.echo(rates + told_left_out(left_out(sources)))
+    typer.echo(rates + told_left_out(left_out(sources), dropped))
     typer.echo(f"{len(found.changed):,} do not come back, {found.unknown:,} tokens are unknown")
     typer.echo(f"long texts {'may be cut: no id changes' if found.cuts else 'are encoded whole: a cut changes ids'}")
     if found.differing is not None:
@@ -246,6 +246,6 @@ def inspect_tokenizer(
     tokenizer = load_tokenizer(file)
     typer.echo(f"{tokenizer.name}: {tokenizer.vocab_size} pieces, BOS {tokenizer.bos}, SHA-256 {tokenizer.sha256}")
     if text is not None:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(argument("--text", text))
         typer.echo(" ".join(repr(tokenizer.decode([i])) for i in ids))
         typer.echo(f"{len(ids)} tokens")
