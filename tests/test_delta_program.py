@@ -60,6 +60,7 @@ def test_a_run_stops_goes_on_anywhere_is_read_and_leaves(arch: str, tmp_path: Pa
 
 def test_a_kernel_that_an_architecture_does_not_have_is_refused(tmp_path: Path) -> None:
     program = Program(tmp_path)
+    text(tmp_path / "text")
     (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", MODELS["kda"]))
     code, _, said = program.end("check", "r.yaml", "--set", "train.kernel=triton")
     assert code == 2

@@ -132,7 +132,7 @@ def check(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to lay the recipe out for.")] = None,
 ) -> None:
-    """Show what a recipe means: parameters, tokens, layout. Needs no GPU and no data."""
+    """Show what a recipe means: parameters, tokens, layout. Needs no GPU; its text need not be prepared yet."""
     loaded = load(recipe, overrides)
     given = [axis for axis in (loaded.mesh.dp, loaded.mesh.sp) if axis != "auto"]
     world = nproc or (given[0] * given[-1] if len(given) == 2 else sum(given) or 1)
