@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from lasptrain.console.stdio import printable
 from lasptrain.data.shard import Count, Size, misfit
@@ -16,7 +16,8 @@ from lasptrain.errors import DataError
 from lasptrain.files import read
 
 FILE = "dataset.json"
-LARGEST = 1 << 25  # bytes: the lines of 100,000 shards
+LARGEST = 1 << 23  # bytes: the lines of 20,000 shards
+MOST_KEYS, MOST_PARTS = 64, 5 << 18  # of an object; of all together, such as the bytes of a million tokens
 
 SPLITS = ("train", "validation")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -45,7 +46,7 @@ class TokenizerEntry(_Entry):
     sha256: Sha256
     vocab_size: Size
     bos: Count
-    token_bytes: tuple[Count, ...]
+    token_bytes: Annotated[tuple[Count, ...], FailFast()]
 
 
 class OrderEntry(_Entry):
@@ -90,6 +91,24 @@ class SourceEntry(_Entry):
     sha256: Sha256
 
 
+def _few(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(pairs) > MOST_KEYS:
+        raise ValueError(f"an object of {len(pairs):,} keys; expected at most {MOST_KEYS}")
+    return dict(pairs)
+
+
+def _check_size(content: object) -> None:
+    """Raise ValueError for so many parts that pydantic, which takes 150 bytes for each, would need too much memory."""
+    waiting, found = [content], 0
+    while waiting:
+        one = waiting.pop()
+        members = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+        found += len(members)
+        if found > MOST_PARTS:
+            raise ValueError(f"more than {MOST_PARTS:,} parts")
+        waiting += (member for member in members if isinstance(member, dict | list))
+
+
 def _told(totals: Mapping[str, int]) -> str:
     return printable(", ".join(f"{name[:20]} {tokens}" for name, tokens in list(totals.items())[:4]))
 
@@ -105,8 +124,8 @@ class Manifest(_Entry):
     unigram_entropy: Annotated[float, Field(ge=0)]
     dropped: dict[str, Count]
     lengths: LengthsEntry
-    sources: tuple[SourceEntry, ...]
-    shards: tuple[ShardEntry, ...]
+    sources: Annotated[tuple[SourceEntry, ...], FailFast()]
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
 
     def computed_fingerprint(self) -> str:
         """SHA-256 of all that determines the tokens of a run: shards, tokenizer, order; not folder, time or names."""
@@ -130,6 +149,10 @@ class Manifest(_Entry):
             text = read(path, LARGEST)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; a dataset is a folder that holds {FILE}") from error
+        try:
+            _check_size(json.loads(text, object_pairs_hook=_few))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: content: Invalid JSON: {str(error)[:200]}") from None
         try:
             manifest = cls.model_validate_json(text)
         except ValidationError as error:
