@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
@@ -17,7 +17,7 @@ from lasptrain.files import read
 
 FILE = "dataset.json"
 LARGEST = 1 << 23  # bytes: the lines of 20,000 shards
-MOST_KEYS, MOST_PARTS = 64, 5 << 18  # of an object; of all together, such as the bytes of a million tokens
+MOST_KEYS = 64  # of an object: each that is wrong has an error of its own
 
 SPLITS = ("train", "validation")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -97,16 +97,15 @@ def _few(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _check_size(content: object) -> None:
-    """Raise ValueError for so many parts that pydantic, which takes 150 bytes for each, would need too much memory."""
-    waiting, found = [content], 0
-    while waiting:
-        one = waiting.pop()
-        members = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
-        found += len(members)
-        if found > MOST_PARTS:
-            raise ValueError(f"more than {MOST_PARTS:,} parts")
-        waiting += (member for member in members if isinstance(member, dict | list))
+def _tuples(content: Any, depth: int = 6) -> Any:
+    """Return parsed JSON with tuples for lists, as entries have. ValueError where it is nested deeper."""
+    if isinstance(content, dict | list) and not depth:
+        raise ValueError("nested too deep")
+    if isinstance(content, str):
+        content.encode()  # ValueError for a lone surrogate, which cannot be shown
+    if isinstance(content, dict):
+        return {key: _tuples(value, depth - 1) for key, value in content.items()}
+    return tuple(_tuples(value, depth - 1) for value in content) if isinstance(content, list) else content
 
 
 def _told(totals: Mapping[str, int]) -> str:
@@ -150,11 +149,11 @@ class Manifest(_Entry):
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; a dataset is a folder that holds {FILE}") from error
         try:
-            _check_size(json.loads(text, object_pairs_hook=_few))
+            content = _tuples(json.loads(text, object_pairs_hook=_few))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: content: Invalid JSON: {str(error)[:200]}") from None
         try:
-            manifest = cls.model_validate_json(text)
+            manifest = cls.model_validate(content)
         except ValidationError as error:
             raise DataError(f"{path}: {misfit(error)}") from error
         computed = manifest.computed_fingerprint()
