@@ -151,9 +151,9 @@ class Source:
         for name, files in groupby(self.files, key=lambda path: path.relative_to(self.root).parts[0]):
             between = ""
             for path in files:
-                with naming(path):
-                    content = path.read_bytes()
-                done += len(content)
+                with naming(path), path.open("rb") as raw:
+                    content = raw.read(LARGEST_CODE + 1)
+                    done += os.fstat(raw.fileno()).st_size
                 text = _code(content)
                 if text is None:
                     dropped["not code"] += 1

@@ -65,7 +65,7 @@ class Spool:
     def _counts(self, line: bytes, digest: str) -> list[int] | None:
         try:
             found, crc, counts = json.loads(line)
-        except ValueError:  # the line that was being written
+        except (ValueError, TypeError):  # the line that was being written
             return None
         if found != digest or not line.endswith(b"\n"):
             return None

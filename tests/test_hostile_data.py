@@ -15,6 +15,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -120,6 +121,28 @@ def test_a_footer_that_points_elsewhere_is_refused(tmp_path: Path, seed: int) ->
         foot = FOOTER.pack(*changed, crc, 0, MAGIC)[:52]
         path.write_bytes(content[: -FOOTER.size] + FOOTER.pack(*changed, crc, zlib.crc32(foot), MAGIC))
         assert tried(lambda: read_shard(path)).startswith("shard a.ltok: "), changed
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.ltok")
+    assert tried(lambda: Shard(tmp_path / "a.ltok")) == "shard a.ltok: 0 bytes, a shard has at least 4160"
+
+
+def test_a_file_of_a_repository_that_is_mostly_nothing_is_not_read(tmp_path: Path) -> None:
+    """Which takes no place on the disk, and would take a gigabyte of memory."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.py").write_text("pass\n")
+    with (tmp_path / "one" / "b.py").open("wb") as empty:
+        empty.truncate(1 << 30)
+    dropped: Counter[str] = Counter()
+    tracemalloc.start()
+    try:
+        (found,) = open_source(f"repositories:{tmp_path}").documents(Reading(), dropped)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.text == "# a.py\npass\n" and dropped == {"not code": 1} and found.done == 5 + (1 << 30)
+    assert peak < 8 << 20
 
 
 @pytest.fixture(scope="module")

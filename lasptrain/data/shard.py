@@ -327,7 +327,7 @@ class Shard:
     @contextmanager
     def _file(self) -> Iterator[int]:
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise DataError(f"shard {self.name}: cannot be opened as a plain file: {error.strerror}") from error
         try:
