@@ -27,7 +27,7 @@ from data_tools.files import naming
 from data_tools.packing import BestFit, Layout, best_fit, concat
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
-from data_tools.tokenizer import MARK, Tokenizer, cuts_safely, keeps_mark, load_tokenizer
+from data_tools.tokenizer import MARK, PIECE, Tokenizer, cuts_safely, keeps_mark, load_tokenizer
 from lasptrain import __version__
 from lasptrain.data.manifest import (
     FILE,
@@ -430,7 +430,7 @@ def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> I
     total, done = sum(source.bytes for source in preparation.opened), 0
     for source in preparation.opened:
         pieces = source.pieces(preparation.reading, dropped)
-        first = list(islice(pieces, PROBED))
+        first = _probe(pieces)
         pieces = chain(first, pieces)
         if not cuts_safely(preparation.tokenizer, (piece.text for piece in first)):
             pieces = _whole(pieces)
@@ -439,6 +439,16 @@ def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> I
             yield from zip(unit, counts, strict=True)
             preparation.report("encode", done + unit[-1].done, total)
         done += source.bytes
+
+
+def _probe(pieces: Iterator[Piece]) -> list[Piece]:
+    """Take the first pieces, fewer where they are long for want of good places to cut."""
+    taken: list[Piece] = []
+    for piece in islice(pieces, PROBED):
+        taken.append(piece)
+        if sum(len(one.text) for one in taken) > PROBED * PIECE:
+            break
+    return taken
 
 
 def _whole(pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -25,7 +25,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import tokenizers
 from data_tools import commands, sources, synthetic, windows
 from data_tools import encode as worker
 from data_tools import prepare as preparing
@@ -42,6 +41,7 @@ from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
 from lasptrain.eval.tasks.files import rows
 from lasptrain.process.location import resolve
 from lasptrain.recipe.loading import load
+from tests.byte_level import byte_level
 from tests.gloo import PATIENCE
 
 MODEL = Path(__file__).parent.parent / "tokenizers" / "python-4k.model"
@@ -121,19 +121,6 @@ def test_a_tokenizer_is_checked(library: list[str]) -> None:
     bad = check(Lossy(), [("a", "axb"), ("b", "abc")], ByteTokenizer())
     assert not bad.good and bad.unknown == 1 and bad.differing == 1
     assert bad.changed == ["a: character 1: 'xb' comes back as 'b'"]
-
-
-def byte_level(folder: Path) -> Path:
-    """A tokenizer.json of bytes, as those of GPT-2's kind."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.models.BPE({"<s>": 0, **{letter: i for i, letter in enumerate(letters, 1)}}, [])
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<s>"])
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    return folder / "tokenizer.json"
 
 
 def test_the_mark_of_a_space_is_kept_or_counted_as_lost(tmp_path: Path) -> None:
