@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_tools.files import counted
+from data_tools.commands import told_left_out
 from data_tools.prepare import Progress, ensure_dataset, is_dataset
 from data_tools.prepared import cache_folder, preparations, sources
+from data_tools.sources import PYTHON_SOURCE
 from data_tools.sources import left_out as not_read
 from lasptrain.data.dataset import TokenDataset
-from lasptrain.data.mixture import mix
+from lasptrain.data.mixture import MixedDataset, mix
 from lasptrain.recipe.sections import Data
 
 
@@ -27,9 +28,10 @@ def open_dataset(data: Data, progress: Progress | None = None) -> TokenDataset:
     return mix(parts, [part.weight for part in data.source], data.mix_block)
 
 
-def left_out(data: Data) -> Iterator[str]:
-    """Yield a line for each source of text that has files which are not read."""
-    for name, _ in sources(data):
-        found = {} if is_dataset(name) else not_read([name])
-        if found:
-            yield f"data.source: {name}: left out: {counted(found)}"
+def left_out(data: Data, dataset: TokenDataset) -> Iterator[str]:
+    """Yield lines for each source of text that has files which are not read, or documents that were dropped."""
+    parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
+    for (name, _), part in zip(sources(data), parts, strict=True):
+        if name != PYTHON_SOURCE and not is_dataset(name):
+            told = told_left_out(not_read([name]), part.manifest.dropped)
+            yield from (f"data.source: {name}: {line}" for line in told.splitlines() if line)

@@ -194,4 +194,4 @@ def preview(recipe: Recipe) -> Mixing:
             f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
             f"{tokens:,} tokens, {read:.2f} epochs" + ("; each more than 4 times" if read > 4 else "")
         )
-    return Mixing((*lines, *left_out(data)))
+    return Mixing((*lines, *left_out(data, dataset)))

@@ -262,6 +262,11 @@ def test_what_is_not_read_is_counted_and_said(tmp_path: Path, capsys: pytest.Cap
     for _ in range(2):
         resolve(recipe, 1)
         assert capsys.readouterr().err == f"data.source: {corpus}: left out: {said}\n"
+    (corpus / "a.jsonl").write_text('{"text": null}\n')
+    resolve(recipe, 1)
+    dropped = f"data.source: {corpus}: dropped: 1 empty\n"
+    assert capsys.readouterr().err == f"{dropped}data.source: {corpus}: left out: {said}\n"
+    (corpus / "a.jsonl").unlink()
     asked = commands.synthesize("recall", [str(corpus)], (900, 900), 3, 0, False, tmp_path / "out.jsonl")
     assert asked.endswith(f"\nleft out: {said}")
     kinds = Counter({f".{i}": 1 for i in range(20)} | {".md": 1000, "dot file": 1})

@@ -27,8 +27,9 @@ def resolve(recipe: Recipe, world: int) -> Recipe:
     """Prepare the data and return the recipe with mesh and vocabulary (the data's) as numbers."""
     dp, sp = resolve_mesh(recipe, world)
     with preparing() as progress:
-        recipe = with_vocabulary(recipe, open_dataset(recipe.data, progress).vocab_size)
-    for line in left_out(recipe.data):
+        dataset = open_dataset(recipe.data, progress)
+    recipe = with_vocabulary(recipe, dataset.vocab_size)
+    for line in left_out(recipe.data, dataset):
         sys.stderr.write(f"{line}\n")
     return recipe.replace(mesh={"dp": dp, "sp": sp})
 
