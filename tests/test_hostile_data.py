@@ -48,6 +48,9 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+SEEDS = 25  # of files that are damaged at random, by each reader
+
+
 def tried(reads: Callable[[], object]) -> str:
     """The message of a file that is refused, in one short line; empty for one that is read. Nothing else may happen."""
     try:
@@ -250,7 +253,7 @@ def damaged(content: bytes, of: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_damaged_text_is_read_or_refused(tmp_path: Path, name: str) -> None:
-    for seed in range(60):
+    for seed in range(SEEDS):
         (tmp_path / name).write_bytes(damaged(WHOLE[name], random.Random(seed)))
         for errors in ("fail", "replace", "skip"):
             tried(lambda errors=errors: read(tmp_path / name, errors))  # type: ignore[misc]
@@ -268,7 +271,7 @@ def test_damaged_tables_are_read_or_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd", row_group_size=100)
     whole = path.read_bytes()
-    for seed in range(60):
+    for seed in range(SEEDS):
         path.write_bytes(damaged(whole, random.Random(seed)))
         for errors in ("fail", "replace", "skip"):
             tried(lambda errors=errors: read(path, errors))  # type: ignore[misc]
@@ -276,7 +279,7 @@ def test_damaged_tables_are_read_or_refused(tmp_path: Path, kind: str) -> None:
 
 def test_damaged_tokenizers_are_read_or_refused(tmp_path: Path) -> None:
     whole, path = MODEL.read_bytes(), tmp_path / "a.model"
-    for seed in range(60):
+    for seed in range(SEEDS):
         of = random.Random(seed)
         at = of.randrange(len(whole) - 900)
         path.write_bytes(whole[:at] + damaged(whole[at : at + 900], of) + whole[at + 900 :])
@@ -297,7 +300,7 @@ def test_odd_values_in_a_tokenizer_json_are_read_or_refused(tmp_path: Path) -> N
         tokenizer = load_tokenizer(path)
         tokenizer.decode(tokenizer.encode("def f(x):\n    return ▁\n")).encode()
 
-    for seed in range(60):
+    for seed in range(SEEDS):
         path.write_bytes(damaged(whole.encode(), random.Random(seed)))
         tried(reads)
     of = random.Random(0)
@@ -322,7 +325,7 @@ def test_questions_with_odd_values_are_read_or_refused(tmp_path: Path, name: str
             path.write_text(json.dumps(changed(value, place, odd)))
             message = tried(lambda: open_files([path], ByteTokenizer()))
             assert not message or message.startswith(f"--file: {path}")
-    for seed in range(60):
+    for seed in range(SEEDS):
         path.write_bytes(damaged(json.dumps(value).encode(), random.Random(seed)))
         tried(lambda: open_files([path], ByteTokenizer()))
 
@@ -383,7 +386,7 @@ def zeros(path: Path, pack: Any, head: bytes, size: int) -> None:
 def test_small_files_that_would_take_gigabytes_are_refused(tmp_path: Path) -> None:
     """In a second and 200 MB each."""
     for name, head in {"line.jsonl": b'{"text": "', "list.json": b'[{"text": "', "text.txt": b""}.items():
-        zeros(tmp_path / f"{name}.zst", lambda path, _: pyarrow.CompressedOutputStream(str(path), "zstd"), head, 1024)
+        zeros(tmp_path / f"{name}.zst", lambda path, _: pyarrow.CompressedOutputStream(str(path), "zstd"), head, 256)
     zeros(tmp_path / "line.jsonl.gz", gzip.open, b'{"text": "', 32)
     for name, size in {"large": 12 << 20, "larger": 40 << 20}.items():
         values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256), pyarrow.array(["x" * size]))
