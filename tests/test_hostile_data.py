@@ -388,7 +388,7 @@ def test_small_files_that_would_take_gigabytes_are_refused(tmp_path: Path) -> No
     for name, head in {"line.jsonl": b'{"text": "', "list.json": b'[{"text": "', "text.txt": b""}.items():
         zeros(tmp_path / f"{name}.zst", lambda path, _: pyarrow.CompressedOutputStream(str(path), "zstd"), head, 256)
     zeros(tmp_path / "line.jsonl.gz", gzip.open, b'{"text": "', 32)
-    for name, size in {"large": 12 << 20, "larger": 40 << 20}.items():
+    for name, size in {"large": 8 << 20, "larger": 40 << 20}.items():
         values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256), pyarrow.array(["x" * size]))
         parquet.write_table(pyarrow.table({"text": values}), tmp_path / f"{name}.parquet", compression="zstd")
     values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 99), pyarrow.array(["x" * (1 << 20)]))
