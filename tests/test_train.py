@@ -289,7 +289,7 @@ def test_epochs_and_jumps_of_the_learning_rate_are_told(
     events = read_metrics(folder / "again", "epoch")
     assert [(event["step"], event["epochs"]) for event in events] == [(s, {str(source): e}) for s, e in starts.items()]
     assert "learning rate" not in first.split("continue")[0]
-    assert "the same command with more train.steps; schedule cosine then raises the learning rate again" in first
+    assert "--set train.steps=6; schedule cosine then raises the learning rate again" in first
     assert "learning rate of step 4: 5.00e-03 with train.steps = 6, 0.00e+00 with the 3 before" in second
     app(["check", str(folder / "tiny.yaml"), *(f"--set={change}" for change in changes)], standalone_mode=False)
     assert f" {figures(24 / windows)} epochs of {source}: {tokens:,} tokens" in capsys.readouterr().out

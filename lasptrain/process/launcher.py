@@ -34,7 +34,7 @@ from lasptrain.parallel import mesh
 from lasptrain.process import signals, watchdog
 from lasptrain.process.environment import joined_ranks
 from lasptrain.process.failure import Failure, first_line, record, report, root_cause, stopped_by, write_final_status
-from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
+from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
 from lasptrain.process.ranks import run_worker
 from lasptrain.recipe.resolve import resolve_mesh
 from lasptrain.recipe.schema import Recipe
@@ -75,9 +75,10 @@ def launch(
         run_worker(recipe, target, place=place)
     with _no_signal_lost():
         nproc = _processes(nproc)
-        recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
-        with open_run(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
-            failure = _attempts(recipe, run, nproc, nodes, target, max_restarts)
+        there = choose(recipe, place)
+        prepared = resolve(recipe.named(there.name), nproc * (nodes.total if nodes else 1), there)
+        with open_run(prepared, there, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
+            failure = _attempts(prepared.recipe, run, nproc, nodes, target, max_restarts)
     return report(failure) if failure else 0
 
 

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.process import watchdog
 from lasptrain.process.failure import failure_of, record, report, write_final_status
-from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
+from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 
@@ -35,11 +35,14 @@ def run_worker(
     try:
         digest = runs.digest(recipe)
         with ExitStack() as stack:
+            opening: AbstractContextManager[Path] = nullcontext(run or Path())
             if not launched and os.environ["LOCAL_RANK"] == "0":
-                recipe = resolve(recipe, int(os.environ["WORLD_SIZE"]))
+                there = choose(recipe, place)
+                prepared = resolve(recipe.named(there.name), int(os.environ["WORLD_SIZE"]), there)
+                recipe, opening = prepared.recipe, open_run(prepared, there, place)
             join_group(timeout=timedelta(seconds=recipe.launch.timeout))
             _agree(digest)
-            run, recipe = _share(run, recipe, lambda: stack.enter_context(open_run(recipe, place)))
+            run, recipe = _share(recipe, lambda: stack.enter_context(opening))
             folders.add(run / runs.RANKS)  # other machines' launchers look there too
             _function(target)(recipe, run)
             dist.destroy_process_group()
@@ -78,12 +81,12 @@ def _agree(digest: str) -> None:
         raise SetupError(f"{found}; give all the same file and --set")
 
 
-def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
+def _share(recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
     """Return rank 0's run folder and recipe. Where rank 0 fails, the others raise RankLostError."""
     found = None
     try:
         if dist.get_rank() == 0:
-            found = (run or find(), recipe)
+            found = (find(), recipe)
     finally:
         found = all_gather_object(found)[0]
     if found is None:

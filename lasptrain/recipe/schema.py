@@ -1,5 +1,6 @@
 """The whole recipe, and the checks between keys of different sections."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Self
 
@@ -8,7 +9,7 @@ from pydantic import BeforeValidator, SerializeAsAny, model_validator
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
 from lasptrain.architectures.nearest import multiples, nearest_fits
-from lasptrain.architectures.section import Name, Problem, Section
+from lasptrain.architectures.section import NAME_PATTERN, Name, Problem, Section
 from lasptrain.recipe.sections import (
     Checkpoint,
     Data,
@@ -61,6 +62,10 @@ class Recipe(Section):
         """The recipe with other values of some keys, unchecked: `replace(train={"segment": 4096})`."""
         changed = {name: getattr(self, name).model_copy(update=dict(keys)) for name, keys in sections.items()}
         return self.model_copy(update=changed)
+
+    def named(self, name: str) -> Self:
+        """The recipe under the name of a folder, if a recipe may be called that."""
+        return self.model_copy(update={"name": name}) if re.fullmatch(NAME_PATTERN, name) else self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
