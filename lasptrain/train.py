@@ -158,6 +158,8 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
         finish(saver, metrics)
         raise
     finish(saver, metrics)
+    if number := all_reduce_max(signals.pending()):
+        raise signals.interruption(number, signals.ALL_SAVED)
     return validation
 
 

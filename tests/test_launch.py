@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import re
 import signal
 import socket
@@ -12,21 +13,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import HashStore
 
+from data_tools.prepared import cache_folder, training_tokens
 from lasptrain.errors import CheckpointError, LaspError, NumericalError, SetupError, Stopped
 from lasptrain.process import meeting
 from lasptrain.process.environment import first_host, joined_ranks
-from lasptrain.process.failure import Failure, failure_of, root_cause
+from lasptrain.process.failure import Failure, all_saved, failure_of, root_cause, stopped_by
 from lasptrain.process.launcher import _no_signal_lost, launch
 from lasptrain.process.location import resolve
 from lasptrain.process.signals import ECHO
-from lasptrain.process.watchdog import HUNG, ORPHANED
+from lasptrain.process.watchdog import HUNG, ORPHANED, PULSE, all_left
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
@@ -363,7 +367,7 @@ def test_who_is_waited_for_is_told_every_15_seconds(
 ) -> None:
     clock = Clock()
     come = {20.0: "3", 40.0: "1"}
-    store = dist.HashStore()
+    store = HashStore()
 
     def sleep(seconds: float) -> None:
         clock.seconds += 0.5
@@ -500,6 +504,37 @@ def test_a_hung_rank_is_the_cause_and_one_that_was_forced_to_leave_says_so(tmp_p
     (tmp_path / "1.json").unlink()
     hung = Failure(1, 7, "hung", "rank 1 hung", 2.0)
     assert root_cause({1: -9, 0: 7}, _records(tmp_path, hung)) == hung
+
+
+def test_a_signal_behind_the_last_save_says_that_every_step_is_saved(tmp_path: Path) -> None:
+    """Whatever has become of the ranks: they have left in order, or were killed while they showed the summary."""
+    pulse = tmp_path / f"{PULSE}0"
+    pulse.write_text("17 9 123.0")
+    assert not all_left(tmp_path) and not all_saved(tmp_path)
+    lost = stopped_by(signal.SIGTERM, True, tmp_path, False)
+    assert (lost.code, lost.message) == (143, "stopped before the newest step could be saved")
+    pulse.write_text("0 9 inf".ljust(64))
+    (tmp_path / "status.json").write_text('{"steps": 4, "committed": 2}')
+    assert all_left(tmp_path) and not all_saved(tmp_path)
+    (tmp_path / "status.json").write_text('{"steps": 4, "committed": 4}')
+    assert all_saved(tmp_path)
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        found = stopped_by(number, True, tmp_path, True)
+        assert (found.code, found.message) == (code, f"stopped by {number.name}; every step is saved")
+
+
+def test_a_user_without_home_is_told_what_to_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    data = load(folder / "tiny.yaml").data.model_copy(update={"cache": None})
+    with pytest.raises(SetupError, match=r"data.cache: user \d+ has no account and HOME is not set.*XDG_CACHE_HOME"):
+        cache_folder(data)
+    assert training_tokens(data) is None  # so `check` needs none
+    assert cache_folder(data.model_copy(update={"cache": "there"})) == Path("there")
 
 
 def test_a_rank_that_left_no_record_is_a_bug(tmp_path: Path) -> None:

@@ -34,7 +34,16 @@ from lasptrain.errors import RankLostError, RecipeError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.process import signals, watchdog
 from lasptrain.process.environment import joined_ranks
-from lasptrain.process.failure import Failure, first_line, record, report, root_cause, stopped_by, write_final_status
+from lasptrain.process.failure import (
+    Failure,
+    all_saved,
+    first_line,
+    record,
+    report,
+    root_cause,
+    stopped_by,
+    write_final_status,
+)
 from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
 from lasptrain.process.meeting import connect, meet
 from lasptrain.process.ranks import run_worker
@@ -184,7 +193,8 @@ def _agent(
         return root_cause(codes, records)
     except SignalException as error:
         began = any(folder.glob(f"{watchdog.PULSE}*"))
-        return stopped_by(signals.interruption(error.sigval, "training had not begun"), began, records)
+        saved = watchdog.all_left(folder) or (run is not None and all_saved(run))
+        return stopped_by(error.sigval, began, records, saved)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
