@@ -14,7 +14,11 @@ import torch
 from lasptrain import train
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.checkpoint.steps import committed
+from lasptrain.convert import card
+from lasptrain.convert.export import export
 from lasptrain.errors import CheckpointError, DataError, NumericalError
+from lasptrain.eval.main import evaluate
+from lasptrain.eval.runner import EvalConfig
 from lasptrain.process import location
 from lasptrain.process.location import RunLocation
 from lasptrain.recipe.loading import load
@@ -270,3 +274,38 @@ def test_another_tokenizer_is_refused_and_the_same_may_move(group: None, folder:
     assert pretrain("data.tokenizer=b.model", "data.window=16") == run
     with pytest.raises(CheckpointError, match=r"data\.tokenizer: bytes is not the one"):
         pretrain("data.window=16")
+
+
+# The name of a run
+
+
+def test_exports_cards_and_reports_carry_the_name_of_the_run_and_no_path(
+    group: None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a run that --fresh has put beside the one asked for; its name is said first and last."""
+    for _ in range(2):
+        capsys.readouterr()
+        run = pretrain(f"data.source={folder / 'text'}", "train.steps=2", place=RunLocation(Path("dir"), fresh=True))
+    said = capsys.readouterr().out.splitlines()
+    assert run == folder / "dir-2" and said[0] == f"run        {run}"
+    assert said[-1] == f"run        {run}; --run {run} without --fresh goes on with it"
+    assert f"continue   lasptrain pretrain {run}/recipe.yaml --run {run} --set train.steps=4" in said
+    export(Path("dir-2"), Path("out"), "safetensors", check=False)
+    shown = Path("out/README.md").read_text()
+    assert "\n# dir-2\n" in shown and "\n  source: text\n" in shown and str(folder) not in shown
+    asked = EvalConfig(tasks=("copy",), lengths=(64,), samples=1)
+    for place in (Path("dir-2"), Path("out")):
+        assert evaluate(place, asked, folder / f"eval-{place}", 64, 1)["name"] == "dir-2"
+        assert "<h1>dir-2 after 2 steps</h1>" in (folder / f"eval-{place}" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/me/text", "text"),
+        ("repositories:/home/me/code/", "repositories:code"),
+        ("python:source", "python:source"),
+    ],
+)
+def test_names_instead_of_paths(path: str, name: str) -> None:
+    assert card._name(path) == name
