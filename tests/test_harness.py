@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lasptrain.errors import RecipeError
 from lasptrain.eval.inference import Reader
 from lasptrain.eval.load import Trained
 from lasptrain.recipe.loading import load
+from tests.program import ROOT
 from tests.test_convert import MODELS, make_run
 from tests.test_eval import tiny
 from tests.test_recipe import RECIPES
@@ -122,6 +125,14 @@ def test_several_texts_are_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows == [3, 1]  # a context is read once
     with pytest.raises(RecipeError, match="--batch_size: found '0'; expected a number from 1, or auto"):
         harness(batch_size="0")
+
+
+def test_the_harness_finds_the_model_by_an_entry_point() -> None:
+    from lasptrain.eval.harness import Harness
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = EntryPoint("lasptrain", project["entry-points"]["lm_eval.models"]["lasptrain"], "lm_eval.models")
+    assert named.load() is Harness
 
 
 def test_options_that_are_not_applied_are_told_once(caplog: pytest.LogCaptureFixture) -> None:

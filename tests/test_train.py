@@ -198,6 +198,15 @@ def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> 
     assert losses(folder / "nodes") == pytest.approx(undisturbed, rel=2e-5)
 
 
+@pytest.mark.slow
+def test_a_new_run_begins_with_the_weights_of_another(folder: Path, undisturbed: list[float]) -> None:
+    """On another mesh too; with an order of windows that the old run may not have."""
+    new = ["--from", "undisturbed@4", "--with-optimizer", "--nproc", "2", "--set", "data.seed=1"]
+    said = pretrain(folder, "new", *new, "--set", "train.steps=1")
+    assert f"begins with the weights and the optimizer of {folder}/undisturbed@4\n" in said
+    assert losses(folder / "new")[0] < undisturbed[0]
+
+
 def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
     job = build(recipe)
     train.train_step(job, 0)
