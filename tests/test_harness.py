@@ -104,6 +104,9 @@ def test_batches_answer_as_texts_one_by_one_and_in_the_order_asked(batch_size: i
     want, got = (m.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for m in (alone, together))
     assert [value for value, _ in got] == pytest.approx([value for value, _ in want], rel=1e-4)
     assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
+    documents = requests("loglikelihood_rolling", *((one,) for one in TEXTS))
+    want, got = (m.loglikelihood_rolling(documents) for m in (alone, together))
+    assert got == pytest.approx(want, rel=1e-4)
     asked = [
         (one, {"until": ["\n", ""], "max_gen_toks": 4 + 4 * (i % 2), "temperature": 0}) for i, one in enumerate(TEXTS)
     ]

@@ -99,12 +99,21 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return ln p of each document, read as a whole."""
-        found = []
-        for (text,) in (request.args for request in requests):
-            ids = torch.tensor(self.tok_encode(text))
-            found.append(-float(self._reader(1).losses(ids).sum()) if len(ids) > 1 else 0.0)
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+        """Return ln p of each document, read as a whole; those that fit into a segment together are read together."""
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        found = [0.0] * len(texts)
+        for batch in self._batches([len(text) for text in texts]):
+            asked = [number for number in batch if len(texts[number]) > 1]
+            if len(asked) * len(texts[batch[0]]) <= self.segment and len(asked) > 1:
+                past = self._read([[self.eot_token_id]] * len(asked))
+                scores = self._reader(len(asked)).score_batch(past, [texts[number][1:] for number in asked])
+                values = [value for value, _greedy in scores]
+            else:
+                values = [-float(self._reader(1).losses(torch.tensor(texts[number])).sum()) for number in asked]
+            for number, value in zip(asked, values, strict=True):
+                found[number] = value
+        for request, value in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -21,7 +21,7 @@ from lasptrain.errors import SetupError
 T = TypeVar("T")
 TELL = 15.0  # seconds between lines about what is waited for
 LOOK = 0.05  # seconds between looks
-HANDSHAKE = timedelta(seconds=15)  # of a store that is there
+HANDSHAKE = timedelta(seconds=60)  # of a store that is there
 
 
 class Waiting:
