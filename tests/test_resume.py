@@ -245,6 +245,18 @@ def test_text_that_moved_is_the_same_and_text_that_changed_is_told(
         pretrain("data.source=third/corpus", "train.steps=8")
 
 
+def test_a_run_that_remembers_no_data_says_that_its_text_has_changed(group: None, folder: Path) -> None:
+    run = pretrain("train.steps=2")
+    (run / "data.json").unlink()
+    assert pretrain("train.steps=3") == run and (run / "data.json").is_file()
+    (run / "data.json").unlink()
+    Path("text/more.txt").write_text("One more.")
+    with pytest.raises(
+        CheckpointError, match=r"content: '\w+', now '\w+'\n  so the text of data\.source, or .* changed"
+    ):
+        pretrain()
+
+
 def test_a_file_of_another_name_is_known_by_its_content(group: None, folder: Path) -> None:
     Path("one.jsonl").write_text("".join(json.dumps({"text": f"Word {i} after word. " * 20}) + "\n" for i in range(40)))
     run = pretrain("data.source=one.jsonl", "train.steps=2")

@@ -206,9 +206,12 @@ def compare_meta(folder: Path, expect: Json, meta: Json) -> None:
 
     Data are compared by `content`, or by `dataset` where the checkpoint is of before there was a `content`.
     """
-    expect = {key: value for key, value in expect.items() if key != ("dataset" if "content" in meta else "content")}
+    data, other = ("content", "dataset") if "content" in meta else ("dataset", "content")
+    expect = {key: value for key, value in expect.items() if key != other}
     saved, now = dict(_leaves(meta)), dict(_leaves(json.loads(json.dumps(expect))))
     lines = [f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+    if data in now and saved.get(data) != now[data]:
+        lines.append("so the text of data.source, or the way it is prepared, has changed since")
     if lines:
         raise CheckpointError("\n  ".join([f"{folder} is of another run:", *lines]))
 

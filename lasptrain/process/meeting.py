@@ -71,20 +71,22 @@ def connect(host: str, port: int, first: str, *, hosts: bool, timeout: float, qu
     """
     if hosts:
         return TCPStore(host, port, None, True, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True)
-    waiting = Waiting(lambda: f"{first} at {host}:{port}", timeout, quiet=quiet)
-    while not patiently(lambda: _listens(host, port), waiting):
+    reason: str | None = ""
+    waiting = Waiting(lambda: f"{first} at {host}:{port}{f' ({reason})' if reason else ''}", timeout, quiet=quiet)
+    while (reason := patiently(lambda: _refusal(host, port), waiting)) is not None:
         waiting.step()
     store = patiently(lambda: TCPStore(host, port, None, False, HANDSHAKE, wait_for_workers=False), waiting)
     store.set_timeout(timedelta(seconds=timeout))
     return store
 
 
-def _listens(host: str, port: int) -> bool:
+def _refusal(host: str, port: int) -> str | None:
+    """The reason why nobody is heard at host:port, such as a name that is not known; None where somebody listens."""
     try:
         socket.create_connection((host, port), 5).close()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def meet(store: Store, kind: str, me: int, total: int, place: str, timeout: float, *, quiet: bool = False) -> None:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, SerializeAsAny, model_validator
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
 from lasptrain.architectures.nearest import multiples, nearest_fits
-from lasptrain.architectures.section import NAME_PATTERN, Name, Problem, Section
+from lasptrain.architectures.section import Name, Problem, Section
 from lasptrain.recipe.sections import (
     Checkpoint,
     Data,
@@ -64,8 +64,8 @@ class Recipe(Section):
         return self.model_copy(update=changed)
 
     def named(self, name: str) -> Self:
-        """The recipe under the name of a folder, if a recipe may be called that."""
-        return self.model_copy(update={"name": name}) if re.fullmatch(NAME_PATTERN, name) else self
+        """The recipe under the name of a folder."""
+        return self.model_copy(update={"name": recipe_name(name)})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -73,6 +73,11 @@ class Recipe(Section):
         if found := [problem for section in sections for problem in section.problems()]:
             raise ValueError("\n".join(f"{key}: {text}" for key, text in found))
         return self
+
+
+def recipe_name(text: str) -> str:
+    """Turn a folder's name into a valid recipe name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:100] or "run"
 
 
 SECTIONS: dict[str, type[Section]] = {

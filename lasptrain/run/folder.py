@@ -124,7 +124,7 @@ def differences(there: Recipe, here: Recipe) -> list[str]:
 def changes(there: Mapping[str, Any], here: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the keys of a recipe, as JSON, that have another value here, with both values."""
     old, new = _flat(dict(there)), _flat(here.model_dump(mode="json"))
-    return {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
+    return {key: (old[key], value) for key, value in new.items() if key in old and old[key] != value}
 
 
 def digest(recipe: Recipe) -> str:
