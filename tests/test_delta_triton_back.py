@@ -46,7 +46,7 @@ def kept(x: Case, length: int, maps: bool = True) -> list[Tensor]:
 def backward(x: Case, handed_on: bool = True, maps: bool = True, wanted: int = 2) -> dict[str, Tensor]:
     """All three functions on one slice."""
     from lasptrain.ops import delta_triton as triton
-    from lasptrain.ops.delta_triton_forward import cut
+    from lasptrain.ops.delta_triton_slice import cut
 
     given = (x.beta, x.log_decay, x.doc_ids)
     left = kept(x, cut(x.k, x.v).length, maps)

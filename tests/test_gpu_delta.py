@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lasptrain.ops import delta_chunked
-from lasptrain.ops.delta_triton_forward import LAUNCHES, cut
+from lasptrain.ops.delta_triton_forward import LAUNCHES
+from lasptrain.ops.delta_triton_slice import cut
 from tests.test_delta import Case, low, make, measured
 from tests.test_delta_triton import Scene, error, forward
 

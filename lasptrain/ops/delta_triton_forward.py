@@ -16,31 +16,25 @@ Of a slice in n chunks of 64 tokens and NB blocks, made forward and read again b
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lasptrain.ops import delta_triton_kernels
+from lasptrain.ops import delta_hopper, delta_triton_kernels
 from lasptrain.ops.delta_reference import linear_like, state_like
+from lasptrain.ops.delta_triton_slice import CHUNK, Cut, Given, cut, inverse_rows, measured, readable, shared_memory
 from lasptrain.ops.reference import if_wanted
 from lasptrain.ops.triton_launch import (
     DTYPES,
-    PROGRAMS,
-    SHORTEST_BLOCK,
     Launch,
     _aligned,
     _as,
-    _documents,
-    _logarithms,
     _rows,
     run,
 )
 
-CHUNK, BASE, LEVELS = 64, 16, 2  # rows of a chunk; of the blocks of its matrix that are inverted first
+BASE, LEVELS = 16, 2  # a chunk's matrix is inverted from blocks of 16 rows, twice doubled
 PART = 16  # columns of the state per program that scans blocks
 
 Program = Literal["invert", "summarize", "walk", "scan"]
@@ -64,67 +58,9 @@ EXACT = Launch(CHUNK, 32, 8, 1)
 SCAN = Launch(0, PART, 8, 1)
 
 
-class Cut(NamedTuple):
-    """A slice [B, T, H, K or V], cut into `blocks` blocks of `length` tokens."""
-
-    batch: int
-    tokens: int
-    heads: int
-    group: int  # value heads that read one key head
-    keys: int
-    values: int
-    blocks: int
-    length: int
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of the slice."""
-        return -(-self.tokens // CHUNK)
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Powers of two that hold K and V."""
-        return width(self.keys), width(self.values)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """T, H, NB, L of the programs."""
-        return self.tokens, self.heads, self.blocks, self.length
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Widths and dims of the programs."""
-        keys, values = self.widths
-        return {"K": keys, "V": values, "KEYS": self.keys, "VALUES": self.values}
-
-    def grid(self, tiles: int = 1) -> tuple[int, int, int]:
-        """One program per block, head and tile."""
-        return self.batch * self.blocks * self.heads * tiles, 1, 1
-
-
-def width(dim: int) -> int:
-    """Return the power of two, at least 64, that holds `dim`: narrower rows came out wrong on Hopper (Triton 3.6)."""
-    return 1 << max(64 - 1, dim - 1).bit_length()
-
-
-def cut(k: Tensor, v: Tensor) -> Cut:
-    """Return how the slice of keys and values is cut. Raises ValueError for dims that the programs do not hold."""
-    (b, t, key_heads, kdim), (heads, vdim) = k.shape, v.shape[2:]
-    return _cut(int(b), int(t), int(key_heads), int(heads), int(kdim), int(vdim))
-
-
-@lru_cache(maxsize=1024)
-def _cut(b: int, t: int, key_heads: int, h: int, kdim: int, vdim: int) -> Cut:
-    if kdim > 128 or vdim > 256:
-        raise ValueError(f"K and V of the delta rule's triton kernel reach 128 and 256, found {kdim} and {vdim}")
-    blocks = max(1, min(PROGRAMS // (b * h), triton.cdiv(t, SHORTEST_BLOCK)))
-    length = triton.cdiv(triton.cdiv(t, blocks), CHUNK) * CHUNK
-    return Cut(b, t, h, h // key_heads, kdim, vdim, triton.cdiv(t, length), length)
-
-
 def launch_of(program: Program, s: Cut, like: Tensor) -> Launch:
     """Return the launch parameters of a program, for inputs like that."""
-    return _launch(program, s, like.dtype, _memory(like.device.index) if like.is_cuda else LARGE)
+    return _launch(program, s, like.dtype, shared_memory(like.device.index) if like.is_cuda else LARGE)
 
 
 @lru_cache(maxsize=1024)
@@ -135,12 +71,6 @@ def _launch(program: Program, s: Cut, dtype: torch.dtype, memory: int) -> Launch
     size = program, min(128, max(keys, values))
     launch = EXACT if dtype == torch.float32 else LAUNCHES[size] if memory >= LARGE else SMALL.get(size, LAUNCHES[size])
     return launch._replace(tile=min(launch.tile, keys, values))
-
-
-@lru_cache(maxsize=64)
-def _memory(device: int) -> int:
-    """Return the bytes of shared memory that a program on that GPU can have."""
-    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def inverse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -193,77 +123,6 @@ def _maps_like(k: Tensor, v: Tensor, wanted: int) -> Tensor:
     return maps_like(k, v) if wanted == 2 else kept_maps_like(k, v)
 
 
-def readable(x: Tensor) -> Tensor:
-    """Return x [B, T, H, ·] as TMA reads it: rows of whole 16 bytes, and aligned to them."""
-    unit = 16 // x.dtype.itemsize
-    if x.data_ptr() % 16 == 0 and _in_units(unit, x.shape[-1], x.stride()):
-        return x
-    missing = -x.shape[-1] % unit
-    return F.pad(x, (0, missing)) if missing else x.clone(memory_format=torch.contiguous_format)
-
-
-@lru_cache(maxsize=1024)
-def _in_units(unit: int, dim: int, strides: tuple[int, ...]) -> bool:
-    return dim % unit == 0 and strides[-1] == 1 and all(s > 0 and s % unit == 0 for s in strides[:-1])
-
-
-def inverse_rows(inverse: Tensor) -> TensorDescriptor:
-    """Return a descriptor of T of chunks, as rows of one matrix per head: [B, n · 64, H, 64], in blocks of a chunk."""
-    return _rows(inverse.flatten(2, 3).transpose(1, 2), CHUNK, CHUNK)
-
-
-def betas(beta: Tensor) -> Tensor:
-    """Return β as the programs read it."""
-    return _aligned(_as(beta, torch.float32))
-
-
-def check(beta: Tensor | None, log_decay: Tensor | None) -> Tensor:
-    """Return β. Raises ValueError for a recurrence that the programs are not for."""
-    if beta is None or (log_decay is not None and log_decay.dim() == 4):
-        found = "no beta" if beta is None else "a decay per channel"
-        raise ValueError(f"the delta rule's triton kernel takes beta and a decay per head, found {found}; use chunked")
-    return beta
-
-
-class Given(NamedTuple):
-    """A slice as the programs read it."""
-
-    s: Cut
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    log_decay: Tensor | None
-    doc_ids: Tensor | None
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, doc_ids: Tensor | None) -> Given:
-        """Raises ValueError for a recurrence that the programs are not for."""
-        return cls(
-            cut(k, v),
-            readable(k),
-            readable(v),
-            betas(check(beta, log_decay)),
-            None if log_decay is None else _logarithms(log_decay),
-            None if doc_ids is None else _documents(doc_ids),
-        )
-
-    @property
-    def gates(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """BETA, LOG_DECAY and DOC of the programs."""
-        return self.beta, self.log_decay, self.doc_ids
-
-    @property
-    def constants(self) -> dict[str, int | bool]:
-        """C; GROUP; DECAY, 0 none, 1 constant per head, 2 per token; DOCS."""
-        kind = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 1 else 2
-        return {"C": CHUNK, "GROUP": self.s.group, "DECAY": kind, "DOCS": self.doc_ids is not None}
-
-    @property
-    def forgets(self) -> bool:
-        """True if there are decays or documents."""
-        return self.log_decay is not None or self.doc_ids is not None
-
-
 def invert(x: Given, inverse: Tensor, sums: Tensor | None = None) -> None:
     """Write T of each chunk to `inverse`, and the log2 of its decay to `sums` [B, H, n], if they are given."""
     s, (keys, _) = x.s, x.s.widths
@@ -286,6 +145,10 @@ def invert(x: Given, inverse: Tensor, sums: Tensor | None = None) -> None:
 def _summarize(x: Given, inverse: Tensor, added: Tensor, maps: Tensor | None) -> None:
     """Write T of each chunk to `inverse`, what each block adds to `added`, and to `maps`, if given, its map."""
     s, (keys, values) = x.s, x.s.widths
+    if delta_hopper.fits(s, x.k):
+        invert(x, inverse)
+        delta_hopper.summarize(x, inverse, measured(x), added, maps)
+        return
     sums = added.new_empty((s.batch, s.heads, s.chunks)) if x.forgets else None
     invert(x, inverse, sums)
     launch = launch_of("summarize", s, x.k)
@@ -344,6 +207,8 @@ def _scan(
 def _walk(x: Given, q: Tensor, inverse: Tensor, prefix: Tensor) -> Tensor:
     """Return the outputs [B, T, H, V], and write the state behind the last block to `prefix`."""
     s, (keys, values) = x.s, x.s.widths
+    if delta_hopper.fits(s, x.k):
+        return delta_hopper.walk(x, q, inverse, measured(x), prefix)
     launch = launch_of("walk", s, x.k)
     out = x.v.new_empty(x.v.shape)
     run(
