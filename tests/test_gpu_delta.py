@@ -27,6 +27,8 @@ SCENES = [
     Scene("gdn_head", 300, 64, 64, decays="strong", heads=(1, 2, 6)),
     Scene("delta", 1500, 128, 128, (700,), beta=0.02),
     Scene("delta", 300, 64, 128, beta=0.0),
+    Scene("gdn", 300, 128, 128, (90,), beta=0.0),
+    Scene("gdn", 40_000, 128, 128, (10_000, 10_001), beta=0.05, heads=(1, 1, 2)),
     Scene("gdn", 200, 128, 128, tuple(range(0, 200, 7)), heads=(1, 1, 300)),  # one block
 ]
 HALVES = ["forward", "both"] if find_spec("lasptrain.ops.delta_triton_back") else ["forward"]

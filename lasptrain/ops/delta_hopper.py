@@ -28,7 +28,7 @@ from lasptrain.ops.triton_launch import Launch, run
 
 DIM = 128  # of keys and values
 WALK = Launch(CHUNK, DIM, 8, 1)
-INPUTS = Launch(CHUNK, DIM, 4, 1)
+CHUNKWISE = Launch(CHUNK, DIM, 4, 1)
 FINISH = Launch(CHUNK, 0, 1, 1)
 PARTS, SUMS = 2, 9  # programs per chunk that compute gradients of inputs; rows of sums that each leaves
 
@@ -85,6 +85,22 @@ def _flat(x: Tensor, rows: int, columns: int) -> Any:
 def _inverse(inverse: Tensor) -> Any:
     rows = inverse_rows(inverse)
     return _descriptor()(rows.base, rows.shape, rows.strides, rows.block_shape)
+
+
+def invert(x: Given, inverse: Tensor) -> None:
+    """Write T of each chunk to `inverse`."""
+    run(
+        _programs().invert_chunks,
+        x.k,
+        (x.s.batch * x.s.chunks * x.s.heads, 1, 1),
+        CHUNKWISE,
+        {"GROUP": x.s.group},
+        _rows(x.k),
+        _inverse(inverse),
+        x.beta,
+        x.s.tokens,
+        x.s.heads,
+    )
 
 
 def summarize(x: Given, inverse: Tensor, gates: Tensor, added: Tensor, maps: Tensor | None) -> None:
@@ -220,7 +236,7 @@ def input_gradients(
         _programs().input_gradients,
         k,
         (s.batch * s.chunks * s.heads * PARTS, 1, 1),
-        INPUTS,
+        CHUNKWISE,
         {"GROUP": s.group, "FLOWS": bool(flow)},
         _rows(readable(q), CHUNK),
         _rows(k, CHUNK),

@@ -43,11 +43,15 @@ PAIRS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4,
 QUARTER = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 OF_WIDE = gl.constexpr(gl.DotOperandLayout(0, WIDE.value, 2))
 OF_TALL = gl.constexpr(gl.DotOperandLayout(0, TALL.value, 2))
+OF_QUARTER = gl.constexpr(gl.DotOperandLayout(0, QUARTER.value, 2))
+COLUMNS = gl.constexpr(gl.BlockedLayout([16, 1, 1], [1, 2, 16], [1, 2, 2], [2, 1, 0]))  # of blocks: one each thread's
+SPREAD = gl.constexpr(gl.BlockedLayout([1, 4, 8], [16, 1, 2], [4, 1, 1], [2, 1, 0]))
 EACH = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))  # [C, K] by 8 warps
 EACH_PAIR = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # [C, C] by 8 warps
 EACH_QUARTER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # [·, C] by 4 warps
 VECTOR = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 
@@ -204,6 +208,74 @@ def _reach(GATES, at, chunks):
         reach += gl.sum(((before >= NOTHING_LOG2) & (chunk < chunks)).to(gl.int32), 0)
         passed += gl.sum(each, 0)
     return reach
+
+
+@gluon.jit
+def _on_diagonal(blocks):
+    """Read blocks [16, 4, 16] (row, block, column) as those on the diagonal of [C, C]."""
+    each = blocks.permute((1, 0, 2)).reshape((C, 1, 16)).load(SPREAD)
+    row = gl.arange(0, C, layout=gl.SliceLayout(1, gl.SliceLayout(2, SPREAD)))
+    block = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPREAD)))
+    own = gl.expand_dims(row[:, None], 2) // 16 == gl.expand_dims(block[None, :], 2)
+    return gl.reshape(gl.where(own, each, 0.0), [C, C])
+
+
+@gluon.jit(do_not_specialize=["T", "H"])
+def invert_chunks(k, inverse, BETA, T, H, GROUP: gl.constexpr):
+    """Write T of each chunk and value head to `inverse`; grid B·n·H.
+
+    Blocks of 16 rows on the diagonal are inverted by substitution, each column by one thread; then each pair of
+    neighbours gets the block below, in products of fp16.
+    """
+    chunk, head, batch = _place((T + C - 1) // C, H)
+    t = chunk * C
+    sk = gl.allocate_shared_memory(gl.bfloat16, [C, D], TILE)
+    diagonal = gl.allocate_shared_memory(gl.float32, [16, 4, 16], CUBE)
+    below = gl.allocate_shared_memory(gl.float16, [C, C], TILE)
+    made = gl.allocate_shared_memory(gl.float16, [C, C], TILE)
+    bar = _barriers(1).index(0)
+    mbarrier.expect(bar, C * D * 2)
+    _load(k, [batch, head // GROUP, t, 0], bar, sk)
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, QUARTER))
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, QUARTER))
+    beta = gl.load(BETA + (batch.to(gl.int64) * T + t + i) * H + head, mask=t + i < T, other=0.0)
+    mbarrier.wait(bar, 0)
+    a = warpgroup_mma(sk, sk.permute((1, 0)), _zeros(C, C, QUARTER), is_async=True)
+    a = warpgroup_mma_wait(0, deps=[a])
+    a = gl.where(i[:, None] > j[None, :], a * beta[:, None], 0.0)
+    near = gl.where((i[:, None] // 16) == (j[None, :] // 16), a, 0.0)
+    diagonal.permute((1, 0, 2)).store(gl.sum(gl.reshape(near, [4, 16, 4, 16]), 2))
+    _barrier()
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, gl.SliceLayout(2, COLUMNS)))
+    row = gl.expand_dims(row[:, None], 2)
+    column = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))
+    column = gl.expand_dims(column[None, :], 1)
+    done = gl.where(row == column, 1.0, gl.zeros([16, 4, 16], gl.float32, COLUMNS))
+    for step in gl.static_range(1, 16):
+        factors = diagonal.slice(step, 1, dim=0).permute((2, 1, 0)).load(COLUMNS)
+        sums = gl.sum(factors * done, 0)
+        done = gl.where(row == step, done - gl.expand_dims(sums, 0), done)
+    _barrier()
+    diagonal.store(done)
+    _barrier()
+    made.store(_on_diagonal(diagonal).to(gl.float16))
+    for level in gl.static_range(2):
+        half_i = i[:, None] // (16 << level)
+        half_j = j[None, :] // (16 << level)
+        pair = (half_i // 2 == half_j // 2) & (half_i > half_j)
+        below.store(gl.where(pair, a, 0.0).to(gl.float16))
+        _published()
+        left = warpgroup_mma(made, below, _zeros(C, C, QUARTER), is_async=True)
+        left = warpgroup_mma_wait(0, deps=[left])
+        left = gl.convert_layout(left.to(gl.float16), OF_QUARTER)
+        product = warpgroup_mma(left, made, _zeros(C, C, QUARTER), is_async=True)
+        whole = made.load(QUARTER).to(gl.float32)
+        product = warpgroup_mma_wait(0, deps=[product])
+        _barrier()
+        made.store((whole - product).to(gl.float16))
+    _published()
+    _store(inverse, [batch, head, t, 0], made)
+    tma.store_wait(0)
 
 
 @gluon.jit

@@ -32,7 +32,6 @@ from lasptrain.ops.delta_triton_slice import (
     flat,
     flow_like,
     inverse_rows,
-    measured,
     padded,
     pairs_like,
     readable,
@@ -103,7 +102,7 @@ class _Slice(NamedTuple):
         kept: list[Tensor],
     ) -> _Slice:
         x = Given.of(k, v, beta, log_decay, doc_ids)
-        return cls(x.s, x.k, x.v, kept[0], measured(x), per_token(log_decay))
+        return cls(x.s, x.k, x.v, kept[0], kept[3], per_token(log_decay))
 
     @property
     def lines(self) -> tuple[int, int]:

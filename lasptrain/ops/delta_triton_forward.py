@@ -8,9 +8,10 @@ Of a slice in n chunks of 64 tokens and NB blocks, made forward and read again b
 | `added` | [B, H, NB, V, K] fp32 | state that each block adds, transposed |
 | `maps` | [B, H, NB, K, K] fp32 | what each block does to a state, from the left |
 | `prefix` | [B, H, NB + 1, V, K] fp32 | state that enters each block, and the last one, transposed |
+| `gates` | [B, H, n, 6, 64] fp32 | what `measure_decays` knows of decays, documents and β of each token |
 
-`blocks` is (inverse, added, maps), `kept` is (inverse, prefix, maps). A slice of one block needs neither `added` nor
-`maps` for its outputs: `kept` has no maps then, and `summarize` makes what is wanted of them.
+`blocks` is (inverse, added, maps), `kept` is (inverse, prefix, maps, gates). A slice of one block needs neither
+`added` nor `maps` for its outputs: `kept` has no maps then, and `summarize` makes what is wanted of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from torch import Tensor
 
 from lasptrain.ops import delta_hopper, delta_triton_kernels
 from lasptrain.ops.delta_reference import linear_like, state_like
-from lasptrain.ops.delta_triton_slice import CHUNK, Cut, Given, cut, inverse_rows, measured, readable, shared_memory
+from lasptrain.ops.delta_triton_slice import (
+    CHUNK,
+    Cut,
+    Given,
+    cut,
+    gates_like,
+    inverse_rows,
+    measured,
+    readable,
+    shared_memory,
+)
 from lasptrain.ops.reference import if_wanted
 from lasptrain.ops.triton_launch import (
     DTYPES,
@@ -114,8 +125,8 @@ def blocks_like(k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | N
 
 
 def kept_like(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
-    """`kept` of `attend`: T, the states between blocks, and M."""
-    return [inverse_like(k, v), prefix_like(k, v), kept_maps_like(k, v)]
+    """`kept` of `attend`: T, the states between blocks, M, and what is known of decays and β."""
+    return [inverse_like(k, v), prefix_like(k, v), kept_maps_like(k, v), gates_like(k, cut(k, v))]
 
 
 def _maps_like(k: Tensor, v: Tensor, wanted: int) -> Tensor:
@@ -126,6 +137,9 @@ def _maps_like(k: Tensor, v: Tensor, wanted: int) -> Tensor:
 def invert(x: Given, inverse: Tensor, sums: Tensor | None = None) -> None:
     """Write T of each chunk to `inverse`, and the log2 of its decay to `sums` [B, H, n], if they are given."""
     s, (keys, _) = x.s, x.s.widths
+    if sums is None and delta_hopper.fits(s, x.k):
+        delta_hopper.invert(x, inverse)
+        return
     run(
         delta_triton_kernels.invert_chunks,
         x.k,
@@ -142,12 +156,15 @@ def invert(x: Given, inverse: Tensor, sums: Tensor | None = None) -> None:
     )
 
 
-def _summarize(x: Given, inverse: Tensor, added: Tensor, maps: Tensor | None) -> None:
-    """Write T of each chunk to `inverse`, what each block adds to `added`, and to `maps`, if given, its map."""
+def _summarize(x: Given, inverse: Tensor, added: Tensor, maps: Tensor | None, gates: Tensor | None = None) -> None:
+    """Write T of each chunk to `inverse`, what each block adds to `added`, and to `maps`, if given, its map.
+
+    `gates` are measured if they are needed and not given.
+    """
     s, (keys, values) = x.s, x.s.widths
     if delta_hopper.fits(s, x.k):
         invert(x, inverse)
-        delta_hopper.summarize(x, inverse, measured(x), added, maps)
+        delta_hopper.summarize(x, inverse, measured(x) if gates is None else gates, added, maps)
         return
     sums = added.new_empty((s.batch, s.heads, s.chunks)) if x.forgets else None
     invert(x, inverse, sums)
@@ -204,11 +221,11 @@ def _scan(
     )
 
 
-def _walk(x: Given, q: Tensor, inverse: Tensor, prefix: Tensor) -> Tensor:
+def _walk(x: Given, q: Tensor, inverse: Tensor, prefix: Tensor, gates: Tensor) -> Tensor:
     """Return the outputs [B, T, H, V], and write the state behind the last block to `prefix`."""
     s, (keys, values) = x.s, x.s.widths
     if delta_hopper.fits(s, x.k):
-        return delta_hopper.walk(x, q, inverse, measured(x), prefix)
+        return delta_hopper.walk(x, q, inverse, gates, prefix)
     launch = launch_of("walk", s, x.k)
     out = x.v.new_empty(x.v.shape)
     run(
@@ -257,7 +274,8 @@ def attend(
     blocks: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     x = Given.of(k, v, beta, log_decay, doc_ids)
-    inverse, prefix, maps = kept_like(q, k, v, beta, log_decay)
+    inverse, prefix, maps, gates = kept_like(q, k, v, beta, log_decay)
+    measured(x, gates)
     if blocks:  # copied, because an operator may not return what it was given
         added = blocks[1]
         inverse.copy_(blocks[0])
@@ -266,8 +284,8 @@ def attend(
     else:
         added = added_like(k, v)
         if x.s.blocks > 1:
-            _summarize(x, inverse, added, maps)
+            _summarize(x, inverse, added, maps, gates)
         else:
             invert(x, inverse)
     _scan(x.s, added, maps, initial_state, prefix, None, None)
-    return _walk(x, q, inverse, prefix), [inverse, prefix, maps]
+    return _walk(x, q, inverse, prefix, gates), [inverse, prefix, maps, gates]

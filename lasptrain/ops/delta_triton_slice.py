@@ -169,10 +169,14 @@ class Given(NamedTuple):
         return self.log_decay is not None or self.doc_ids is not None
 
 
-def measured(x: Given) -> Tensor:
-    """Return what the programs need to know of decays, documents and beta: six numbers per token of each chunk."""
-    s = x.s
-    numbers = x.beta.new_empty((s.batch, s.heads, s.chunks, 6, CHUNK))
+def gates_like(like: Tensor, s: Cut) -> Tensor:
+    """An empty result of `measured`: six numbers per token of each chunk, [B, H, n, 6, C] fp32."""
+    return like.new_empty((s.batch, s.heads, s.chunks, 6, CHUNK), dtype=torch.float32)
+
+
+def measured(x: Given, gates: Tensor | None = None) -> Tensor:
+    """Return what the programs need to know of decays, documents and β, written to `gates` if that is given."""
+    s, gates = x.s, gates_like(x.k, x.s) if gates is None else gates
     run(
         delta_triton_kernels.measure_decays,
         x.beta,
@@ -180,11 +184,11 @@ def measured(x: Given) -> Tensor:
         MEASURE,
         {name: x.constants[name] for name in ("C", "DECAY", "DOCS")},
         *x.gates,
-        numbers,
+        gates,
         s.tokens,
         s.heads,
     )
-    return numbers
+    return gates
 
 
 def states_like(like: Tensor, s: Cut) -> Tensor:
