@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasptrain.models.layers import unit
 from lasptrain.models.start import Start
-from lasptrain.ops.convolution import short_convolution
+from lasptrain.ops.convolution import TAPS, short_convolution
 
 # Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -51,7 +51,8 @@ class ConvWeights(NamedTuple):
         """
         channels = [x.shape[-1] for x in parts]
         rows = before.split(channels, dim=-1)
-        call = ConvWeights.fused if kernel == "triton" else partial(again, ConvWeights.formed)
+        fits = kernel == "triton" and before.shape[1] < TAPS
+        call = ConvWeights.fused if fits else partial(again, ConvWeights.formed)
         given = zip(self.split(*channels), parts, rows, forms or [Form()] * len(parts), strict=True)
         return [call(w, x, r, doc_ids, form) for w, x, r, form in given]
 

@@ -14,6 +14,8 @@ from torch.library import register_autograd
 
 from lasptrain.ops import LIBRARY, fake, operator
 
+TAPS = 4  # of its Triton form, at most
+
 
 @operator
 def _short_convolution(
@@ -80,7 +82,7 @@ def short_convolution(
     Args:
         x: [B, T, C], on a GPU.
         before: the n rows before x [B, n, C]; zero where they belong to an earlier document than token −1.
-        weight, bias: [C, n + 1], the present token's last, and [C], fp32.
+        weight, bias: [C, n + 1 ≤ TAPS], the present token's last, and [C], fp32.
         doc_ids: [B, T] int32 or int64; document 0 continues from the left. None: one document.
     """
     y: Tensor = _short_convolution(x, before, weight, bias, doc_ids, head, scale)
