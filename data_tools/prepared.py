@@ -13,14 +13,19 @@ from data_tools.sources import Reading
 from lasptrain.console.tables import figures
 from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
+from lasptrain.errors import SetupError
 from lasptrain.files import at_home
 from lasptrain.recipe.sections import Data
 
 
 def cache_folder(data: Data) -> Path:
-    """Folder in which prepared datasets are kept."""
+    """Folder in which prepared datasets are kept. SetupError where there is no home, and no other place is named."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(data.cache or at_home(f"{home}/lasptrain"))
+    folder = data.cache or at_home(f"{home}/lasptrain")
+    if folder.startswith("~"):
+        found = f"user {os.getuid()} has no account and HOME is not set, so there is no ~/.cache"
+        raise SetupError(f"data.cache: {found}; expected it, XDG_CACHE_HOME or HOME to name a folder")
+    return Path(folder)
 
 
 def sources(data: Data) -> list[tuple[str, Fraction]]:
@@ -50,7 +55,11 @@ def preparations(data: Data, progress: Progress | None = None) -> list[Preparati
 
 def training_tokens(data: Data) -> list[int] | None:
     """Tokens to train on of each source; None where one is not prepared yet. Reads no more text than `find_dataset`."""
-    folders = [find_dataset(preparation, cache_folder(data)) for preparation in preparations(data)]
+    try:
+        cache = cache_folder(data)
+    except SetupError:  # so nothing has been prepared there
+        return None
+    folders = [find_dataset(preparation, cache) for preparation in preparations(data)]
     found = [Manifest.load(folder).splits["train"].tokens for folder in folders if folder is not None]
     return found if len(found) == len(folders) else None
 

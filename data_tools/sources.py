@@ -101,6 +101,12 @@ class Source:
             digest.update(os.fsencode(path.relative_to(self.root).as_posix()) + f"\0{content}\n".encode())
         return digest.hexdigest()
 
+    def named(self, name: str) -> str:
+        """SHA-256 as `sha256`, of a single file if it had that name."""
+        (path,) = self.files
+        with naming(path):
+            return hashlib.sha256(os.fsencode(name) + f"\0{sha256(path)}\n".encode()).hexdigest()
+
     def documents(self, reading: Reading, dropped: Counter[str]) -> Iterator[Document]:
         """Read every document that has text; count the others in `dropped`.
 

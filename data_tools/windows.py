@@ -73,8 +73,8 @@ def show_windows(run: Path, step: int | None = None, at: int | None = None) -> t
     if step is not None and step > recipe.train.steps:
         raise RecipeError(f"--step: found {step}; {run / RECIPE} has train.steps = {recipe.train.steps}")
     data, batch = recipe.data, recipe.train.batch
-    dataset = open_dataset(data)
-    parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
+    dataset = open_dataset(data, run=run)
+    parts = dataset.members
     places = [at or 0]
     if step is not None:
         order = dataset.split("train")

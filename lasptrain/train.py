@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.prepared import sources
-from lasptrain.checkpoint.load import load
+from lasptrain.checkpoint.load import load, load_origin
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import remove_partial
 from lasptrain.console.tables import show
@@ -32,6 +32,7 @@ from lasptrain.process import signals, watchdog
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Parallel
 from lasptrain.run import auto
+from lasptrain.run.folder import changes
 from lasptrain.run.metrics import Metrics, Value, mfu
 from lasptrain.training import segments
 from lasptrain.training.job import Job, build, checkpoint_meta, fingerprint_of, validation_loader
@@ -48,7 +49,8 @@ def train(recipe: Recipe, run: Path) -> None:
     NumericalError ends the training, the newest step has been saved.
     """
     place = f"{recipe.mesh.dp} × {recipe.mesh.sp} × {meshes.device_name()}"
-    job = build(auto.load(recipe, run, place))
+    given = recipe
+    job = replace(build(auto.load(recipe, run, place), run=run), given=given)
     is_main = job.mesh.flat.get_rank() == 0
     if is_main:
         choices = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
@@ -59,18 +61,28 @@ def train(recipe: Recipe, run: Path) -> None:
     if is_main:
         remove_partial(run)
     loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
-    start, there = 0, recipe.train.steps
-    if loaded is not None:
+    start, there, changed, origin = 0, recipe.train.steps, {}, None
+    if loaded is None:
+        origin = load_origin(run, job.model, job.optimizer, fingerprint_of(job))
+    else:
         start = loaded.step
         there = known if isinstance(known := loaded.meta.get("steps"), int) else there
+        changed = changes(loaded.meta.get("recipe", {}), given)
         job.guard.restore(loaded.meta.get("guard", {}))
     saver = Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
     steps = recipe.train.steps
     if is_main:
+        if origin is not None:
+            show(f"begins with {origin.what}")
+        show(*(f"{key}: {old} up to step {start}, {new} from there" for key, (old, new) in changed.items()))
         show(*beginning(job, start, there))
         if start >= steps:
             show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
     with signals.deferred(), Metrics(run, steps=steps, start=start, is_main=is_main) as metrics, explain_oom(job):
+        if origin is not None:
+            metrics.begun(start, "origin", run=origin.run.name, from_step=origin.step, optimizer=origin.optimizer)
+        if changed:
+            metrics.begun(start, "changed", keys=changed)
         validation = run_steps(
             replace(job, on_segment=partial(on_segment, watchdog.STARTUP_GRACE)), run, start, saver, metrics
         )
@@ -146,6 +158,8 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
         finish(saver, metrics)
         raise
     finish(saver, metrics)
+    if number := all_reduce_max(signals.pending()):
+        raise signals.interruption(number, signals.ALL_SAVED)
     return validation
 
 
@@ -205,8 +219,9 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
     verdict = job.guard.judge(found["loss"], found["grad_norm"])
     if verdict == "stop":
         raise NumericalError(
-            f"step {step + 1}: {job.guard.reason}; try a lower optim.lr, or guard.nonfinite: skip. The weights are "
-            f"those of step {step}; the windows of step {step + 1} start at tokens {job.loader.window_starts(step)}"
+            f"step {step + 1}: {job.guard.reason}; go on with --set {job.guard.advice} or a lower optim.lr, such as "
+            f"--set optim.lr={recipe.optim.lr / 2:.2g}. The weights are those of step {step}; the windows of step "
+            f"{step + 1} start at tokens {job.loader.window_starts(step)}"
         )
     if verdict in ("accept", "warn"):
         set_learning_rate(job.optimizer, lr)

@@ -162,7 +162,12 @@ def main() -> int:
     restarts = int(os.environ.get("RESTARTS", "0"))
     try:
         return launch(
-            load(recipe, overrides), DEFAULT, int(nproc), nodes, f"tests.fake_train:{target}", max_restarts=restarts
+            load(recipe, overrides),
+            DEFAULT,
+            int(nproc) or None,
+            nodes,
+            f"tests.fake_train:{target}",
+            max_restarts=restarts,
         )
     except LaspError as error:
         sys.stderr.write(f"error: {error}\n")

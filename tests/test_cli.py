@@ -185,6 +185,7 @@ def test_a_mesh_for_another_number_of_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--with-optimizer"], "--with-optimizer: found without --from; expected both"),
         (["--nnodes", "2"], "--rdzv: missing with --nnodes 2; expected HOST:PORT"),
         (["--nnodes", "2", "--node-rank", "2", "--rdzv", "a:1"], "--node-rank: found 2 of --nnodes 2; expected 0 to 1"),
         (["--rdzv", "somewhere"], "--rdzv: found 'somewhere'; expected HOST:PORT"),

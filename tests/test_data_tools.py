@@ -260,10 +260,10 @@ def test_what_is_not_read_is_counted_and_said(tmp_path: Path, capsys: pytest.Cap
     assert "\n  left out     nothing\n" in str(whole)
     recipe = load(RECIPES / "quickstart.yaml", [f"data.source={corpus}", f"data.cache={tmp_path}", "data.validation=0"])
     for _ in range(2):
-        resolve(recipe, 1)
+        resolve(recipe, 1, tmp_path / "run")
         assert capsys.readouterr().err == f"data.source: {corpus}: left out: {said}\n"
     (corpus / "a.jsonl").write_text('{"text": null}\n')
-    resolve(recipe, 1)
+    resolve(recipe, 1, tmp_path / "run")
     dropped = f"data.source: {corpus}: dropped: 1 empty\n"
     assert capsys.readouterr().err == f"{dropped}data.source: {corpus}: left out: {said}\n"
     (corpus / "a.jsonl").unlink()

@@ -46,10 +46,10 @@ def kept(x: Case, length: int, maps: bool = True) -> list[Tensor]:
 def backward(x: Case, handed_on: bool = True, maps: bool = True, wanted: int = 2) -> dict[str, Tensor]:
     """All three functions on one slice."""
     from lasptrain.ops import delta_triton as triton
-    from lasptrain.ops.delta_triton_forward import cut
+    from lasptrain.ops.delta_triton_slice import Given, cut, measured
 
     given = (x.beta, x.log_decay, x.doc_ids)
-    left = kept(x, cut(x.k, x.v).length, maps)
+    left = [*kept(x, cut(x.k, x.v).length, maps), measured(Given.of(x.k, x.v, *given))]
     dinitial, linear, dblocks = triton.grad_initial_state(x.q, x.do, x.k, *given, left, wanted)
     dq, rest = triton.grad_query(x.q, x.k, x.v, x.do, *given, left)
     dk, dv, dbeta, dlog = triton.grad_inputs(

@@ -102,6 +102,7 @@ STOPS: tuple[tuple[str, Any, str, int, int], ...] = (
     ("evaluation", train, "validate", 1, 8),
     ("update", train, "set_learning_rate", 2, 10),
     ("saving", saver, "commit", 1, 12),
+    ("the last save", train, "finish", 1, 14),
 )
 
 
@@ -146,7 +147,7 @@ def flipped(rank: int, recipe: Recipe, run: Path) -> None:
     train.train_step = train_step
 
 
-@pytest.mark.fault("a signal, wherever a run is", times=5)
+@pytest.mark.fault("a signal, wherever a run is", times=6)
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Path, tmp_path: Path, kind: str) -> None:
     for run in (kind, f"{kind}-undisturbed", "flipped"):
@@ -155,6 +156,7 @@ def test_a_signal_to_one_rank_saves_the_newest_step_wherever_it_comes(recipe: Pa
     assert first == second
     for (place, end, step), (*_, saved) in zip(first, STOPS, strict=True):
         assert end.startswith("75 stopped by SIG"), place
+        assert end.endswith("; every step is saved") is (saved == 14), place
         assert step == saved or (place == "saving" and step == 13), place
     assert losses(tmp_path / kind) == losses(tmp_path / f"{kind}-undisturbed")
     assert len(losses(tmp_path / kind)) == 14

@@ -184,7 +184,7 @@ def positive(log_decay: Tensor) -> Tensor:
         ("initial_state", lambda x: x[0], "initial_state: expected [2, 3, 8, 5], found [3, 8, 5]"),
         ("initial_state", lambda x: x.float(), "initial_state: expected torch.float64, found torch.float32"),
         ("kernel", lambda _: "fast", "kernel: expected auto, triton, chunked, reference, found fast"),
-        ("kernel", lambda _: "triton", "kernel: triton needs a CUDA device, found cpu; use chunked or auto"),
+        ("kernel", lambda _: "triton", "kernel: triton needs an NVIDIA GPU, found cpu; use chunked or auto"),
     ],
 )
 def test_misuse_is_refused_by_name(name: str, change: Any, message: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lasptrain.ops import delta_chunked
-from lasptrain.ops.delta_triton_forward import LAUNCHES, cut
+from lasptrain.ops.delta_triton_forward import LAUNCHES
+from lasptrain.ops.delta_triton_slice import cut
 from tests.test_delta import Case, low, make, measured
 from tests.test_delta_triton import Scene, error, forward
 
@@ -26,6 +27,8 @@ SCENES = [
     Scene("gdn_head", 300, 64, 64, decays="strong", heads=(1, 2, 6)),
     Scene("delta", 1500, 128, 128, (700,), beta=0.02),
     Scene("delta", 300, 64, 128, beta=0.0),
+    Scene("gdn", 300, 128, 128, (90,), beta=0.0),
+    Scene("gdn", 40_000, 128, 128, (10_000, 10_001), beta=0.05, heads=(1, 1, 2)),
     Scene("gdn", 200, 128, 128, tuple(range(0, 200, 7)), heads=(1, 1, 300)),  # one block
 ]
 HALVES = ["forward", "both"] if find_spec("lasptrain.ops.delta_triton_back") else ["forward"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasptrain import architectures
+from lasptrain.eval import inference
 from lasptrain.eval.generate import Sampling, choose, decode, generate
 from lasptrain.eval.inference import Reader, join
 from lasptrain.models.language_model import LanguageModel, initial_values
@@ -109,6 +110,40 @@ def test_scores_are_the_training_losses_and_exact_is_greedy_generation() -> None
     assert not reader.score(past, wrong[:-1], wrong)[1][3]
     nats, hits = reader.score(past, answer[:-1], [-100, *answer[1:5], -100])
     assert len(nats) == len(hits) == 4 and hits.all()
+
+
+@pytest.mark.parametrize("arch", ["tnl", "ssd", "linear_transformer", *HYBRIDS])
+def test_texts_of_different_lengths_are_read_scored_and_continued_together_as_alone(arch: Arch) -> None:
+    """Across segments too, and with what stands before the shorter ones poisoned by other tokens."""
+    made = model(arch)
+    texts = [text(n, n)[0].tolist() for n in (70, 33, 70, 1, 37)]
+    padding = [70 - len(one) for one in texts]
+    tokens = torch.tensor([text(70, 99)[0].tolist()[:pad] + one for pad, one in zip(padding, texts, strict=True)])
+    together = Reader(made, segment=33).read(tokens, padding=padding)
+    alone = [Reader(made).read(torch.tensor([one])) for one in texts]
+    for row, one in enumerate(alone):
+        near(together.logits[row], one.logits[0])
+    rows = [3, 0, 3, 4]
+    answers = decode(made, together, 7)
+    assert answers == [decode(made, one, 7)[0] for one in alone]
+    endings = [answers[3], answers[0][:2] + text(5)[0].tolist(), text(1)[0].tolist(), text(12)[0].tolist()]
+    found = Reader(made).score_batch(together.pick(rows), endings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "SCORED", 12)  # three tokens of each at a time
+        in_pieces = Reader(made).score_batch(together.pick(rows), endings)
+    for row, ending, (value, greedy), other in zip(rows, endings, found, in_pieces, strict=True):
+        nats, hits = Reader(made).score(alone[row], ending[:-1], ending)
+        assert value == pytest.approx(-float(nats.sum()), abs=1e-4) == other[0]
+        assert greedy == bool(hits.all()) == other[1]
+    assert [greedy for _, greedy in found][:2] == [True, False]
+    told: list[list[int]] = []
+
+    def ended(row: list[int]) -> bool:
+        told.append(row)
+        return len(row) >= (3 if row[:3] == answers[0][:3] else 4)
+
+    assert decode(made, together, 7, ended=ended) == [row[:4] for row in answers]
+    assert answers[0][:3] in told and answers[0][:4] not in told  # it had ended
 
 
 def test_tokens_are_drawn_from_the_likeliest_by_temperature_and_top_p() -> None:

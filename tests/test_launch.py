@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import re
 import signal
 import socket
@@ -11,24 +12,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import HashStore
 
-from lasptrain.errors import CheckpointError, NumericalError, SetupError, Stopped
-from lasptrain.process.environment import first_host
-from lasptrain.process.failure import Failure, failure_of, root_cause
+from data_tools.prepared import cache_folder, training_tokens
+from lasptrain.errors import CheckpointError, LaspError, NumericalError, SetupError, Stopped
+from lasptrain.process import meeting
+from lasptrain.process.environment import first_host, joined_ranks
+from lasptrain.process.failure import Failure, all_saved, failure_of, root_cause, stopped_by
 from lasptrain.process.launcher import _no_signal_lost, launch
 from lasptrain.process.location import resolve
 from lasptrain.process.signals import ECHO
-from lasptrain.process.watchdog import HUNG, ORPHANED
+from lasptrain.process.watchdog import HUNG, ORPHANED, PULSE, all_left
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 from tests import program
+from tests.clock import Clock
 from tests.gloo import PATIENCE
 from tests.program import Started
 
@@ -251,7 +258,7 @@ def test_a_signal_while_data_is_prepared_ends_at_once(
     assert not list((folder / "cache").rglob("dataset.json")) and not (folder / "runs").exists()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert resolve(load("tiny.yaml"), 1).model.vocab == 320
+    assert resolve(load("tiny.yaml"), 1, folder / "runs").recipe.model.vocab == 320
     assert len(list((folder / "cache").rglob("dataset.json"))) == 1
 
 
@@ -316,9 +323,116 @@ def test_a_port_that_is_taken_is_told(start: Start) -> None:
     assert code == 5 and said.startswith(f"error: --rdzv: no rendezvous at {place}: ") and said.count("\n") == 1, said
 
 
+ALONE: dict[str, tuple[list[str], dict[str, str]]] = {  # in a job of two machines, or a step of four tasks
+    "machine 0": (["agree", "tiny.yaml", "1", "2", "0", "127.0.0.1:PORT"], {}),
+    "machine 1": (["agree", "tiny.yaml", "1", "2", "1", "127.0.0.1:PORT"], {}),
+    "rank 0": (["agree", "tiny.yaml", "0"], {"SLURM_PROCID": "0"}),
+    "rank 2": (["agree", "tiny.yaml", "0"], {"SLURM_PROCID": "2"}),
+}
+
+
+@pytest.mark.parametrize(("who", "number"), list(zip(ALONE, [signal.SIGINT, signal.SIGTERM] * 2, strict=True)))
+@pytest.mark.fault("a signal, wherever a run is")
+def test_a_signal_is_heard_while_others_are_waited_for(folder: Path, start: Start, who: str, number: int) -> None:
+    arguments, variables = ALONE[who]
+    port = str(free_port())
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = slurm | variables if variables else {}
+    alone = start(*(argument.replace("PORT", port) for argument in arguments), **environment)
+    if who.endswith("0"):  # it listens
+        until(lambda: _listens(int(port)) or not alone.process.is_alive())
+    else:  # somebody listens, who is no store, so that it is known to have come
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", int(port)))
+            listening.listen()
+            listening.settimeout(PATIENCE / 10)
+            listening.accept()[0].close()
+    time.sleep(0.2)
+    alone.send(number)
+    began = time.monotonic()
+    code, said = end(alone)
+    assert time.monotonic() - began < 10  # torch would wait for 20 s, `launch.timeout`
+    assert code == (130 if number == signal.SIGINT else 75), said
+    why = "nothing was unsaved" if "rank" in who else "training had not begun"
+    assert said == ("" if who == "rank 2" else f"stopped by {signal.Signals(number).name}; {why}\n")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as trying:
+        return trying.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_who_is_waited_for_is_told_every_15_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    come = {20.0: "3", 40.0: "1"}
+    store = HashStore()
+
+    def sleep(seconds: float) -> None:
+        clock.seconds += 0.5
+        if clock.seconds in come:
+            store.set(f"here/rank/{come[clock.seconds]}", "")
+
+    monkeypatch.setattr(meeting, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+    for rank in ("2", "0"):
+        store.set(f"here/rank/{rank}", "")
+    meeting.meet(store, "rank", 0, 4, "a:1", 100)
+    whom = "of 4 at a:1"
+    told = [f"rank 1, 3 {whom}: 15 s of 100 s", f"rank 1 {whom}: 30 s of 100 s"]
+    assert capsys.readouterr().err == "".join(f"waiting for {line}\n" for line in told)
+    with pytest.raises(SetupError, match=r"waited 30 s for rank 4 of 5 at a:1 in vain \(launch.timeout\)"):
+        meeting.meet(store, "rank", 1, 5, "a:1", 29.6, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "code", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, {}, 5, "RANK=0, WORLD_SIZE=2: found in the environment without LOCAL_RANK, "
+         "MASTER_ADDR, MASTER_PORT; expected all five as torchrun sets them, or none: unset RANK WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}, {}, 5,
+         "WORLD_SIZE=2: found in the environment without RANK; .* unset WORLD_SIZE$"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}, {}, 5,
+         "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR=a, MASTER_PORT=1: no rank of a job; .*"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}, {"nproc": 2}, 2,
+         "--nproc: found where 2 ranks are already started .RANK, .* by torchrun.; expected one of both"),
+        ({"SLURM_STEP_ID": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {"nproc": 2, "max_restarts": 1}, 2,
+         "--nproc, --max-restarts: found where 4 ranks are already started .SLURM_STEP_ID, .* by srun."),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2"}, {}, 5,
+         "SLURM_NTASKS=8, SLURM_JOB_NUM_NODES=2: found without SLURM_STEP_ID, .* expected srun lasptrain pretrain"),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967291"}, {}, 5,
+         "SLURM_NTASKS=8: found without SLURM_STEP_ID.*or --nproc N, for N ranks on this machine alone"),
+    ],
+)  # fmt: skip
+def test_ranks_that_nobody_has_started_are_not_joined(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], options: dict[str, int], code: int,
+    message: str,
+) -> None:  # fmt: skip
+    for name in program.FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaspError, match=message) as refused:
+        launch(load(folder / "tiny.yaml"), **options)  # type: ignore[arg-type]
+    assert refused.value.code == code and "\n" not in str(refused.value)
+
+
+def test_inside_an_allocation_ranks_of_its_own_are_started_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in program.FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    one = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for variables, alone in ((batch, True), (batch | {"SLURM_NTASKS": "1"}, False), (one, False), ({}, False)):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert joined_ranks(alone) is None
+
+
 @pytest.mark.slow
 def test_under_torchrun_it_joins(folder: Path, start: Start) -> None:
-    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "tests.fake_train", "agree", "tiny.yaml", "8"]
+    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "tests.fake_train", "agree", "tiny.yaml", "0"]
     code, said = end(start(*arguments, module="torch.distributed.run", OMP_NUM_THREADS="1"))
     assert code == 0, said
     assert [told["world"] for told in ranks(folder)] == [2, 2]
@@ -327,8 +441,9 @@ def test_under_torchrun_it_joins(folder: Path, start: Start) -> None:
 def slurm(start: Start, target: str, *recipes: str) -> list[tuple[int, str]]:
     """How the tasks of a Slurm step end, one for each recipe."""
     common = {"SLURM_STEP_NUM_TASKS": str(len(recipes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"SLURM_STEP_ID": "3", "OMP_NUM_THREADS": "1"}
     tasks = [
-        start(target, recipe, "8", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), OMP_NUM_THREADS="1", **common)
+        start(target, recipe, "0", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **common)
         for task, recipe in enumerate(recipes)
     ]
     return [end(task) for task in tasks]
@@ -389,6 +504,37 @@ def test_a_hung_rank_is_the_cause_and_one_that_was_forced_to_leave_says_so(tmp_p
     (tmp_path / "1.json").unlink()
     hung = Failure(1, 7, "hung", "rank 1 hung", 2.0)
     assert root_cause({1: -9, 0: 7}, _records(tmp_path, hung)) == hung
+
+
+def test_a_signal_behind_the_last_save_says_that_every_step_is_saved(tmp_path: Path) -> None:
+    """Whatever has become of the ranks: they have left in order, or were killed while they showed the summary."""
+    pulse = tmp_path / f"{PULSE}0"
+    pulse.write_text("17 9 123.0")
+    assert not all_left(tmp_path) and not all_saved(tmp_path)
+    lost = stopped_by(signal.SIGTERM, True, tmp_path, False)
+    assert (lost.code, lost.message) == (143, "stopped before the newest step could be saved")
+    pulse.write_text("0 9 inf".ljust(64))
+    (tmp_path / "status.json").write_text('{"steps": 4, "committed": 2}')
+    assert all_left(tmp_path) and not all_saved(tmp_path)
+    (tmp_path / "status.json").write_text('{"steps": 4, "committed": 4}')
+    assert all_saved(tmp_path)
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        found = stopped_by(number, True, tmp_path, True)
+        assert (found.code, found.message) == (code, f"stopped by {number.name}; every step is saved")
+
+
+def test_a_user_without_home_is_told_what_to_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    data = load(folder / "tiny.yaml").data.model_copy(update={"cache": None})
+    with pytest.raises(SetupError, match=r"data.cache: user \d+ has no account and HOME is not set.*XDG_CACHE_HOME"):
+        cache_folder(data)
+    assert training_tokens(data) is None  # so `check` needs none
+    assert cache_folder(data.model_copy(update={"cache": "there"})) == Path("there")
 
 
 def test_a_rank_that_left_no_record_is_a_bug(tmp_path: Path) -> None:
@@ -457,7 +603,9 @@ def test_a_run_of_a_different_recipe_is_refused_with_the_keys(tmp_path: Path, re
     runs.adopt(tmp_path, recipe)
     (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
     before = (tmp_path / "recipe.yaml").read_text()
-    with pytest.raises(CheckpointError, match=r"model.dim: 8 there, 16 here; data.seed: 0 there, 7 here; use --fresh"):
+    with pytest.raises(
+        CheckpointError, match=r"model.dim: 8 there, 16 here; data.seed: 0 there, 7 here; use .* --from"
+    ):
         runs.adopt(tmp_path, other)
     assert (tmp_path / "recipe.yaml").read_text() == before == dump_saved(recipe)
 
@@ -466,7 +614,7 @@ def test_a_run_of_a_different_recipe_is_refused_with_the_keys(tmp_path: Path, re
     "free",
     ["mesh.sp=2", "mesh.scan=ring", "parallel.recompute=full", "train.steps=9", "train.segment=32", "eval.every=0",
      "checkpoint.keep=9", "launch.timeout=5", "train.kernel=chunked", "data.cache=elsewhere",
-     "data.source=moved/text.txt"],
+     "data.source=moved/text.txt", "optim.lr=1e-4", "guard.spike=skip"],
 )  # fmt: skip
 def test_how_a_run_is_computed_may_change(folder: Path, recipe: Recipe, free: str) -> None:
     assert not runs.differences(recipe, load(folder / "tiny.yaml", ["model.vocab=320", free]))
@@ -474,7 +622,7 @@ def test_how_a_run_is_computed_may_change(folder: Path, recipe: Recipe, free: st
 
 @pytest.mark.parametrize(
     "fixed",
-    ["model.dim=16", "data.window=32", "data.seed=1", "data.source=other.txt", "optim.lr=1e-4", "train.batch=4",
+    ["model.dim=16", "data.window=32", "data.seed=1", "data.mix_block=8", "train.batch=4",
      "train.seed=1", "train.precision=bf16", "data.reset_at_documents=false", "data.validation=5"],
 )  # fmt: skip
 def test_what_a_run_computes_may_not_change(folder: Path, recipe: Recipe, fixed: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasptrain.ops import decay_rule, reference
+from lasptrain.errors import SetupError
+from lasptrain.ops import decay_rule, reference, select
 from lasptrain.ops.reference import recurrence
 from tests.kernel_cases import closing
 
@@ -165,3 +166,13 @@ def test_a_document_never_sees_another() -> None:
 def test_reference_zeroes_the_state_where_a_document_starts() -> None:
     doc_ids = torch.tensor([[0, 1, 1]])
     assert reference.starts(doc_ids).tolist() == [[False, True, False]]
+
+
+def test_kernels_that_need_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert (select("auto", gpu), select("auto", torch.device("cpu"))) == ("triton", "chunked")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert select("auto", gpu) == "chunked"
+    with pytest.raises(SetupError, match="triton needs an NVIDIA GPU, found one of AMD; use chunked or auto"):
+        select("triton", gpu)

@@ -198,6 +198,15 @@ def test_two_launchers_make_one_mesh(folder: Path, undisturbed: list[float]) -> 
     assert losses(folder / "nodes") == pytest.approx(undisturbed, rel=2e-5)
 
 
+@pytest.mark.slow
+def test_a_new_run_begins_with_the_weights_of_another(folder: Path, undisturbed: list[float]) -> None:
+    """On another mesh too; with an order of windows that the old run may not have."""
+    new = ["--from", "undisturbed@4", "--with-optimizer", "--nproc", "2", "--set", "data.seed=1"]
+    said = pretrain(folder, "new", *new, "--set", "train.steps=1")
+    assert f"begins with the weights and the optimizer of {folder}/undisturbed@4\n" in said
+    assert losses(folder / "new")[0] < undisturbed[0]
+
+
 def poisoned(rank: int, world: int, recipe: Recipe) -> bool:
     job = build(recipe)
     train.train_step(job, 0)
@@ -289,7 +298,7 @@ def test_epochs_and_jumps_of_the_learning_rate_are_told(
     events = read_metrics(folder / "again", "epoch")
     assert [(event["step"], event["epochs"]) for event in events] == [(s, {str(source): e}) for s, e in starts.items()]
     assert "learning rate" not in first.split("continue")[0]
-    assert "the same command with more train.steps; schedule cosine then raises the learning rate again" in first
+    assert "--set train.steps=6; schedule cosine then raises the learning rate again" in first
     assert "learning rate of step 4: 5.00e-03 with train.steps = 6, 0.00e+00 with the 3 before" in second
     app(["check", str(folder / "tiny.yaml"), *(f"--set={change}" for change in changes)], standalone_mode=False)
     assert f" {figures(24 / windows)} epochs of {source}: {tokens:,} tokens" in capsys.readouterr().out

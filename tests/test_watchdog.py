@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from lasptrain.errors import TERMINATED
+from lasptrain.errors import STOPPED, TERMINATED
 from lasptrain.process import signals as stop
 from lasptrain.process import watchdog
 from lasptrain.process.watchdog import HUNG, LOST, ORPHANED, Watchdog
@@ -110,8 +110,9 @@ def test_a_signal_within_the_echo_of_the_first_is_none(signals: None, monkeypatc
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    stop.listen(now=clock)
-    with stop.deferred():
+    left: list[int] = []
+    stop.listen(left.append, now=clock)
+    with pytest.raises(SystemExit) as last, stop.deferred():
         assert stop.pending() == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         clock.seconds += stop.ECHO
@@ -120,4 +121,5 @@ def test_a_signal_within_the_echo_of_the_first_is_none(signals: None, monkeypatc
         clock.seconds += SOON
         with pytest.raises(SystemExit) as end:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert end.value.code == TERMINATED
+        assert end.value.code == TERMINATED and left == []
+    assert last.value.code == STOPPED and left == [signal.SIGUSR1]  # what nobody asked for ends it then

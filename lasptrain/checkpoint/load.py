@@ -13,7 +13,9 @@ from lasptrain.checkpoint.steps import Json, committed, compare_meta, folder_of,
 from lasptrain.checkpoint.tensors import restore
 from lasptrain.checkpoint.votes import Group, vote, vote_of_first
 from lasptrain.errors import CheckpointError
+from lasptrain.run import origin
 from lasptrain.run.folder import CHECKPOINTS
+from lasptrain.run.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,27 @@ def load(
         found = f"{run / CHECKPOINTS}: none of the steps {steps} is intact"
         raise CheckpointError(f"{found}; move the folder away to start over")
     return None
+
+
+def load_origin(run: Path, model: nn.Module, optimizer: Optimizer, expect: Json, group: Group = None) -> Origin | None:
+    """Load what a new run begins with (RUN/origin.json) into `model`, maybe `optimizer`, on any mesh; None if nothing.
+
+    Collective. Where its decays are not the `decays` of `expect`, the recipe's stay, and a warning says so. Raises
+    CheckpointError where that step is gone or damaged, or names, shapes or dtypes of tensors differ.
+    """
+    begun = vote_of_first(f"{run}: cannot begin", lambda: origin.read(run), group)
+    if begun is None:
+        return None
+    assert begun.step is not None
+    folder = folder_of(begun.run, begun.step)
+    manifest, problems = _verify(folder, begun.step, group)
+    if problems:
+        raise CheckpointError(f"{folder}, with which {run} begins: {'; '.join(problems)}; expected it whole")
+    same = bool(manifest["meta"].get("decays") == expect.get("decays"))
+    if not same and dist.get_rank(group) == 0:
+        log.warning("%s has other decays than the recipe, whose own are taken", folder)
+    restore(folder, manifest["files"], model, optimizer if begun.optimizer else None, group, buffers=same)
+    return begun
 
 
 def _verify(folder: Path, step: int, group: Group) -> tuple[Json, list[str]]:

@@ -22,6 +22,7 @@ from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256, sync
 from lasptrain.recipe.formats import FORMAT, upgraded
 from lasptrain.run.folder import CHECKPOINTS
+from lasptrain.run.folder import committed as committed
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's own table of tensors
@@ -34,14 +35,6 @@ log = logging.getLogger(__name__)
 def folder_of(run: Path, step: int) -> Path:
     """The folder of a committed step."""
     return run / CHECKPOINTS / f"step-{step}"
-
-
-def committed(run: Path) -> list[int]:
-    """Return the steps in RUN/checkpoints, newest first, intact or not."""
-    folder = run / CHECKPOINTS
-    entries = list(folder.iterdir()) if folder.is_dir() else []
-    matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
-    return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
 
 
 class Step(NamedTuple):
@@ -209,9 +202,16 @@ def problems_of(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[s
 
 
 def compare_meta(folder: Path, expect: Json, meta: Json) -> None:
-    """Raise CheckpointError listing the keys of `expect` whose value in the checkpoint differs."""
+    """Raise CheckpointError listing the keys of `expect` whose value in the checkpoint differs.
+
+    Data are compared by `content`, or by `dataset` where the checkpoint is of before there was a `content`.
+    """
+    data, other = ("content", "dataset") if "content" in meta else ("dataset", "content")
+    expect = {key: value for key, value in expect.items() if key != other}
     saved, now = dict(_leaves(meta)), dict(_leaves(json.loads(json.dumps(expect))))
     lines = [f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
+    if data in now and saved.get(data) != now[data]:
+        lines.append("so the text of data.source, or the way it is prepared, has changed since")
     if lines:
         raise CheckpointError("\n  ".join([f"{folder} is of another run:", *lines]))
 

@@ -89,22 +89,32 @@ class Writer(FileSystemWriter):
         return StorageMeta()  # the folder's name would be the temporary one
 
 
-def restore(folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: Group) -> None:
-    """Compare the stored tensors with the live ones, then overwrite the live ones."""
+def restore(
+    folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: Group, *, buffers: bool = True
+) -> None:
+    """Compare the stored tensors with the live ones, then overwrite these; without `buffers` parameters only."""
     tensors = tensors_of(model, optimizer)
+    left_out = set[str]() if buffers else _buffers(model)
     reader = Reader(folder, files)
     what = f"{folder} not loaded"
-    vote(what, lambda: _compare_tensors(reader.read_metadata(), tensors, partial=optimizer is None), group)
-    own = present(tensors)
+    own = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    vote(what, lambda: _compare_tensors(reader.read_metadata(), own, left_out, partial=optimizer is None), group)
+    own = present(own)
     vote(what, lambda: load_state(own, storage_reader=reader, planner=Planner(), process_group=group), group)
 
 
-def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], partial: bool) -> None:
+def _buffers(model: nn.Module) -> set[str]:
+    """Names in a checkpoint of what is no parameter."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    return {f"model.{name.replace('_orig_mod.', '')}" for name, _ in module.named_buffers()}
+
+
+def _compare_tensors(table: Metadata, tensors: dict[str, Tensor], left_out: set[str], partial: bool) -> None:
     """Raise CheckpointError listing all names, shapes and dtypes that differ; `partial` leaves the optimizer out."""
     live = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    left_out = ("optimizer.",) if partial else ()
-    entries = table.state_dict_metadata.items()
-    stored = {key: TensorSpec.of(entry) for key, entry in entries if not key.startswith(left_out)}
+    prefix = ("optimizer.",) if partial else ()
+    entries = {key: entry for key, entry in table.state_dict_metadata.items() if key not in left_out}
+    stored = {key: TensorSpec.of(entry) for key, entry in entries.items() if not key.startswith(prefix)}
     differing = sorted(key for key in stored.keys() | live.keys() if stored.get(key) != live.get(key))
     lines = [f"{key}: checkpoint {stored.get(key, 'has none')}, model {live.get(key, 'has none')}" for key in differing]
     if lines:

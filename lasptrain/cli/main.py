@@ -26,6 +26,7 @@ from lasptrain.process import signals
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
+from lasptrain.run import origin as origins
 
 app = App("Pretrain linear-attention language models on sequences of millions of tokens.", add_completion=True)
 
@@ -96,6 +97,10 @@ def pretrain(
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes here; one per GPU, or 1 without any.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; runs/NAME if not given.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new run folder.")] = False,
+    origin: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Begin a new run with the weights of another.")
+    ] = None,
+    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="With --from: its moments too.")] = False,
     nnodes: Annotated[int, typer.Option(min=1, help="Machines; start this command on each of them.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="The number of this machine, from 0.")] = 0,
     rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A free port on machine 0.")] = None,
@@ -106,13 +111,16 @@ def pretrain(
     _check_nodes(nnodes, node_rank, rdzv)
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
+    if with_optimizer and origin is None:
+        raise RecipeError("--with-optimizer: found without --from; expected both")
+    begun = None if origin is None else origins.parse(origin, with_optimizer)
     signals.listen()
     stdio.ignore_broken_pipe()
     from lasptrain.process.launcher import Nodes, launch
     from lasptrain.process.location import RunLocation
 
     nodes = Nodes(nnodes, node_rank, rdzv) if rdzv else None
-    raise typer.Exit(launch(loaded, RunLocation(run, fresh), nproc, nodes, max_restarts=max_restarts))
+    raise typer.Exit(launch(loaded, RunLocation(run, fresh, begun), nproc, nodes, max_restarts=max_restarts))
 
 
 def _check_nodes(nnodes: int, node_rank: int, rdzv: str | None) -> None:

@@ -9,6 +9,7 @@ from lasptrain import __version__
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert.target import Target
 from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Part
 from lasptrain.recipe.yaml12 import dump
 
 
@@ -44,11 +45,28 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, pari
             "well: the next document would begin there.",
             "",
             "```yaml",
-            dump(recipe).rstrip(),
+            dump(_portable(recipe)).rstrip(),
             "```",
             "",
         ]
     )
+
+
+def _portable(recipe: Recipe) -> Recipe:
+    """The recipe with names instead of paths: a card is for other machines than the one that made it."""
+    data = recipe.data
+    source = _name(data.source) if isinstance(data.source, str) else tuple(map(_named, data.source))
+    return recipe.replace(data={"source": source, "tokenizer": _name(data.tokenizer), "cache": None})
+
+
+def _named(part: Part) -> Part:
+    return part.model_copy(update={"path": _name(part.path)})
+
+
+def _name(path: str) -> str:
+    """The last part of a path, behind `repositories:` too; `python:source` is one already."""
+    kind, colon, folder = path.rpartition(":")
+    return f"{kind}{colon}{Path(folder).name}"
 
 
 def _losses(run: Path, step: int) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe.formats import FORMAT, is_format, upgraded
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.resolve import with_vocabulary
-from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.schema import Recipe, recipe_name
 from lasptrain.run import folder as runs
 
 Slopes = dict[str, list[float]]  # by tensor
@@ -172,11 +171,6 @@ def described(folder: files.Folder) -> Recipe:
     text = {"name": recipe_name(folder.path.name), "model": model.model_dump(mode="json")}
     text |= {"data": {"tokenizer": str(tokenizer(folder)), "window": min(WINDOW, positions)}}
     return _loaded(json.dumps(text | {"optim": {"lr": 1e-4}, "train": {"steps": 1000}}))
-
-
-def recipe_name(text: str) -> str:
-    """Turn a folder's name into a valid recipe name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:100] or "run"
 
 
 def tokenizer(folder: files.Folder) -> Path:

@@ -127,6 +127,16 @@ class TokenDataset:
         return self.splits[name]
 
     @property
+    def members(self) -> tuple[TokenDataset, ...]:
+        """The datasets that it is mixed of, or itself."""
+        return (self,)
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over what it was made of; see `Manifest.content`."""
+        return self.manifest.content
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over shards, tokenizer and order: equal for two datasets that give the same tokens."""
         return self.manifest.fingerprint

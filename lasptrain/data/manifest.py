@@ -132,6 +132,14 @@ class Manifest(_Entry):
         content = [shards, self.tokenizer.model_dump(exclude={"name"}), self.order.model_dump()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def content(self) -> str:
+        """SHA-256 of what went into the dataset: text, tokenizer, order; not the names of folders, nor our version."""
+        order, texts = self.order.model_dump(), [source.sha256 for source in self.sources]
+        splits = {name: split.model_dump() for name, split in self.splits.items()}
+        content = [texts, self.tokenizer.sha256, order, splits, [shard.tokens for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Write `dataset.json` with its fingerprint: one line for each key and each shard."""
         values = self.model_dump(mode="json") | {"fingerprint": self.computed_fingerprint()}

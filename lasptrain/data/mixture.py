@@ -101,10 +101,21 @@ class MixedDataset(TokenDataset):
     counts: tuple[int, ...] = ()
 
     @property
+    def members(self) -> tuple[TokenDataset, ...]:
+        return self.parts
+
+    @property
+    def content(self) -> str:
+        return self._digest([part.content for part in self.parts])
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the datasets' fingerprints and shares."""
-        content = [[part.fingerprint, count] for part, count in zip(self.parts, self.counts, strict=True)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return self._digest([part.fingerprint for part in self.parts])
+
+    def _digest(self, parts: list[str]) -> str:
+        shares = [[part, count] for part, count in zip(parts, self.counts, strict=True)]
+        return hashlib.sha256(json.dumps(shares).encode()).hexdigest()
 
     @property
     def unigram_entropy(self) -> float:

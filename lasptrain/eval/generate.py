@@ -44,22 +44,28 @@ def decode(
 ) -> list[list[int]]:
     """Return up to `count` token ids for each of the B texts of `past`; a row ends before the id `stop`.
 
-    `ended` gets the first row after each token; if it returns true, generation stops.
+    `ended` gets each row after each token until it returns true; once it has for all rows, generation stops.
     """
     generator = torch.Generator(past.logits.device).manual_seed(sampling.seed)
     carry, logits = past.carry, past.logits
     drawn: list[Tensor] = []
+    over = [False] * len(logits)
     for i in range(count):
         if i:
             x, carry = model.hidden(drawn[-1], carry=carry, output_final_state=True)
             logits = model.logits(x[:, -1])
         drawn.append(choose(logits, sampling, generator))
-        if stop is not None and bool((torch.cat(drawn, 1) == stop).any(1).all()):
-            break
-        if ended is not None and ended(torch.cat(drawn, 1)[0].tolist()):
-            break
-    rows: list[list[int]] = torch.cat(drawn, 1).tolist() if drawn else [[] for _ in past.logits]
+        if stop is not None or ended is not None:
+            rows = torch.cat(drawn, 1).tolist()
+            over = [done or row[-1] == stop or _ends(row, ended) for row, done in zip(rows, over, strict=True)]
+            if all(over):
+                break
+    rows = torch.cat(drawn, 1).tolist() if drawn else [[] for _ in past.logits]
     return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def _ends(row: list[int], ended: Callable[[list[int]], bool] | None) -> bool:
+    return ended is not None and ended(row)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,8 @@ from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 
+SCORED = 2048  # tokens of a batch whose logits exist at a time
+
 
 class Snapshot(NamedTuple):
     """The model's state after the tokens read so far. Never written to, so any number of texts may continue from it."""
@@ -27,6 +29,12 @@ class Snapshot(NamedTuple):
     carry: list[State]  # per layer; every tensor starts with B
     logits: Tensor  # fp32 [B, vocab] of the next token
     length: int  # tokens read
+
+    def pick(self, rows: Sequence[int]) -> Snapshot:
+        """Return the state of some texts, in this order; one may be there several times."""
+        index = torch.tensor(rows, device=self.logits.device)
+        carry = [tuple(None if part is None else part[index] for part in state) for state in self.carry]
+        return Snapshot(carry, self.logits[index], self.length)
 
 
 def join(snapshots: Sequence[Snapshot]) -> Snapshot:
@@ -81,17 +89,23 @@ class Reader:
                 block.compile_parts()
 
     @torch.no_grad()
-    def read(self, tokens: Tensor, past: Snapshot | None = None) -> Snapshot:
-        """Read int64 tokens [B, N], N ≥ 1, after `past`. Every rank runs the last few tokens."""
+    def read(self, tokens: Tensor, past: Snapshot | None = None, padding: Sequence[int] | None = None) -> Snapshot:
+        """Read int64 tokens [B, N], N ≥ 1, after `past`. Every rank runs the last few tokens.
+
+        Texts of different lengths stand at the right: of row b the first `padding[b]` tokens belong to no text. They
+        are a document of their own, so that nothing of them reaches the text.
+        """
         tokens, shared = self._ready(tokens), self._shared(tokens.shape[1] - 1)
         carry = None if past is None else past.carry
         for start, length in self._segments(shared):
             self.told(start, tokens.shape[1])
             piece = self._slice(tokens, start, length)
-            carry = self._reads(length)(piece, carry=carry, output_final_state=True).final_state
+            doc_ids = self._doc_ids(padding, start + self.rank * length, length)
+            carry = self._reads(length)(piece, doc_ids=doc_ids, carry=carry, output_final_state=True).final_state
         if shared:
             carry = self._everywhere(carry)
-        x, final_state = self.model.hidden(tokens[:, shared:].to(self.device), carry=carry, output_final_state=True)
+        rest, doc_ids = tokens[:, shared:].to(self.device), self._doc_ids(padding, shared, tokens.shape[1] - shared)
+        x, final_state = self.model.hidden(rest, doc_ids, carry=carry, output_final_state=True)
         logits = self.model.logits(x[:, -1])
         return Snapshot(final_state, logits, tokens.shape[1] + (0 if past is None else past.length))
 
@@ -141,6 +155,37 @@ class Reader:
         target = torch.tensor([label for label in labels if label != IGNORED], device=self.device)
         nats = F.cross_entropy(logits.double(), target, reduction="none")
         return nats.cpu(), (logits.argmax(-1) == target).cpu()
+
+    @torch.no_grad()
+    def score_batch(self, past: Snapshot, continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+        """Return ln p of each continuation, of a token or more, given its row of the past; true if greedy gives it.
+
+        All are run together, the shorter ones padded at their end.
+        """
+        longest = max(map(len, continuations))
+        labels = torch.tensor([[*ids, *[IGNORED] * (longest - len(ids))] for ids in continuations], device=self.device)
+        logs = torch.zeros(len(continuations), dtype=torch.float64, device=self.device)
+        greedy = torch.ones(len(continuations), dtype=torch.bool, device=self.device)
+        logits, carry = past.logits[:, None], past.carry
+        step = max(1, SCORED // len(continuations))
+        for start in range(0, longest, step):
+            piece, logits = labels[:, start : start + step], logits[:, -1:]
+            inputs = piece if start + step < longest else piece[:, :-1]
+            if inputs.shape[1]:
+                x, carry = self.model.hidden(inputs.clamp(min=0), carry=carry, output_final_state=True)
+                logits = torch.cat([logits, self.model.logits(x)], dim=1)
+            found = logits[:, : piece.shape[1]].double().transpose(1, 2)
+            logs -= F.cross_entropy(found, piece, reduction="none", ignore_index=IGNORED).sum(1)
+            greedy &= ((found.argmax(1) == piece) | (piece == IGNORED)).all(1)
+        return list(zip(logs.tolist(), greedy.tolist(), strict=True))
+
+    def _doc_ids(self, padding: Sequence[int] | None, start: int, length: int) -> Tensor | None:
+        """Number the documents of tokens [start, start + length): a text that begins among them is a new one."""
+        if padding is None:
+            return None
+        first = torch.tensor(padding, device=self.device)[:, None]
+        places = torch.arange(start, start + length, device=self.device)
+        return ((places >= first) & (first >= start)).int()
 
     def _shared(self, count: int) -> int:
         """Number of the first `count` tokens that ranks read together, in equal slices."""

@@ -24,7 +24,6 @@ from lasptrain.eval.tasks import TASKS
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import barrier
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.recipe.sections import Data
 from lasptrain.run.metrics import write_scalars
 
 
@@ -62,7 +61,7 @@ def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, rule
         done = ledger.done
         barrier()  # all have read what there is before anyone writes
         notes: list[str] = []
-        dataset = _dataset(trained.recipe.data, notes) if set(PERPLEXITY) & set(asked.tasks) else None
+        dataset = _dataset(trained, notes) if set(PERPLEXITY) & set(asked.tasks) else None
         began, peak = time.perf_counter(), meshes.peak_memory(reader.device)
         with asking(*_counts(asked, done), is_main) as show:
             answers = EvalRunner(asked, trained.tokenizer, dataset, _told(reader, show))
@@ -118,9 +117,9 @@ def _label(task: str, length: int, index: int) -> str:
     return escape(f"{task} at {report.short(length)}, sample {index + 1}")
 
 
-def _dataset(data: Data, notes: list[str]) -> TokenDataset | None:
+def _dataset(trained: Trained, notes: list[str]) -> TokenDataset | None:
     try:
-        return open_dataset(data)
+        return open_dataset(trained.recipe.data, run=trained.path)
     except DataError as error:
         notes.append(f"no perplexity: {error}")
         return None

@@ -14,7 +14,6 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain.console.stdio import printable
 from lasptrain.console.tables import show
 from lasptrain.data.dataset import TokenDataset
-from lasptrain.data.mixture import MixedDataset
 from lasptrain.eval.generate import generate
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.ops import select
@@ -22,6 +21,7 @@ from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill, full_tensor
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Optim
+from lasptrain.run.folder import RECIPE
 from lasptrain.training.validation import Validation
 
 PROMPT = 48  # tokens of held-out text that the sample continues
@@ -40,19 +40,18 @@ def summarize(
         prompt = dataset.split("validation").read(0, PROMPT).tolist()
         Console(soft_wrap=True, highlight=False).print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
     data = "".join(f"data       {line}\n" for line in epochs(recipe, dataset))
+    again = f"lasptrain pretrain {run / RECIPE} --run {run} --set train.steps={2 * recipe.train.steps}"
     show(
         f"{data}"
-        f"run        {run}\n"
         f"curves     tensorboard --logdir {run}\n"
         "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
-        f"continue   the same command with more train.steps{_caution(recipe.optim)}"
+        f"continue   {again}{_caution(recipe.optim)}"
     )
 
 
 def epochs(recipe: Recipe, dataset: TokenDataset) -> list[str]:
     """Lines that say how often all steps read each source."""
-    parts = dataset.parts if isinstance(dataset, MixedDataset) else (dataset,)
-    tokens = [part.whole("train").tokens for part in parts]
+    tokens = [part.whole("train").tokens for part in dataset.members]
     return prepared.epochs(recipe.data, tokens, recipe.train.steps * recipe.train.batch)
 
 

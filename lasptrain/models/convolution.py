@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lasptrain.models.layers import unit
 from lasptrain.models.start import Start
+from lasptrain.ops.convolution import TAPS, short_convolution
 
 # Its result is recomputed in the backward: a compiler would keep x shifted by every tap.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class Form(NamedTuple):
+    """The form of what is convolved: heads of so many channels are unit vectors, unless that is 0; times `scale`."""
+
+    head: int = 0
+    scale: float = 1.0
 
 
 class ConvWeights(NamedTuple):
@@ -28,14 +37,35 @@ class ConvWeights(NamedTuple):
         biases = [None] * len(channels) if self.bias is None else self.bias.split(channels)
         return [ConvWeights(w, b) for w, b in zip(self.weight.split(channels), biases, strict=True)]
 
-    def each(self, parts: Sequence[Tensor], before: Tensor, doc_ids: Tensor | None) -> list[Tensor]:
+    def each(
+        self,
+        parts: Sequence[Tensor],
+        before: Tensor,
+        doc_ids: Tensor | None,
+        kernel: str,
+        forms: Sequence[Form] | None = None,
+    ) -> list[Tensor]:
         """Return parts [B, T, ·], whose channels side by side are the C, convolved and recomputed in the backward.
 
-        Args as of a call, `before` [B, n, C].
+        Args as of a call, `before` [B, n, C]; `kernel` of the recurrence; `forms` of the results, in the parts' dtypes.
         """
         channels = [x.shape[-1] for x in parts]
         rows = before.split(channels, dim=-1)
-        return [again(w, x, r, doc_ids) for w, x, r in zip(self.split(*channels), parts, rows, strict=True)]
+        fits = kernel == "triton" and before.shape[1] < TAPS
+        call = ConvWeights.fused if fits else partial(again, ConvWeights.formed)
+        given = zip(self.split(*channels), parts, rows, forms or [Form()] * len(parts), strict=True)
+        return [call(w, x, r, doc_ids, form) for w, x, r, form in given]
+
+    def formed(self, x: Tensor, before: Tensor, doc_ids: Tensor | None, form: Form) -> Tensor:
+        """Return a call's result [B, T, C] in that form and x's dtype."""
+        y = self(x, before, doc_ids)
+        if form.head:
+            y = unit(y.unflatten(-1, (-1, form.head))).flatten(2)
+        return (y * form.scale if form.scale != 1 else y).to(x.dtype)
+
+    def fused(self, x: Tensor, before: Tensor, doc_ids: Tensor | None, form: Form) -> Tensor:
+        """Return `formed` in Triton, in one pass."""
+        return short_convolution(x, before, self.weight, self.bias, doc_ids, *form)
 
     def __call__(self, x: Tensor, before: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Return silu(b + Σ_j w_j x_{t−j}) [B, T, C], in at least fp32, over tokens of the same document.

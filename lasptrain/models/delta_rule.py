@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasptrain.architectures.delta_rule import STEP, GatedByData
-from lasptrain.models.convolution import Convolution, ConvWeights
-from lasptrain.models.layers import srms, wide
+from lasptrain.models.convolution import Convolution, ConvWeights, Form
+from lasptrain.models.layers import srms, unit, wide
 from lasptrain.models.linear import HasWeight, Linear, multi_linear
 from lasptrain.models.mixer import COMPILED, Context, Mixer, State, split_heads
 from lasptrain.models.start import UNIT_STEP, Start
@@ -21,7 +21,6 @@ from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
 
-UNIT_EPS = 1e-6  # inside of the root of a key's length
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -117,7 +116,7 @@ class DeltaRule(Mixer):
     def __init__(self, cfg: GatedByData, key_heads: int, gate: str, attention: ShardedRecurrence):
         super().__init__()
         dim, self.heads, self.key_heads, self.attention = cfg.dim, cfg.heads, key_heads, attention
-        self.scale: float = cfg.K**-0.5
+        self.head_dim, self.scale = cfg.K, float(cfg.K**-0.5)
         keys, values = key_heads * cfg.K, cfg.heads * cfg.V
         self.q, self.k, self.v = Linear(dim, keys), Linear(dim, keys), Linear(dim, values)
         self.out = Linear(values, dim)
@@ -220,10 +219,11 @@ class DeltaRule(Mixer):
     ) -> tuple[Inputs, Tensor, Tensor]:
         """Return inputs, q and gate from the products and the rows before them."""
         assert weights.taps is not None
-        wide_q, wide_k, wide_v = weights.taps.each((q, k, v), before, doc_ids)
-        value = split_heads(wide_v.to(v.dtype), self.heads)
-        inputs = self._key(wide_k, k.dtype), value, *self._written(gates, weights.decay)
-        return inputs, self._query(wide_q, q.dtype), self._opened(gate)
+        head = self.head_dim if self.erases else 0
+        forms = Form(head, self.scale), Form(head), Form()
+        q, k, v = weights.taps.each((q, k, v), before, doc_ids, self.attention.kernel, forms)
+        inputs = split_heads(k, self.key_heads), split_heads(v, self.heads), *self._written(gates, weights.decay)
+        return inputs, split_heads(q, self.key_heads), self._opened(gate)
 
     def _key(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return keys by head; those of unit length are rounded to `dtype` after they have got it."""
@@ -243,9 +243,3 @@ class DeltaRule(Mixer):
         """Return y [B, T, D] from o [B, T, H, V] and the gate."""
         y: Tensor = self.out(self.norm(o, gate))
         return y
-
-
-def unit(x: Tensor) -> Tensor:
-    """Return x / √(|x|² + 1e-6) over the last axis, in at least fp32."""
-    x = wide(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

@@ -13,6 +13,8 @@ from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.start import Start
 from lasptrain.ops import state_dtype
 
+UNIT_EPS = 1e-6  # inside of the root of a vector's length
+
 
 def wide(x: Tensor) -> Tensor:
     """Return x in at least fp32."""
@@ -142,3 +144,9 @@ class Lrpe(nn.Module):
     def forward(self, length: int) -> Phases:
         """Return the phases of a slice of `length` tokens."""
         return phases(self.theta, length, self.theta.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return x / √(|x|² + 1e-6) over the last axis, in at least fp32."""
+    x = wide(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

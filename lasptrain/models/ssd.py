@@ -204,20 +204,16 @@ class StateSpace(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return k, v, log decay and q from the products and the rows before them."""
         assert weights.taps is not None
-        wide_v, wide_k, wide_q = weights.taps.each((v, k, q), before, doc_ids)
-        value, decay = self._stepped(wide_v, dt, weights, v.dtype)
-        return split_heads(wide_k.to(k.dtype), self.heads), value, decay, split_heads(wide_q.to(q.dtype), self.heads)
+        v, k, q = weights.taps.each((v, k, q), before, doc_ids, self.attention.kernel)
+        return split_heads(k, self.heads), *self._stepped(v, dt, weights), split_heads(q, self.heads)
 
-    def _stepped(
-        self, v: Tensor, dt: list[Tensor], weights: SsdWeights, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _stepped(self, v: Tensor, dt: list[Tensor], weights: SsdWeights) -> tuple[Tensor, Tensor]:
         """Return values times their steps, and the log decay, from products v and dt; steps are in at least fp32."""
-        dtype = dtype or v.dtype
         if weights.step is None:
-            return split_heads(v.to(dtype), self.heads), -self.slope
+            return split_heads(v, self.heads), -self.slope
         step = F.softplus(dt[0].to(torch.promote_types(v.dtype, torch.float32)) + weights.step.bias)
         slope = self.slope if weights.step.log_slope is None else weights.step.log_slope.exp()
-        return (split_heads(v, self.heads) * step[..., None]).to(dtype), -slope * step
+        return (split_heads(v, self.heads) * step[..., None]).to(v.dtype), -slope * step
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """Return y [B, T, D] from o [B, T, H, V] and the gate."""

@@ -45,11 +45,19 @@ def select(name: str, device: torch.device, kernels: Sequence[str] = KERNELS) ->
 
     Raises SetupError where it cannot run.
     """
+    other = not_for_triton(device)
     if name == "auto":
-        return next(kernel for kernel in kernels if kernel != "triton" or device.type == "cuda")
-    if name == "triton" and device.type != "cuda":
-        raise SetupError(f"train.kernel: triton needs a CUDA device, found {device.type}; use chunked or auto")
+        return next(kernel for kernel in kernels if kernel != "triton" or other is None)
+    if name == "triton" and other:
+        raise SetupError(f"train.kernel: triton needs an NVIDIA GPU, found {other}; use chunked or auto")
     return name
+
+
+def not_for_triton(device: torch.device) -> str | None:
+    """Return a device's name if the Triton kernels are not for it: they are for GPUs of NVIDIA."""
+    if device.type != "cuda":
+        return device.type
+    return "one of AMD" if torch.version.hip else None
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

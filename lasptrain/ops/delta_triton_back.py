@@ -18,28 +18,33 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lasptrain.ops import delta_triton_back_kernels, per_token
+from lasptrain.ops import delta_hopper, delta_triton_back_kernels, per_token
 from lasptrain.ops.delta_reference import by_key_head, linear_like, state_like
-from lasptrain.ops.delta_triton_forward import (
+from lasptrain.ops.delta_triton_forward import summarize
+from lasptrain.ops.delta_triton_slice import (
     CHUNK,
     Cut,
     Given,
-    _memory,
     cut,
+    fit,
+    flat,
+    flow_like,
     inverse_rows,
+    padded,
+    pairs_like,
     readable,
-    summarize,
+    sent_like,
+    shared_memory,
+    states_like,
+    writes_like,
 )
 from lasptrain.ops.reference import if_wanted
 from lasptrain.ops.triton_launch import (
     Launch,
-    _aligned,
     _as,
     _cropped,
-    _Descriptor,
     _rows,
     run,
 )
@@ -64,52 +69,16 @@ SMALL: dict[tuple[Kernel, int], Launch] = {
 }
 EXACT = Launch(CHUNK, 32, 8, 1)  # fp32 inputs
 PART = 64  # columns of keys per program that computes the inputs' gradients
-MEASURE = Launch(CHUNK, 0, 1, 1)
 SCAN = Launch(0, 16, 8, 2)  # rows of a state per program
-
-
-def _padded(s: Cut) -> tuple[int, int]:
-    """K and V of the programs."""
-    return s.widths[0], -(-s.values // 64) * 64
 
 
 def _launch(kernel: Kernel, s: Cut, like: Tensor) -> Launch:
     """Return the launch parameters of a program, for inputs like that."""
-    keys, values = _padded(s)
+    keys, values = padded(s)
     launch = EXACT if like.dtype == torch.float32 else LAUNCHES[kernel, keys]
-    if like.is_cuda and launch is not EXACT and _memory(like.device.index) < LARGE:
+    if like.is_cuda and launch is not EXACT and shared_memory(like.device.index) < LARGE:
         launch = SMALL.get((kernel, keys), launch)
     return launch if values % launch.tile == 0 else launch._replace(tile=launch.tile // 2)
-
-
-def _fit(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Return x [..., rows, columns] at most, padded with zeros to that, contiguous."""
-    missing = columns - x.shape[-1], rows - x.shape[-2]
-    return _aligned(F.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x)
-
-
-def _flat(x: Tensor, rows: int, columns: int | None = None) -> _Descriptor:
-    """Return a descriptor of x [..., ·] whose blocks are so many of its rows and columns; None is all."""
-    width = x.shape[-1]
-    return _Descriptor(x, [x.numel() // width, width], [width, 1], [rows, columns or width])
-
-
-def _measured(x: Given) -> Tensor:
-    """Return what the programs need to know of decays, documents and beta: six numbers per token of each chunk."""
-    s = x.s
-    measured = x.beta.new_empty((s.batch, s.heads, s.chunks, 6, CHUNK))
-    run(
-        delta_triton_back_kernels.measure_decays,
-        x.beta,
-        (s.batch * s.chunks * s.heads, 1, 1),
-        MEASURE,
-        {name: x.constants[name] for name in ("C", "DECAY", "DOCS")},
-        *x.gates,
-        measured,
-        s.tokens,
-        s.heads,
-    )
-    return measured
 
 
 class _Slice(NamedTuple):
@@ -133,7 +102,7 @@ class _Slice(NamedTuple):
         kept: list[Tensor],
     ) -> _Slice:
         x = Given.of(k, v, beta, log_decay, doc_ids)
-        return cls(x.s, x.k, x.v, kept[0], _measured(x), per_token(log_decay))
+        return cls(x.s, x.k, x.v, kept[0], kept[3], per_token(log_decay))
 
     @property
     def lines(self) -> tuple[int, int]:
@@ -141,20 +110,20 @@ class _Slice(NamedTuple):
         return self.cut.batch, self.cut.heads
 
     def constants(self, launch: Launch) -> dict[str, int]:
-        keys, values = _padded(self.cut)
+        keys, values = padded(self.cut)
         return {"K": keys, "V": values, "C": CHUNK, "TILE": launch.tile, "GROUP": self.cut.group}
 
     def by_block(self, launch: Launch) -> tuple[int, int, int]:
-        return self.cut.grid(_padded(self.cut)[1] // launch.tile)
+        return self.cut.grid(padded(self.cut)[1] // launch.tile)
 
     def by_chunk(self) -> tuple[int, int, int]:
         return self.cut.batch * self.cut.chunks * self.cut.heads, 1, 1
 
     def walk_states(self, prefix: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states that enter chunks and U, from those that enter blocks."""
-        keys, values = _padded(self.cut)
+        keys, values = padded(self.cut)
         launch = _launch("walk_states", self.cut, self.k)
-        states, wrote = _states(self.k, self.cut), _writes(self.k, self.cut)
+        states, wrote = states_like(self.k, self.cut), writes_like(self.k, self.cut)
         run(
             delta_triton_back_kernels.walk_states,
             self.k,
@@ -164,10 +133,10 @@ class _Slice(NamedTuple):
             _rows(self.k, CHUNK, keys),
             _rows(self.v, CHUNK, launch.tile),
             inverse_rows(self.inverse),
-            _flat(states, launch.tile),
-            _flat(wrote, launch.tile),
+            flat(states, launch.tile),
+            flat(wrote, launch.tile),
             self.gates,
-            _fit(prefix, values, keys),
+            fit(prefix, values, keys),
             *self.cut.sizes,
         )
         return states, wrote
@@ -176,13 +145,16 @@ class _Slice(NamedTuple):
         """Return what each block's outputs send to its initial state; or, from the gradients of what leaves blocks,
         those of what leaves chunks and those of R.
         """
-        keys, _ = _padded(self.cut)
+        if delta_hopper.fits(self.cut, self.k):
+            do = readable(do)
+            return delta_hopper.walk_back(self.cut, q, self.k, do, self.inverse, self.gates, last)
+        keys, _ = padded(self.cut)
         launch = _launch("walk_gradients", self.cut, self.k)
         first, made = None, tuple[Tensor, ...]()
         if last is None:
-            first = _sent(self.k, self.cut)
+            first = sent_like(self.k, self.cut)
         else:
-            made = _states(self.k, self.cut), _writes(self.k, self.cut)
+            made = states_like(self.k, self.cut), writes_like(self.k, self.cut)
         run(
             delta_triton_back_kernels.walk_gradients,
             self.k,
@@ -193,40 +165,13 @@ class _Slice(NamedTuple):
             _rows(self.k, CHUNK, keys),
             _rows(readable(do), CHUNK, launch.tile),
             inverse_rows(self.inverse),
-            *((None, None) if last is None else (_flat(x, launch.tile) for x in made)),
+            *((None, None) if last is None else (flat(x, launch.tile) for x in made)),
             self.gates,
             last,
             first,
             *self.cut.sizes,
         )
         return made if first is None else (first,)
-
-
-def _states(like: Tensor, s: Cut) -> Tensor:
-    """An empty state of each chunk, or its gradient."""
-    keys, values = _padded(s)
-    return like.new_empty((s.batch, s.heads, s.chunks, values, keys))
-
-
-def _writes(like: Tensor, s: Cut) -> Tensor:
-    """An empty U of each chunk, or the gradient of its R."""
-    return like.new_empty((s.batch, s.heads, s.chunks, _padded(s)[1], CHUNK))
-
-
-def _pairs(like: Tensor, s: Cut) -> Tensor:
-    """An empty number per pair of tokens of each chunk."""
-    return like.new_empty((s.batch, s.heads, s.chunks, CHUNK, CHUNK))
-
-
-def _sent(like: Tensor, s: Cut) -> Tensor:
-    """An empty gradient of a state of each block."""
-    keys, values = _padded(s)
-    return like.new_empty((s.batch, s.heads, s.blocks, values, keys), dtype=torch.float32)
-
-
-def _flow(like: Tensor, s: Cut, *parts: int) -> Tensor:
-    """An empty gradient of a number per head and token, or parts of it."""
-    return like.new_empty((*parts, s.batch, s.tokens, s.heads), dtype=torch.float32)
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -244,7 +189,7 @@ def _scan(
     linear: Tensor | None = None,
 ) -> None:
     """Scan the blocks from the right, from `edge`; fill `last`, or `first` and, where there are maps, `linear`."""
-    keys, values = _padded(s)
+    keys, values = padded(s)
     rows = values if linear is None else values + keys
     like = first if last is None else last
     assert like is not None
@@ -273,13 +218,20 @@ def _scan(
 
 def dblocks_like(q: Tensor, do: Tensor, beta: Tensor | None, log_decay: Tensor | None, wanted: int) -> list[Tensor]:
     """`dblocks` of `grad_initial_state`."""
-    return [_sent(q, cut(q, do))] if wanted else []
+    return [sent_like(q, cut(q, do))] if wanted else []
 
 
 def rest_like(q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
     """`rest` of `grad_query`."""
     s = cut(q, v)
-    return [_states(q, s), _writes(q, s), _pairs(q, s), *([_flow(q, s)] if per_token(log_decay) else [])]
+    if delta_hopper.fits(s, q):
+        return delta_hopper.rest_like(q, s, per_token(log_decay))
+    return [
+        states_like(q, s),
+        writes_like(q, s),
+        pairs_like(q, s),
+        *([flow_like(q, s)] if per_token(log_decay) else []),
+    ]
 
 
 def grad_initial_state(
@@ -296,7 +248,7 @@ def grad_initial_state(
     if not wanted:
         return if_wanted(dinitial, False), if_wanted(linear, False), []
     x = _Slice.of(k, _as(do, q.dtype), beta, log_decay, doc_ids, kept)
-    s, (keys, values) = x.cut, _padded(x.cut)
+    s, (keys, values) = x.cut, padded(x.cut)
     (sent,) = x.walk_gradients(q, x.v, None)
     first = sent.new_empty((*x.lines, keys, values))
     maps = whole = None
@@ -304,7 +256,7 @@ def grad_initial_state(
         maps = kept[2]
         if not maps.numel():  # of one block, whose outputs need none
             maps = summarize(k, x.v, beta, log_decay, doc_ids, 2)[2][2]
-        maps, whole = _fit(maps, keys, keys), sent.new_empty((*x.lines, keys, keys))
+        maps, whole = fit(maps, keys, keys), sent.new_empty((*x.lines, keys, keys))
     _scan(s, sent, maps, first=first, linear=whole)
     linear = _cropped(whole, *linear.shape[-2:]) if whole is not None and wanted == 2 else if_wanted(linear, False)
     return _cropped(first, *dinitial.shape[-2:]), linear, [sent]
@@ -333,11 +285,17 @@ def grad_query(
     kept: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     x = _Slice.of(k, v, beta, log_decay, doc_ids, kept)
+    if delta_hopper.fits(x.cut, x.k):
+        dout = readable(_as(do, q.dtype))
+        dq, rest = delta_hopper.query_gradients(
+            x.cut, q, x.k, x.v, dout, x.inverse, x.gates, kept[1], per_token(log_decay)
+        )
+        return _by_key_head(dq, q), rest
     states, wrote = x.walk_states(kept[1])
-    s, rows, (keys, _) = x.cut, readable(q), _padded(x.cut)
+    s, rows, (keys, _) = x.cut, readable(q), padded(x.cut)
     launch = _launch("query_gradient", s, k)
-    dq, dscores = _heads_like(rows, s), _pairs(k, s)
-    flow = _flow(q, s) if per_token(log_decay) else None
+    dq, dscores = _heads_like(rows, s), pairs_like(k, s)
+    flow = flow_like(q, s) if per_token(log_decay) else None
     run(
         delta_triton_back_kernels.query_gradient,
         q,
@@ -347,10 +305,10 @@ def grad_query(
         _rows(rows, CHUNK, keys),
         _rows(x.k, CHUNK, keys),
         _rows(readable(_as(do, q.dtype)), CHUNK, launch.tile),
-        _flat(states, launch.tile),
-        _flat(wrote, launch.tile),
+        flat(states, launch.tile),
+        flat(wrote, launch.tile),
         _rows(dq, CHUNK, keys),
-        _flat(dscores, CHUNK),
+        flat(dscores, CHUNK),
         x.gates,
         flow,
         *s.sizes,
@@ -362,12 +320,12 @@ def _leaving(
     x: _Slice, q: Tensor, do: Tensor, dfinal: Tensor | None, dblocks: list[Tensor], kept: list[Tensor]
 ) -> Tensor:
     """Return the gradients of what leaves blocks, [B, H, NB, V, K]."""
-    s, sent, maps, (keys, values) = x.cut, None, None, _padded(x.cut)
+    s, sent, maps, (keys, values) = x.cut, None, None, padded(x.cut)
     if s.blocks > 1:
         sent = dblocks[0] if dblocks else x.walk_gradients(q, do, None)[0]
-        maps = _fit(kept[2], keys, keys)
-    last = _sent(x.k, s)
-    edge = None if dfinal is None else _fit(_as(dfinal, torch.float32), keys, values)
+        maps = fit(kept[2], keys, keys)
+    last = sent_like(x.k, s)
+    edge = None if dfinal is None else fit(_as(dfinal, torch.float32), keys, values)
     _scan(s, sent, maps, edge, last)
     return last
 
@@ -387,12 +345,17 @@ def grad_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     assert beta is not None
     x = _Slice.of(k, v, beta, log_decay, doc_ids, kept)
-    s, (keys, _), do = x.cut, _padded(x.cut), _as(do, q.dtype)
+    s, (keys, _), do = x.cut, padded(x.cut), _as(do, q.dtype)
     dstates, dread = x.walk_gradients(q, do, _leaving(x, q, do, dfinal, dblocks, kept))
+    if delta_hopper.fits(s, x.k):
+        dv = dread
+        dk, dbeta, dlog = delta_hopper.input_gradients(s, q, x.k, x.v, x.gates, dstates, dv, rest)
+        dlog = dlog if dlog is None or log_decay is None else _as(dlog, log_decay.dtype)
+        return _by_key_head(dk, k), dv, _as(dbeta, beta.dtype), dlog
     launch = _launch("input_gradients", s, k)
     parts = keys // PART
-    dk, dv, dbeta = _heads_like(x.k, s), x.v.new_empty(x.v.shape), _flow(k, s, parts)
-    dlog = _flow(k, s, parts) if per_token(log_decay) else None
+    dk, dv, dbeta = _heads_like(x.k, s), x.v.new_empty(x.v.shape), flow_like(k, s, parts)
+    dlog = flow_like(k, s, parts) if per_token(log_decay) else None
     states, wrote, dscores, *flow = rest
     run(
         delta_triton_back_kernels.input_gradients,
@@ -401,7 +364,7 @@ def grad_inputs(
         launch,
         {
             "K": keys,
-            "V": _padded(s)[1],
+            "V": padded(s)[1],
             "C": CHUNK,
             "TILE": launch.tile,
             "PART": PART,
@@ -411,11 +374,11 @@ def grad_inputs(
         _rows(readable(q), CHUNK, PART),
         _rows(x.k, CHUNK, PART),
         _rows(x.v, CHUNK, launch.tile),
-        _flat(states, launch.tile, PART),
-        _flat(wrote, launch.tile),
-        _flat(dstates, launch.tile, PART),
-        _flat(dread, launch.tile),
-        _flat(dscores, CHUNK),
+        flat(states, launch.tile, PART),
+        flat(wrote, launch.tile),
+        flat(dstates, launch.tile, PART),
+        flat(dread, launch.tile),
+        flat(dscores, CHUNK),
         _rows(dk, CHUNK, PART),
         _rows(dv, CHUNK, launch.tile),
         x.gates,

@@ -29,35 +29,10 @@ Arguments common to the programs:
 import triton
 import triton.language as tl
 
-from lasptrain.ops.delta_triton_kernels import CUT_LOG2, NOTHING_LOG2, SIZES, _betas, _decays, _gates, _weights
+from lasptrain.ops.delta_triton_kernels import NOTHING_LOG2, SIZES, _weights
 from lasptrain.ops.triton_kernels import PRECISION, _place, _rows, _store_rows
 
-
-@triton.jit(do_not_specialize=["T", "H"])
-def measure_decays(
-    BETA, LOG_DECAY, DOC, GATES, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr
-):  # fmt: skip
-    """Write what the programs need to know of the decays and β of a chunk to GATES [B, H, n, 6, C]; grid B·n·H.
-
-    `inside`, the cumulative log2 of the decay up to and including each token in whole steps, which is exact however
-    strong the decays; `rest`, its small remainder; `lead`, the decay from the chunk's start to a token, of the last
-    token that over the chunk; `fold`, that from a token to the chunk's end; β; and how many tokens of the chunk up to
-    this one have a decay of zero, negative if this one has. Tokens past T change nothing.
-    """
-    total = tl.cdiv(T, C)
-    batch, head, chunk, _ = _place(total, H, 1)
-    t = chunk * C
-    each = _decays(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
-    inside, rest, lead, fold, _ = _gates(each)
-    out = GATES + ((batch * H + head).to(tl.int64) * total + chunk) * (6 * C) + tl.arange(0, C)
-    tl.store(out, inside)
-    tl.store(out + C, rest)
-    tl.store(out + 2 * C, lead)
-    tl.store(out + 3 * C, fold)
-    tl.store(out + 4 * C, _betas(BETA, batch, head, t, T, H, C))
-    zero = each <= CUT_LOG2
-    run = tl.cumsum(zero.to(tl.int32), 0).to(tl.float32)
-    tl.store(out + 5 * C, tl.where(zero, -run, run))
+LEAST = tl.constexpr(1e-10)  # `delta_hopper_kernels` has it too
 
 
 @triton.jit
@@ -212,6 +187,41 @@ def _decay_gradient(GATES, line, chunk, total, difference, edge, C: tl.constexpr
     following = tl.sum(tl.where(later, difference[:, None], 0.0), 0)
     following += tl.where(number == tl.max(number, 0), edge, 0.0)
     return tl.where(run < 0, 0.0, following)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def finish_gradients(
+    SUMS, FLOW, GATES, DBETA, DLOG, T, H,
+    C: tl.constexpr, PARTS: tl.constexpr, SUMS_EACH: tl.constexpr, FLOWS: tl.constexpr,
+):  # fmt: skip
+    """Sum DBETA and DLOG [B, T, H] fp32 from what programs of `delta_hopper_kernels` left of chunks; grid B·n·H.
+
+    SUMS [B, H, n, PARTS, SUMS_EACH, C] is that of `input_gradients` there, FLOW [B, H, n, 2, C] of `query_gradients`. A
+    β of zero was replaced by a small one, by which both dv and its sums can be divided.
+    """
+    total = tl.cdiv(T, C)
+    batch, head, chunk, _ = _place(total, H, 1)
+    line = (batch * H + head).to(tl.int64)
+    i = tl.arange(0, C)
+    dbeta = tl.zeros([C], tl.float32)
+    difference = tl.zeros([C], tl.float32)
+    edges = tl.zeros([C], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = SUMS + ((line * total + chunk) * PARTS + part) * (SUMS_EACH * C) + i
+        dbeta += tl.load(at) + tl.load(at + C) + tl.load(at + 2 * C)
+        if FLOWS:
+            difference += tl.load(at + 3 * C) + tl.load(at + 4 * C)
+            edges += (tl.load(at + 5 * C) + tl.load(at + 6 * C)) + (tl.load(at + 7 * C) + tl.load(at + 8 * C))
+    if FLOWS:
+        at = FLOW + (line * total + chunk) * (2 * C) + i
+        difference += tl.load(at) + tl.load(at + C)
+    known = chunk * C + i < T
+    token = (batch.to(tl.int64) * T + chunk * C + i) * H + head
+    beta = tl.load(GATES + (line * total + chunk) * (6 * C) + 4 * C + i)
+    tl.store(DBETA + token, dbeta / tl.where(tl.abs(beta) < LEAST, LEAST, beta), mask=known)
+    if FLOWS:
+        dlog = _decay_gradient(GATES, line, chunk, total, difference, tl.sum(edges, 0), C)
+        tl.store(DLOG + token, dlog, mask=known)
 
 
 @triton.jit(do_not_specialize=SIZES)

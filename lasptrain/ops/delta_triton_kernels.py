@@ -88,6 +88,33 @@ def _gates(each):
     return inside, rest, lead, fold, total + remaining
 
 
+@triton.jit(do_not_specialize=["T", "H"])
+def measure_decays(
+    BETA, LOG_DECAY, DOC, GATES, T, H, C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr
+):  # fmt: skip
+    """Write what the programs need to know of the decays and β of a chunk to GATES [B, H, n, 6, C]; grid B·n·H.
+
+    `inside`, the cumulative log2 of the decay up to and including each token in whole steps, which is exact however
+    strong the decays; `rest`, its small remainder; `lead`, the decay from the chunk's start to a token, of the last
+    token that over the chunk; `fold`, that from a token to the chunk's end; β; and how many tokens of the chunk up to
+    this one have a decay of zero, negative if this one has. Tokens past T change nothing.
+    """
+    total = tl.cdiv(T, C)
+    batch, head, chunk, _ = _place(total, H, 1)
+    t = chunk * C
+    each = _decays(LOG_DECAY, DOC, batch, head, t, T, H, C, DECAY, DOCS)
+    inside, rest, lead, fold, _ = _gates(each)
+    out = GATES + ((batch * H + head).to(tl.int64) * total + chunk) * (6 * C) + tl.arange(0, C)
+    tl.store(out, inside)
+    tl.store(out + C, rest)
+    tl.store(out + 2 * C, lead)
+    tl.store(out + 3 * C, fold)
+    tl.store(out + 4 * C, _betas(BETA, batch, head, t, T, H, C))
+    zero = each <= CUT_LOG2
+    run = tl.cumsum(zero.to(tl.int32), 0).to(tl.float32)
+    tl.store(out + 5 * C, tl.where(zero, -run, run))
+
+
 @triton.jit
 def _weights(inside, rest, C: tl.constexpr, TRANSPOSE: tl.constexpr):
     """Decay [C, C] from the token of a column to that of a row, or with TRANSPOSE from row to column; 0 backwards."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lasptrain.ops import KERNELS, decay_rule, select, state_dtype
+from lasptrain.ops import KERNELS, decay_rule, not_for_triton, select, state_dtype
 from lasptrain.ops import delta_rule as delta
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.recurrence import ShardedRecurrence
@@ -116,8 +116,8 @@ def _chosen(kernel: str, known: Iterable[str], q: Tensor) -> str:
     kernels = [name for name in KERNELS if name in known]
     if kernel not in ("auto", *kernels):
         raise ValueError(f"kernel: expected auto, {', '.join(kernels)}, found {kernel}")
-    if kernel == "triton" and not q.is_cuda:
-        raise ValueError(f"kernel: triton needs a CUDA device, found {q.device}; use chunked or auto")
+    if kernel == "triton" and (other := not_for_triton(q.device)):
+        raise ValueError(f"kernel: triton needs an NVIDIA GPU, found {other}; use chunked or auto")
     return select(kernel, q.device, kernels)
 
 

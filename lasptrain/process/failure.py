@@ -24,7 +24,7 @@ from lasptrain.errors import (
     ResourceError,
     Stopped,
 )
-from lasptrain.process import watchdog
+from lasptrain.process import signals, watchdog
 
 
 class Failure(NamedTuple):
@@ -54,6 +54,17 @@ def write_final_status(run: Path, failure: Failure | None, restarts: int = 0) ->
         files.replace(file, json.dumps(status))
 
 
+def all_saved(run: Path) -> bool:
+    """True where status.json says that the last step of all was committed."""
+    from lasptrain.run.metrics import STATUS
+
+    try:
+        status = json.loads((run / STATUS).read_text(encoding="utf-8"))
+        return bool(status["committed"] == status["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def root_cause(codes: dict[int, int], records: Path) -> Failure:
     """The rank that failed first: the earliest record of one that did not just lose a peer, else a killed one."""
     found = sorted(read_records(records), key=lambda failure: failure.time)
@@ -81,13 +92,19 @@ def root_cause(codes: dict[int, int], records: Path) -> Failure:
     return Failure(rank, INTERNAL, "ended", f"rank {rank} ended with exit code {code}, see above", 0.0)
 
 
-def stopped_by(interruption: Stopped, began: bool, records: Path) -> Failure:
-    """The end of a run whose launcher got a signal: as its ranks recorded it, if they had begun."""
+def stopped_by(number: int, began: bool, records: Path, saved: bool) -> Failure:
+    """The end of a run whose launcher got the signal `number`: as its ranks recorded it, if they had begun.
+
+    `saved`: they had nothing left to save.
+    """
+    interruption = signals.interruption(number, signals.ALL_SAVED if began else "training had not begun")
     if not began:
         return failure_of(0, interruption)
     found = sorted(read_records(records), key=lambda failure: (failure.code == RankLostError.code, failure.time))
     if found and found[0].code != RankLostError.code:
         return found[0]._replace(code=interruption.code) if found[0].kind == type(interruption).__name__ else found[0]
+    if saved:
+        return failure_of(0, interruption)
     return Failure(0, TERMINATED, "Killed", "stopped before the newest step could be saved", time.time())
 
 

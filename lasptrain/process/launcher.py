@@ -23,21 +23,33 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lasptrain import files
-from lasptrain.errors import RankLostError, SetupError
+from lasptrain.errors import RankLostError, RecipeError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.process import signals, watchdog
 from lasptrain.process.environment import joined_ranks
-from lasptrain.process.failure import Failure, first_line, record, report, root_cause, stopped_by, write_final_status
-from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
+from lasptrain.process.failure import (
+    Failure,
+    all_saved,
+    first_line,
+    record,
+    report,
+    root_cause,
+    stopped_by,
+    write_final_status,
+)
+from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
+from lasptrain.process.meeting import connect, meet
 from lasptrain.process.ranks import run_worker
 from lasptrain.recipe.resolve import resolve_mesh
 from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Launch
 from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import folder as runs
 
@@ -67,18 +79,33 @@ def launch(
     any process starts. `target` names the function `(recipe, run)` that every rank calls inside an initialised process
     group.
     """
-    joined = joined_ranks()
+    joined = joined_ranks(alone=nodes is not None)
     if joined is not None:
-        signals.listen()
+        _refuse_beside(joined, {"--nproc": nproc, "--nnodes": nodes, "--max-restarts": max_restarts})
+        signals.listen(lambda by: _say_stopped(by, joined["RANK"]))
         resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
         run_worker(recipe, target, place=place)
     with _no_signal_lost():
         nproc = _processes(nproc)
-        recipe = resolve(recipe, nproc * (nodes.total if nodes else 1))
-        with open_run(recipe, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
-            failure = _attempts(recipe, run, nproc, nodes, target, max_restarts)
+        there = choose(recipe, place)
+        prepared = resolve(recipe.named(there.name), nproc * (nodes.total if nodes else 1), there)
+        with open_run(prepared, there, place) if nodes is None or nodes.rank == 0 else nullcontext() as run:
+            failure = _attempts(prepared.recipe, run, nproc, nodes, target, max_restarts)
     return report(failure) if failure else 0
+
+
+def _say_stopped(number: int, rank: str) -> None:
+    if rank == "0":
+        sys.stderr.write(f"{signals.interruption(number, 'nothing was unsaved')}\n")
+
+
+def _refuse_beside(joined: dict[str, str], options: dict[str, object]) -> None:
+    """Raise RecipeError for options that start ranks, where torchrun or Slurm has started them."""
+    if given := [option for option, value in options.items() if value]:
+        found = f"{', '.join(given)}: found where {joined['WORLD_SIZE']} ranks are already started"
+        by = "RANK, WORLD_SIZE, … by torchrun" if "RANK" in os.environ else "SLURM_STEP_ID, … by srun"
+        raise RecipeError(f"{found} ({by}); expected one of both: leave it out, or start this without them")
 
 
 def _attempts(
@@ -132,7 +159,7 @@ def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, 
         for file in records.glob("*.json"):
             file.unlink()
         files.replace(folder / runs.RECIPE, dump(recipe))
-        return _agent(folder, run, records, nproc, nodes, target, recipe.launch.grace)
+        return _agent(folder, run, records, nproc, nodes, target, recipe.launch)
 
 
 def _processes(nproc: int | None) -> int:
@@ -143,7 +170,7 @@ def _processes(nproc: int | None) -> int:
 
 
 def _agent(
-    folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str, grace: int
+    folder: Path, run: Path | None, records: Path, nproc: int, nodes: Nodes | None, target: str, limits: Launch
 ) -> Failure | None:
     """Run this machine's ranks under the elastic agent; return their failure, None if they finished."""
     _silence("torch.distributed.elastic")
@@ -158,13 +185,16 @@ def _agent(
     watching = watchdog.Watchdog(folder, partial(_record_ended, records))
     watching.start()
     try:
-        elastic_launch(_config(folder, nproc, nodes, grace), sys.executable)("-u", *entry, *arguments)
+        # Kept until the end: torch's own store of that place shares its server.
+        store = None if nodes is None else _meet(nodes, limits.timeout)
+        elastic_launch(_config(folder, nproc, nodes, limits.grace), sys.executable)("-u", *entry, *arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return root_cause(codes, records)
     except SignalException as error:
         began = any(folder.glob(f"{watchdog.PULSE}*"))
-        return stopped_by(signals.interruption(error.sigval, "training had not begun"), began, records)
+        saved = watchdog.all_left(folder) or (run is not None and all_saved(run))
+        return stopped_by(error.sigval, began, records, saved)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
@@ -172,7 +202,16 @@ def _agent(
         for number in signals.CODES:
             signal.signal(number, signal.SIG_IGN)  # only quick clean-up is left
         watching.end()
+    del store
     return None
+
+
+def _meet(nodes: Nodes, timeout: float) -> TCPStore:
+    """Wait for the launchers of the other machines; return the store through which they have found each other."""
+    host, _, port = nodes.rendezvous.rpartition(":")
+    store = connect(host, int(port), "machine 0", hosts=nodes.rank == 0, timeout=timeout)
+    meet(store, "machine", nodes.rank, nodes.total, nodes.rendezvous, timeout)
+    return store
 
 
 def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:

@@ -6,39 +6,77 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.dataset import left_out, open_dataset
+from data_tools.dataset import left_out, resume_dataset
+from data_tools.remembered import remember
 from lasptrain.console.progress import preparing
+from lasptrain.console.tables import show
+from lasptrain.data.dataset import TokenDataset
+from lasptrain.errors import CheckpointError
 from lasptrain.recipe.resolve import resolve_mesh, with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
+from lasptrain.run import origin as origins
+from lasptrain.run.origin import Origin
 
 
 class RunLocation(NamedTuple):
-    """The run folder asked for: `folder` instead of runs/NAME; `fresh`: one that does not exist yet."""
+    """The run folder asked for: `folder` instead of runs/NAME; `fresh`: one that does not exist yet.
+
+    `origin`: the checkpoint that it begins with, unless it is there already and began so.
+    """
 
     folder: Path | None = None
     fresh: bool = False
+    origin: Origin | None = None
 
 
 DEFAULT = RunLocation()
 
 
-def resolve(recipe: Recipe, world: int) -> Recipe:
-    """Prepare the data and return the recipe with mesh and vocabulary (the data's) as numbers."""
+class Prepared(NamedTuple):
+    """A recipe with its mesh and vocabulary as numbers, and its data."""
+
+    recipe: Recipe
+    dataset: TokenDataset
+
+
+def resolve(recipe: Recipe, world: int, run: Path) -> Prepared:
+    """Prepare the data, those of `run` where it has trained, and return them with the recipe for `world` ranks."""
     dp, sp = resolve_mesh(recipe, world)
     with preparing() as progress:
-        dataset = open_dataset(recipe.data, progress)
+        dataset = resume_dataset(recipe.data, progress, run, _say)
     recipe = with_vocabulary(recipe, dataset.vocab_size)
     for line in left_out(recipe.data, dataset):
-        sys.stderr.write(f"{line}\n")
-    return recipe.replace(mesh={"dp": dp, "sp": sp})
+        _say(line)
+    return Prepared(recipe.replace(mesh={"dp": dp, "sp": sp}), dataset)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def choose(recipe: Recipe, place: RunLocation) -> Path:
+    """Return the path of the run folder. CheckpointError where `place.folder` has saved and began otherwise."""
+    run = runs.choose(recipe.name, place.folder, place.fresh).absolute()
+    if place.origin is None or not runs.committed(run) or origins.is_of(run, place.origin):
+        return run
+    if place.folder is not None:
+        found = f"{run}: has saved steps and did not begin with {place.origin.what}"
+        raise CheckpointError(f"{found}; expected another --run, or --fresh")
+    return runs.choose(recipe.name, fresh=True).absolute()
 
 
 @contextmanager
-def open_run(recipe: Recipe, place: RunLocation) -> Iterator[Path]:
-    """Lock the run folder, write the recipe into it, and yield its path."""
-    run = runs.choose(recipe.name, place.folder, place.fresh).absolute()
+def open_run(prepared: Prepared, run: Path, place: RunLocation) -> Iterator[Path]:
+    """Lock the run folder, write recipe and data into it, and yield its path, which is said first and last."""
     with runs.lock(run):
-        runs.adopt(run, recipe)
+        runs.adopt(run, prepared.recipe)
+        remember(run, prepared.recipe.data, prepared.dataset)
+        if place.origin is not None and not runs.committed(run):
+            origins.write(run, place.origin)
         (run / runs.RANKS).mkdir(exist_ok=True)
-        yield run
+        show(f"run        {run}")
+        try:
+            yield run
+        finally:
+            show(f"run        {run}" + (f"; --run {run} without --fresh goes on with it" if place.fresh else ""))

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,8 @@ from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.process import watchdog
 from lasptrain.process.failure import failure_of, record, report, write_final_status
-from lasptrain.process.location import DEFAULT, RunLocation, open_run, resolve
+from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
+from lasptrain.process.meeting import Waiting, connect, meet, patiently
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 
@@ -35,11 +36,14 @@ def run_worker(
     try:
         digest = runs.digest(recipe)
         with ExitStack() as stack:
+            opening: AbstractContextManager[Path] = nullcontext(run or Path())
             if not launched and os.environ["LOCAL_RANK"] == "0":
-                recipe = resolve(recipe, int(os.environ["WORLD_SIZE"]))
-            join_group(timeout=timedelta(seconds=recipe.launch.timeout))
+                there = choose(recipe, place)
+                prepared = resolve(recipe.named(there.name), int(os.environ["WORLD_SIZE"]), there)
+                recipe, opening = prepared.recipe, open_run(prepared, there, place)
+            _join_others(recipe.launch.timeout)
             _agree(digest)
-            run, recipe = _share(run, recipe, lambda: stack.enter_context(open_run(recipe, place)))
+            run, recipe = _share(recipe, lambda: stack.enter_context(opening))
             folders.add(run / runs.RANKS)  # other machines' launchers look there too
             _function(target)(recipe, run)
             dist.destroy_process_group()
@@ -59,14 +63,33 @@ def run_worker(
     os._exit(code)  # tearing down a group that others still hold may abort the interpreter
 
 
+def _join_others(timeout: int) -> None:
+    """Meet the other ranks where the launcher says and initialise their process group; rank 0 tells of waiting."""
+    env = os.environ
+    rank, total, host, port = int(env["RANK"]), int(env["WORLD_SIZE"]), env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    hosts = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = connect(host, port, "rank 0", hosts=hosts, timeout=timeout)
+    meet(store, "rank", rank, total, f"{host}:{port}", timeout, quiet=rank > 0)
+    waiting = Waiting(lambda: f"the process group of {total} ranks", timeout, quiet=rank > 0)
+    options = {"store": store, "rank": rank, "world_size": total, "timeout": timedelta(seconds=timeout)}
+    patiently(lambda: join_group(**options), waiting)
+    _use_device()  # each thread has a current one of its own
+
+
 def join_group(**options: Any) -> None:
     """Initialise the process group of all ranks: NCCL for tensors on GPUs, gloo for the rest."""
-    device = mesh.device()
+    device = _use_device()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
+
+
+def _use_device() -> torch.device:
+    device = mesh.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _agree(digest: str) -> None:
@@ -78,12 +101,12 @@ def _agree(digest: str) -> None:
         raise SetupError(f"{found}; give all the same file and --set")
 
 
-def _share(run: Path | None, recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
+def _share(recipe: Recipe, find: Callable[[], Path]) -> tuple[Path, Recipe]:
     """Return rank 0's run folder and recipe. Where rank 0 fails, the others raise RankLostError."""
     found = None
     try:
         if dist.get_rank() == 0:
-            found = (run or find(), recipe)
+            found = (find(), recipe)
     finally:
         found = all_gather_object(found)[0]
     if found is None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from lasptrain.errors import INTERRUPTED, STOPPED, TERMINATED, Stopped
 
@@ -21,9 +22,11 @@ CODES = {
     signal.SIGHUP: STOPPED,
     signal.SIGINT: INTERRUPTED,
 }
+ALL_SAVED = "every step is saved"
 ECHO = 0.5  # seconds within which a signal that comes both directly and through the launcher counts once
 
 _noted, _at, _unsaved = 0, 0.0, False
+_leave: Callable[[int], object] = int  # of the signal: by default nothing is done
 
 
 def interrupt() -> None:
@@ -41,6 +44,9 @@ def interrupt() -> None:
 def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[], float] = time.monotonic) -> None:
     """Install the handlers. `leave` gets the number of the signal by which this process then ends, nothing unsaved."""
 
+    global _leave
+    _leave = leave
+
     def hear(number: int, frame: FrameType | None) -> None:
         global _noted, _at
         if _noted and now() - _at > ECHO:
@@ -48,8 +54,7 @@ def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[],
         if not _noted:
             _noted, _at = number, now()
             if not _unsaved:
-                leave(number)
-                os._exit(CODES[signal.Signals(number)])
+                _end(number)
 
     for number in CODES:
         signal.signal(number, hear)
@@ -57,13 +62,20 @@ def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[],
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only record signals inside this context: there is something to save."""
+    """Only record signals inside this context: there is something to save. One that nobody asked for ends it then."""
     global _unsaved
     _unsaved = True
     try:
         yield
     finally:
         _unsaved = False
+    if _noted:
+        _end(_noted)
+
+
+def _end(number: int) -> NoReturn:
+    _leave(number)
+    os._exit(CODES[signal.Signals(number)])
 
 
 def pending() -> int:

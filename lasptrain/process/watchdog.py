@@ -61,6 +61,12 @@ def _say(pid: int, until: float) -> None:
         os.pwrite(_file, f"{pid} {_count} {until:.3f}".ljust(64).encode(), 0)
 
 
+def all_left(folder: Path) -> bool:
+    """True where ranks have begun and all have ended in order."""
+    last = [file.read_text().split()[:1] for file in folder.glob(f"{PULSE}*")]
+    return bool(last) and all(pid == ["0"] for pid in last)
+
+
 class Watchdog(threading.Thread):
     """Thread that watches the ranks whose heartbeats are in `folder` until `end` is called.
 

@@ -1,5 +1,6 @@
 """The whole recipe, and the checks between keys of different sections."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Self
 
@@ -62,12 +63,21 @@ class Recipe(Section):
         changed = {name: getattr(self, name).model_copy(update=dict(keys)) for name, keys in sections.items()}
         return self.model_copy(update=changed)
 
+    def named(self, name: str) -> Self:
+        """The recipe under the name of a folder."""
+        return self.model_copy(update={"name": recipe_name(name)})
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         sections = (self, *(getattr(self, name) for name in SECTIONS))
         if found := [problem for section in sections for problem in section.problems()]:
             raise ValueError("\n".join(f"{key}: {text}" for key, text in found))
         return self
+
+
+def recipe_name(text: str) -> str:
+    """Turn a folder's name into a valid recipe name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:100] or "run"
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
 
-# Keys that may change on resume: how the run is computed, not what.
+# Keys that may change where a run goes on: how it is computed, how long, and what a person mends in it, all of the
+# optimizer but its kind. Text and tokenizer are told by their content, where the data are opened.
 _FREE = re.compile(
-    r"(name|mesh|parallel|checkpoint|eval|launch)(\..*)?"
-    r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk|profile)|data\.cache"
+    r"(name|mesh|parallel|guard|checkpoint|eval|launch)(\..*)?"
+    r"|optim\.(lr|min_lr|schedule|warmup|decay|betas|eps|weight_decay|clip)"
+    r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk|profile)|data\.(cache|tokenizer)"
 )
 
 
@@ -75,15 +77,27 @@ def _holder(run: Path) -> str:
         return "another process"
 
 
+def committed(run: Path) -> list[int]:
+    """Return the steps in RUN/checkpoints, newest first, intact or not."""
+    folder = run / CHECKPOINTS
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
+    return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
+
+
 def adopt(run: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
     file = run / RECIPE
-    if file.exists() and any((run / CHECKPOINTS).glob("step-*")):
+    if file.exists() and committed(run):
         changed = differences(recipe_of(run), recipe)
         if changed:
-            found = f"{run}: belongs to a different recipe: {'; '.join(changed)}"
-            raise CheckpointError(f"{found}; use --fresh for a new run")
+            raise CheckpointError(f"{run}: belongs to a different recipe: {'; '.join(changed)}; {ways_out(run)}")
     files.replace(file, dump_saved(recipe))
+
+
+def ways_out(run: Path) -> str:
+    """Say how another recipe than the run's can be trained."""
+    return f"use --fresh for a new run, or --from {run} for a new one that begins with its weights"
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -93,7 +107,8 @@ def recipe_of(run: Path) -> Recipe:
     """
     if not (run / RECIPE).is_file():
         raise CheckpointError(f"{run}: holds no {RECIPE}; expected the folder of a run")
-    return load(run / RECIPE, written=1)
+    recipe = load(run / RECIPE, written=1)
+    return recipe.named(run.resolve().name)
 
 
 def differences(there: Recipe, here: Recipe) -> list[str]:
@@ -102,8 +117,14 @@ def differences(there: Recipe, here: Recipe) -> list[str]:
     return [
         f"{key}: {old[key]} there, {new[key]} here"
         for key in old
-        if not _FREE.fullmatch(key) and _identity(key, old[key]) != _identity(key, new[key])
+        if not _FREE.fullmatch(key) and _shares(key, old[key]) != _shares(key, new[key])
     ]
+
+
+def changes(there: Mapping[str, Any], here: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of a recipe, as JSON, that have another value here, with both values."""
+    old, new = _flat(dict(there)), _flat(here.model_dump(mode="json"))
+    return {key: (old[key], value) for key, value in new.items() if key in old and old[key] != value}
 
 
 def digest(recipe: Recipe) -> str:
@@ -115,6 +136,13 @@ def digest(recipe: Recipe) -> str:
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     sections = {name: keys for name, keys in recipe.items() if isinstance(keys, dict)}
     return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+
+
+def _shares(key: str, value: Any) -> Any:
+    """The part of a value that its content does not tell: of sources the weights."""
+    if key == "data.source":
+        return None if isinstance(value, str) else [part["weight"] for part in value]
+    return value
 
 
 def _identity(key: str, value: Any) -> Any:

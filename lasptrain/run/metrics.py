@@ -2,8 +2,10 @@
 
 metrics.jsonl is only ever appended to, one object a line: `{"step": 7, "loss": …}` for an update,
 `{"step": 10, "event": "eval", …}`, `{"step": 9, "event": "epoch", "epochs": {"SOURCE": 2}}` where a step begins to read
-tokens again, and `{"step": 4, "event": "resumed"}`, which cancels all earlier records of later steps. Steps count
-finished updates. Read it with `read_metrics`.
+tokens again, and `{"step": 4, "event": "resumed"}`, which cancels all earlier records of later steps; behind it
+`{"step": 4, "event": "changed", "keys": {"optim.lr": [0.01, 0.005]}}` where the recipe has changed since step 4 was
+saved. A run made with `--from` begins with `{"step": 0, "event": "origin", …}`. Steps count finished updates. Read it
+with `read_metrics`.
 """
 
 from __future__ import annotations
@@ -76,6 +78,11 @@ class Metrics:
         self._write({"step": step, "event": "epoch", "epochs": begun})
         for source, number in begun.items():
             self._display.say(f"epoch {number} begins at step {step}: {source}")
+
+    def begun(self, step: int, event: str, **values: Any) -> None:
+        """Record an event at the start, after `step`: `changed` keys of the recipe, or the `origin` of the weights."""
+        if self._is_main:
+            self._write({"step": step, "event": event, **values})
 
     def log_bad_step(self, step: int, verdict: str, reason: str, windows: list[int], **values: Value) -> None:
         """Report the guard's verdict on update `step`, whose `windows` start at these tokens."""

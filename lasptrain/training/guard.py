@@ -25,30 +25,36 @@ class Guard:
         self._left_out = 0  # steps in a row
         self.verdict: Verdict = "accept"
         self.reason = ""
+        self.advice = ""
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """Return the verdict on a step of this loss and gradient norm; `reason` says why if it is not `accept`."""
-        self.verdict, self.reason = self._judge(loss, norm)
+        """Return the verdict on a step of this loss and gradient norm.
+
+        If it is not `accept`, `reason` says why, and `advice` which setting would have let training go on.
+        """
+        self.verdict, self.reason, self.advice = self._judge(loss, norm)
         if self.verdict in ("skip", "rollback"):
             self._left_out += 1
             if self._left_out > self._policy.limit:
                 self.reason += f", and the {self._policy.limit} steps before were left out (guard.limit)"
-                self.verdict = "stop"
+                self.verdict, self.advice = "stop", f"guard.limit={2 * self._policy.limit}"
         elif self.verdict != "stop":
             self._left_out = 0
             if self._policy.spike != "ignore":
                 self._norms = [*self._norms, norm][-LATELY:]
         return self.verdict
 
-    def _judge(self, loss: float, norm: float) -> tuple[Verdict, str]:
+    def _judge(self, loss: float, norm: float) -> tuple[Verdict, str, str]:
         policy = self._policy
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return policy.nonfinite, f"loss {loss}, gradient norm {norm}; expected finite numbers"
+            reason = f"loss {loss}, gradient norm {norm}; expected finite numbers"
+            return policy.nonfinite, reason, "guard.nonfinite=skip"
         if policy.spike != "ignore" and len(self._norms) >= ENOUGH:
             usual = median(self._norms)
             if norm > policy.factor * usual:
-                return policy.spike, f"gradient norm {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}"
-        return "accept", ""
+                reason = f"gradient norm {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}"
+                return policy.spike, reason, "guard.spike=skip"
+        return "accept", "", ""
 
     def state(self) -> dict[str, Any]:
         """Return the part of the past that later verdicts depend on, as JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,18 +46,22 @@ class Job:
     flops_per_token: int
     peak: float | None  # FLOP/s of this device in bf16 by its data sheet, where it is known
     guard: Guard
+    given: Recipe | None = None  # the recipe before `auto` was decided, where it was another
     on_segment: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
 
-def build(recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None) -> Job:
+def build(
+    recipe: Recipe, attention: Callable[[str, Mesh], ShardedRecurrence] | None = None, run: Path | None = None
+) -> Job:
     """Build mesh, data, model and optimizer of this rank; the model has its initial weights.
 
+    With `run`, the data are those it was trained on.
     `attention` makes another recurrence than the recipe's, from a kernel's name and the mesh, for comparisons.
     """
     device = meshes.device()
     dp, sp = resolve_mesh(recipe, meshes.world_size())
     mesh = meshes.build(dp, sp)
-    dataset = open_dataset(recipe.data)
+    dataset = open_dataset(recipe.data, run=run)
     recipe = with_vocabulary(recipe, dataset.vocab_size)
     vocab = resolve_vocabulary(recipe.model, dataset.vocab_size)
     available = all_reduce_min(meshes.free_memory(device)) if device.type == "cuda" else None
@@ -139,8 +144,9 @@ def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageMode
 
 
 def checkpoint_meta(job: Job) -> dict[str, Any]:
-    """Return JSON saved beside tensors: fingerprint, guard state, and `steps`, which the learning rate depends on."""
-    return fingerprint_of(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps}
+    """Return JSON saved beside tensors: fingerprint, guard state, and the recipe by which the step was trained."""
+    recipe = (job.given or job.recipe).model_dump(mode="json")
+    return fingerprint_of(job) | {"guard": job.guard.state(), "steps": job.recipe.train.steps, "recipe": recipe}
 
 
 def fingerprint_of(job: Job) -> dict[str, Any]:
@@ -150,6 +156,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "model": recipe.model.model_dump(mode="json"),
         "decays": job.model.decays().tolist(),
         "dataset": job.dataset.fingerprint,
+        "content": job.dataset.content,
         "order": {
             "seed": recipe.data.seed,
             "window": recipe.data.window,
