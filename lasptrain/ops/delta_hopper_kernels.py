@@ -370,6 +370,7 @@ def summarize_delta(
 
 @gluon.jit
 def _fetch_walk(q, k, v, inverse, queries, keys, values, inverses, bars, stage, batch, head, key_head, t):
+    """Load a chunk of q, k, T, and of v or the gradient of outputs."""
     bar = bars.index(stage)
     mbarrier.expect(bar, C * (3 * D + C) * 2)
     _load(k, [batch, key_head, t, 0], bar, keys.index(stage))
@@ -574,16 +575,6 @@ def query_gradients(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _fetch_gradients(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t):
-    bar = bars.index(stage)
-    mbarrier.expect(bar, C * (3 * D + C) * 2)
-    _load(k, [batch, key_head, t, 0], bar, keys.index(stage))
-    _load(q, [batch, key_head, t, 0], bar, queries.index(stage))
-    _load(inverse, [batch, head, t, 0], bar, inverses.index(stage))
-    _load(do, [batch, head, t, 0], bar, dos.index(stage))
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def walk_gradients(
     q, k, do, inverse, dstates, dv, GATES, LAST, FIRST, T, H, NB, L, GROUP: gl.constexpr, KEEP: gl.constexpr
@@ -618,7 +609,7 @@ def walk_gradients(
     for stage in gl.static_range(2):
         if chunk - stage >= first:
             t = (chunk - stage) * C
-            _fetch_gradients(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
+            _fetch_walk(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
     inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk, first))
     stage = 0
     phase = 0
@@ -670,7 +661,7 @@ def walk_gradients(
         _barrier()
         if chunk - 2 >= first:
             t = (chunk - 2) * C
-            _fetch_gradients(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
+            _fetch_walk(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
         chunk -= 1
         phase ^= stage
         stage ^= 1
