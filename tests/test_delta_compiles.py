@@ -127,7 +127,7 @@ def test_compiles_for_hopper(
     monkeypatch.setattr(delta_hopper, "fits", lambda s, like: True)
     both_halves(slice_of(of, torch.bfloat16, 128, 128, heads, 600))
     programs = ["summarize_delta", "walk_delta", "query_gradients", "walk_gradients", "input_gradients"]
-    kept = {"invert_chunks", "measure_decays", "scan_maps"}, {"scan_gradients", "finish_gradients"}
+    kept = {"measure_decays", "scan_maps"}, {"scan_gradients", "finish_gradients"}
     assert launched == (
         {f"delta_hopper_kernels.{name}" for name in programs}
         | {f"delta_triton_kernels.{name}" for name in kept[0]}
