@@ -126,7 +126,14 @@ def test_compiles_for_hopper(
 
     monkeypatch.setattr(delta_hopper, "fits", lambda s, like: True)
     both_halves(slice_of(of, torch.bfloat16, 128, 128, heads, 600))
-    programs = ["summarize_delta", "walk_delta", "query_gradients", "walk_gradients", "input_gradients"]
+    programs = [
+        "invert_chunks",
+        "summarize_delta",
+        "walk_delta",
+        "query_gradients",
+        "walk_gradients",
+        "input_gradients",
+    ]
     kept = {"measure_decays", "scan_maps"}, {"scan_gradients", "finish_gradients"}
     assert launched == (
         {f"delta_hopper_kernels.{name}" for name in programs}
