@@ -57,7 +57,8 @@ def train(recipe: Recipe, run: Path) -> None:
         auto.store(recipe, run, place, choices)
     recipe = job.recipe
     # Too little held-out text is refused now, not after the last step.
-    validation_loader(job).validation_rounds(recipe.eval.windows)
+    if recipe.eval.windows:
+        validation_loader(job).validation_rounds(recipe.eval.windows)
     if is_main:
         remove_partial(run)
     loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
@@ -138,10 +139,10 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
             metrics.log(done, **values)
             if job.guard.verdict != "accept":
                 handle_bad_step(job, run, done, values, saver, metrics)
-            if _due(recipe.eval.every, done, steps):
+            if _due(recipe.eval.every, done, steps) and (recipe.eval.windows or recipe.eval.tasks):
                 validation = evaluate(job)
                 watchdog.heartbeat(watchdog.STARTUP_GRACE)
-                metrics.log_eval(done, **validation.scalars(), **ask(job))
+                metrics.log_eval(done, **(validation.scalars() if validation else {}), **ask(job))
             if _due(recipe.checkpoint.every, done, steps):
                 save(job, saver, done)
             saver.poll()
@@ -284,8 +285,10 @@ def ask(job: Job) -> dict[str, float]:
     return {} if whole is None else evaluate_in_training(whole, job.recipe, job.mesh)
 
 
-def evaluate(job: Job) -> Validation:
-    """Return the loss on `eval.windows` held-out windows."""
+def evaluate(job: Job) -> Validation | None:
+    """Return the loss on `eval.windows` held-out windows; None if there are to be none."""
+    if not job.recipe.eval.windows:
+        return None
     loader, windows = validation_loader(job), job.recipe.eval.windows
     rounds = loader.validation_rounds(windows)
 

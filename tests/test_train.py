@@ -107,6 +107,15 @@ def test_too_little_held_out_text_is_refused_before_the_first_step(folder: Path)
     assert read_metrics(folder / "short") == []
 
 
+def test_a_text_of_one_document_trains_without_a_held_out_loss(folder: Path) -> None:
+    (folder / "one.txt").write_text("One document counts: " + " ".join(map(str, range(2000))))
+    one = ["--set", "data.source=one.txt", "--set", "data.validation=0", "--set", "train.steps=2"]
+    code, _, said = start(folder, "--run", "one", *one).end()
+    assert code == 3 and "measure none with eval.windows: 0" in said
+    pretrain(folder, "one", *one, "--set", "eval.windows=0")
+    assert [record.get("event") for record in read_metrics(folder / "one")] == [None, None]
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run)]
 
@@ -264,6 +273,7 @@ def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: Non
         for position, loss in enumerate(out.loss.flatten().tolist(), 1):
             by_position[1 << (position.bit_length() - 1)].append(loss)
         sizes += int(job.dataset.token_bytes[row[1:]].sum())
+    assert found is not None
     wanted = {f"loss_at_{start}": fmean(losses) for start, losses in by_position.items()}
     total = sum(sum(losses) for losses in by_position.values())
     wanted |= {"loss": total / 480, "bits_per_byte": total / math.log(2) / sizes}

@@ -84,7 +84,8 @@ class SliceLoader:
             if split.name == "validation":
                 raise DataError(
                     f"eval.window: {window:,} tokens do not fit into the {split.tokens:,} of split validation; lower "
-                    "it, or hold out more documents per million with data.validation (prepare --validation)"
+                    "it, hold out more documents per million with data.validation (prepare --validation), or measure "
+                    "none with eval.windows: 0"
                 )
             raise DataError(
                 f"{split.tokens // 1024:,} windows of 1,024 would fit, 0 of {window:,}: "

@@ -28,16 +28,17 @@ PROMPT = 48  # tokens of held-out text that the sample continues
 
 
 def summarize(
-    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation, is_main: bool
+    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation | None, is_main: bool
 ) -> None:
     """Print the summary on the main rank. Collective over all ranks, because the weights are gathered."""
     whole = gather(model, is_main)
     if whole is None:
         return
-    show(_losses(validation, dataset, recipe))
+    if validation is not None:
+        show(_losses(validation, dataset, recipe))
     if recipe.eval.sample:
         tokenizer = load_tokenizer(recipe.data.tokenizer)
-        prompt = dataset.split("validation").read(0, PROMPT).tolist()
+        prompt = dataset.split("train" if validation is None else "validation").read(0, PROMPT).tolist()
         Console(soft_wrap=True, highlight=False).print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
     data = "".join(f"data       {line}\n" for line in epochs(recipe, dataset))
     again = f"lasptrain pretrain {run / RECIPE} --run {run} --set train.steps={2 * recipe.train.steps}"

@@ -172,7 +172,7 @@ class Eval(Section):
     """Loss on held-out documents while training, and long-context tasks."""
 
     every: Index = 50  # steps; 0: only at the end
-    windows: Count = 4
+    windows: Index = 4  # held-out ones; 0: no text is held out, and no loss of it measured
     window: Count | None = None  # tokens of a held-out window; data.window if not given
     sample: Index = 64  # tokens continued by the model in the summary
     tasks: Annotated[tuple[Task, ...], BeforeValidator(as_tuple)] = ()  # run whenever the held-out loss is measured

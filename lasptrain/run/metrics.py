@@ -69,7 +69,8 @@ class Metrics:
             return
         self._write({"step": step, "event": "eval", **values})
         self._plot("eval", step, values)
-        self._display.say(f"step {step}/{self._steps}  held-out loss {_number(values.get('loss'), '.4f')}")
+        if "loss" in values:
+            self._display.say(f"step {step}/{self._steps}  held-out loss {_number(values['loss'], '.4f')}")
 
     def epochs(self, step: int, begun: dict[str, int]) -> None:
         """Report that update `step` begins to read tokens of these sources again, and which epoch of each it is."""
