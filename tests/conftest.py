@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+from lasptrain.process import local_ranks
 from lasptrain.process import signals as stop
 from tests import gloo
 
@@ -21,6 +22,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 settings.register_profile("shared", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("shared")
+local_ranks.START = "forkserver"  # whose server has imported torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     gloo.serve()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,10 @@ from lasptrain.certify.check import Check, failed
 from lasptrain.certify.trial import Trial, fit
 from lasptrain.console.progress import asking
 from lasptrain.errors import RecipeError
-from lasptrain.process.local_ranks import TrialFailure, trials
+from lasptrain.process import signals
+from lasptrain.process.local_ranks import TrialFailure, check_gpus, trials
+from lasptrain.process.location import resolve
+from lasptrain.process.scratch import scratch
 from lasptrain.recipe.schema import Recipe
 
 SILENCE = 900.0  # seconds that one stage may take
@@ -44,14 +46,18 @@ def prove(
 ) -> Certificate:
     """Return the certificate of a recipe on `ranks` processes of this machine; `only` some checks, if any are named.
 
-    Raises RecipeError for a check that does not exist, and the errors of `trial.fit` and `local_ranks.trials`.
+    Raises RecipeError for a check that does not exist, the errors of `trial.fit`, DataError for data that cannot be
+    prepared, and Stopped where a signal ends it; then nothing of it is left.
     """
     if unknown := [name for name in only if name not in NAMES]:
         raise RecipeError(f"--check: found {unknown[0]!r}; expected {', '.join(NAMES)}")
     wanted = [name for name in NAMES if name in (only or NAMES)]
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lasptrain-certify-") as name:
-        trial, sizes = fit(recipe, ranks, Path(name), tokens, layers)
+    check_gpus(ranks)
+    trial, sizes = fit(recipe, ranks, Path(), tokens, layers)
+    resolve(recipe, ranks)
+    with signals.recorded(), scratch() as folder:
+        trial = trial._replace(folder=folder)
         stages = _stages(wanted)
         checks: list[Check] = []
         with asking(len(stages), 0, True) as show:

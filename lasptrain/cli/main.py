@@ -65,6 +65,8 @@ def main() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = INTERNAL
+    if code in (STOPPED, INTERRUPTED):
+        signals.ignore()
     sys.exit(code)
 
 

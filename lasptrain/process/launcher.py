@@ -199,8 +199,7 @@ def _agent(
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
     finally:
-        for number in signals.CODES:
-            signal.signal(number, signal.SIG_IGN)  # only quick clean-up is left
+        signals.ignore()  # only quick clean-up is left
         watching.end()
     del store
     return None

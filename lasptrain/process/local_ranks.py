@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
-import tempfile
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, NoReturn
@@ -17,12 +20,15 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from lasptrain import files
-from lasptrain.errors import LaspError, RankLostError, ResourceError, SetupError
+from lasptrain.errors import LaspError, ResourceError, SetupError
 from lasptrain.parallel import mesh
+from lasptrain.process import signals
 from lasptrain.process.ranks import join_group
+from lasptrain.process.scratch import scratch
 
 SILENCE = 240.0  # seconds that a trial may take
 GRACE = 30.0  # seconds that ranks get to exit when all is done
+START = "spawn"  # of ranks: a forked process cannot use a GPU that its parent has touched
 Args = tuple[Any, ...]
 
 
@@ -60,15 +66,14 @@ def trials(
 
     The calls share one job. A rank that fails, or a call that takes longer than `silence` seconds, ends the job, since
     ranks that wait for a lost one never return; the rest run in a new job. Args for which `skip_after(failed, args)` is
-    true fail untried. Raises SetupError where there are GPUs, but fewer than ranks.
+    true fail untried. Raises SetupError where there are GPUs, but fewer than ranks, and Stopped if a signal that is
+    recorded has come. No process outlives the last call, and no temporary file.
     """
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks:
-        raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
+    check_gpus(ranks)
     waiting = list(given)
     while waiting:
-        with tempfile.TemporaryDirectory(prefix="lasptrain-") as folder:
-            for found in _job(ranks, Path(folder), measure, tuple(waiting), silence):
+        with scratch() as folder:
+            for found in _job(ranks, folder, measure, tuple(waiting), silence):
                 args = waiting.pop(0)
                 yield args, found
         if isinstance(found, TrialFailure):
@@ -77,21 +82,25 @@ def trials(
                 yield other, found
 
 
+def check_gpus(ranks: int) -> None:
+    """Raise SetupError where there are GPUs, but fewer than ranks."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise SetupError(f"--nproc {ranks}: found {gpus} GPUs; expected at most as many ranks")
+
+
 def _job(
     ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args], silence: float | None
 ) -> Iterator[Any | TrialFailure]:
     """Yield results as they come; the last may be the TrialFailure that ended the job."""
     mesh.silence_torch_logs()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs each rank it ends
-    # A forked process cannot use a GPU that its parent has touched; on the CPU forking saves the imports.
-    start = "spawn" if torch.cuda.is_available() else "forkserver"
-    job = start_processes(
-        _rank, (ranks, folder, os.getpid(), measure, given), nprocs=ranks, join=False, start_method=start
-    )
+    job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=START)
     number, heard = 0, time.monotonic()
     try:
         while number < len(given):
             end = _end(job, folder)
+            signals.check()
             while (file := folder / f"{number}.result").exists():
                 yield json.loads(file.read_text())
                 number, heard = number + 1, time.monotonic()
@@ -104,8 +113,7 @@ def _job(
             pass
     finally:
         for process in job.processes:
-            process.kill()
-            process.join()
+            _end_all_of(process)
 
 
 def _end(job: ProcessContext, folder: Path) -> TrialFailure | None:
@@ -118,17 +126,30 @@ def _end(job: ProcessContext, folder: Path) -> TrialFailure | None:
         return TrialFailure(str(error).strip().splitlines()[-1], error=error)
 
 
-def _leave_after(process: int) -> None:
-    """End this rank soon after the measuring `process`: the forkserver and its ranks would outlive it."""
-    while Path(f"/proc/{process}").exists() or not Path("/proc/self").exists():
-        time.sleep(1)
-    os._exit(RankLostError.code)
+def _end_all_of(process: BaseProcess) -> None:
+    """End a rank and the processes that it has started, which are its group."""
+    if process.pid is not None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
-def _rank(
-    rank: int, ranks: int, folder: Path, measurer: int, measure: Callable[..., Any], given: Sequence[Args]
-) -> None:
-    Thread(target=_leave_after, args=(measurer,), daemon=True).start()
+def _leave_with_parent() -> None:
+    """End this rank, and the processes that it has started, when the one that measures is no more."""
+    os.setsid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+    Thread(target=leave, daemon=True).start()
+
+
+def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], given: Sequence[Args]) -> None:
+    _leave_with_parent()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     if mesh.device().type == "cpu":
         torch.set_num_threads(1)

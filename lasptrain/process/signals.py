@@ -30,15 +30,20 @@ _leave: Callable[[int], object] = int  # of the signal: by default nothing is do
 
 
 def interrupt() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt, but end this process while torch is imported, which can swallow it."""
+    """Have Ctrl-C raise KeyboardInterrupt, and the others SystemExit, so that what is temporary is removed.
+
+    While torch is imported, which can swallow either, they end this process.
+    """
 
     def hear(number: int, frame: FrameType | None) -> None:
+        code = CODES[signal.Signals(number)]
         if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
-            os._exit(INTERRUPTED)
-        raise KeyboardInterrupt
+            os._exit(code)
+        raise KeyboardInterrupt if code == INTERRUPTED else SystemExit(code)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else our parent has it ignored
-        signal.signal(signal.SIGINT, hear)
+    for number in CODES:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # else our parent has it ignored
+            signal.signal(number, hear)
 
 
 def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[], float] = time.monotonic) -> None:
@@ -76,6 +81,42 @@ def deferred() -> Iterator[None]:
 def _end(number: int) -> NoReturn:
     _leave(number)
     os._exit(CODES[signal.Signals(number)])
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Only record signals inside this context, where a process asks for `pending` ones; none of them ends it.
+
+    Those that are ignored stay so. Raises Stopped at the end if one has come since it was asked for last.
+    """
+    global _noted
+    _noted = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _noted
+        _noted = _noted or number
+
+    heard = [number for number in CODES if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield
+        check()
+    finally:
+        _noted = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """Ignore signals from now on: this process is about to end with the code of the first."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check() -> None:
+    """Raise Stopped if a signal has come: there is no result."""
+    if _noted:
+        raise interruption(_noted, "there is no result, and nothing is left of it")
 
 
 def pending() -> int:
