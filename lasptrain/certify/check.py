@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Error(NamedTuple):
     last: tuple[int, int] | None = None
 
 
-NONE = Error(0.0)
+PART = 1 << 22  # numbers of a tensor that are compared at once
 
 
 def not_run(check: str, compared: str, reference: str, why: str) -> Check:
@@ -87,21 +87,57 @@ def of_tokens(errors: Tensor, mine: Tensor, tolerance: float) -> Error:
     return Error(float(errors[window, token]), None, window, token, first, last)
 
 
-def of_parameters(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sizes: Mapping[str, float]) -> Error:
-    """Return the largest of |found − wanted| / size over tensors by name; one that is missing or NaN is ∞."""
-    errors = {}
-    for name, want in wanted.items():
-        if name not in found or found[name].shape != want.shape:
-            errors[name] = math.inf
-            continue
-        difference = float((found[name].double() - want.to(found[name].device).double()).norm())
-        errors[name] = difference / sizes[name] if math.isfinite(difference) else math.inf
-    worst = max(errors, key=lambda name: errors[name])
-    return Error(errors[worst], worst)
+class Distance(NamedTuple):
+    """The norm of a difference, ∞ if it is not finite or there is nothing to compare, and of what it should be."""
+
+    difference: float
+    norm: float
 
 
-def norms(tensors: Mapping[str, Tensor], floor: float) -> dict[str, float]:
-    """Return the norms of tensors by name, at least `floor` of the largest: what is zero has no relative error."""
-    sizes = {name: float(x.double().norm()) for name, x in tensors.items()}
-    least = max(floor * max(sizes.values()), 1e-300)
-    return {name: max(size, least) for name, size in sizes.items()}
+def distances(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: Iterable[str] | None = None
+) -> dict[str, Distance]:
+    """Return how far tensors are from those that are wanted, by name, all or some `names`, one after another."""
+    pairs = ((name, found.get(name)) for name in (wanted if names is None else names))
+    return {name: distance(tensor, wanted[name]) for name, tensor in pairs}
+
+
+def distance(found: Tensor | None, want: Tensor) -> Distance:
+    """Return |found − want| and |want|, summed in fp64 over parts that take little memory."""
+    norm = math.hypot(*(float(part.double().norm()) for part in want.flatten().split(PART)))
+    if found is None or found.shape != want.shape:
+        return Distance(math.inf, norm)
+    pairs = zip(found.flatten().split(PART), want.flatten().split(PART), strict=True)
+    difference = math.hypot(*(float((a.double() - b.to(a.device).double()).norm()) for a, b in pairs))
+    return Distance(difference if math.isfinite(difference) else math.inf, norm)
+
+
+def relative(apart: Mapping[str, Distance], floor: float) -> dict[str, float]:
+    """Return differences relative to norms, of which the smallest counts as `floor` times the largest: what is zero has
+    no relative error.
+    """
+    least = max(floor * max((one.norm for one in apart.values()), default=0.0), 1e-300)
+    return {name: one.difference / max(one.norm, least) for name, one in apart.items()}
+
+
+def largest(errors: Mapping[str, float]) -> Error:
+    """Return the largest error of tensors by name, none where there are none."""
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    return Error(0.0) if worst is None else Error(errors[worst], worst)
+
+
+def of_parameters(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], floor: float) -> Error:
+    """Return the largest relative difference over tensors by name; of one that is missing or NaN it is ∞."""
+    return largest(relative(distances(found, wanted), floor))
+
+
+def finite(error: float) -> float:
+    """Return an error, ∞ if it is NaN, which no comparison finds to be large."""
+    return error if math.isfinite(error) else math.inf
+
+
+def ratio(found: float, wanted: float) -> float:
+    """Return |found − wanted| / |wanted|, ∞ where that is no number."""
+    if not wanted:
+        return math.inf if found else 0.0
+    return finite(abs(found - wanted) / abs(wanted))

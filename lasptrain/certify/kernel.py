@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lasptrain.certify.check import Check, Error, judge, norms, not_run, of_parameters
+from lasptrain.certify.check import Check, Error, judge, not_run, of_parameters
 from lasptrain.certify.layout import places_of
 from lasptrain.certify.measured import opened
 from lasptrain.certify.text import Held, planted, windows_of
@@ -130,7 +130,7 @@ def _compared(call: Call, kernel: str) -> Error:
     for doc_ids in [None] if call.doc_ids is None else [None, call.doc_ids]:
         given = Given.of(call, doc_ids)
         want = given.wide().run("reference")
-        found.append(of_parameters(given.run(kernel), want, norms(want, FLOOR)))
+        found.append(of_parameters(given.run(kernel), want, FLOOR))
     worst = max(found, key=lambda error: error.size)
     return worst._replace(parameter=f"layer {call.layer} {worst.parameter}")
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from lasptrain.certify.check import Check, Error, judge, norms, not_run, of_parameters, of_tokens
+from lasptrain import files
+from lasptrain.certify.check import Check, Error, distances, finite, judge, largest, not_run, of_tokens, ratio, relative
 from lasptrain.certify.measured import Measured, measure, mine, opened
 from lasptrain.certify.text import Edge, edges, windows_of, with_documents
 from lasptrain.certify.trial import Trial, alone, chunked_otherwise
@@ -18,12 +24,13 @@ NAME, ONE = "layout", "one process, one segment"
 FLOOR = 1e-6  # of the largest gradient: smaller ones are measured against it
 FP32 = float(torch.finfo(torch.float32).eps)
 SPREAD = 4.0  # times the rounding of one process
-EXACT, OWN, OTHERWISE, TOGETHER = "exact", "own", "otherwise", "together"  # references, by file
+MOST = 0.9 / SPREAD  # of rounding: a gradient that is lost is 1 off
+EXACT, TOGETHER, ROUNDING = "exact", "together", "rounding.json"  # references, by file
 
 
 def same(recipe: Recipe) -> bool:
-    """Return True if the layout is one rank and one segment: nothing to compare."""
-    return recipe.mesh.dp == recipe.mesh.sp == 1 and recipe.train.segment == recipe.data.window
+    """Return True if the recipe is one rank, one segment and no other choice: nothing to compare."""
+    return recipe == alone(recipe)
 
 
 def places_of(recipe: Recipe) -> list[Edge]:
@@ -32,42 +39,84 @@ def places_of(recipe: Recipe) -> list[Edge]:
     return edges(recipe.data.window, recipe.mesh.sp, recipe.data.window // recipe.train.segment)
 
 
-def read(job: Job, places: list[Edge]) -> torch.Tensor:
+def read(job: Job, places: list[Edge]) -> Tensor:
     """Read the first step's windows; every second one has documents at `places`."""
     return with_documents(windows_of(job.loader, 0), job.dataset.bos, job.dataset.vocab_size, places)
 
 
-def run(recipe: Recipe, places: list[Edge]) -> tuple[Measured, torch.Tensor]:
-    """Measure a recipe on these ranks; return that, and which tokens [windows, N] are this rank's."""
-    with opened(recipe) as job:
-        return measure(job, read(job, places)), mine(job)
+class Deviation(NamedTuple):
+    """Differences from what is exact: of tokens relative to the largest of all, of parameters each to its own."""
+
+    loss: float
+    token_losses: Tensor  # [windows, N]
+    token_gradients: Tensor  # [windows, N]
+    parameters: Mapping[str, float]
+
+    def in_units(self, unit: Rounding) -> Deviation:
+        """Return the differences in rounding errors."""
+        parameters = {name: error / unit.parameters[name] for name, error in self.parameters.items()}
+        tokens = (self.token_losses / unit.token_losses, self.token_gradients / unit.token_gradients)
+        return Deviation(self.loss / unit.loss, *tokens, parameters)
+
+
+class Rounding(NamedTuple):
+    """Rounding errors of one process, at least that of a number: units of comparison in the recipe's precision."""
+
+    loss: float
+    token_losses: float
+    token_gradients: float
+    parameters: dict[str, float]
+
+    @classmethod
+    def of(cls, runs: list[Deviation], precision: str) -> Rounding:
+        """Return the largest of some runs. That of a parameter is at least the median's: it may be small by chance."""
+        least = float(torch.finfo(DTYPES[precision]).eps)
+        least_loss = max(least / 32, min(least, FP32))  # losses are summed in at least fp32, whatever activations are
+        own = {name: max(finite(run.parameters[name]) for run in runs) for name in runs[0].parameters}
+        usual = max(least, median(own.values()))
+        losses, gradients = (
+            max(finite(float(x.max())) for x in found)
+            for found in zip(*((run.token_losses, run.token_gradients) for run in runs), strict=True)
+        )
+        return cls(
+            min(MOST, max(least_loss, *(finite(run.loss) for run in runs))),
+            min(MOST, max(least, losses)),
+            min(MOST, max(least, gradients)),
+            {name: min(MOST, max(usual, error)) for name, error in own.items()},
+        )
+
+
+def deviation(found: Measured, want: Measured) -> Deviation:
+    """Return how far a measurement is from another. Collective."""
+    losses = (found.token_losses - want.token_losses).abs() / want.token_losses.abs().max()
+    sizes = want.token_gradients.norm(dim=-1)
+    tokens = (found.token_gradients - want.token_gradients).norm(dim=-1) / sizes.max()
+    parameters = relative(distances(found.gradients, want.gradients), FLOOR)
+    return Deviation(ratio(float(found.loss), float(want.loss)), losses, tokens, parameters)
 
 
 def reference(trial: Trial) -> list[Check]:
-    """Leave what one process computes, exactly and in the recipe's precision twice."""
-    if not same(trial.recipe):
-        for name in (EXACT, OWN, OTHERWISE):
-            leave(trial, name)
+    """Leave what one process computes, and how far two runs of it in the recipe's precision are from that."""
+    if same(trial.recipe):
+        return []
+    leave(trial, EXACT)
+    own, exact = alone(trial.recipe), Measured.load(trial.folder / EXACT)
+    runs = []
+    for recipe in (own, chunked_otherwise(own)):
+        with opened(recipe) as job:
+            runs.append(deviation(measure(job, read(job, places_of(trial.recipe))), exact))
+    unit = Rounding.of(runs, trial.recipe.train.precision)
+    files.replace(trial.folder / ROUNDING, json.dumps(unit._asdict()))
     return []
 
 
 def leave(trial: Trial, name: str) -> None:
-    """Leave one of the references: what one process computes."""
-    exact, own = alone(trial.exact), alone(trial.recipe)
-    match name:
-        case "exact":
-            recipe = exact
-        case "together":
-            recipe = exact.replace(data={"reset_at_documents": False})
-        case "own":
-            recipe = own
-        case _:
-            recipe = chunked_otherwise(own)
-    run(recipe, places_of(trial.recipe))[0].save(_file(trial, name))
-
-
-def _file(trial: Trial, name: str) -> Path:
-    return trial.folder / f"{name}.safetensors"
+    """Leave one of the exact references, with documents apart as in the recipe, or together."""
+    recipe = alone(trial.exact)
+    if name == TOGETHER:
+        recipe = recipe.replace(data={"reset_at_documents": False})
+    with opened(recipe) as job:
+        measure(job, read(job, places_of(trial.recipe))).save(trial.folder / name)
 
 
 def check(trial: Trial) -> list[Check]:
@@ -79,65 +128,42 @@ def check(trial: Trial) -> list[Check]:
 
 
 def exact(trial: Trial) -> list[Check]:
-    """Compare strictly: losses, the gradient at every token, the gradient of every parameter."""
-    found, here = run(trial.exact, places_of(trial.recipe))
-    want = Measured.load(_file(trial, EXACT))
-    return compare(found, want, here, trial.tolerance, trial.strict)
+    """Compare strictly: losses, the gradient at every token, the gradient of every parameter. Collective."""
+    return compared(trial, trial.exact, trial.folder / EXACT)
 
 
-def compare(found: Measured, want: Measured, here: torch.Tensor, tolerance: float, precision: str) -> list[Check]:
-    """Return the checks of one measurement against another."""
-    loss = Error(float((found.loss - want.loss).abs() / want.loss.abs()))
-    scale = float(want.token_losses.abs().max())
-    losses = of_tokens((found.token_losses - want.token_losses).abs() / scale, here, tolerance)
-    size = float(want.token_gradients.norm(dim=-1).max())
-    tokens = of_tokens((found.token_gradients - want.token_gradients).norm(dim=-1) / size, here, tolerance)
-    parameters = of_parameters(found.gradients, want.gradients, norms(want.gradients, FLOOR))
-    return [
-        judge(NAME, f"mean loss, {precision}", ONE, loss, tolerance),
-        judge(NAME, f"loss of every token, {precision}", ONE, losses, tolerance),
-        judge(NAME, f"gradient at every token, {precision}", ONE, tokens, tolerance),
-        judge(NAME, f"gradient of every parameter, {precision}", ONE, parameters, tolerance),
-    ]
+def compared(trial: Trial, recipe: Recipe, reference: Path) -> list[Check]:
+    """Return the strict comparison of a layout. Collective."""
+    with opened(recipe) as job:
+        found = measure(job, read(job, places_of(trial.recipe)))
+        apart = deviation(found, Measured.load(reference))
+        return judged(apart, mine(job), trial.tolerance, trial.strict, ONE)
+
+
+def judged(apart: Deviation, here: Tensor, tolerance: float, precision: str, against: str) -> list[Check]:
+    """Return the checks of a measurement of which the tokens `here` are this rank's. Collective."""
+    found = {
+        "mean loss": Error(apart.loss),
+        "loss of every token": of_tokens(apart.token_losses, here, tolerance),
+        "gradient at every token": of_tokens(apart.token_gradients, here, tolerance),
+        "gradient of every parameter": largest(apart.parameters),
+    }
+    return [judge(NAME, f"{what}, {precision}", against, error, tolerance) for what, error in found.items()]
 
 
 def own(trial: Trial) -> list[Check]:
     """Compare in the recipe's precision: rounding may take the layout SPREAD times as far from the exact numbers as it
-    takes two runs of one process that sum in different chunks.
+    takes two runs of one process that sum in different chunks. Collective.
     """
-    precision = trial.recipe.train.precision
-    found, _ = run(trial.recipe, places_of(trial.recipe))
-    exact, one, other = (Measured.load(_file(trial, name)) for name in (EXACT, OWN, OTHERWISE))
-    sizes = norms(exact.gradients, FLOOR)
-    parameters = of_parameters(found.gradients, exact.gradients, sizes)
-    rounding = max(of_parameters(plain.gradients, exact.gradients, sizes).size for plain in (one, other))
-    loss, *plain_losses = (abs(float(x.loss / exact.loss) - 1) for x in (found, one, other))
-    least = float(torch.finfo(DTYPES[precision]).eps)
-    least_loss = max(least / 32, min(least, FP32))  # losses are summed in at least fp32, whatever activations are
-    against = f"{ONE}, {trial.strict}; {SPREAD:g} × its own rounding"
-    apart = "one process in two chunkings is up to {:.1e} off"
-    return [
-        judge(
-            NAME,
-            f"mean loss, {precision}",
-            against,
-            Error(loss),
-            SPREAD * max(*plain_losses, least_loss),
-            apart.format(max(plain_losses)),
-        ),
-        judge(
-            NAME,
-            f"gradient of every parameter, {precision}",
-            against,
-            parameters,
-            SPREAD * max(rounding, least),
-            apart.format(rounding),
-        ),
-    ]
+    numbers: dict[str, Any] = json.loads((trial.folder / ROUNDING).read_text())
+    against = f"{ONE}, {trial.strict}; in roundings of one process"
+    with opened(trial.recipe) as job:
+        found = measure(job, read(job, places_of(trial.recipe)))
+        apart = deviation(found, Measured.load(trial.folder / EXACT)).in_units(Rounding(**numbers))
+        return judged(apart, mine(job), SPREAD, trial.recipe.train.precision, against)
 
 
 def breaks(trial: Trial, recipe: Recipe) -> bool:
     """Return True if the exact comparison fails for another layout of the recipe. Collective."""
-    found, here = run(recipe, places_of(trial.recipe))
-    want = Measured.load(_file(trial, EXACT if recipe.data.reset_at_documents else TOGETHER))
-    return any(one.verdict == "fails" for one in compare(found, want, here, trial.tolerance, trial.strict))
+    reference = trial.folder / (EXACT if recipe.data.reset_at_documents else TOGETHER)
+    return any(one.verdict == "fails" for one in compared(trial, recipe, reference))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lasptrain import train
+from lasptrain.certify.kept import Kept, Whole
 from lasptrain.certify.text import Held
 from lasptrain.data.loader import MicroBatch
 from lasptrain.models.language_model import initial_values
 from lasptrain.models.start import generator
 from lasptrain.ops.cross_entropy import IGNORED
-from lasptrain.parallel.shard import fill, full_tensor, reshard
+from lasptrain.parallel.shard import fill, reshard
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job, build
 from lasptrain.training.validation import token_losses
@@ -57,28 +58,29 @@ def mine(job: Job) -> Tensor:
     return found
 
 
+TOKENS = "tokens.safetensors"  # beside the gradients of parameters
+
+
 class Measured(NamedTuple):
     """Losses and gradients of the global batch; by token they are zero at tokens of other ranks."""
 
     loss: Tensor  # mean over the labels that count, fp64
     token_losses: Tensor  # [windows, N] of all labels
     token_gradients: Tensor  # [windows, N, D] of the first layer's input
-    gradients: dict[str, Tensor]  # of the parameters, whole
+    gradients: Mapping[str, Tensor]  # of the parameters, whole; of a job, until it measures again or is closed
 
-    def save(self, file: Path) -> None:
-        """Write everything to a file."""
-        named = {f"gradient.{name}": x.cpu().contiguous() for name, x in self.gradients.items()}
-        beside = {name: getattr(self, name).cpu().contiguous() for name in self._fields[:-1]}
-        save_file({**beside, **named}, file)
+    def save(self, folder: Path) -> None:
+        """Write everything to a new folder."""
+        folder.mkdir()
+        save_file({name: getattr(self, name).contiguous() for name in self._fields[:-1]}, folder / TOKENS)
+        Kept(folder / "gradients").put(self.gradients)
 
     @classmethod
-    def load(cls, file: Path) -> Measured:
-        """Read what `save` wrote."""
-        found = load_file(file)
-        prefix = "gradient."
-        named = {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
+    def load(cls, folder: Path) -> Measured:
+        """Read what `save` wrote; gradients when they are asked for."""
+        found = load_file(folder / TOKENS)
         loss, token_losses, token_gradients = (found[name] for name in cls._fields[:-1])
-        return cls(loss, token_losses, token_gradients, named)
+        return cls(loss, token_losses, token_gradients, Kept(folder / "gradients"))
 
 
 @contextmanager
@@ -97,19 +99,21 @@ def opened(recipe: Recipe) -> Iterator[Job]:
 
 def stir(job: Job) -> None:
     """Give every weight its initial value and noise, the same on any layout."""
-    model, device = job.model, job.device
-    known = dict(model.named_parameters())
-    values = initial_values(model, job.recipe.train.seed, device)
+    fill(job.model, stirred(job))
 
-    def noise(name: str, value: Tensor) -> Tensor:
-        random = torch.randn(value.shape, generator=generator(0, f"certify {name}", device), device=device)
-        return value + NOISE * random.to(value.dtype)
 
-    fill(model, ((name, noise(name, value)) for name, value in values if name in known))
+def stirred(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that `stir` gives, by name, whole."""
+    known = dict(job.model.named_parameters())
+    for name, value in initial_values(job.model, job.recipe.train.seed, job.device):
+        if name in known:
+            noise = torch.randn(value.shape, generator=generator(0, f"certify {name}", job.device), device=job.device)
+            yield name, noise.to(value.dtype).mul_(NOISE).add_(value)
 
 
 def measure(job: Job, windows: Tensor) -> Measured:
     """Run the step's micro-batches on windows [windows, N + 1]; no weight changes. Collective."""
+    job.model.zero_grad(set_to_none=True)
     job.loader.split = Held(windows)
     micro_batches = [tuple(piece.to(job.device) for piece in read) for read in job.loader.read_step(0)]
     losses = torch.zeros(job.loader.batch, job.loader.window, dtype=torch.float64)
@@ -164,11 +168,7 @@ def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Take the whole gradients off the parameters, by name; zero where one has none."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = full_tensor(grad).detach().clone()
-    model.zero_grad(set_to_none=True)
-    return found
+def gradients_of(model: nn.Module) -> Whole:
+    """Return the gradients of the parameters, by name; zero where one has none."""
+    named = model.named_parameters()
+    return Whole({name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in named})

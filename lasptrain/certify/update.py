@@ -5,65 +5,72 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from lasptrain import files, train
-from lasptrain.certify.check import Check, Error, failed, judge, norms, not_run, of_parameters
-from lasptrain.certify.measured import opened
+from lasptrain.certify.check import (
+    Check,
+    Error,
+    distance,
+    distances,
+    failed,
+    judge,
+    largest,
+    not_run,
+    ratio,
+    relative,
+)
+from lasptrain.certify.kept import Kept, Whole
+from lasptrain.certify.measured import opened, stirred
 from lasptrain.certify.trial import Trial, alone
 from lasptrain.checkpoint.tensors import present, tensors_of
 from lasptrain.errors import ReplicasError
 from lasptrain.parallel import replicas
-from lasptrain.parallel.shard import full_tensor
+from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import REPLICATED
 from lasptrain.training.job import Job
 
 UPDATES = 2  # the second reads what the first has written
-SIGNS = 1e3  # times the error of a gradient is that of a step of AdamW, which divides by its size
+LOOSER = 10  # times the tolerance of one pass
+MOVES = {"fp64": 1e-6, "fp32": 1e-2}  # AdamW divides by the size of a gradient, however small
 FLOOR = 1e-6
-TENSORS, NUMBERS = "update.safetensors", "update.json"
+TENSORS, NUMBERS = "update", "update.json"
 NAME, OTHERS, ONE = "update", "those on other ranks", f"{UPDATES} updates of one process"
 SHARDED = "no rank holds the weights of another"
 CLIP = 0.5  # of the first norm, so that gradients are clipped
 
 
 class Updated(NamedTuple):
-    """The state after some updates: losses and norms of each, tensors by name in a checkpoint, whole."""
+    """The state after some updates: losses and norms of each, tensors by name in a checkpoint, those that are here."""
 
     losses: list[float]
     norms: list[float]
-    tensors: dict[str, Tensor]
+    tensors: Whole
 
 
 def reference(trial: Trial) -> list[Check]:
     """Leave the updates of one process."""
     recipe = alone(trial.exact)
-    clip = recipe.optim.clip and CLIP * run(recipe, 1).norms[0]
-    after = run(recipe.replace(optim={"clip": clip}), UPDATES)
-    with opened(recipe) as job:
-        start = _tensors(job)
-    moved = {name: float((x - start[name]).double().norm()) for name, x in after.tensors.items()}
-    save_file({name: x.contiguous() for name, x in after.tensors.items()}, trial.folder / TENSORS)
+    clip = recipe.optim.clip
+    if clip:
+        with opened(recipe) as job:
+            clip = CLIP * run(job, 1).norms[0]
+    with opened(recipe.replace(optim={"clip": clip})) as job:
+        after = run(job, UPDATES)
+        Kept(trial.folder / TENSORS).put(after.tensors)
+        weights = ((f"model.{name}", value) for name, value in stirred(job))
+        moved = {name: distance(after.tensors[name], value).difference for name, value in weights}
     numbers = {"clip": clip, "losses": after.losses, "norms": after.norms, "moved": moved}
     files.replace(trial.folder / NUMBERS, json.dumps(numbers))
     return []
 
 
-def run(recipe: Recipe, updates: int) -> Updated:
+def run(job: Job, updates: int) -> Updated:
     """Make updates from the stirred weights, as `pretrain` makes them. Raises ReplicasError. Collective."""
-    with opened(recipe) as job:
-        made = [train.train_step(job, step) for step in range(updates)]
-        replicas.compare(job.model, job.mesh, recipe.parallel.data_parallel, updates)
-        losses, sizes = ([float(one[key] or 0.0) for one in made] for key in ("loss", "grad_norm"))
-        return Updated(losses, sizes, _tensors(job))
-
-
-def _tensors(job: Job) -> dict[str, Tensor]:
-    """Return copies of weights and moments, whole, those that some rank has here. Collective."""
-    found = present(tensors_of(job.model, job.optimizer))
-    return {name: full_tensor(x).cpu().clone() for name, x in found.items() if not name.endswith(".step")}
+    made = [train.train_step(job, step) for step in range(updates)]
+    replicas.compare(job.model, job.mesh, job.recipe.parallel.data_parallel, updates)
+    losses, sizes = ([float(one[key] or 0.0) for one in made] for key in ("loss", "grad_norm"))
+    state = present(tensors_of(job.model, job.optimizer))
+    return Updated(losses, sizes, Whole({name: x for name, x in state.items() if not name.endswith(".step")}))
 
 
 def check(trial: Trial) -> list[Check]:
@@ -85,26 +92,30 @@ def replicated(recipe: Recipe) -> bool:
 
 
 def compared(trial: Trial, recipe: Recipe) -> list[Check]:
-    """Return the checks of a layout's updates."""
+    """Return the checks of a layout's updates. Collective."""
     about, numbers = "weights of replicas", json.loads((trial.folder / NUMBERS).read_text())
-    try:
-        found = run(recipe.replace(optim={"clip": numbers["clip"]}), UPDATES)
-    except ReplicasError as error:
-        return [failed(NAME, about, OTHERS, str(error))]
-    want = load_file(trial.folder / TENSORS)
-    norm = max(abs(a / b - 1) for a, b in zip(found.norms, numbers["norms"], strict=True))
-    loss = max(abs(a / b - 1) for a, b in zip(found.losses, numbers["losses"], strict=True))
-    here = {name: x for name, x in want.items() if name in found.tensors}
-    weights = {name: x for name, x in here.items() if name.startswith("model.") and numbers["moved"][name] > 0}
-    moments = {name: x for name, x in here.items() if name.startswith("optimizer.")}
-    loose = trial.tolerance * SIGNS
+    with opened(recipe.replace(optim={"clip": numbers["clip"]})) as job:
+        try:
+            found = run(job, UPDATES)
+        except ReplicasError as error:
+            return [failed(NAME, about, OTHERS, str(error))]
+        want = Kept(trial.folder / TENSORS)
+        apart = distances(found.tensors, want, [name for name in want if name in found.tensors])
+    if missing := set(want).difference(*all_gather_object(list(apart))):
+        return [failed(NAME, "weights and moments", ONE, f"on no rank: {', '.join(sorted(missing))}")]
+    loss, norm = (
+        max(map(ratio, *pair)) for pair in ((found.losses, numbers["losses"]), (found.norms, numbers["norms"]))
+    )
+    moments = relative({name: one for name, one in apart.items() if name.startswith("optimizer.")}, FLOOR)
+    least, moved = FLOOR * max(numbers["moved"].values()), numbers["moved"]
+    weights = {name: one.difference for name, one in apart.items() if name.startswith("model.")}
+    moves = {name: difference / max(moved.get(name, 0.0), least) for name, difference in weights.items()}
     clipped = f"gradient norm before clipping to {numbers['clip']:.3g}"
-    moment = of_parameters(found.tensors, moments, norms(moments, FLOOR))
-    moves = of_parameters(found.tensors, weights, numbers["moved"])
+    loose = trial.tolerance * LOOSER
     return [
         judge(NAME, about, OTHERS, Error(0.0), 0.0) if replicated(recipe) else not_run(NAME, about, OTHERS, SHARDED),
         judge(NAME, f"losses, {trial.strict}", ONE, Error(loss), loose),
         judge(NAME, f"{clipped}, {trial.strict}", ONE, Error(norm), loose),
-        judge(NAME, f"moments of gradients, {trial.strict}", ONE, moment, loose),
-        judge(NAME, f"moves of weights, {trial.strict}", ONE, moves, loose),
+        judge(NAME, f"moments of gradients, {trial.strict}", ONE, largest(moments), loose),
+        judge(NAME, f"moves of weights, {trial.strict}", ONE, largest(moves), MOVES[trial.strict]),
     ]
