@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,9 @@ from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 
 WORK = {"cpu": 2e10, "cuda": 1e14}  # FLOP of one pass over a step's windows
+WEIGHTS = {"cpu": 1e8, "cuda": 5e8}  # that are drawn, updated, saved and read within a minute
+PROCESS = 600 << 20  # bytes of a process on a CPU that computes nothing yet
+GATHERED = 2 * 8  # bytes of a number of the largest tensor, beside the state: what it should be, and on its way to disk
 SEGMENTS = 4  # of a window, at most: a first one, ones between, a last one
 SHORT, SHORTEST = 256, 32  # tokens of a slice, below which layers go first, and below which nothing goes
 STEPS = 4  # updates of the longest check
@@ -77,39 +82,63 @@ def chunked_otherwise(recipe: Recipe) -> Recipe:
 
 
 class Limits(NamedTuple):
-    """The limits of a trial: FLOP of a pass, and bytes of memory (None: unknown) for each or all of the ranks."""
+    """The limits of a trial: FLOP of a pass, weights, and bytes of memory and disk (None: unknown)."""
 
     work: float
-    memory: int | None
+    weights: float
+    memory: int | None  # for each of the ranks, or all of them
     shared: bool  # all ranks take theirs from the same memory
+    disk: int | None
 
-    def needed(self, recipe: Recipe, vocab: int, ranks: int) -> int:
-        """Return the bytes that the largest job needs: one process with the whole window, or all ranks together."""
-        plain, window = alone(recipe), recipe.data.window
-        whole = sum(plan.memory(plain, vocab, 1, 1, window).values())
-        assert isinstance(recipe.mesh.sp, int) and isinstance(recipe.train.segment, int)
-        length = recipe.train.segment // recipe.mesh.sp
-        return max(whole, ranks * sum(plan.memory(plain, vocab, 1, 1, length).values())) if self.shared else whole
+    def needed(self, trial: Recipe, own: str, vocab: int) -> int:
+        """Return the bytes of memory that the largest job needs: one process with the whole window, or ranks, each or
+        all together. `trial` is in the precision of exact comparisons, `own` that of the recipe.
+        """
+        dp, sp = trial.mesh.dp, trial.mesh.sp
+        assert isinstance(dp, int) and isinstance(sp, int) and isinstance(trial.train.segment, int)
+        ranks = dp * sp if self.shared else 1
+        plain, window, segment = alone(trial), trial.data.window, trial.train.segment
+        saved = trial.replace(train={"precision": own})
+        one = sum(plan.memory(plain, vocab, 1, 1, window).values())
+        rank = sum(plan.memory(trial, vocab, dp, sp, segment).values())
+        saving = sum(plan.memory(saved, vocab, dp, sp, segment).values())
+        if self.shared:
+            saving += plan.host_memory(saved, vocab, dp, sp, segment)["checkpoint"]
+        return max(one + PROCESS + GATHERED * plan.largest(trial.model, vocab), ranks * (max(rank, saving) + PROCESS))
 
-    def fits(self, recipe: Recipe, vocab: int, ranks: int) -> bool:
-        """Return True if a trial stays below both."""
+    def written(self, recipe: Recipe, vocab: int) -> int:
+        """Return the bytes on disk: gradients, weights and moments of one process, a checkpoint, an export."""
+        return sum(plan.parameters(recipe.model, vocab).values()) * (4 * 8 + 3 * 4 + 2 * 4)
+
+    def quick(self, recipe: Recipe, vocab: int) -> bool:
+        """Return True if a trial has no more work and weights than a minute allows."""
         step = recipe.train.batch * recipe.data.window
         flops = plan.flops_per_token(recipe.model, vocab, recipe.data.window) * step
-        return flops <= self.work and self.holds(recipe, vocab, ranks)
+        return flops <= self.work and sum(plan.parameters(recipe.model, vocab).values()) <= self.weights
 
-    def holds(self, recipe: Recipe, vocab: int, ranks: int) -> bool:
-        """Return True if memory is enough."""
-        return self.memory is None or self.needed(recipe, vocab, ranks) <= plan.HEADROOM * self.memory
+    def lacks(self, recipe: Recipe, own: str, vocab: int) -> str | None:
+        """Return what there is too little of, and how much there is; None if memory and disk are enough."""
+        needed, written = self.needed(recipe, own, vocab), self.written(recipe, vocab)
+        if self.memory is not None and needed > plan.HEADROOM * self.memory:
+            return f"{needed / 2**30:.1f} GiB of memory, found {self.memory / 2**30:.1f} GiB free"
+        if self.disk is not None and written > plan.HEADROOM * self.disk:
+            return f"{written / 2**30:.1f} GiB in {tempfile.gettempdir()}, found {self.disk / 2**30:.1f} GiB free"
+        return None
 
 
 def limits(device: torch.device) -> Limits:
     """Return those of this machine."""
+    disk = shutil.disk_usage(tempfile.gettempdir()).free
     if device.type == "cuda":
-        return Limits(WORK["cuda"], meshes.free_memory(device), shared=False)
+        return Limits(WORK["cuda"], WEIGHTS["cuda"], meshes.free_memory(device), False, disk)
+    return Limits(WORK["cpu"], WEIGHTS["cpu"], _free_memory(), True, disk)
+
+
+def _free_memory() -> int | None:
+    """Return the bytes of memory that this machine, or the container, has left."""
     info = Path("/proc/meminfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    found = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return Limits(WORK["cpu"], next(found, None), shared=True)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def fit(
@@ -120,8 +149,7 @@ def fit(
     Raises RecipeError for ones that do not fit the layout, ResourceError where nothing fits memory, and the errors of
     `resolve_mesh`.
     """
-    device = meshes.device()
-    within = limits(device)
+    device, within = meshes.device(), limits(meshes.device())
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     dp, sp = resolve_mesh(recipe, ranks)
     available = None if within.shared else within.memory
@@ -136,16 +164,13 @@ def fit(
         train={"batch": batch, "profile": (), "steps": max(STEPS, recipe.train.steps)},
         eval={"window": None, "tasks": (), "every": 0},
     )
+    options = []
     for window, depth in _candidates(recipe, sp * segments, tokens, layers):
         segment = window // segments
         chunk = min(recipe.train.loss_chunk, recipe.train.micro_batch * segment // sp)
         sized = fixed.replace(data={"window": window}, train={"segment": segment, "loss_chunk": chunk})
-        chosen = sized.model_copy(update={"model": with_layers(recipe.model, depth)})
-        if within.fits(chosen.replace(train={"precision": strict}), vocab, ranks):
-            break
-    if not within.holds(chosen.replace(train={"precision": strict}), vocab, ranks):
-        found = f"{chosen.model.layers} layers and windows of {chosen.data.window:,} tokens"
-        raise ResourceError(f"certify: {found} do not fit memory on one process; expected fewer: --layers, --tokens")
+        options.append(sized.model_copy(update={"model": with_layers(recipe.model, depth)}))
+    chosen = _chosen(options, within, strict, vocab)
     sizes = [
         Size("tokens of a window", recipe.data.window, chosen.data.window),
         Size("segments of a window", laid.segments, segments),
@@ -155,8 +180,25 @@ def fit(
     return Trial(chosen, strict, folder), sizes
 
 
+def _chosen(options: list[Recipe], within: Limits, strict: str, vocab: int) -> Recipe:
+    """Return the first that is below all limits; else, of those that memory and disk are enough for, the last that has
+    more than one layer, or the last. Raises ResourceError where there is none.
+    """
+    exact = [(option, option.replace(train={"precision": strict})) for option in options]
+    lacking = [within.lacks(trial, option.train.precision, vocab) for option, trial in exact]
+    possible = [pair for pair, lack in zip(exact, lacking, strict=True) if lack is None]
+    if not possible:
+        least = options[-1]
+        found = f"{least.model.layers} layers, a vocabulary of {vocab:,} and windows of {least.data.window:,} tokens"
+        raise ResourceError(f"certify: {found} need {lacking[-1]}; expected more of it, or less: --layers, --tokens")
+    quick = [option for option, trial in possible if within.quick(trial, vocab)]
+    deep = [option for option, _ in possible if option.model.layers > 1]
+    return quick[0] if quick else (deep or [option for option, _ in possible])[-1]
+
+
 def _candidates(recipe: Recipe, unit: int, tokens: int | None, layers: int | None) -> Iterator[tuple[int, int]]:
-    """Yield windows and layers, the largest first: shorter windows, then fewer layers, then shorter windows still.
+    """Yield windows and layers, the largest first: shorter windows, then fewer layers, then shorter windows still, and
+    at last a single layer.
 
     A window is a multiple of `unit` slices; a dataset that is packed for one window has no other.
     """
@@ -170,6 +212,8 @@ def _candidates(recipe: Recipe, unit: int, tokens: int | None, layers: int | Non
     yield from ((window, depths[0]) for window in long)
     yield from ((long[-1], depth) for depth in depths[1:])
     yield from ((window, depths[-1]) for window in windows[len(long) :])
+    if layers is None and not recipe.model.softmax:
+        yield windows[-1], 1
 
 
 def _window(recipe: Recipe, unit: int, tokens: int | None) -> int:

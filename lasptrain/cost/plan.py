@@ -84,7 +84,7 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     kind, shards = recipe.parallel.data_parallel, _shards(recipe, dp, sp)
     cast = _size(recipe) * count if shards > 1 or _size(recipe) < wide else 0  # weights in compute precision
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
-    states = max(count // (dp * sp), _largest(recipe.model, vocab)) if kind == "zero1" else count // shards
+    states = max(count // (dp * sp), largest(recipe.model, vocab)) if kind == "zero1" else count // shards
     return {
         "parameters": wide * count // shards + cast,
         "gradients": wide * whole + (wide * count // shards if shards > 1 else 0),
@@ -98,7 +98,7 @@ def _shards(recipe: Recipe, dp: int, sp: int) -> int:
     return {"ddp": 1, "zero1": 1, "hsdp": sp}.get(recipe.parallel.data_parallel, dp * sp)
 
 
-def _largest(model: Architecture, vocab: int) -> int:
+def largest(model: Architecture, vocab: int) -> int:
     """Elements of the largest parameter: ZeRO-1 does not split one between ranks."""
     return model.dim * max(vocab, model.mlp, model.heads * max(model.K, model.V))
 
