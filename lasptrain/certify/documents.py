@@ -8,16 +8,17 @@ from torch import Tensor
 from lasptrain.certify.check import Check, Error, judge, not_run, of_tokens
 from lasptrain.certify.layout import places_of
 from lasptrain.certify.measured import Measured, measure, mine, opened
-from lasptrain.certify.text import Edge, another, documents, planted, windows_of
+from lasptrain.certify.text import Edges, another, documents, planted, windows_of
 from lasptrain.certify.trial import Trial
 from lasptrain.parallel.collectives import all_gather_object, all_reduce_sum
 from lasptrain.recipe.schema import Recipe
 
 NAME = "documents"
+TURNS = 3  # in each every third document changes: those next to it stay, and those after the next
 
 
 def check(trial: Trial) -> list[Check]:
-    """Change every second document, then the others, over all edges of the layout. Collective."""
+    """Change every third document, then the next ones, over all edges of the layout. Collective."""
     if not trial.recipe.data.reset_at_documents:
         why = "data.reset_at_documents = false: documents go on into each other"
         return [not_run(NAME, "losses and gradients of documents", "before others change", why)]
@@ -39,16 +40,16 @@ def run(recipe: Recipe) -> list[Check]:
         here = mine(job)
         before = measure(job, text)
         moved, seen = [], 0
-        for parity in (0, 1):
-            changed = (numbers % 2 == parity) & (text != bos)
+        for turn in range(TURNS):
+            changed = (numbers % TURNS == turn) & (text != bos)
             after = measure(job, torch.where(changed, another(text, bos, vocab), text))
-            kept = here & (numbers[:, :-1] % 2 != parity)
+            kept = here & (numbers[:, :-1] % TURNS != turn)
             moved.append(_moved(before, after, kept))
             seen += int((before.token_losses != after.token_losses)[here & ~kept].sum())
-    losses, gradients = (max(pair, key=lambda error: error.size) for pair in zip(*moved, strict=True))
+    losses, gradients = (max(found, key=lambda error: error.size) for found in zip(*moved, strict=True))
     reached = int(all_reduce_sum(torch.tensor(seen, device=job.device)))
-    kinds, before_change = ", ".join(dict.fromkeys(edge.kind for edge in places)), "before the change"
-    over = f"of documents beside others that change ({kinds})"
+    kinds = ", ".join(dict.fromkeys(edge.kind for found in places[: len(text)] for edge in found))
+    over, before_change = f"of documents beside others that change ({kinds})", "before the change"
     return [
         judge(NAME, f"losses {over}", before_change, losses, 0.0, _seen(losses, places)),
         judge(NAME, f"gradients {over}", before_change, gradients, 0.0, _seen(gradients, places)),
@@ -58,7 +59,7 @@ def run(recipe: Recipe) -> list[Check]:
     ]
 
 
-def _seen(found: Error, places: list[Edge]) -> str:
+def _seen(found: Error, places: Edges) -> str:
     """Say over which edges a document was seen, the same on every rank; nothing where none was. Collective."""
     kinds = [kind for kind in all_gather_object(_edge(found, places)) if kind]
     return f"seen over: {', '.join(dict.fromkeys(kinds))}" if kinds else ""
@@ -75,9 +76,8 @@ def _largest(changes: Tensor, kept: Tensor) -> Error:
     return of_tokens(changes, kept, 0.0) if kept.any() else Error(0.0)
 
 
-def _edge(found: Error, places: list[Edge]) -> str | None:
+def _edge(found: Error, places: Edges) -> str | None:
     """Return the kind of the edge nearest to what moved, None where nothing did."""
-    near = [token for place in (found.first, found.last) if place is not None for token in place[1:]]
-    if not near:
-        return None
-    return min(places, key=lambda edge: min(abs(edge.token - token) for token in near)).kind
+    moved = [place for place in (found.first, found.last) if place is not None]
+    near = [(abs(edge.token - token), edge.kind) for window, token in moved for edge in places[window % len(places)]]
+    return min(near)[1] if near else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from lasptrain import files
 from lasptrain.certify.check import Check, Error, distances, finite, judge, largest, not_run, of_tokens, ratio, relative
 from lasptrain.certify.measured import Measured, measure, mine, opened
-from lasptrain.certify.text import Edge, edges, windows_of, with_documents
+from lasptrain.certify.text import Edges, edges, windows_of, with_documents
 from lasptrain.certify.trial import Trial, alone, chunked_otherwise
 from lasptrain.ops.precision import DTYPES
 from lasptrain.recipe.schema import Recipe
@@ -33,13 +33,13 @@ def same(recipe: Recipe) -> bool:
     return recipe == alone(recipe)
 
 
-def places_of(recipe: Recipe) -> list[Edge]:
+def places_of(recipe: Recipe) -> Edges:
     """Return the edges that documents are planted on."""
     assert isinstance(recipe.mesh.sp, int) and isinstance(recipe.train.segment, int)
     return edges(recipe.data.window, recipe.mesh.sp, recipe.data.window // recipe.train.segment)
 
 
-def read(job: Job, places: list[Edge]) -> Tensor:
+def read(job: Job, places: Edges) -> Tensor:
     """Read the first step's windows; every second one has documents at `places`."""
     return with_documents(windows_of(job.loader, 0), job.dataset.bos, job.dataset.vocab_size, places)
 

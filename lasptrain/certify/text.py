@@ -46,17 +46,31 @@ class Edge(NamedTuple):
     token: int
 
 
-def edges(window: int, sp: int, segments: int) -> list[Edge]:
-    """Return the edges to plant: inside a slice, on a slice's, on a segment's, and one that ends a long document."""
+Edges = Sequence[Sequence[Edge]]  # of windows in turn
+CHUNK = 64  # tokens of the smallest chunk of a kernel
+
+
+def edges(window: int, sp: int, segments: int) -> list[list[Edge]]:
+    """Return the edges to plant, for windows in turn.
+
+    The first has one inside a slice, which is inside a chunk too, on a slice's edge, on a segment's, and one that ends
+    a long document. The second has one on the last token of a slice, two in one later slice, and one on a chunk's edge.
+    No document but the last is its first token alone, which never changes.
+    """
     length = window // (sp * segments)
-    found = [Edge("inside a slice", length // 2)]
+    middle = length // 2 | 1 if length > 2 else length // 2  # odd
+    first = [Edge("inside a slice", middle)]
     if sp > 1:
-        found.append(Edge("slice edge", length))
+        first.append(Edge("slice edge", length))
     if segments > 1:
-        found.append(Edge("segment edge", sp * length))
+        first.append(Edge("segment edge", sp * length))
+    second = [Edge("chunk edge", CHUNK)] if length > 2 * CHUNK else []
     if sp * segments > 1:
-        found.append(Edge("spanning slices", window - length + length // 2))
-    return [edge for edge in found if edge.token > 0]
+        first.append(Edge("spanning slices", window - length + middle))
+        second.append(Edge("last token of a slice", length - 1))
+    if sp * segments > 2 and middle + 2 < length:
+        second += [Edge("spanning slices", 2 * length + middle), Edge("twice in a slice", 2 * length + middle + 2)]
+    return [[edge for edge in found if edge.token > 0] for found in (first, second)]
 
 
 def windows_of(loader: SliceLoader, step: int) -> Tensor:
@@ -64,11 +78,12 @@ def windows_of(loader: SliceLoader, step: int) -> Tensor:
     return torch.stack([loader.split.read(start, loader.window + 1) for start in loader.window_starts(step)])
 
 
-def planted(windows: Tensor, bos: int, vocab: int, places: Sequence[Edge]) -> Tensor:
+def planted(windows: Tensor, bos: int, vocab: int, places: Edges) -> Tensor:
     """Return windows whose documents start exactly at `places`."""
     windows = windows.clone()
     windows[windows == bos] = another(torch.tensor(bos), bos, vocab)
-    windows[:, [edge.token for edge in places]] = bos
+    for number, found in enumerate(windows):
+        found[[edge.token for edge in places[number % len(places)]]] = bos
     return windows
 
 
@@ -83,7 +98,7 @@ def documents(windows: Tensor, bos: int) -> Tensor:
     return (windows == bos).cumsum(1)
 
 
-def with_documents(windows: Tensor, bos: int, vocab: int, places: Sequence[Edge]) -> Tensor:
+def with_documents(windows: Tensor, bos: int, vocab: int, places: Edges) -> Tensor:
     """Return the windows with documents planted into every second one; the others are as the data has them."""
     windows = windows.clone()
     windows[1::2] = planted(windows[1::2], bos, vocab, places)
