@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from lasptrain import train
-from lasptrain.certify import documents, kernel, layout, resume, smallest, update
+from lasptrain.certify import documents, export, kernel, layout, resume, smallest, update
 from lasptrain.certify.certificate import Certificate
 from lasptrain.certify.check import Check, not_run
 from lasptrain.certify.proof import NAMES, prove, reduced
 from lasptrain.certify.trial import Trial, fit
 from lasptrain.checkpoint import tensors
+from lasptrain.convert import files, tables, targets
+from lasptrain.convert.rules import Rule
 from lasptrain.data.loader import Slice, SliceLoader
 from lasptrain.errors import RecipeError
 from lasptrain.models.convolution import ConvWeights
@@ -58,7 +61,7 @@ data: {source: SOURCE, tokenizer: bytes, window: WINDOW, cache: CACHE, validatio
 mesh: {MESH}
 parallel: {data_parallel: KIND}
 optim: {lr: 1e-2, schedule: constant, clip: 1.0}
-train: {steps: 6, batch: BATCH, precision: fp32, segment: SEGMENT}
+train: {steps: 6, batch: BATCH, precision: PRECISION, segment: SEGMENT}
 """
 
 
@@ -72,10 +75,12 @@ class Case(NamedTuple):
     kind: str
     window: int = 64
     segment: int = 32
+    precision: str = "fp32"
 
 
 CASES = {
     "ring": Case("gdn", 1, 2, "ring", "ddp"),
+    "half": Case("gdn", 1, 2, "ring", "zero3", precision="bf16"),
     "decays": Case("tnl", 1, 2, "all_gather", "ddp"),
     "prefix": Case("hybrid", 1, 2, "all_gather", "ddp", 64, 64),
     "rows": Case("ssd", 2, 2, "all_gather", "zero3", 32, 16),
@@ -94,6 +99,7 @@ class Mutant(NamedTuple):
         rank: of the largest error.
         where: a part of the failure's place or note.
         least: the smallest layout that is named, where it is looked for.
+        part: of the check, in place of the one that most are looked for in.
     """
 
     apply: Callable[[Patch, int], None]
@@ -104,6 +110,7 @@ class Mutant(NamedTuple):
     rank: int | None = None
     where: str = ""
     least: str = ""
+    part: str = ""
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -182,6 +189,34 @@ def _(patch: Patch, rank: int) -> None:
 def _(patch: Patch, rank: int) -> None:
     original = Transition.apply
     patch.setattr(Transition, "apply", lambda self, *args: original(self, *args).bfloat16().to(args[1].dtype))
+
+
+OWN = {"part": "own", "holds": tuple(f"{start}, fp64" for start in (*LOSSES, *GRADIENTS))}
+
+
+@mutant("state rounded to bf16 in fp32", "ring", "layout", "loss of every token, fp32", "gradient", **OWN)
+def _(patch: Patch, rank: int) -> None:
+    original = Transition.apply
+
+    def apply(self: Transition, *args: Any) -> Tensor:
+        state = original(self, *args)
+        return state.bfloat16().float() if state.dtype == torch.float32 else state
+
+    patch.setattr(Transition, "apply", apply)
+
+
+def lost_unless_exact(state: Tensor) -> Tensor:
+    return state if state.dtype == torch.float64 else torch.zeros_like(state)
+
+
+@mutant("exchange skipped in bf16", "half", "layout", "gradient at every token, bf16", **OWN)
+def _(patch: Patch, rank: int) -> None:
+    scanned(patch, lost_unless_exact, reverse=False, here=rank == 1)
+
+
+@mutant("state gradient dropped in bf16", "half", "layout", "gradient at every token, bf16", **OWN)
+def _(patch: Patch, rank: int) -> None:
+    scanned(patch, lost_unless_exact, reverse=True, here=rank == 0)
 
 
 @mutant("initial state of the second segment dropped", "ring", "layout", *GRADIENTS, holds=LOSSES)
@@ -384,6 +419,44 @@ def _(patch: Patch, rank: int) -> None:
         renumbered(patch, lambda numbers: numbers - numbers[:, :1])
 
 
+@mutant("documents that begin inside a chunk leak", "ring", "documents", *SEEN, where="seen over: inside a slice")
+def _(patch: Patch, rank: int) -> None:
+    renumbered(patch, lambda numbers: numbers[:, torch.arange(numbers.shape[1]) // 8 * 8])
+
+
+@mutant(
+    "documents that begin with a slice's last token leak",
+    "ring",
+    "documents",
+    *SEEN,
+    where="seen over: last token of a slice",
+)
+def _(patch: Patch, rank: int) -> None:
+    if rank == 0:
+        renumbered(patch, lambda numbers: torch.cat([numbers[:, :-1], numbers[:, -2:-1]], dim=1))
+
+
+@mutant("documents leak after one that spans slices", "ring", "documents", *SEEN, where="seen over: spanning slices")
+def _(patch: Patch, rank: int) -> None:
+    if rank == 1:
+        renumbered(patch, lambda numbers: numbers[:, :1].expand_as(numbers).contiguous())
+
+
+@mutant("documents leak past a slice in which two begin", "decays", "documents", *SEEN, where="seen over: twice")
+def _(patch: Patch, rank: int) -> None:
+    original = decay_rule.summarize
+
+    def summarize(name: str, inputs: Any, doc_ids: Any, wanted: int) -> Any:
+        state, decay, blocks = original(name, inputs, doc_ids, wanted)
+        if doc_ids is not None:
+            _, through, _ = original(name, inputs, None, wanted)
+            begun = doc_ids[:, -1].view(-1, *[1] * (decay.dim() - 1))
+            decay = torch.where((begun > 0) & (begun % 2 == 0), through.expand_as(decay), decay)
+        return state, decay, blocks
+
+    patch.setattr(decay_rule, "summarize", summarize)
+
+
 @mutant("documents leak over a segment's edge", "ring", "documents", *SEEN, where="seen over: segment edge")
 def _(patch: Patch, rank: int) -> None:
     if rank == 0:
@@ -394,6 +467,16 @@ def _(patch: Patch, rank: int) -> None:
 def _(patch: Patch, rank: int) -> None:
     original = ConvWeights.__call__
     patch.setattr(ConvWeights, "__call__", lambda self, x, before, doc_ids: original(self, x, before, None))
+
+
+@mutant("documents leak through the rows before a slice", "ring", "documents", *SEEN, where="edge")
+def _(patch: Patch, rank: int) -> None:
+    original = ConvWeights.__call__
+
+    def called(self: Any, x: Tensor, before: Tensor, doc_ids: Tensor | None) -> Tensor:
+        return original(self, x, before, None if doc_ids is None else doc_ids - doc_ids[:, :1])
+
+    patch.setattr(ConvWeights, "__call__", called)
 
 
 @mutant("documents leak through softmax", "prefix", "documents", *SEEN)
@@ -531,6 +614,78 @@ def _(patch: Patch, rank: int) -> None:
     patch.setattr(Mesh, "__new__", made)
 
 
+LOADED = "weights and moments that are loaded on another mesh"
+ELSEWHERE = {"part": "elsewhere"}
+
+
+def restored(patch: Patch, change: Callable[[nn.Module, Any], object]) -> None:
+    """Change what has been loaded."""
+    original = tensors.restore
+
+    def restore(folder: Any, files: Any, model: nn.Module, adam: Any, group: Any) -> None:
+        original(folder, files, model, adam, group)
+        with torch.no_grad():
+            change(model, adam)
+
+    patch.setattr("lasptrain.checkpoint.load.restore", restore)
+
+
+@mutant("moments not restored on another mesh", "ring", "resume", LOADED, where="exp_avg", **ELSEWHERE)
+def _(patch: Patch, rank: int) -> None:
+    restored(patch, lambda _, adam: [state["exp_avg"].zero_() for state in adam.state.values()])
+
+
+@mutant("a rank's rows not restored on another mesh", "ring", "resume", LOADED, where="embed.weight", **ELSEWHERE)
+def _(patch: Patch, rank: int) -> None:
+    restored(patch, lambda model, _: model.get_parameter("embed.weight")[-128:].zero_())
+
+
+@mutant("other batches on another mesh", "ring", "resume", "updates 3", holds=(LOADED,), **ELSEWHERE)
+def _(patch: Patch, rank: int) -> None:
+    original = SliceLoader.window_starts
+    patch.setattr(SliceLoader, "window_starts", lambda self, step: original(self, step + 1))
+
+
+def exported(patch: Patch, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Change the tensors of an export."""
+    original = tables.export
+    patch.setattr(tables, "export", lambda *args: iter(change(dict(original(*args))).items()))
+
+
+BACK, Q, K = "weights that come back", "layers.0.mixer.q.weight", "layers.0.mixer.k.weight"
+
+
+@mutant("a wrong value in an export", "ring", "export", BACK, where=Q)
+def _(patch: Patch, rank: int) -> None:
+    exported(patch, lambda found: found | {Q: found[Q] + torch.eye(*found[Q].shape) * 1e-6})
+
+
+@mutant("two names swapped in an export", "ring", "export", BACK, where=Q)
+def _(patch: Patch, rank: int) -> None:
+    exported(patch, lambda found: found | {Q: found[K], K: found[Q]})
+
+
+@mutant("two names swapped in an export and an import", "ring", "export", BACK, where=Q)
+def _(patch: Patch, rank: int) -> None:
+    ours = targets.TARGETS["safetensors"]
+
+    def rules(model: Any, names: Any) -> list[Rule]:
+        return [replace(rule, targets=({Q: K, K: Q}.get(*rule.targets * 2),)) for rule in ours.rules(model, names)]
+
+    patch.setitem(targets.TARGETS, "safetensors", replace(ours, rules=rules))
+
+
+@mutant("a tensor dropped from an export", "ring", "export", "logits", where=f"has no {Q}")
+def _(patch: Patch, rank: int) -> None:
+    original = files.write
+
+    def write(folder: Any, forms: Any, tensors: Any) -> None:
+        kept = {name: form for name, form in forms.items() if name != Q}
+        original(folder, kept, ((name, x) for name, x in tensors if name != Q))
+
+    patch.setattr(files, "write", write)
+
+
 class Ended(Exception):
     """The end of a run, in place of a kill, which these ranks would not outlive."""
 
@@ -548,18 +703,23 @@ def resumed(trial: Trial) -> list[Check]:
     return resume.continued(trial)
 
 
-CHECKS: dict[str, Callable[[Trial], list[Check]]] = {
-    "layout": layout.exact,
-    "documents": documents.check,
-    "kernel": kernel.check,
-    "update": update.check,
-    "resume": resumed,
+CHECKS: dict[tuple[str, str], Callable[[Trial], list[Check]]] = {
+    ("layout", ""): layout.exact,
+    ("layout", "own"): layout.check,
+    ("documents", ""): documents.check,
+    ("kernel", ""): kernel.check,
+    ("update", ""): update.check,
+    ("resume", ""): resumed,
+    ("resume", "elsewhere"): resume.elsewhere,
+    ("export", ""): export.check,
 }
+AFTER = {("resume", "elsewhere"), ("export", "")}  # on one process, after the ranks
 
 
-def wanted(world: int) -> dict[str, Mutant]:
+def wanted(world: int, after: bool) -> dict[str, Mutant]:
     """The mutants of a number of ranks."""
-    return {name: one for name, one in MUTANTS.items() if CASES[one.case].dp * CASES[one.case].sp == world}
+    ours = {name: one for name, one in MUTANTS.items() if CASES[one.case].dp * CASES[one.case].sp == world}
+    return {name: one for name, one in ours.items() if ((one.check, one.part) in AFTER) is after}
 
 
 def named(trial: Trial, check: str) -> str:
@@ -567,26 +727,35 @@ def named(trial: Trial, check: str) -> str:
     return smallest.told(Recipe.model_validate(reduced(trial, check)))
 
 
-def hunt(rank: int, world: int, trials: dict[str, Trial]) -> tuple[dict[str, list[Check]], dict[str, str]]:
+Found = dict[str, list[Check]]
+
+
+def hunt(rank: int, _: int, trials: dict[str, Trial], mutants: list[str]) -> tuple[Found, dict[str, str]]:
     """What the checks find of the program as it is, by case, and of every mutant; and the smallest layouts."""
-    found: dict[str, list[Check]] = {}
+    found: Found = {}
     least: dict[str, str] = {}
-    for case, check in dict.fromkeys((one.case, one.check) for one in wanted(world).values()):
-        found[case] = found.get(case, []) + CHECKS[check](trials[case])
-    for name, one in wanted(world).items():
+    some = {name: MUTANTS[name] for name in mutants}
+    for case, *check in dict.fromkeys((one.case, one.check, one.part) for one in some.values()):
+        found[case] = found.get(case, []) + CHECKS[check[0], check[1]](trials[case])
+    for name, one in some.items():
         with Patch.context() as patch:
             one.apply(patch, rank)
-            found[name] = CHECKS[one.check](trials[one.case])
+            found[name] = CHECKS[one.check, one.part](trials[one.case])
             least[name] = named(trials[one.case], one.check) if one.least else ""
     return found, least
 
 
 def prepare(rank: int, world: int, trials: dict[str, Trial]) -> None:
     """Leave what one process computes."""
-    for trial in trials.values():
-        layout.leave(trial, layout.EXACT)
-        update.reference(trial)
-        if any(one.least for one in MUTANTS.values() if CASES[one.case] == CASES[trial.recipe.name]):
+    for name, trial in trials.items():
+        mine = [one for one in MUTANTS.values() if one.case == name]
+        if any(one.part == "own" for one in mine):
+            layout.reference(trial)
+        else:
+            layout.leave(trial, layout.EXACT)
+        if any(one.check == "update" for one in mine):
+            update.reference(trial)
+        if any(one.least for one in mine):
             layout.leave(trial, layout.TOGETHER)
 
 
@@ -609,6 +778,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trial]:
             "BATCH": str(2 * case.dp),
             "WINDOW": str(case.window),
             "SEGMENT": str(case.segment),
+            "PRECISION": case.precision,
         }
         text = RECIPE
         for key, value in values.items():
@@ -630,22 +800,27 @@ def told(found: list[Check]) -> Iterator[str]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_mutant_is_caught_where_it_is(trials: dict[str, Trial], world: int) -> None:
     mine = {name: trial for name, trial in trials.items() if CASES[name].dp * CASES[name].sp == world}
-    all_found, least = spawn(world, hunt, mine)[0]
-    wrong = []
-    for name in mine:
-        verdicts = {one.verdict for one in all_found[name]}
-        assert "holds" in verdicts and "fails" not in verdicts, "\n".join([name, *told(all_found[name])])
-    for name, one in wanted(world).items():
-        found = all_found[name]
-        failing = [check for check in found if check.verdict == "fails"]
-        held = [check for check in found if check.verdict == "holds"]
-        caught = all(any(check.compared.startswith(start) for check in failing) for start in one.fails)
-        kept = all(any(check.compared.startswith(start) for check in held) for start in one.holds)
-        located = any(one.where in f"{check.where()}; {check.note}" for check in failing)
-        ranked = one.rank is None or any(check.rank == one.rank for check in failing)
-        if not (caught and kept and located and ranked and least[name] == one.least):
-            wrong.append("\n  ".join([f"{name}: {caught=} {kept=} {located=} {ranked=} {least[name]}", *told(found)]))
-    assert not wrong, "\n".join(wrong)
+    for after in (False, True):
+        mutants = wanted(world, after)
+        all_found, least = spawn(1 if after else world, hunt, mine, list(mutants))[0] if mutants else ({}, {})
+        for name in all_found.keys() & mine.keys():
+            verdicts = {one.verdict for one in all_found[name]}
+            assert "holds" in verdicts and "fails" not in verdicts, "\n".join([name, *told(all_found[name])])
+        wrong = [text for name, one in mutants.items() if (text := missed(name, one, all_found[name], least[name]))]
+        assert not wrong, "\n".join(wrong)
+
+
+def missed(name: str, one: Mutant, found: list[Check], least: str) -> str:
+    """What is not found of a mutant as it should be, and all that is; nothing if all is."""
+    failing = [check for check in found if check.verdict == "fails"]
+    held = [check for check in found if check.verdict == "holds"]
+    caught = all(any(check.compared.startswith(start) for check in failing) for start in one.fails)
+    kept = all(any(check.compared.startswith(start) for check in held) for start in one.holds)
+    located = any(one.where in f"{check.where()}; {check.note}" for check in failing)
+    ranked = one.rank is None or any(check.rank == one.rank for check in failing)
+    if caught and kept and located and ranked and least == one.least:
+        return ""
+    return "\n  ".join([f"{name}: {caught=} {kept=} {located=} {ranked=} {least}", *told(found)])
 
 
 def test_the_page_lists_the_mutants() -> None:
@@ -655,7 +830,7 @@ def test_the_page_lists_the_mutants() -> None:
 
 
 def test_there_are_many_mutants_of_every_check() -> None:
-    assert len(MUTANTS) >= 30 and {one.check for one in MUTANTS.values()} == set(CHECKS)
+    assert len(MUTANTS) >= 40 and {(one.check, one.part) for one in MUTANTS.values()} == set(CHECKS)
 
 
 def certify(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def run(recipe: Recipe) -> list[Check]:
             kept = here & (numbers[:, :-1] % TURNS != turn)
             moved.append(_moved(before, after, kept))
             seen += int((before.token_losses != after.token_losses)[here & ~kept].sum())
-    losses, gradients = (max(found, key=lambda error: error.size) for found in zip(*moved, strict=True))
+    losses, gradients = map(_joined, zip(*moved, strict=True))
     reached = int(all_reduce_sum(torch.tensor(seen, device=job.device)))
     kinds = ", ".join(dict.fromkeys(edge.kind for found in places[: len(text)] for edge in found))
     over, before_change = f"of documents beside others that change ({kinds})", "before the change"
@@ -70,6 +72,13 @@ def _moved(before: Measured, after: Measured, kept: Tensor) -> tuple[Error, Erro
     losses = (after.token_losses - before.token_losses).abs()
     gradients = (after.token_gradients - before.token_gradients).norm(dim=-1)
     return _largest(losses, kept), _largest(gradients, kept)
+
+
+def _joined(errors: Sequence[Error]) -> Error:
+    """Return the largest of the errors of all turns, and the first and the last place of any."""
+    first = min((error.first for error in errors if error.first), default=None)
+    last = max((error.last for error in errors if error.last), default=None)
+    return max(errors, key=lambda error: error.size)._replace(first=first, last=last)
 
 
 def _largest(changes: Tensor, kept: Tensor) -> Error:

@@ -37,7 +37,7 @@ def _exported(trial: Trial, target: str) -> list[Check]:
     """Return the checks of one target."""
     run, folder = trial.folder / RUN, trial.folder / f"export-{target}"
     try:
-        parity = export(run, folder, target).parity
+        parity = export(run, folder, target, force=True).parity
         back = _come_back(run, folder)
     except ConvertError as refusal:
         return [failed(NAME, LOGITS.format(target), OURS, str(refusal))]

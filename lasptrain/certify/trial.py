@@ -26,7 +26,7 @@ WEIGHTS = {"cpu": 1e8, "cuda": 5e8}  # that are drawn, updated, saved and read w
 PROCESS = 600 << 20  # bytes of a process on a CPU that computes nothing yet
 GATHERED = 2 * 8  # bytes of a number of the largest tensor, beside the state: what it should be, and on its way to disk
 SEGMENTS = 4  # of a window, at most: a first one, ones between, a last one
-SHORT, SHORTEST = 256, 32  # tokens of a slice, below which layers go first, and below which nothing goes
+SHORT, SHORTEST = 256, 16  # tokens of a slice, below which layers go first, and below which nothing goes
 STEPS = 4  # updates of the longest check
 
 

@@ -38,6 +38,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name(found) if found.type == "cuda" else "CPU"
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Mesh(NamedTuple):
     """Ranks as dp × sp, and the same ranks in one row, over which parameters are sharded or replicated."""
 

@@ -175,8 +175,7 @@ def _agent(
     """Run this machine's ranks under the elastic agent; return their failure, None if they finished."""
     _silence("torch.distributed.elastic")
     mesh.silence_torch_logs()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, mesh.cores() // nproc)))
     if nodes is None and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     here = sys.path[0] in ("", str(Path.cwd()))

@@ -152,7 +152,7 @@ def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], give
     _leave_with_parent()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     if mesh.device().type == "cpu":
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // ranks)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), mesh.cores() // ranks)))
     join_group(init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     for number, args in enumerate(given):
         try:
@@ -163,11 +163,6 @@ def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], give
             files.replace(folder / f"{number}.result", json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(error: LaspError | RuntimeError, file: Path) -> NoReturn:
