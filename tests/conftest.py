@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 settings.register_profile("shared", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("shared")
-local_ranks.START = "forkserver"  # whose server has imported torch
+if not torch.cuda.is_available():
+    local_ranks.START = "forkserver"  # whose server has imported torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     gloo.serve()
 

@@ -904,13 +904,13 @@ def test_a_failure_is_no_certificate(trials: dict[str, Trial], tmp_path: Path) -
     fails = Check(
         "layout", "one", "other", "fails", math.inf, 1e-9, rank=1, parameter="k", note="from window 0 token 3"
     )
-    recipe = trials["ring"].recipe
+    trial = trials["ring"]
     for checks, good in (
         ([holds], True),
         ([holds, fails], False),
         ([not_run("layout", "one", "other", "because")], False),
     ):
-        made = Certificate(recipe, recipe, 2, [], checks, {"layout": "mesh.sp = 2"}, 1.0)
+        made = Certificate(trial.recipe, trial, 2, [], checks, {"layout": "mesh.sp = 2"}, 1.0, 1 << 30)
         made.write(tmp_path / "c.json")
         written = json.loads((tmp_path / "c.json").read_text())
         assert made.holds is good and written["verdict"] == ("holds" if good else "fails")

@@ -18,7 +18,7 @@ from rich.table import Table
 import lasptrain
 from lasptrain import files
 from lasptrain.certify.check import Check
-from lasptrain.certify.trial import Size
+from lasptrain.certify.trial import Size, Trial
 from lasptrain.console.tables import number
 from lasptrain.parallel.mesh import device_name
 from lasptrain.recipe.schema import Recipe
@@ -33,12 +33,13 @@ class Certificate:
     """The checks of a recipe on some ranks; `smallest`, by name of a check that fails, the smallest layout it needs."""
 
     recipe: Recipe  # as it was given
-    certified: Recipe  # as it was run
+    trial: Trial  # as it was run
     ranks: int
     sizes: list[Size]
     checks: list[Check]
     smallest: dict[str, str]
     seconds: float
+    peak: int  # bytes of memory: of the rank whose GPU held most, or of all ranks together on CPUs; 0: not known
 
     @property
     def holds(self) -> bool:
@@ -51,7 +52,14 @@ class Certificate:
         counts = Counter(one.verdict for one in self.checks)
         told = [f"{counts['holds']} comparisons hold", f"{counts['fails']} fail", f"{counts['not run']} not run"]
         verdict = "CERTIFIED" if self.holds else "NOT CERTIFIED"
-        return f"{verdict}: {', '.join(told)}, in {self.seconds:.0f} s"
+        if self.holds and (unknown := self.unproved()):
+            verdict += f", but for {', '.join(unknown)}"
+        return f"{verdict}: {', '.join(told)}, in {self.seconds:.0f} s and {self.peak / 2**30:.1f} GiB"
+
+    def unproved(self) -> list[str]:
+        """Return the checks of which no comparison was run."""
+        run = {one.check for one in self.checks if one.verdict != "not run"}
+        return [name for name in dict.fromkeys(one.check for one in self.checks) if name not in run]
 
     def lines(self) -> list[str]:
         """Return the verdict, and the smallest layouts that show what failed."""
@@ -62,8 +70,8 @@ class Certificate:
 
     def table(self) -> Table:
         """Return the checks as a table."""
-        mesh = self.certified.mesh
-        where = f"{self.ranks} × {device_name()}, dp {mesh.dp} × sp {mesh.sp}, {self.certified.parallel.data_parallel}"
+        mesh, kind = self.trial.recipe.mesh, self.trial.recipe.parallel.data_parallel
+        where = f"{self.ranks} × {device_name()}, dp {mesh.dp} × sp {mesh.sp}, {kind}"
         title = f"{self.recipe.name}: {where}; {'; '.join(map(str, self.sizes))}"
         table = Table(title=title)
         for column in ("check", "compared", "with"):
@@ -104,7 +112,8 @@ class Certificate:
             "code_sha256": code_digest(),
             "recipe_sha256": hashlib.sha256(given.encode()).hexdigest(),
             "recipe": given,
-            "certified_recipe": dump(self.certified),
+            "certified_recipe": dump(self.trial.recipe),
+            "memory": {"planned": self.trial.planned, "peak": self.peak},
             "sizes": [size._asdict() for size in self.sizes],
             "checks": [{key: _finite(value) for key, value in one._asdict().items()} for one in self.checks],
             "smallest": self.smallest,

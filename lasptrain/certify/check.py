@@ -103,13 +103,17 @@ def distances(
 
 
 def distance(found: Tensor | None, want: Tensor) -> Distance:
-    """Return |found − want| and |want|, summed in fp64 over parts that take little memory."""
-    norm = math.hypot(*(float(part.double().norm()) for part in want.flatten().split(PART)))
+    """Return |found − want| and |want|, summed in fp64 over parts that take little memory, on the device of `found`."""
     if found is None or found.shape != want.shape:
-        return Distance(math.inf, norm)
+        return Distance(math.inf, float(want.double().norm()))
     pairs = zip(found.flatten().split(PART), want.flatten().split(PART), strict=True)
-    difference = math.hypot(*(float((a.double() - b.to(a.device).double()).norm()) for a, b in pairs))
-    return Distance(difference if math.isfinite(difference) else math.inf, norm)
+    parts = [_norms(a.double(), b.to(a.device).double()) for a, b in pairs]
+    difference, norm = (math.hypot(*sizes) for sizes in zip(*parts, strict=True))
+    return Distance(finite(difference), norm)
+
+
+def _norms(found: Tensor, want: Tensor) -> tuple[float, float]:
+    return float((found - want).norm()), float(want.norm())
 
 
 def relative(apart: Mapping[str, Distance], floor: float) -> dict[str, float]:

@@ -100,6 +100,8 @@ def reference(trial: Trial) -> list[Check]:
     if same(trial.recipe):
         return []
     leave(trial, EXACT)
+    if trial.is_exact:
+        return []
     own, exact = alone(trial.recipe), Measured.load(trial.folder / EXACT)
     runs = []
     for recipe in (own, chunked_otherwise(own)):
@@ -124,7 +126,7 @@ def check(trial: Trial) -> list[Check]:
     if same(trial.recipe):
         why = "one rank and one segment: nothing to compare; --nproc 2 gives two ranks, train.segment segments"
         return [not_run(NAME, "loss and gradients", ONE, why)]
-    return [*exact(trial), *own(trial)]
+    return exact(trial) + ([] if trial.is_exact else own(trial))
 
 
 def exact(trial: Trial) -> list[Check]:

@@ -13,13 +13,15 @@ from lasptrain.certify.check import Check, failed
 from lasptrain.certify.trial import Trial, fit
 from lasptrain.console.progress import asking
 from lasptrain.errors import RecipeError
+from lasptrain.parallel.collectives import all_gather_object
+from lasptrain.parallel.mesh import device, peak_memory
 from lasptrain.process import signals
 from lasptrain.process.local_ranks import TrialFailure, check_gpus, trials
 from lasptrain.process.location import resolve
 from lasptrain.process.scratch import scratch
 from lasptrain.recipe.schema import Recipe
 
-SILENCE = 900.0  # seconds that one stage may take
+SILENCE = 1800.0  # seconds that one stage may take
 Stage = tuple[str, str]  # a check, and the name of a part of it
 
 NAMES = (layout.NAME, documents.NAME, kernel.NAME, update.NAME, resume.NAME, export.NAME)
@@ -59,20 +61,20 @@ def prove(
     with signals.recorded(), scratch() as folder:
         trial = trial._replace(folder=folder)
         stages = _stages(wanted)
-        checks: list[Check] = []
+        checks, peak = list[Check](), 0
         with asking(len(stages), 0, True) as show:
             for job in ("alone", "ranks", "after"):
                 given = [stage for stage in stages if stage[0] == job]
                 if given:
                     show(f"{given[0][1]}: {given[0][2]}", 0)
-                for number, found in enumerate(_run(1 if job != "ranks" else ranks, trial, given)):
-                    checks += found
+                for number, (found, memory) in enumerate(_run(1 if job != "ranks" else ranks, trial, given)):
+                    checks, peak = checks + found, max(peak, memory)
                     following = given[number + 1] if number + 1 < len(given) else given[number]
                     show(f"{following[1]}: {following[2]}", 1)
         checks.sort(key=lambda one: NAMES.index(one.check))
         broken = [name for name in BREAKS if any(one.check == name and one.verdict == "fails" for one in checks)]
         least = {name: _smallest(trial, ranks, name) for name in broken}
-    return Certificate(recipe, trial.recipe, ranks, sizes, checks, least, time.monotonic() - began)
+    return Certificate(recipe, trial, ranks, sizes, checks, least, time.monotonic() - began, peak)
 
 
 def _stages(wanted: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -83,23 +85,28 @@ def _stages(wanted: Sequence[str]) -> list[tuple[str, str, str]]:
     return [*alone, *on_ranks, *(("after", name, "one process") for name in AFTER if name in needed)]
 
 
-def perform(trial: Trial, job: str, check: str, part: str) -> list[dict[str, Any]]:
-    """Run one part of a check on this rank; return its checks as JSON."""
+def perform(trial: Trial, job: str, check: str, part: str) -> tuple[list[dict[str, Any]], int]:
+    """Run one part of a check on this rank; return its checks as JSON, and the peak of memory in bytes: of the rank
+    whose GPU holds most, or of all ranks together on CPUs.
+    """
     tables: dict[str, Any] = {"alone": REFERENCES, "after": AFTER}
     function = ON_RANKS[check, part] if job == "ranks" else tables[job][check]
-    return [one._asdict() for one in function(trial)]
+    found = [one._asdict() for one in function(trial)]
+    peaks = all_gather_object(peak_memory(device()))
+    return found, max(peaks) if device().type == "cuda" else sum(peaks)
 
 
-def _run(ranks: int, trial: Trial, given: Sequence[tuple[str, str, str]]) -> Iterator[list[Check]]:
-    """Yield the checks of each part; one that does not end as it should has failed."""
+def _run(ranks: int, trial: Trial, given: Sequence[tuple[str, str, str]]) -> Iterator[tuple[list[Check], int]]:
+    """Yield the checks of each part and the peak of memory; one that does not end as it should has failed."""
     arguments = [(trial, *stage) for stage in given]
     for (_, _, check, part), found in trials(ranks, perform, arguments, silence=SILENCE):
         if not isinstance(found, TrialFailure):
-            yield [Check(**one) for one in found]
+            made, peak = found
+            yield [Check(**one) for one in made], peak
         elif (check, part) == (resume.NAME, "until it is killed") and "SIGKILL" in found.reason:
-            yield []
+            yield [], 0
         else:
-            yield [failed(check, part, "an end of its own", found.reason)]
+            yield [failed(check, part, "an end of its own", found.reason)], 0
 
 
 def _smallest(trial: Trial, ranks: int, name: str) -> str:

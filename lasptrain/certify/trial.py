@@ -36,11 +36,17 @@ class Trial(NamedTuple):
     recipe: Recipe
     strict: str
     folder: Path  # where jobs leave what others compare with
+    planned: int = 0  # bytes of memory that the largest job is expected to take
 
     @property
     def exact(self) -> Recipe:
         """The recipe in the precision of exact comparisons."""
         return self.recipe.replace(train={"precision": self.strict})
+
+    @property
+    def is_exact(self) -> bool:
+        """True if the recipe has the precision of exact comparisons."""
+        return self.recipe.train.precision == self.strict
 
     @property
     def tolerance(self) -> float:
@@ -177,7 +183,8 @@ def fit(
         Size("layers", recipe.model.layers, chosen.model.layers),
         Size("windows of a step", recipe.train.batch, batch),
     ]
-    return Trial(chosen, strict, folder), sizes
+    planned = within.needed(chosen.replace(train={"precision": strict}), recipe.train.precision, vocab)
+    return Trial(chosen, strict, folder, planned), sizes
 
 
 def _chosen(options: list[Recipe], within: Limits, strict: str, vocab: int) -> Recipe:

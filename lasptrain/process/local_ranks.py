@@ -95,6 +95,9 @@ def _job(
     """Yield results as they come; the last may be the TrialFailure that ended the job."""
     mesh.silence_torch_logs()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs each rank it ends
+    os.environ.setdefault(
+        "PYTHONWARNINGS", "ignore:resource_tracker"
+    )  # it tells what ended ranks leave, and removes it
     job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=START)
     number, heard = 0, time.monotonic()
     try:
