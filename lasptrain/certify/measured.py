@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lasptrain import train
+from lasptrain.certify.check import finite
 from lasptrain.certify.kept import Kept, Whole
 from lasptrain.certify.text import Held
 from lasptrain.data.loader import MicroBatch
@@ -134,6 +136,39 @@ def measure(job: Job, windows: Tensor) -> Measured:
         if x.grad is not None:
             by_token[place.windows, place.tokens] = x.grad.double().cpu() / job.mesh.size
     return Measured(loss.cpu(), losses, by_token, gradients_of(job.model))
+
+
+def slope_error(job: Job, windows: Tensor, length: float) -> float:
+    """Return how far the gradients of one process are from the slope of its mean loss along a random direction, which
+    two losses `length` times the direction apart give; relative to the slopes of single parameters. Weights change.
+    """
+    found, named = measure(job, windows), dict(job.model.named_parameters())
+    slopes = [float((found.gradients[name].double() * _direction(job, name)).sum()) for name in named]
+    micro_batches = [tuple(piece.to(job.device) for piece in read) for read in job.loader.read_step(0)]
+    losses, unequal = [], left_out(job, micro_batches)
+    with torch.no_grad():
+        for way in (length / 2, -length):
+            for name, parameter in named.items():
+                parameter.add_(_direction(job, name).to(parameter.dtype), alpha=way)
+            losses.append(mean_loss(job, unequal))
+    return finite(abs(sum(slopes) - (losses[0] - losses[1]) / length) / math.hypot(*slopes, 1e-300))
+
+
+def _direction(job: Job, name: str) -> Tensor:
+    """Return the direction's part of a parameter, fp64."""
+    parameter, random = job.model.get_parameter(name), generator(0, f"direction {name}", job.device)
+    return torch.randn(parameter.shape, generator=random, device=job.device).double() * NOISE
+
+
+def mean_loss(job: Job, micro_batches: list[MicroBatch]) -> float:
+    """Return the mean loss of one process over the labels that count."""
+    found = [
+        (float(losses[labels != IGNORED].double().sum()), int((labels != IGNORED).sum()))
+        for segments in micro_batches
+        for _, labels, losses in token_losses(job.wrapped, segments)
+    ]
+    losses, counts = zip(*found, strict=True)
+    return float(sum(losses) / sum(counts))
 
 
 def left_out(job: Job, micro_batches: list[MicroBatch]) -> list[MicroBatch]:

@@ -26,6 +26,7 @@ WEIGHTS = {"cpu": 1e8, "cuda": 5e8}  # that are drawn, updated, saved and read w
 PROCESS = 600 << 20  # bytes of a process on a CPU that computes nothing yet
 GATHERED = 2 * 8  # bytes of a number of the largest tensor, beside the state: what it should be, and on its way to disk
 SEGMENTS = 4  # of a window, at most: a first one, ones between, a last one
+FEW = 2  # where embeddings alone are too many weights, which each segment adds to
 SHORT, SHORTEST = 256, 16  # tokens of a slice, below which layers go first, and below which nothing goes
 STEPS = 4  # updates of the longest check
 
@@ -160,7 +161,8 @@ def fit(
     dp, sp = resolve_mesh(recipe, ranks)
     available = None if within.shared else within.memory
     laid = plan.layout(plan.with_reduction(recipe, vocab, dp, sp, available), dp, sp, vocab, available)
-    segments = max(n for n in range(1, SEGMENTS + 1) if laid.segments % n == 0)
+    heavy = plan.parameters(recipe.model, vocab)["embedding"] > within.weights
+    segments = max(n for n in range(1, (FEW if heavy else SEGMENTS) + 1) if laid.segments % n == 0)
     batch = max(2, dp * recipe.train.micro_batch * min(2, laid.micro_batches))
     kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
     strict = "fp32" if kernel == "triton" else "fp64"

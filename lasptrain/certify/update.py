@@ -19,7 +19,8 @@ from lasptrain.certify.check import (
     relative,
 )
 from lasptrain.certify.kept import Kept, Whole
-from lasptrain.certify.measured import opened, stirred
+from lasptrain.certify.measured import opened, slope_error, stirred
+from lasptrain.certify.text import windows_of
 from lasptrain.certify.trial import Trial, alone
 from lasptrain.checkpoint.tensors import present, tensors_of
 from lasptrain.errors import ReplicasError
@@ -33,6 +34,7 @@ UPDATES = 2  # the second reads what the first has written
 LOOSER = 10  # times the tolerance of one pass
 MOVES = {"fp64": 1e-6, "fp32": 5e-3}  # AdamW divides by the size of a gradient, however small, and so moves the next
 FLOOR = 1e-6
+SLOPE_PRECISION, LENGTH, SLOPE = "fp64", 1e-6, 1e-5  # of a difference of losses; its tolerance
 TENSORS, NUMBERS = "update", "update.json"
 NAME, OTHERS, ONE = "update", "those on other ranks", f"{UPDATES} updates of one process"
 SHARDED = "no rank holds the weights of another"
@@ -48,7 +50,7 @@ class Updated(NamedTuple):
 
 
 def reference(trial: Trial) -> list[Check]:
-    """Leave the updates of one process."""
+    """Leave the updates of one process, whose gradients are compared with the slope of its loss."""
     recipe = alone(trial.exact)
     clip = recipe.optim.clip
     if clip:
@@ -61,7 +63,20 @@ def reference(trial: Trial) -> list[Check]:
         moved = {name: distance(after.tensors[name], value).difference for name, value in weights}
     numbers = {"clip": clip, "losses": after.losses, "norms": after.norms, "moved": moved}
     files.replace(trial.folder / NUMBERS, json.dumps(numbers))
-    return []
+    return slope(trial)
+
+
+def slope(trial: Trial) -> list[Check]:
+    """Compare the gradients of one process with the slope of its loss, along a direction that changes every weight.
+
+    Always in fp64, for which Triton has no kernels: a difference of losses in fp32 is mostly rounding.
+    """
+    kernel = trial.recipe.train.kernel if trial.strict == SLOPE_PRECISION else "chunked"
+    recipe = alone(trial.recipe.replace(train={"precision": SLOPE_PRECISION, "kernel": kernel}))
+    with opened(recipe) as job:
+        error = slope_error(job, windows_of(job.loader, 0), LENGTH)
+    about = f"gradient along a random direction, {SLOPE_PRECISION}"
+    return [judge(NAME, about, "the slope of the loss, one process", Error(error), SLOPE)]
 
 
 def run(job: Job, updates: int) -> Updated:
