@@ -5,6 +5,7 @@ Each of MUTANTS breaks the program on the ranks; what it is compared with was co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,14 +28,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from lasptrain import train
 from lasptrain.certify import documents, export, kernel, layout, resume, smallest, update
 from lasptrain.certify.certificate import Certificate
-from lasptrain.certify.check import Check, not_run
+from lasptrain.certify.check import Check, not_run, of_parameters, ratio
 from lasptrain.certify.proof import NAMES, prove, reduced
-from lasptrain.certify.trial import Trial, fit
+from lasptrain.certify.trial import WEIGHTS, WORK, Limits, Trial, fit
 from lasptrain.checkpoint import tensors
 from lasptrain.convert import files, tables, targets
 from lasptrain.convert.rules import Rule
 from lasptrain.data.loader import Slice, SliceLoader
-from lasptrain.errors import RecipeError
+from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.models import linear
 from lasptrain.models.convolution import ConvWeights
 from lasptrain.ops import chunked, decay_rule, delta_rule
@@ -192,6 +193,17 @@ def _(patch: Patch, rank: int) -> None:
     patch.setattr(Transition, "apply", lambda self, *args: original(self, *args).bfloat16().to(args[1].dtype))
 
 
+def of_weight(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the gradient of the second product of every MLP."""
+    original = linear.weight_gradient
+
+    def weight_gradient(*args: Any) -> Tensor:
+        found = original(*args)
+        return change(found) if found.shape == (16, 24) else found
+
+    patch.setattr(linear, "weight_gradient", weight_gradient)
+
+
 OWN = {"part": "own", "holds": tuple(f"{start}, fp64" for start in (*LOSSES, *GRADIENTS))}
 
 
@@ -218,6 +230,11 @@ def _(patch: Patch, rank: int) -> None:
 @mutant("state gradient dropped in bf16", "half", "layout", "gradient at every token, bf16", **OWN)
 def _(patch: Patch, rank: int) -> None:
     scanned(patch, lost_unless_exact, reverse=True, here=rank == 0)
+
+
+@mutant("one gradient off by 1e-5 in fp32", "ring", "layout", "gradient of every parameter, fp32", where="down", **OWN)
+def _(patch: Patch, rank: int) -> None:
+    of_weight(patch, lambda x: x * (1 + 1e-5) if x.dtype == torch.float32 else x)
 
 
 @mutant("initial state of the second segment dropped", "ring", "layout", *GRADIENTS, holds=LOSSES)
@@ -552,6 +569,18 @@ def _(patch: Patch, rank: int) -> None:
     drifting(patch, rank == 3)
 
 
+@mutant("weights left out of the optimizer", "rows", "update", "weights and moments", where="norm1.weight.exp_avg")
+def _(patch: Patch, rank: int) -> None:
+    original = optimizer.build_optimizer
+
+    def build(model: nn.Module, *args: Any) -> Any:
+        adam = original(model, *args)
+        del adam.param_groups[1]
+        return adam
+
+    patch.setattr("lasptrain.training.job.build_optimizer", build)
+
+
 @mutant("clipping by the local norm", "rows", "update", "gradient norm", "moments", where="on")
 def _(patch: Patch, rank: int) -> None:
     def clip(model: nn.Module, most: float) -> Tensor:
@@ -619,13 +648,7 @@ def _(patch: Patch, rank: int) -> None:
     "gradient of a weight lost on every layout", "ring", "update", "gradient along a random direction", part="slope"
 )
 def _(patch: Patch, rank: int) -> None:
-    original = linear.weight_gradient
-
-    def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        found = original(dy, x, dtype)
-        return found * 0 if found.shape == (16, 24) else found  # of the second product of an MLP
-
-    patch.setattr(linear, "weight_gradient", weight_gradient)
+    of_weight(patch, torch.zeros_like)
 
 
 LOADED = "weights and moments that are loaded on another mesh"
@@ -848,9 +871,10 @@ def test_there_are_many_mutants_of_every_check() -> None:
     assert len(MUTANTS) >= 40 and {(one.check, one.part) for one in MUTANTS.values()} == set(CHECKS)
 
 
-def certify(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The command on a recipe, whose temporary files go to `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(program.ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+def certify(folder: Path, *arguments: str, temporary: Path | None = None) -> subprocess.Popen[str]:
+    """The command on a recipe in `folder`, whose temporary files go there or to another."""
+    environment = os.environ | {"PYTHONPATH": str(program.ROOT), "OMP_NUM_THREADS": "1"}
+    environment["TMPDIR"] = str(temporary or folder)
     # A shell ignores Ctrl-C in what it starts in the background, such as these tests; a user's terminal does not.
     heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     module = "runpy.run_module('lasptrain', run_name='__main__', alter_sys=True)"
@@ -880,27 +904,47 @@ def test_the_command_writes_a_certificate(trials: dict[str, Trial]) -> None:
 @pytest.mark.slow
 def test_one_rank_and_one_segment_have_no_layout_to_compare(trials: dict[str, Trial]) -> None:
     folder = trials["ring"].folder.parent
-    alone = ("--set", "mesh.sp=1", "--set", "train.segment=64", "--check", "layout", "--json", "one.json")
-    run = certify(folder, *alone)
+    one = ("--set", "mesh.sp=1", "--set", "train.segment=64", "--check", "layout", "--json", "one.json")
+    run = certify(folder, *one)
     printed, said = run.communicate(timeout=PATIENCE)
     assert run.returncode == 6, printed + said
     (found,) = json.loads((folder / "one.json").read_text())["checks"]
     assert found["verdict"] == "not run" and "--nproc 2" in found["note"]
+    alone = load(folder / "ring.yaml").replace(
+        mesh={"sp": 1, "dp": 1}, train={"segment": 64}, parallel={"reduce": "step"}
+    )
+    assert layout.same(alone) and not layout.same(alone.replace(parallel={"recompute": "full"}))
+
+
+def processes(folder: Path) -> list[str]:
+    """Processes whose temporary files go to `folder`, by their commands."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"TMPDIR={folder}".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+    return found
 
 
 @pytest.mark.slow
-def test_an_interrupted_proof_leaves_nothing(trials: dict[str, Trial]) -> None:
-    folder = trials["ring"].folder.parent
-    run = certify(folder, "--nproc", "2", "--json", "none.json")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_an_interrupted_proof_leaves_nothing(
+    trials: dict[str, Trial], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run = certify(trials["ring"].folder.parent, "--nproc", "2", "--json", "none.json", temporary=tmp_path)
     deadline = time.monotonic() + PATIENCE
-    while not left_behind(folder):
+    while not left_behind(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(2)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, said = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 130 and "Traceback" not in said, said
-    assert left_behind(folder) == [] and not (folder / "none.json").exists()
+    assert run.returncode == code and "Traceback" not in said, said
+    assert f"stopped by {number.name}" in said
+    assert left_behind(tmp_path) == [] and not (trials["ring"].folder.parent / "none.json").exists()
+    while found := processes(tmp_path):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
 
 
 def test_what_does_not_fit_is_refused(trials: dict[str, Trial]) -> None:
@@ -912,6 +956,39 @@ def test_what_does_not_fit_is_refused(trials: dict[str, Trial]) -> None:
     ):
         with pytest.raises(RecipeError, match=re.escape(text)):
             prove(recipe, 2, **given)
+
+
+def test_memory_decides_how_large_a_trial_is(trials: dict[str, Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load(program.ROOT / "recipes" / "gdn_1b_4096k.yaml")
+
+    def fitted(memory: float) -> tuple[int, int, int]:
+        within = Limits(WORK["cpu"], WEIGHTS["cpu"], int(memory * 2**30), True, 1 << 50)
+        monkeypatch.setattr("lasptrain.certify.trial.limits", lambda device: within)
+        found, _ = fit(recipe, 2, Path())
+        return found.recipe.model.layers, found.recipe.data.window, found.planned
+
+    (few, narrow, small), (more, _, _) = fitted(22), fitted(64)
+    assert few == 1 < more and narrow < recipe.data.window and small < 22 * 2**30
+    with pytest.raises(ResourceError, match=r"1 layers, a vocabulary of 64,000 .* GiB of memory, found 4.0 GiB free"):
+        fitted(4)
+
+
+@pytest.mark.usefixtures("group")
+def test_what_is_no_number_never_holds() -> None:
+    good, bad, worse = torch.ones(2, 3), torch.full((2, 3), math.nan), torch.full((2, 3), math.inf)
+    here = torch.ones(2, 3, dtype=torch.bool)
+    for x in (bad, worse):
+        assert of_parameters({"x": x}, {"x": good}, 1e-6).size == math.inf
+        assert of_parameters({"x": good}, {"x": x}, 1e-6).size == math.inf
+        assert of_parameters({}, {"x": good}, 1e-6).size == math.inf
+        assert ratio(float(x[0, 0]), 1.0) == ratio(1.0, float(x[0, 0])) == math.inf
+        lost = layout.Deviation(math.nan, x, x, {"x": math.nan})
+        unit = layout.Rounding.of([lost, lost], "bf16")
+        found = lost.in_units(unit)
+        checks = layout.judged(found, here, layout.SPREAD, "bf16", "itself")
+        assert {one.verdict for one in checks} == {"fails"}
+        zero = layout.Deviation(1.0, good, good, {"x": 1.0}).in_units(unit)
+        assert {one.verdict for one in layout.judged(zero, here, layout.SPREAD, "bf16", "itself")} == {"fails"}
 
 
 def test_a_failure_is_no_certificate(trials: dict[str, Trial], tmp_path: Path) -> None:
