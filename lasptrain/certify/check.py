@@ -121,7 +121,7 @@ def relative(apart: Mapping[str, Distance], floor: float) -> dict[str, float]:
     no relative error.
     """
     least = max(floor * max((one.norm for one in apart.values()), default=0.0), 1e-300)
-    return {name: one.difference / max(one.norm, least) for name, one in apart.items()}
+    return {name: finite(one.difference / max(one.norm, least)) for name, one in apart.items()}
 
 
 def largest(errors: Mapping[str, float]) -> Error:

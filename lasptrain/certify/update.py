@@ -12,6 +12,7 @@ from lasptrain.certify.check import (
     distance,
     distances,
     failed,
+    finite,
     judge,
     largest,
     not_run,
@@ -124,7 +125,7 @@ def compared(trial: Trial, recipe: Recipe) -> list[Check]:
     moments = relative({name: one for name, one in apart.items() if name.startswith("optimizer.")}, FLOOR)
     least, moved = FLOOR * max(numbers["moved"].values()), numbers["moved"]
     weights = {name: one.difference for name, one in apart.items() if name.startswith("model.")}
-    moves = {name: difference / max(moved.get(name, 0.0), least) for name, difference in weights.items()}
+    moves = {name: finite(difference / max(moved.get(name, 0.0), least)) for name, difference in weights.items()}
     clipped = f"gradient norm before clipping to {numbers['clip']:.3g}"
     loose = trial.tolerance * LOOSER
     return [
