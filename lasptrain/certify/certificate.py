@@ -71,7 +71,8 @@ class Certificate:
     def table(self) -> Table:
         """Return the checks as a table."""
         mesh, kind = self.trial.recipe.mesh, self.trial.recipe.parallel.data_parallel
-        where = f"{self.ranks} × {device_name()}, dp {mesh.dp} × sp {mesh.sp}, {kind}"
+        scan = f", {mesh.scan}" if mesh.sp != 1 else ""
+        where = f"{self.ranks} × {device_name()}, dp {mesh.dp} × sp {mesh.sp}{scan}, {kind}"
         title = f"{self.recipe.name}: {where}; {'; '.join(map(str, self.sizes))}"
         table = Table(title=title)
         for column in ("check", "compared", "with"):
