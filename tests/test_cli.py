@@ -76,9 +76,9 @@ def test_a_shell_completes_commands() -> None:
     assert (done.stdout.split(), done.stderr) == (["inspect"], "")
 
 
-def interrupted(find_spec: str, *arguments: str) -> None:
-    """Asserts that the command ends quietly by Ctrl-C, which `find_spec(self, name, *rest)` of an import makes."""
-    code = (
+def interrupted(find_spec: str, *arguments: str, code: int = 130) -> None:
+    """Asserts that the command ends quietly by a signal, which `find_spec(self, name, *rest)` of an import makes."""
+    program = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
         f"class Slow:\n    def find_spec(self, name, *rest):\n{indent(find_spec, 8 * ' ')}\n"
@@ -86,8 +86,8 @@ def interrupted(find_spec: str, *arguments: str) -> None:
         f"sys.argv[1:] = {[*arguments]}\n"
         "from lasptrain.__main__ import main; main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_ctrl_c_while_it_is_loaded_ends_it_quietly() -> None:
@@ -95,15 +95,23 @@ def test_ctrl_c_while_it_is_loaded_ends_it_quietly() -> None:
     interrupted("return name == 'typer' and os.kill(os.getpid(), signal.SIGINT) or None")
 
 
-def test_ctrl_c_is_not_lost_while_torch_is_loaded() -> None:
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 75)])
+def test_a_signal_is_not_lost_while_torch_is_loaded(number: str, code: int) -> None:
     """A module in the place of torch's first one swallows the exception."""
     swallowing = (
         "if name.startswith('torch.'):\n"
         "    sys.meta_path.remove(self)\n"
-        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    except KeyboardInterrupt: pass"
+        f"    try: os.kill(os.getpid(), signal.{number})\n"
+        "    except BaseException: pass"
     )
-    interrupted(swallowing, "bench", "sp", QUICKSTART, "--tokens", "64", "--method", "nope")
+    interrupted(swallowing, "bench", "sp", QUICKSTART, "--tokens", "64", "--method", "nope", code=code)
+
+
+def test_sigterm_removes_what_is_temporary(tmp_path: Path) -> None:
+    """A command that has a temporary folder when the signal comes."""
+    ending = "if name == 'multiprocessing.popen_spawn_posix': os.kill(os.getpid(), signal.SIGTERM)"
+    interrupted(ending, "bench", "saving", QUICKSTART, "--folder", str(tmp_path), code=75)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_that_finds_no_space_is_one_line(tmp_path: Path) -> None:
