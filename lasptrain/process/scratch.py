@@ -20,13 +20,13 @@ def scratch() -> Iterator[Path]:
     """Yield a new temporary folder, in which this process and those that it starts make theirs; it is removed after.
 
     As long as this process lives the folder is locked: one that is not, is of a process that was killed, and removed.
+    On a disk without locks it keeps a name that is never taken for one of those.
     """
     remove_abandoned()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # is of use to the next process
     hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))  # until it is locked
     lock = _lock(hidden)
-    assert lock is not None
-    folder = hidden.rename(hidden.with_name(hidden.name[1:]))
+    folder = hidden if lock is None else hidden.rename(hidden.with_name(hidden.name[1:]))
     before, environment = tempfile.tempdir, os.environ.get("TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     try:
@@ -37,7 +37,8 @@ def scratch() -> Iterator[Path]:
         if environment is not None:
             os.environ["TMPDIR"] = environment
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
         remove_abandoned()
 
 
