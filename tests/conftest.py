@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.util import get_temp_dir
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ settings.register_profile("shared", deadline=None)  # how long an example takes 
 settings.load_profile("shared")
 if not torch.cuda.is_available():
     local_ranks.START = "forkserver"  # whose server has imported torch
+    get_temp_dir()  # of its socket, which outlives the temporary folders of tests
 if "PYTEST_XDIST_WORKER" in os.environ:
     gloo.serve()
 
