@@ -23,7 +23,7 @@ from lasptrain.recipe.schema import Recipe
 
 WORK = {"cpu": 2e10, "cuda": 1e14}  # FLOP of one pass over a step's windows
 WEIGHTS = {"cpu": 1e8, "cuda": 5e8}  # that are drawn, updated, saved and read within a minute
-PROCESS = 600 << 20  # bytes of a process on a CPU that computes nothing yet
+PROCESS = 1 << 30  # bytes of a process on a CPU that computes nothing yet, its compiler included
 GATHERED = 2 * 8  # bytes of a number of the largest tensor, beside the state: what it should be, and on its way to disk
 SEGMENTS = 4  # of a window, at most: a first one, ones between, a last one
 FEW = 2  # where embeddings alone are too many weights, which each segment adds to
