@@ -967,8 +967,8 @@ def test_memory_decides_how_large_a_trial_is(trials: dict[str, Trial], monkeypat
         found, _ = fit(recipe, 2, Path())
         return found.recipe.model.layers, found.recipe.data.window, found.planned
 
-    (few, narrow, small), (more, _, _) = fitted(18), fitted(64)
-    assert few == 1 < more and narrow < recipe.data.window and small < 18 * 2**30
+    (few, narrow, small), (more, _, _) = fitted(20), fitted(64)
+    assert few == 1 < more and narrow < recipe.data.window and small < 20 * 2**30
     with pytest.raises(ResourceError, match=r"1 layers, a vocabulary of 64,000 .* GiB of memory, found 4.0 GiB free"):
         fitted(4)
 
