@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.dataset import left_out, open_dataset
 from lasptrain.certify import documents, export, kernel, layout, resume, smallest, update
 from lasptrain.certify.certificate import Certificate
 from lasptrain.certify.check import Check, failed
 from lasptrain.certify.trial import Trial, fit
-from lasptrain.console.progress import asking
+from lasptrain.console.progress import asking, preparing
 from lasptrain.errors import RecipeError
 from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.parallel.mesh import device, peak_memory
 from lasptrain.process import signals
 from lasptrain.process.local_ranks import TrialFailure, check_gpus, trials
-from lasptrain.process.location import resolve
 from lasptrain.process.scratch import scratch
 from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Data
 
 SILENCE = 1800.0  # seconds that one stage may take
 Stage = tuple[str, str]  # a check, and the name of a part of it
@@ -57,7 +59,7 @@ def prove(
     began = time.monotonic()
     check_gpus(ranks)
     trial, sizes = fit(recipe, ranks, Path(), tokens, layers)
-    resolve(recipe, ranks)
+    _prepare(recipe.data)
     with signals.recorded(), scratch() as folder:
         trial = trial._replace(folder=folder)
         stages = _stages(wanted)
@@ -75,6 +77,14 @@ def prove(
         broken = [name for name in BREAKS if any(one.check == name and one.verdict == "fails" for one in checks)]
         least = {name: _smallest(trial, ranks, name) for name in broken}
     return Certificate(recipe, trial, ranks, sizes, checks, least, time.monotonic() - began, peak)
+
+
+def _prepare(data: Data) -> None:
+    """Prepare the data, before there are ranks. Raises DataError."""
+    with preparing() as progress:
+        dataset = open_dataset(data, progress)
+    for line in left_out(data, dataset):
+        sys.stderr.write(f"{line}\n")
 
 
 def _stages(wanted: Sequence[str]) -> list[tuple[str, str, str]]:
