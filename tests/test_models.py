@@ -20,7 +20,6 @@ from lasptrain.architectures.ssd import Ssd
 from lasptrain.cost import plan
 from lasptrain.eval.generate import generate
 from lasptrain.models.language_model import LanguageModel, initial_values
-from lasptrain.ops import softmax
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.shard import fill
 
@@ -311,35 +310,6 @@ def test_a_model_is_its_definition(arch: Arch, normalizer: bool, tie: bool) -> N
         }
         expected = definitions[m.cfg.arch](m, tokens[0], doc_ids[0])
     assert float((found - expected).norm() / expected.norm()) < 1e-6  # slopes are fp32 numbers
-
-
-@pytest.mark.parametrize("sliding_window", [None, 1, 9, 100])
-@pytest.mark.parametrize("before", [0, 8])
-def test_attention_in_blocks_is_attention(
-    monkeypatch: pytest.MonkeyPatch, sliding_window: int | None, before: int
-) -> None:
-    monkeypatch.setattr(softmax, "BLOCK", 7)
-    g = torch.Generator().manual_seed(1)
-    q, k, v = (
-        torch.randn(2, length, heads, 6, generator=g, dtype=torch.float64, requires_grad=True)
-        for length, heads in ((40, 4), (40 + before, 2), (40 + before, 2))
-    )
-    doc_ids = torch.randint(2, (2, 40 + before), generator=g).cumsum(1) // 5
-    lag = torch.arange(40)[:, None] + before - torch.arange(40 + before)
-    for own, of_keys in ((None, None), (doc_ids[:, before:], doc_ids)):
-        visible = (lag >= 0) & (lag < (sliding_window or 1000))
-        if own is not None and of_keys is not None:
-            visible = visible & (own[:, None, :, None] == of_keys[:, None, None])
-        score = torch.einsum("bihk,bjhk->bhij", q, k.repeat_interleave(2, 2)) / 6**0.5
-        weight = score.masked_fill(~visible, -torch.inf).softmax(-1)
-        want = torch.einsum("bhij,bjhk->bihk", weight, v.repeat_interleave(2, 2))
-        found = softmax.attend(q, k, v, own, of_keys, sliding_window)
-        assert torch.allclose(found, want, atol=1e-12)
-        do = torch.randn(want.shape, generator=g, dtype=torch.float64)
-        for ours, theirs in zip(
-            torch.autograd.grad(found, (q, k, v), do), torch.autograd.grad(want, (q, k, v), do), strict=True
-        ):
-            assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def test_a_data_dependent_model_begins_as_its_twin_of_constant_decay() -> None:

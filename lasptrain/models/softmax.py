@@ -30,6 +30,14 @@ class Seen(NamedTuple):
     key_doc_ids: Tensor | None  # [B, J]
     final_state: Tensor | None  # carried to the next segment
 
+    def documents(self) -> softmax.Documents:
+        """Return the documents of the queries, at positions that count from the first key."""
+        if self.query_doc_ids is None or self.key_doc_ids is None:
+            return softmax.Documents()
+        of_keys = softmax.Documents.of(self.key_doc_ids - self.key_doc_ids[:, :1], 0).start
+        assert of_keys is not None
+        return softmax.Documents(of_keys[:, -self.query_doc_ids.shape[1] :])
+
 
 class Softmax(Mixer):
     """y = W attend(q, k, v), q, k, v linear, scores scaled by K^−½.
@@ -65,7 +73,8 @@ class Softmax(Mixer):
         seen = self._seen(torch.cat([self._normed(k, self.k_norm), v], dim=-1), context)
         keys, values = seen.rows.split(k.shape[-1], dim=-1)
         q, keys = self.rotated(self._heads(self._normed(q, self.q_norm)), self._heads(keys))
-        o = softmax.attend(q, keys, self._heads(values), seen.query_doc_ids, seen.key_doc_ids, self.sliding_window)
+        before = keys.shape[1] - q.shape[1]
+        o = softmax.attend(q, keys, self._heads(values), seen.documents(), before, 0, self.sliding_window)
         y: Tensor = self.out(o.flatten(2) * torch.sigmoid(gate[0]) if gate else o.flatten(2))
         return y, (seen.final_state,)
 

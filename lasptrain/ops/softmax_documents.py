@@ -1,0 +1,52 @@
+"""Documents for softmax attention: where those of a slice's queries begin, on the device and on the host.
+
+Letters as in `lasptrain.ops`; positions count tokens from the start of the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Documents:
+    """The documents of a slice's queries, made once per slice and used by all its layers.
+
+    start: [B, T] int64, the position of the first token of each query's document; None: 0 everywhere. Along a row it
+    never falls, and it is nowhere beyond the query.
+    """
+
+    start: Tensor | None = None
+
+    @classmethod
+    def of(cls, doc_ids: Tensor | None, query_start: int, carry_start: Tensor | None = None) -> Documents:
+        """Return the documents of the slice that begins at position `query_start`; no device is waited for.
+
+        doc_ids: [B, T] integers, documents that have started in the slice up to and including t; None: none has.
+        carry_start: [B] int64, where the document began that goes on from the left; None: at 0.
+        """
+        if doc_ids is None:
+            return cls(None if carry_start is None else carry_start[:, None])
+        begins = torch.diff(doc_ids, dim=1, prepend=torch.zeros_like(doc_ids[:, :1])) > 0
+        position = torch.arange(query_start, query_start + doc_ids.shape[1], device=doc_ids.device)
+        before = position.new_zeros(()) if carry_start is None else carry_start[:, None]
+        return cls(torch.where(begins, position, before).cummax(1).values)
+
+    @cached_property
+    def runs(self) -> list[list[tuple[int, int]]] | None:
+        """Each row's documents: the number of its first query in the slice, and its start; None: one from 0.
+
+        The first use waits for the device, once.
+        """
+        if self.start is None:
+            return None
+        found = []
+        for row in self.start.cpu():
+            start, count = torch.unique_consecutive(row, return_counts=True)
+            first = count.cumsum(0) - count
+            found.append(list(zip(first.tolist(), start.tolist(), strict=True)))
+        return found
