@@ -10,6 +10,7 @@ Letters as in `lasptrain.ops`. Everything is computed in at least fp32; keys of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -66,14 +67,13 @@ def backward(
     """
     h, wide = q.shape[2], state_dtype(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
     for rows, columns in _blocks(q.shape[1], k.shape[1], start, query_start, key_start, window):
         s = _scores(q, k, rows, columns, start, query_start, key_start, window)
         total = _grouped(lse[..., rows].mT[..., None].to(wide), k.shape[2])
         weight = (s - total.masked_fill(total == -torch.inf, 0)).exp()
         do_part = _grouped(do[:, rows].to(wide), k.shape[2])
         own = (do_part * _grouped(o[:, rows].to(wide), k.shape[2])).sum(-1, keepdim=True)
-        ds = weight * (do_part @ _keys(v, columns).mT - own) * scale
+        ds = weight * (do_part @ _keys(v, columns).mT - own) / sqrt(q.shape[-1])
         dq[:, rows] += _ungrouped(ds @ _keys(k, columns), h)
         dk[:, columns] += (ds.mT @ _grouped(q[:, rows].to(wide), k.shape[2])).transpose(1, 2)
         dv[:, columns] += (weight.mT @ do_part).transpose(1, 2)
@@ -112,8 +112,8 @@ def _scores(
         seen = seen & (key > query - window)
     if start is not None:
         seen = seen & (key >= start.expand(-1, q.shape[1])[:, rows, None])
-    s: Tensor = _grouped(q[:, rows].to(state_dtype(q)), k.shape[2]) @ _keys(k, columns).mT
-    return (s * q.shape[-1] ** -0.5).masked_fill_(~seen.repeat(1, q.shape[2] // k.shape[2], 1)[:, None], -torch.inf)
+    s = _grouped(q[:, rows].to(state_dtype(q)), k.shape[2]) @ _keys(k, columns).mT / sqrt(q.shape[-1])
+    return s.masked_fill_(~seen.repeat(1, q.shape[2] // k.shape[2], 1)[:, None], -torch.inf)
 
 
 def _keys(x: Tensor, columns: slice) -> Tensor:
