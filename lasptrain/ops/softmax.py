@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain.ops import fake, operator, softmax_reference, state_dtype
-from lasptrain.ops.softmax_documents import Documents
+from lasptrain.ops import fake, operator, softmax_fused, softmax_kernels, softmax_reference, state_dtype
+from lasptrain.ops.softmax_documents import Documents, Place, Plan
+from lasptrain.ops.softmax_kernels import Kernels
+from lasptrain.ops.softmax_plan import read
 from lasptrain.ops.softmax_reference import merge
 
 __all__ = ["Documents", "attend", "backward", "forward", "merge"]
@@ -56,7 +58,11 @@ def forward(
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return o, in the dtype of q or, if `wide`, in at least fp32, and lse, over this block of keys alone."""
-    return _softmax_forward(q, k, v, documents.start, query_start, key_start, window, wide)
+    kernels = softmax_kernels.select(q, v)
+    if kernels is None:
+        return _softmax_reference_forward(q, k, v, documents.start, query_start, key_start, window, wide)
+    plan = _plan(kernels, q, k, documents, query_start, key_start, window)
+    return _softmax_forward(q, k, v, *plan, wide)
 
 
 def backward(
@@ -77,7 +83,12 @@ def backward(
 
     o and lse are those over all blocks that the queries see.
     """
-    return _softmax_backward(q, k, v, o, lse, do, documents.start, query_start, key_start, window, wide)
+    kernels = softmax_kernels.select(q, v)
+    if kernels is None:
+        place = documents.start, query_start, key_start, window
+        return _softmax_reference_backward(q, k, v, o, lse, do, *place, wide)
+    plan = _plan(kernels, q, k, documents, query_start, key_start, window)
+    return _softmax_backward(q, k, v, o, lse, do, *plan, wide)
 
 
 class _Attend(Function):
@@ -104,8 +115,37 @@ class _Attend(Function):
         return *backward(q, k, v, o, lse, do, *ctx.place), None, None, None, None
 
 
+def _plan(
+    kernels: Kernels, q: Tensor, k: Tensor, documents: Documents, query_start: int, key_start: int, window: int | None
+) -> Plan:
+    place = Place(q.shape[0], q.shape[1], query_start, k.shape[1], key_start, window)
+    return documents.plan(place, kernels.dense_forward is not None, q.device)
+
+
 @operator
 def _softmax_forward(
+    q: Tensor, k: Tensor, v: Tensor, calls: list[int], edges: Tensor, wide: bool
+) -> tuple[Tensor, Tensor]:
+    return softmax_fused.forward(_selected(q, v), q, k, v, read(calls), edges, wide)
+
+
+@operator
+def _softmax_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    calls: list[int],
+    edges: Tensor,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return softmax_fused.backward(_selected(q, v), q, k, v, o, lse, do, read(calls), edges, wide)
+
+
+@operator
+def _softmax_reference_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,7 +160,7 @@ def _softmax_forward(
 
 
 @operator
-def _softmax_backward(
+def _softmax_reference_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -138,6 +178,7 @@ def _softmax_backward(
 
 
 @fake("softmax_forward")
+@fake("softmax_reference_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     (b, t, h, _), wide = q.shape, state_dtype(q)
     o = q.new_empty((b, t, h, v.shape[-1]), dtype=wide if rest[-1] else q.dtype)
@@ -145,6 +186,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @fake("softmax_backward")
+@fake("softmax_reference_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape, dtype=state_dtype(x) if rest[-1] else x.dtype) for x in (q, k, v))
     return dq, dk, dv
+
+
+def _selected(q: Tensor, v: Tensor) -> Kernels:
+    kernels = softmax_kernels.select(q, v)
+    assert kernels is not None
+    return kernels

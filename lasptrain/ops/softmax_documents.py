@@ -5,11 +5,32 @@ Letters as in `lasptrain.ops`; positions count tokens from the start of the wind
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lasptrain.ops.softmax_plan import Runs, calls, pieces
+
+
+class Plan(NamedTuple):
+    """Calls of kernels, each a `softmax_plan.Call` written out, and the edges of their sequences, on the device."""
+
+    calls: list[int]
+    edges: Tensor  # int32
+
+
+class Place(NamedTuple):
+    """A block of keys and the queries that see it."""
+
+    b: int
+    t: int
+    query_start: int
+    j: int
+    key_start: int
+    window: int | None
 
 
 @dataclass(eq=False)
@@ -21,6 +42,7 @@ class Documents:
     """
 
     start: Tensor | None = None
+    _plans: dict[tuple[Place, bool, torch.device], Plan] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, doc_ids: Tensor | None, query_start: int, carry_start: Tensor | None = None) -> Documents:
@@ -37,7 +59,7 @@ class Documents:
         return cls(torch.where(begins, position, before).cummax(1).values)
 
     @cached_property
-    def runs(self) -> list[list[tuple[int, int]]] | None:
+    def runs(self) -> Runs | None:
         """Each row's documents: the number of its first query in the slice, and its start; None: one from 0.
 
         The first use waits for the device, once.
@@ -49,4 +71,16 @@ class Documents:
             start, count = torch.unique_consecutive(row, return_counts=True)
             first = count.cumsum(0) - count
             found.append(list(zip(first.tolist(), start.tolist(), strict=True)))
+        return found
+
+    def plan(self, place: Place, dense: bool, device: torch.device) -> Plan:
+        """Return the calls for one block of keys, with a dense kernel or without; made once for all layers."""
+        found = self._plans.get((place, dense, device))
+        if found is None:
+            b, t, query_start, j, key_start, window = place
+            seen = pieces(self.runs or [[(0, 0)]] * b, t, query_start, j, key_start, window)
+            made, edges = calls(seen, dense)
+            host = torch.tensor(edges, dtype=torch.int32, pin_memory=device.type == "cuda")
+            found = Plan([number for call in made for number in call], host.to(device, non_blocking=True))
+            self._plans[place, dense, device] = found
         return found

@@ -1,0 +1,142 @@
+"""The attention kernels that PyTorch brings, each behind one function, and the choice between them.
+
+Letters as in `lasptrain.ops`; R queries and C keys, packed: q [R, H, D], k and v [C, G, D], o and do [R, H, D], all of
+one dtype, bf16 or fp16, contiguous along D; lse [H, R] fp32, natural. Neither repeats keys of grouped heads; flash
+attention's backward holds dk and dv of all H heads before it sums them.
+
+Backward takes o and lse over more keys than these, and then returns the exact part of theirs.
+
+cuDNN runs fastest, and builds a plan for every new shape: it takes few shapes, and has no window here. Its own kernel
+of variable lengths is not used: PyTorch builds its plan in every call and mistakes the places of lse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+WIDEST = 256  # head dim
+
+
+class Lengths(NamedTuple):
+    """Sequences side by side: int32 edges [sequences + 1] of queries and of keys, and the longest of each."""
+
+    rows: Tensor
+    keys: Tensor
+    most_rows: int
+    most_keys: int
+
+
+class Mask(NamedTuple):
+    """Of n queries and m keys, query i sees those from i + m − n − left (all if −1), up to i + m − n if causal."""
+
+    causal: bool
+    left: int = -1
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Kernels(NamedTuple):
+    """Two kernels, forward and backward; the dense one takes one sequence, and if causal as many keys as queries."""
+
+    varlen_forward: Callable[[Tensor, Tensor, Tensor, Lengths, Mask, float], tuple[Tensor, Tensor]]
+    varlen_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Lengths, Mask, float], Gradients]
+    dense_forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]] | None = None
+    dense_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], Gradients] | None = None
+
+
+def select(q: Tensor, v: Tensor) -> Kernels | None:
+    """Return the kernels for q [B, T, H, K] and v [B, J, G, V]; None: the definition, in fp32, fp64 and on a CPU."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return None
+    if _cudnn_stats(q.device.index, q.dtype, width(q, v)) == 0:
+        return Kernels(flash_forward, flash_backward)
+    return Kernels(flash_forward, flash_backward, cudnn_forward, cudnn_backward)
+
+
+def width(q: Tensor, v: Tensor) -> int:
+    """Return the head dim that the kernels take for q [..., K] and v [..., V]: of both, a multiple of eight."""
+    return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse, *_ = aten._flash_attention_forward(
+        q, k, v, *lengths, 0.0, mask.causal, False, scale=scale, **_window(mask)
+    )  # fmt: skip
+    return o, torch.where(lse == torch.inf, -torch.inf, lse)  # its sign for queries that see nothing
+
+
+def flash_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    lengths: Lengths,
+    mask: Mask,
+    scale: float,
+) -> Gradients:
+    state = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)  # of dropout
+    dq, dk, dv = aten._flash_attention_backward(
+        do, q, k, v, o, lse, *lengths, 0.0, mask.causal, *state, scale=scale, **_window(mask)
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _window(mask: Mask) -> dict[str, int]:
+    return {"window_size_left": mask.left, "window_size_right": 0 if mask.causal else -1}
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_batch(x) for x in (q, k, v))
+    o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return o.transpose(1, 2)[0], lse.view(lse.shape[1], lse.shape[2])
+
+
+def cudnn_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool, scale: float
+) -> Gradients:
+    stats = lse.contiguous()[None]
+    if _cudnn_stats(q.device.index, q.dtype, q.shape[-1]) == 4:
+        stats = stats[..., None]
+    # A plan is found again by the layouts of q, k and v alone, so those of o and do have to be always the same.
+    q, k, v, o, do = (_batch(x) for x in (q, k, v, o.contiguous(), do.contiguous()))
+    state = q.new_empty((), dtype=torch.int64), q.new_empty((), dtype=torch.int64)  # of dropout
+    most = q.shape[2], k.shape[2]
+    found = aten._scaled_dot_product_cudnn_attention_backward(
+        do, q, k, v, o, stats, *state, None, None, None, *most, 0.0, causal, scale=scale
+    )
+    dq, dk, dv = (x.transpose(1, 2)[0] for x in found)
+    return dq, dk, dv
+
+
+def _batch(x: Tensor) -> Tensor:
+    """Return x [R, H, D] as [1, H, R, D]."""
+    return x[None].transpose(1, 2)
+
+
+@cache
+def _cudnn_stats(device: int, dtype: torch.dtype, dim: int) -> int:
+    """Return the number of dimensions that PyTorch's cuDNN attention gives lse, or 0 where it does not run.
+
+    They differ between versions, and so does what its backward takes.
+    """
+    q = torch.zeros((1, 2, 128, dim), device=f"cuda:{device}", dtype=dtype)
+    state = q.new_empty((), dtype=torch.int64)
+    with torch.no_grad():
+        try:
+            o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, q, q, None, True, 0.0, True, False)
+            aten._scaled_dot_product_cudnn_attention_backward(
+                q, q, q, q, o, lse, state, state, None, None, None, 128, 128, 0.0, True
+            )
+        except RuntimeError:
+            return 0
+    return int(lse.dim())

@@ -1,0 +1,225 @@
+"""Softmax attention is attention under a mask: its definition, its merging, and the places its kernels are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lasptrain.ops import softmax, softmax_documents, softmax_kernels, softmax_plan, softmax_reference
+from lasptrain.ops.softmax import Documents
+from tests.softmax_cases import Scene, brute, fake_kernels, gradients
+
+ROUTES = ["definition", "dense and varlen", "varlen"]
+FAR = 2**40
+
+
+@pytest.fixture
+def patched() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def take(patch: pytest.MonkeyPatch, route: str) -> None:
+    """Compute by the definition or by kernels, in small blocks."""
+    patch.setattr(softmax_reference, "BLOCK", 5)
+    patch.setattr(softmax_plan, "SHORTEST", 4)
+    patch.setattr(softmax_plan, "LONGEST", 8)
+    patch.setattr(softmax_plan, "LEAST", 2)
+    if route != "definition":
+        kernels = fake_kernels(route != "varlen")
+        patch.setattr(softmax_kernels, "select", lambda q, v: kernels)
+
+
+def check(scene: Scene) -> None:
+    """Compare a block's outputs and gradients with those under a mask."""
+    q, k, v, do = scene.tensors()
+    documents = scene.documents()
+    o, lse = softmax.forward(q, k, v, documents, *scene.place)
+    want, want_lse = brute(q, k, v, scene.visible())
+    same(o, want)
+    same(lse, want_lse)
+    found = softmax.backward(q, k, v, o, lse, do, documents, *scene.place)
+    for got, expected in zip(found, gradients(scene, q, k, v, do), strict=True):
+        same(got, expected)
+
+
+def same(found: Tensor, want: Tensor) -> None:
+    assert found.shape == want.shape
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> Scene:
+    """Blocks before, behind, around and across queries, with documents that begin anywhere."""
+    t, j, query_start = draw(st.integers(1, 20)), draw(st.integers(0, 40)), draw(st.integers(0, 40))
+    begins = st.sets(st.integers(0, t - 1), max_size=t).map(lambda found: tuple(sorted(found)))
+    return Scene(
+        t,
+        j,
+        query_start,
+        draw(st.one_of(st.integers(0, 60), st.just(max(0, query_start + t - j)), st.just(max(0, query_start - j)))),
+        draw(st.one_of(st.none(), st.integers(1, 50))),
+        draw(st.one_of(st.none(), begins)),
+        draw(st.one_of(st.none(), st.integers(0, query_start))),
+        draw(st.sampled_from([1, 1, 3])),
+        draw(st.sampled_from([(2, 1), (4, 2)])),
+        draw(st.sampled_from([(8, 8), (3, 5)])),
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@given(scene=scenes())
+@settings(max_examples=100)
+def test_a_block_is_attention_under_a_mask(route: str, scene: Scene) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        take(patch, route)
+        check(scene)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene(16, 16, 0, 0),
+        Scene(16, 16, 0, 0, begins=tuple(range(16))),
+        Scene(16, 16, 0, 0, begins=(0,), b=3),
+        Scene(13, 29, 16, 0, begins=(5, 6, 12), carry=7, b=3),
+        Scene(16, 16, 16, 0, begins=(1,), carry=3, b=2),
+        Scene(16, 16, 16, 0, 9, begins=(12,), carry=3),
+        Scene(16, 31, 16, 1, 16, begins=(12,), carry=3),
+        Scene(16, 8, 8, 12, begins=(2,)),
+        Scene(4, 0, 9, 9),
+        Scene(4, 3, 9, 30),
+        Scene(1, 20, 19, 0),
+        Scene(9, 30, FAR + 21, FAR, 12, begins=(3,), carry=FAR + 2),
+        Scene(9, 30, FAR + 21, FAR, begins=(3,), carry=0),
+    ],
+    ids=str,
+)
+def test_edges(route: str, scene: Scene, patched: pytest.MonkeyPatch) -> None:
+    take(patched, route)
+    check(scene)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("cuts", [(0, 40), (3, 11, 24, 24, 31), (20, 24, 36)])
+def test_blocks_add_up(route: str, window: int | None, cuts: tuple[int, ...], patched: pytest.MonkeyPatch) -> None:
+    take(patched, route)
+    scene = Scene(16, 40, 24, 0, window, (5, 9), 2, 2, (4, 2), (6, 4))
+    q, k, v, do = scene.tensors()
+    documents, edges = scene.documents(), [0, *cuts, 40]
+    blocks = [slice(*edge) for edge in pairwise(edges)]
+    o, lse = torch.zeros_like(do), torch.full((2, 4, 16), -torch.inf, dtype=torch.float64)
+    for block in blocks:
+        part = softmax.forward(q, k[:, block], v[:, block], documents, 24, block.start, window)
+        o, lse = softmax.merge(o, lse, *part)
+    want, want_lse = brute(q, k, v, scene.visible())
+    same(o, want)
+    same(lse, want_lse)
+    parts = [
+        softmax.backward(q, k[:, block], v[:, block], o, lse, do, documents, 24, block.start, window)
+        for block in blocks
+    ]
+    dq, dk, dv = zip(*parts, strict=True)
+    for found, expected in zip(
+        (sum(dq), torch.cat(dk, 1), torch.cat(dv, 1)), gradients(scene, q, k, v, do), strict=True
+    ):
+        assert isinstance(found, Tensor)
+        same(found, expected)
+
+
+def test_merging_ends_that_saw_nothing() -> None:
+    some, none = (
+        (torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)),
+        (torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), -torch.inf)),
+    )
+    for pair, want in (((some, none), some), ((none, some), some), ((none, none), none)):
+        found = softmax.merge(*pair[0], *pair[1])
+        assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_of_a_layer(route: str, patched: pytest.MonkeyPatch) -> None:
+    take(patched, route)
+    scene = Scene(16, 24, 8, 0, begins=(5,), carry=1)
+    q, k, v, do = scene.tensors()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = softmax.attend(q, k, v, scene.documents(), *scene.place)
+    for found, want in zip(torch.autograd.grad(o, leaves, do), gradients(scene, q, k, v, do), strict=True):
+        same(found, want)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_dtypes(route: str, wide: bool, patched: pytest.MonkeyPatch) -> None:
+    take(patched, route)
+    for scene in (
+        Scene(8, 8, 0, 0),
+        Scene(13, 21, 8, 0, begins=(5,)),
+        Scene(4, 0, 0, 0),
+        Scene(8, 8, 0, 0, dims=(3, 5)),
+    ):
+        q, k, v, do = (x.bfloat16() for x in scene.tensors())
+        documents, dtype = scene.documents(), torch.float32 if wide else torch.bfloat16
+        o, lse = softmax.forward(q, k, v, documents, *scene.place, wide=wide)
+        assert (o.dtype, lse.dtype, o.shape) == (dtype, torch.float32, do.shape)
+        found = softmax.backward(q, k, v, o, lse, do, documents, *scene.place, wide=wide)
+        assert [(x.dtype, x.shape) for x in found] == [(dtype, x.shape) for x in (q, k, v)]
+        want, _ = brute(q.double(), k.double(), v.double(), scene.visible())
+        assert not o.numel() or float((o - want).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("route", ["dense and varlen", "varlen"])
+def test_layers_share_a_plan(route: str, patched: pytest.MonkeyPatch) -> None:
+    take(patched, route)
+    made: list[bool] = []
+
+    def counted(found: Iterable[softmax_plan.Piece], dense: bool) -> tuple[list[softmax_plan.Call], list[int]]:
+        made.append(dense)
+        return softmax_plan.calls(found, dense)
+
+    patched.setattr(softmax_documents, "calls", counted)
+    scene = Scene(16, 24, 8, 0, begins=(5,), carry=1)
+    q, k, v, do = scene.tensors()
+    documents = scene.documents()
+    for window in (None, 4, None, 4):
+        o, lse = softmax.forward(q, k, v, documents, 8, 0, window)
+        softmax.backward(q, k, v, o, lse, do, documents, 8, 0, window)
+    assert len(made) == 2
+
+
+def test_documents() -> None:
+    ids = torch.tensor([[0, 0, 1, 1, 2], [1, 1, 1, 2, 3]])
+    assert Documents.of(None, 7).start is None
+    found = Documents.of(ids, 100, torch.tensor([40, 50]))
+    assert found.start is not None and found.start.dtype == torch.int64
+    assert found.start.tolist() == [[40, 40, 102, 102, 104], [100, 100, 100, 103, 104]]
+    assert found.runs == [[(0, 40), (2, 102), (4, 104)], [(0, 100), (3, 103), (4, 104)]]
+    alone = Documents.of(ids, 100).start
+    assert alone is not None and alone[0, 0] == 0
+    assert Documents.of(None, 100, torch.tensor([40, 50])).runs == [[(0, 40)], [(0, 50)]]
+
+
+def test_a_window_reads_its_band() -> None:
+    t, window = 1 << 15, 2048
+    found = list(softmax_plan.pieces([[(0, 0)]], t, 1 << 20, t + window - 1, (1 << 20) - window + 1, window))
+    assert [(piece.rows, piece.keys, piece.left) for piece in found] == [(t, t + window - 1, window - 1)]
+    found = list(softmax_plan.pieces([[(0, 0)]], t, 1 << 20, 1 << 20, 0, window))
+    assert [(piece.rows, piece.keys) for piece in found] == [(window - 1, window - 1)]
+
+
+def test_large_pieces_are_of_few_shapes() -> None:
+    shapes: set[tuple[int, int, int]] = set()
+    for n in range(4096, 40000, 997):
+        made, _ = softmax_plan.calls(softmax_plan.pieces([[(0, 0)]], n, 100_000, 100_000 + n, 0, None), True)
+        shapes |= {(call.rows, call.keys, call.causal) for call in made if not call.sequences}
+        assert sum(call.sequences > 0 for call in made) <= 5
+    assert {side for shape in shapes for side in shape[:2]} == {1 << bits for bits in range(12, 18)}
+    assert len(shapes) <= 4 + 4 * 6
