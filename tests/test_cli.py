@@ -280,5 +280,6 @@ def test_benchmarks_are_refused_before_they_measure(tmp_path: Path) -> None:
 
 
 def test_benchmarks_need_a_gpu(tmp_path: Path) -> None:
-    refused(5, "found no CUDA device", "bench", "kernels", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    for name in ("kernels", "softmax"):
+        refused(5, "found no CUDA device", "bench", name, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     refused(5, "found no CUDA device", "plan", QUICKSTART, "--measure", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 
+from lasptrain.bench import softmax as bench
 from lasptrain.ops import softmax, softmax_documents, softmax_kernels, softmax_plan, softmax_reference
 from lasptrain.ops.softmax import Documents
 from tests.softmax_cases import Scene, brute, fake_kernels, gradients
@@ -223,3 +225,18 @@ def test_large_pieces_are_of_few_shapes() -> None:
         assert sum(call.sequences > 0 for call in made) <= 5
     assert {side for shape in shapes for side in shape[:2]} == {1 << bits for bits in range(12, 18)}
     assert len(shapes) <= 4 + 4 * 6
+
+
+def test_a_benchmark_counts_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "DOCUMENT", 16)
+    monkeypatch.setattr(bench, "WINDOW", 8)
+    rows = []
+    for case in bench.cases(64, "cpu"):
+        position = torch.arange(case.query_start, case.query_start + case.queries)[:, None]
+        start, key = 0 if case.documents.start is None else case.documents.start[0][:, None], torch.arange(case.keys)
+        seen = (key <= position) & (key >= start) & (key > position - (case.window or 1000))
+        assert case.pairs() == seen.sum()
+        rows.append(bench.Row(case.name, "lasptrain", case.pairs(), 1.0, 2.0, None, None, 1e-3))
+    console = Console(width=150, record=True)
+    console.print(*bench.result("GPU", rows, 64, bench.Sizes(4, 2, 8), "bf16").tables)
+    assert all(row.case in console.export_text(clear=False) for row in rows)

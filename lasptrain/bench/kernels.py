@@ -59,10 +59,10 @@ def measure_rates(dtype: str) -> Rates:
         raise SetupError("found no CUDA device to measure")
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     a, b = torch.randn(2, SIDE, SIDE, device="cuda").to(DTYPES[dtype])
-    product = _ms(lambda: a @ b, warmup=100, rep=300)
+    product = median_ms(lambda: a @ b, warmup=100, rep=300)
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy = _ms(lambda: target.copy_(source))
+    copy = median_ms(lambda: target.copy_(source))
     return Rates(2 * SIDE**3 / product * 1e3, 2 * source.numel() / copy * 1e3, memory)
 
 
@@ -151,7 +151,7 @@ def _row(
         torch.autograd.grad(forward(q, k, v), (q, k, v, *learned), do)
 
     with torch.no_grad():
-        one_way = _ms(lambda: forward(q, k, v))
+        one_way = median_ms(lambda: forward(q, k, v))
     try:
         both()
     except RuntimeError as error:  # fla refuses what the installed Triton would compile wrongly
@@ -161,7 +161,7 @@ def _row(
     torch.cuda.reset_peak_memory_stats()
     both()
     extra = torch.cuda.max_memory_allocated() - before
-    return Row(name, tokens, one_way, _ms(both), extra / 1e9, _replayed(both))
+    return Row(name, tokens, one_way, median_ms(both), extra / 1e9, _replayed(both))
 
 
 def _replayed(call: Callable[[], None]) -> float | None:
@@ -176,8 +176,8 @@ def _replayed(call: Callable[[], None]) -> float | None:
     return ms
 
 
-def _ms(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:
-    """Median ms of a call; `warmup` and `rep` are ms too."""
+def median_ms(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:
+    """Return the median ms of a call; `warmup` and `rep` are ms too."""
     from triton.testing import do_bench
 
     ms: float = do_bench(call, warmup=warmup, rep=rep, return_mode="median")

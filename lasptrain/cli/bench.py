@@ -63,6 +63,24 @@ def bench_kernels(
         typer.echo("flash-linear-attention is not installed: pip install 'lasptrain[bench]' to compare")
 
 
+@app.command("softmax")
+def bench_softmax(
+    tokens: Annotated[int, typer.Option(min=8192, help="Queries of a slice.")] = 32_768,
+    heads: Annotated[int, typer.Option(min=1)] = 16,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Heads of k and v; they divide --heads.")] = 4,
+    dim: Annotated[int, typer.Option(min=16, max=256, help="Of a head.")] = 128,
+    dtype: Annotated[Literal["bf16", "fp16"], typer.Option()] = "bf16",
+    alone: Annotated[bool, typer.Option("--alone", help="Without the others, which take minutes to compile.")] = False,
+    file: Numbers = None,
+) -> None:
+    """Time softmax attention with documents, a prefix or a sliding window beside FlexAttention and PyTorch's own."""
+    from lasptrain.bench import softmax
+
+    if heads % kv_heads:
+        raise RecipeError(f"--kv-heads: found {kv_heads}; expected a divisor of --heads {heads}")
+    _tell([softmax.measure(tokens, softmax.Sizes(heads, kv_heads, dim), dtype, alone)], file)
+
+
 @app.command("sp")
 def bench_sp(
     recipe: RecipeFile,
