@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,21 @@ from rich.console import Console
 from torch import Tensor
 
 from lasptrain.bench import softmax as bench
-from lasptrain.ops import softmax, softmax_documents, softmax_kernels, softmax_plan, softmax_reference
+from lasptrain.ops import softmax, softmax_documents, softmax_fused, softmax_kernels, softmax_plan, softmax_reference
 from lasptrain.ops.softmax import Documents
+from lasptrain.parallel.shard import recompute
 from tests.softmax_cases import Scene, brute, fake_kernels, gradients
 
 ROUTES = ["definition", "dense and varlen", "varlen"]
 FAR = 2**40
+
+
+class Block:
+    """A layer, to `recompute`."""
+
+    recompute: Callable[..., Any] = staticmethod(lambda function, *inputs: function(*inputs))
+
+    def compile_parts(self) -> None: ...
 
 
 @pytest.fixture
@@ -159,6 +169,30 @@ def test_gradients_of_a_layer(route: str, patched: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_selective_recomputation_keeps_outputs(route: str, patched: pytest.MonkeyPatch) -> None:
+    take(patched, route)
+    computed: list[torch.Size] = []
+    for module in (softmax_fused, softmax_reference):
+        original = module.forward
+
+        def counted(*given: Any, original: Callable[..., Any] = original) -> Any:
+            computed.append(original(*given)[0].shape)
+            return original(*given)
+
+        patched.setattr(module, "forward", counted)
+    block = Block()
+    recompute([block], "selective")
+    scene = Scene(8, 8, 0, 0, begins=(5,))
+    q, k, v, do = scene.tensors()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = block.recompute(lambda q, k, v: softmax.attend(2 * q, k, v, scene.documents(), *scene.place), *leaves)
+    found = torch.autograd.grad(o, leaves, do)
+    for got, want, factor in zip(found, gradients(scene, 2 * q, k, v, do), (2, 1, 1), strict=True):
+        same(got, factor * want)
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("wide", [False, True])
 def test_dtypes(route: str, wide: bool, patched: pytest.MonkeyPatch) -> None:
     take(patched, route)
@@ -176,6 +210,24 @@ def test_dtypes(route: str, wide: bool, patched: pytest.MonkeyPatch) -> None:
         assert [(x.dtype, x.shape) for x in found] == [(dtype, x.shape) for x in (q, k, v)]
         want, _ = brute(q.double(), k.double(), v.double(), scene.visible())
         assert not o.numel() or float((o - want).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_operators_are_known_without_data(wide: bool, patched: pytest.MonkeyPatch) -> None:
+    take(patched, "dense and varlen")
+    scene = Scene(13, 29, 16, 0, begins=(5, 6, 12), carry=7, b=2, dims=(3, 5))
+    q, k, v, do = (x.bfloat16() for x in scene.tensors())
+    documents = scene.documents()
+    plan = documents.plan(softmax_documents.Place(2, 13, 16, 29, 0, None), True, q.device)
+    place, given = (documents.start, *scene.place), (q, k, v, *softmax.forward(q, k, v, documents, *scene.place), do)
+    ops = torch.ops.lasptrain
+    for op, arguments in (
+        (ops.softmax_forward, (*given[:3], *plan, wide)),
+        (ops.softmax_backward, (*given, *plan, wide)),
+        (ops.softmax_reference_forward, (*given[:3], *place, wide)),
+        (ops.softmax_reference_backward, (*given, *place, wide)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("route", ["dense and varlen", "varlen"])

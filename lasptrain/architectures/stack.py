@@ -155,6 +155,6 @@ class Stack(Section):
             case "none":
                 return 3 * wide + 8 * narrow + more + (0 if compiled else 2 * (wide + narrow))
             case "selective":
-                return wide + 2 * narrow + wide * self.softmax_gate
+                return 2 * wide + 2 * narrow + wide * self.softmax_gate
             case _:
                 return 0

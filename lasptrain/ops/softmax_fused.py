@@ -45,7 +45,7 @@ def forward(
             part, part_lse = _merged(o[rows], lse[:, rows], part, part_lse)
         o[rows], lse[:, rows] = part, part_lse
     o = o[..., :vdim].to(state_dtype(q) if wide else q.dtype)
-    return o.unflatten(0, (b, t)), lse.unflatten(1, (b, t)).transpose(0, 1)
+    return o.contiguous().unflatten(0, (b, t)), lse.unflatten(1, (b, t)).transpose(0, 1).contiguous()
 
 
 def backward(
@@ -79,7 +79,7 @@ def backward(
         for total, part, span in zip(totals, found, (rows, keys, keys), strict=True):
             total.add(span, part)
     dq, dk, dv = (
-        total.value()[..., : shape[-1]].to(state_dtype(q) if wide else dtype).unflatten(0, shape[:2])
+        total.value()[..., : shape[-1]].to(state_dtype(q) if wide else dtype).contiguous().unflatten(0, shape[:2])
         for total, shape in zip(totals, shapes, strict=True)
     )
     return dq, dk, dv

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lasptrain.ops import decay_rule, delta_rule
+from lasptrain.ops import decay_rule, delta_rule, softmax
 from lasptrain.parallel.host import to_device, to_host
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.recipe.sections import REPLICATED
@@ -31,7 +31,8 @@ T = TypeVar("T", bound=Optimizer)
 SMALLEST_OFFLOAD = 1 << 16  # elements; smaller tensors stay on the device
 
 aten = torch.ops.aten
-KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, decay_rule.ATTEND, delta_rule.ATTEND}
+PRODUCTS = aten.mm.default, aten.addmm.default, aten.bmm.default
+KEPT = {*PRODUCTS, decay_rule.ATTEND, delta_rule.ATTEND, *softmax.ATTEND}
 
 
 class Block(Protocol):
@@ -50,7 +51,7 @@ def recompute(blocks: Sequence[Block], mode: str) -> None:
     """Apply activation checkpointing to blocks, whose forward goes through their attribute `recompute`.
 
     `none` keeps all activations, `full` a block's input only, `selective` also the outputs of matrix products and of
-    the recurrence; `offload` keeps all, in host memory.
+    the recurrence or softmax attention; `offload` keeps all, in host memory.
     """
     if mode == "none":
         return
