@@ -8,7 +8,6 @@ dv: all in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from math import sqrt
 
 import torch
@@ -18,9 +17,7 @@ from torch import Tensor
 from lasptrain.ops import state_dtype
 from lasptrain.ops.softmax_kernels import Gradients, Kernels, Lengths, Mask, width
 from lasptrain.ops.softmax_plan import Call
-from lasptrain.ops.softmax_reference import merge
-
-Span = tuple[int, int]
+from lasptrain.ops.softmax_reference import share
 
 
 def forward(
@@ -30,22 +27,18 @@ def forward(
 
     q [B, T, H, K], k [B, J, G, K], v [B, J, G, V]; edges: int32, as `softmax_plan.calls` returns them.
     """
-    (b, t, h, kdim), vdim, dim = q.shape, v.shape[-1], width(q, v)
+    (b, t), vdim, dim, scale = q.shape[:2], v.shape[-1], width(q, v), 1 / sqrt(q.shape[-1])
     q, k, v = (_packed(x, dim) for x in (q, k, v))
-    shared = _overlap([(call.row, call.row + call.rows) for call in calls])
-    o = q.new_zeros(q.shape, dtype=state_dtype(q) if shared else q.dtype)
-    lse = q.new_full((h, len(q)), -torch.inf, dtype=state_dtype(q))
+    spans = [(call.row, call.rows) for call in calls]
+    o, lse = _Rows(q, spans), _Rows(q.new_empty((), dtype=state_dtype(q)).expand(q.shape[:2]), spans, -torch.inf)
     for number, (call, lengths) in enumerate(_each(calls, edges)):
-        rows = slice(call.row, call.row + call.rows)
-        part, part_lse = _run(kernels, q[rows], k, v, call, lengths, 1 / sqrt(kdim))
-        if number == 0 and call.rows == len(q):
-            o, lse = part.to(o.dtype), part_lse
-            continue
-        if shared:
-            part, part_lse = _merged(o[rows], lse[:, rows], part, part_lse)
-        o[rows], lse[:, rows] = part, part_lse
-    o = o[..., :vdim].to(state_dtype(q) if wide else q.dtype)
-    return o.contiguous().unflatten(0, (b, t)), lse.unflatten(1, (b, t)).transpose(0, 1).contiguous()
+        part, part_lse = _run(kernels, q[call.row :][: call.rows], k, v, call, lengths, scale)
+        if not (o.put(number, part) and lse.put(number, part_lse.mT)):
+            own, own_lse = o.of(number), lse.of(number)
+            own.lerp_(part.to(own.dtype), share(own_lse, part_lse.mT)[..., None])
+            own_lse.copy_(torch.logaddexp(own_lse, part_lse.mT))
+    found = o.rows[..., :vdim].to(state_dtype(q) if wide else q.dtype).contiguous()
+    return found.unflatten(0, (b, t)), lse.rows.unflatten(0, (b, t)).transpose(1, 2).contiguous()
 
 
 def backward(
@@ -64,11 +57,9 @@ def backward(
     shapes, dim, scale, dtype = (q.shape, k.shape, v.shape), width(q, v), 1 / sqrt(q.shape[-1]), q.dtype
     q, k, v, o, do = (_packed(x.to(dtype), dim) for x in (q, k, v, o, do))
     lse = lse.transpose(0, 1).flatten(1)
-    of_rows, of_keys = (
-        [(x[0], x[0] + x[1]) for x in spans] for spans in ([c[:2] for c in calls], [c[2:4] for c in calls])
-    )
-    totals = [_Sum(x, spans) for x, spans in ((q, of_rows), (k, of_keys), (v, of_keys))]
-    for call, lengths in _each(calls, edges):
+    of_rows, of_keys = [(call.row, call.rows) for call in calls], [(call.key, call.keys) for call in calls]
+    totals = _Rows(q, of_rows), _Rows(k, of_keys), _Rows(v, of_keys)
+    for number, (call, lengths) in enumerate(_each(calls, edges)):
         rows, keys = slice(call.row, call.row + call.rows), slice(call.key, call.key + call.keys)
         given = q[rows], k[keys], v[keys], o[rows], lse[:, rows].contiguous(), do[rows]
         if lengths is None:
@@ -76,32 +67,43 @@ def backward(
             found = kernels.dense_backward(*given, bool(call.causal), scale)
         else:
             found = kernels.varlen_backward(*given, lengths, Mask(bool(call.causal), call.left), scale)
-        for total, part, span in zip(totals, found, (rows, keys, keys), strict=True):
-            total.add(span, part)
+        for total, part in zip(totals, found, strict=True):
+            if not total.put(number, part):
+                total.of(number).add_(part)
     dq, dk, dv = (
-        total.value()[..., : shape[-1]].to(state_dtype(q) if wide else dtype).contiguous().unflatten(0, shape[:2])
+        total.rows[..., : shape[-1]].to(state_dtype(q) if wide else dtype).contiguous().unflatten(0, shape[:2])
         for total, shape in zip(totals, shapes, strict=True)
     )
     return dq, dk, dv
 
 
-class _Sum:
-    """A tensor of which calls give parts: a part that is all of it as it is, in fp32 where parts overlap."""
+class _Rows:
+    """Rows of which every call gives some, in at least fp32 where calls share rows; what the first gives may be all.
 
-    def __init__(self, like: Tensor, spans: Sequence[Span]):
-        self.like, self.dtype = like, state_dtype(like) if _overlap(spans) else like.dtype
-        self.total: Tensor | None = None
+    like: a tensor of the shape and dtype; spans: first row and number of rows of each call; fill: of rows without any.
+    """
 
-    def add(self, span: slice, part: Tensor) -> None:
-        if self.total is None and len(part) == len(self.like):
-            self.total = part.to(self.dtype)
-            return
-        if self.total is None:
-            self.total = self.like.new_zeros(self.like.shape, dtype=self.dtype)
-        self.total[span] += part
+    def __init__(self, like: Tensor, spans: list[tuple[int, int]], fill: float = 0.0):
+        self.spans = [slice(first, first + count) for first, count in spans]
+        self.new = [
+            all(span.stop <= other.start or other.stop <= span.start for other in self.spans[:number])
+            for number, span in enumerate(self.spans)
+        ]
+        self.dtype = like.dtype if all(self.new) else state_dtype(like)
+        self.whole = spans[:1] == [(0, len(like))]
+        self.rows = like if self.whole else like.new_full(like.shape, fill, dtype=self.dtype)
 
-    def value(self) -> Tensor:
-        return self.like.new_zeros(self.like.shape) if self.total is None else self.total
+    def put(self, number: int, part: Tensor) -> bool:
+        """Put a call's rows in their place; return False, and do not, where calls before have given some of them."""
+        if number == 0 and self.whole:
+            self.rows = part.to(self.dtype)
+        elif self.new[number]:
+            self.of(number).copy_(part)
+        return self.new[number]
+
+    def of(self, number: int) -> Tensor:
+        """Return the place of a call's rows."""
+        return self.rows[self.spans[number]]
 
 
 def _run(
@@ -125,17 +127,6 @@ def _each(calls: Sequence[Call], edges: Tensor) -> Iterator[tuple[Call, Lengths 
         middle, stop = start + call.sequences + 1, start + 2 * (call.sequences + 1)
         yield call, Lengths(edges[start:middle], edges[middle:stop], call.most_rows, call.most_keys)
         start = stop
-
-
-def _merged(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `merge` of packed outputs [R, H, D] and their lse [H, R]."""
-    found, total = merge(o[None], lse[None], other_o[None], other_lse[None])
-    return found[0], total[0]
-
-
-def _overlap(spans: Sequence[Span]) -> bool:
-    ordered = sorted(spans)
-    return any(stop > start for (_, stop), (start, _) in pairwise(ordered))
 
 
 def _packed(x: Tensor, dim: int) -> Tensor:

@@ -25,9 +25,13 @@ def merge(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[T
 
     Where one saw nothing (lse −∞) the other stands; where neither did, o is the first one's.
     """
-    weight = torch.sigmoid(other_lse - lse).nan_to_num(nan=0.0)  # both −∞
-    wide = state_dtype(o)
-    return torch.lerp(o.to(wide), other_o.to(wide), weight.mT[..., None].to(wide)), torch.logaddexp(lse, other_lse)
+    wide, weight = state_dtype(o), share(lse, other_lse).mT[..., None]
+    return torch.lerp(o.to(wide), other_o.to(wide), weight.to(wide)), torch.logaddexp(lse, other_lse)
+
+
+def share(lse: Tensor, other_lse: Tensor) -> Tensor:
+    """Return the weight of the other set's output in that over both, 0 to 1."""
+    return torch.sigmoid(other_lse - lse).nan_to_num(nan=0.0)  # both −∞
 
 
 def forward(
