@@ -112,6 +112,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, mask: Mask, scale
     o, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan, dtype=_wide(q))
     for rows, keys in _sequences(q, k, lengths):
         n, m = rows.stop - rows.start, keys.stop - keys.start
+        assert not m or m >= n or mask == Mask(False), "a query of a sequence with keys sees some"
         o[rows], lse[:, rows] = _one(q[rows], k[keys], v[keys], _seen(n, m, mask, lengths.most_keys), scale)
     return o, lse
 

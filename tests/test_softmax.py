@@ -249,6 +249,24 @@ def test_layers_share_a_plan(route: str, patched: pytest.MonkeyPatch) -> None:
     assert len(made) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k", {"k": torch.zeros(1, 9, 3, 8)}),
+        ("v", {"v": torch.zeros(1, 9, 1, 8)}),
+        ("q, k, v", {"k": torch.zeros(1, 9, 2, 8).bfloat16()}),
+        ("documents.start", {"documents": Documents(torch.zeros(1, 4, dtype=torch.int64))}),
+        ("window", {"window": 0}),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(name: str, change: dict[str, Any]) -> None:
+    fitting: dict[str, Any] = {"q": torch.zeros(1, 5, 4, 8), "k": torch.zeros(1, 9, 2, 8), "v": torch.zeros(1, 9, 2, 6)}
+    arguments = {**fitting, "documents": Documents(), "query_start": 4, "key_start": 0, "window": None}
+    softmax.attend(**arguments)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        softmax.attend(**arguments | change)
+
+
 def test_documents() -> None:
     ids = torch.tensor([[0, 0, 1, 1, 2], [1, 1, 1, 2, 3]])
     assert Documents.of(None, 7).start is None

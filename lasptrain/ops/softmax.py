@@ -57,7 +57,11 @@ def forward(
     *,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return o, in the dtype of q or, if `wide`, in at least fp32, and lse, over this block of keys alone."""
+    """Return o, in the dtype of q or, if `wide`, in at least fp32, and lse, over this block of keys alone.
+
+    Raises ValueError for shapes that do not fit, and a window of no key.
+    """
+    _check(q, k, v, documents, window)
     kernels = softmax_kernels.select(q, v)
     if kernels is None:
         return _softmax_reference_forward(q, k, v, documents.start, query_start, key_start, window, wide)
@@ -113,6 +117,21 @@ class _Attend(Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         return *backward(q, k, v, o, lse, do, *ctx.place), None, None, None, None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> None:
+    """Raise ValueError for arguments of `forward` that do not fit each other."""
+    (b, t, h, kdim), (batch, j, groups, dim), start = q.shape, k.shape, documents.start
+    if batch != b or dim != kdim or h % groups:
+        raise ValueError(f"k: expected [{b}, J, a divisor of {h}, {kdim}] beside q, found {list(k.shape)}")
+    if v.shape[:3] != (b, j, groups):
+        raise ValueError(f"v: expected [{b}, {j}, {groups}, V] beside k, found {list(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: expected one dtype, found {q.dtype}, {k.dtype} and {v.dtype}")
+    if start is not None and start.shape not in ((b, t), (b, 1)):
+        raise ValueError(f"documents.start: expected [{b}, {t}], found {list(start.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 key, found {window}")
 
 
 def _plan(

@@ -6,8 +6,10 @@ attention's backward holds dk and dv of all H heads before it sums them.
 
 Backward takes o and lse over more keys than these, and then returns the exact part of theirs.
 
-cuDNN runs fastest, and builds a plan for every new shape: it takes few shapes, and has no window here. Its own kernel
-of variable lengths is not used: PyTorch builds its plan in every call and mistakes the places of lse.
+cuDNN is taken on Hopper alone, where it is fastest; elsewhere it is unmeasured. It builds a plan for every new shape, in
+tenths of a second: it is to see few. It has no window here, and its kernel of variable lengths is not used: PyTorch
+builds that plan in every call and mistakes the places of lse. It is not deterministic: where PyTorch is told to be, flash
+attention does it all.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 WIDEST = 256  # head dim
+HOPPER = 9  # major compute capability
 
 
 class Lengths(NamedTuple):
@@ -56,7 +59,8 @@ def select(q: Tensor, v: Tensor) -> Kernels | None:
     """Return the kernels for q [B, T, H, K] and v [B, J, G, V]; None: the definition, in fp32, fp64 and on a CPU."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or max(q.shape[-1], v.shape[-1]) > WIDEST:
         return None
-    if _cudnn_stats(q.device.index, q.dtype, width(q, v)) == 0:
+    unfit = torch.are_deterministic_algorithms_enabled() or torch.cuda.get_device_capability(q.device)[0] != HOPPER
+    if unfit or _cudnn_stats(q.device.index, q.dtype, width(q, v)) == 0:
         return Kernels(flash_forward, flash_backward)
     return Kernels(flash_forward, flash_backward, cudnn_forward, cudnn_backward)
 
@@ -129,13 +133,13 @@ def _cudnn_stats(device: int, dtype: torch.dtype, dim: int) -> int:
 
     They differ between versions, and so does what its backward takes.
     """
-    q = torch.zeros((1, 2, 128, dim), device=f"cuda:{device}", dtype=dtype)
-    state = q.new_empty((), dtype=torch.int64)
+    q = torch.zeros((1, 128, 2, dim), device=f"cuda:{device}", dtype=dtype).transpose(1, 2)
+    k, state = q[:, :1], q.new_empty((), dtype=torch.int64)
     with torch.no_grad():
         try:
-            o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, q, q, None, True, 0.0, True, False)
+            o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, k, None, True, 0.0, True, False)
             aten._scaled_dot_product_cudnn_attention_backward(
-                q, q, q, q, o, lse, state, state, None, None, None, 128, 128, 0.0, True
+                o, q, k, k, o, lse, state, state, None, None, None, 128, 128, 0.0, True
             )
         except RuntimeError:
             return 0
