@@ -137,20 +137,25 @@ def _varlen_back(
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    _check_dense(q, k, causal)
-    return _one(q, k, v, _seen(len(q), len(k), Mask(causal), len(k)), scale)
+    seen = _seen_densely(q, k, causal)
+    o, lse = zip(*(_one(q[n], k[n], v[n], seen, scale) for n in range(len(q))), strict=True)
+    return torch.stack(o), torch.stack(lse)
 
 
 def _dense_back(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool, scale: float
 ) -> Gradients:
-    _check_dense(q, k, causal)
-    return _one_back(q, k, v, o, lse, do, _seen(len(q), len(k), Mask(causal), len(k)), scale)
+    seen = _seen_densely(q, k, causal)
+    found = [_one_back(q[n], k[n], v[n], o[n], lse[n], do[n], seen, scale) for n in range(len(q))]
+    dq, dk, dv = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return dq, dk, dv
 
 
-def _check_dense(q: Tensor, k: Tensor, causal: bool) -> None:
-    assert not causal or len(q) == len(k)
-    assert len(q).bit_count() == len(k).bit_count() == 1, "few shapes"
+def _seen_densely(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    (batch, n), m = q.shape[:2], k.shape[1]
+    assert not causal or n == m
+    assert batch.bit_count() == n.bit_count() == m.bit_count() == 1, "few shapes"
+    return _seen(n, m, Mask(causal), m)
 
 
 def _wide(q: Tensor) -> torch.dtype:

@@ -291,8 +291,8 @@ def test_large_pieces_are_of_few_shapes() -> None:
     shapes: set[tuple[int, int, int]] = set()
     for n in range(4096, 40000, 997):
         made, _ = softmax_plan.calls(softmax_plan.pieces([[(0, 0)]], n, 100_000, 100_000 + n, 0, None), True)
-        shapes |= {(call.rows, call.keys, call.causal) for call in made if not call.sequences}
-        assert sum(call.sequences > 0 for call in made) <= 5
+        shapes |= {(call.rows, call.keys, call.causal) for call in made if call.dense}
+        assert sum(not call.dense for call in made) <= 5
     assert {side for shape in shapes for side in shape[:2]} == {1 << bits for bits in range(12, 18)}
     assert len(shapes) <= 4 + 4 * 6
 
@@ -310,3 +310,11 @@ def test_a_benchmark_counts_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     console = Console(width=150, record=True)
     console.print(*bench.result("GPU", rows, 64, bench.Sizes(4, 2, 8), "bf16").tables)
     assert all(row.case in console.export_text(clear=False) for row in rows)
+
+
+def test_large_pieces_of_one_size_are_a_batch() -> None:
+    made, _ = softmax_plan.calls(softmax_plan.pieces([[(0, 0)]] * 3, 8192, 0, 8192, 0, None), True)
+    assert [(call.row, call.sequences, call.most_rows) for call in made] == [(0, 2, 8192), (16384, 1, 8192)]
+    documents = [(first, first) for first in range(0, 32768, 4096)]
+    made, _ = softmax_plan.calls(softmax_plan.pieces([documents], 32768, 0, 32768, 0, None), True)
+    assert [(call.sequences, call.rows, call.keys) for call in made] == [(8, 32768, 32768)]

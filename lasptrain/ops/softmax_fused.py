@@ -63,8 +63,7 @@ def backward(
         rows, keys = slice(call.row, call.row + call.rows), slice(call.key, call.key + call.keys)
         given = q[rows], k[keys], v[keys], o[rows], lse[:, rows].contiguous(), do[rows]
         if lengths is None:
-            assert kernels.dense_backward is not None
-            found = kernels.dense_backward(*given, bool(call.causal), scale)
+            found = _dense_backward(kernels, *given, call, scale)
         else:
             found = kernels.varlen_backward(*given, lengths, Mask(bool(call.causal), call.left), scale)
         for total, part in zip(totals, found, strict=True):
@@ -113,20 +112,39 @@ def _run(
     k, v = k[call.key :][: call.keys], v[call.key :][: call.keys]
     if lengths is None:
         assert kernels.dense_forward is not None
-        return kernels.dense_forward(q, k, v, bool(call.causal), scale)
+        q, k, v = (_batch(x, call.sequences) for x in (q, k, v))
+        o, lse = kernels.dense_forward(q, k, v, bool(call.causal), scale)
+        return o.flatten(0, 1), lse.transpose(0, 1).flatten(1)
     return kernels.varlen_forward(q, k, v, lengths, Mask(bool(call.causal), call.left), scale)
+
+
+def _dense_backward(
+    kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, call: Call, scale: float
+) -> Gradients:
+    """Return the gradients of a dense call's rows."""
+    assert kernels.dense_backward is not None
+    q, k, v, o, do = (_batch(x, call.sequences) for x in (q, k, v, o, do))
+    found = kernels.dense_backward(q, k, v, o, _batch(lse, call.sequences, 1), do, bool(call.causal), scale)
+    dq, dk, dv = (x.flatten(0, 1) for x in found)
+    return dq, dk, dv
 
 
 def _each(calls: Sequence[Call], edges: Tensor) -> Iterator[tuple[Call, Lengths | None]]:
     """Yield each call and the lengths of its sequences, None for a dense one."""
     start = 0
     for call in calls:
-        if not call.sequences:
+        if call.dense:
             yield call, None
             continue
         middle, stop = start + call.sequences + 1, start + 2 * (call.sequences + 1)
         yield call, Lengths(edges[start:middle], edges[middle:stop], call.most_rows, call.most_keys)
         start = stop
+
+
+def _batch(x: Tensor, count: int, dim: int = 0) -> Tensor:
+    """Return packed rows [R, …], or those of another dimension, as [count, …]: sequences of the same length."""
+    batch: Tensor = x.unflatten(dim, (count, -1))
+    return batch.movedim(dim, 0)
 
 
 def _packed(x: Tensor, dim: int) -> Tensor:

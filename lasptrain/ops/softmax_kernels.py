@@ -1,15 +1,16 @@
 """The attention kernels that PyTorch brings, each behind one function, and the choice between them.
 
-Letters as in `lasptrain.ops`; R queries and C keys, packed: q [R, H, D], k and v [C, G, D], o and do [R, H, D], all of
-one dtype, bf16 or fp16, contiguous along D; lse [H, R] fp32, natural. Neither repeats keys of grouped heads; flash
+Letters as in `lasptrain.ops`; R queries and C keys: q, o and do [R, H, D], k and v [C, G, D], lse [H, R] for the kernel
+of variable lengths, which takes them packed; the dense one takes them with a batch N before R, C and H. lse is fp32 and
+natural, all else of one dtype, bf16 or fp16, contiguous along D. Neither repeats keys of grouped heads; flash
 attention's backward holds dk and dv of all H heads before it sums them.
 
 Backward takes o and lse over more keys than these, and then returns the exact part of theirs.
 
-cuDNN is taken on Hopper alone, where it is fastest; elsewhere it is unmeasured. It builds a plan for every new shape, in
-tenths of a second: it is to see few. It has no window here, and its kernel of variable lengths is not used: PyTorch
-builds that plan in every call and mistakes the places of lse. It is not deterministic: where PyTorch is told to be, flash
-attention does it all.
+cuDNN is taken on Hopper alone, where it is fastest; elsewhere it is unmeasured. It builds a plan for every new shape,
+in tenths of a second: it is to see few. It has no window here, and its kernel of variable lengths is not used: PyTorch
+builds that plan in every call and mistakes the places of lse. It is not deterministic: where PyTorch is told to be,
+flash attention does it all.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Kernels(NamedTuple):
-    """Two kernels, forward and backward; the dense one takes one sequence, and if causal as many keys as queries."""
+    """Two kernels, forward and backward; the dense one takes, if causal, as many keys as queries."""
 
     varlen_forward: Callable[[Tensor, Tensor, Tensor, Lengths, Mask, float], tuple[Tensor, Tensor]]
     varlen_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Lengths, Mask, float], Gradients]
@@ -100,31 +101,26 @@ def _window(mask: Mask) -> dict[str, int]:
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = (_batch(x) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return o.transpose(1, 2)[0], lse.view(lse.shape[1], lse.shape[2])
+    return o.transpose(1, 2), lse.view(q.shape[:3])
 
 
 def cudnn_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, causal: bool, scale: float
 ) -> Gradients:
-    stats = lse.contiguous()[None]
+    lse = lse.contiguous()
     if _cudnn_stats(q.device.index, q.dtype, q.shape[-1]) == 4:
-        stats = stats[..., None]
+        lse = lse[..., None]
     # A plan is found again by the layouts of q, k and v alone, so those of o and do have to be always the same.
-    q, k, v, o, do = (_batch(x) for x in (q, k, v, o.contiguous(), do.contiguous()))
+    q, k, v, o, do = (x.transpose(1, 2) for x in (q, k, v, o.contiguous(), do.contiguous()))
     state = q.new_empty((), dtype=torch.int64), q.new_empty((), dtype=torch.int64)  # of dropout
     most = q.shape[2], k.shape[2]
     found = aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, stats, *state, None, None, None, *most, 0.0, causal, scale=scale
+        do, q, k, v, o, lse, *state, None, None, None, *most, 0.0, causal, scale=scale
     )
-    dq, dk, dv = (x.transpose(1, 2)[0] for x in found)
+    dq, dk, dv = (x.transpose(1, 2) for x in found)
     return dq, dk, dv
-
-
-def _batch(x: Tensor) -> Tensor:
-    """Return x [R, H, D] as [1, H, R, D]."""
-    return x[None].transpose(1, 2)
 
 
 @cache

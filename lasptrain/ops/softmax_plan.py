@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Pieces that one launch of a kernel does, `sequences` of them side by side (0: one, by the dense kernel).
+    """Pieces that one launch of a kernel does, `sequences` side by side: by the dense one of the same size.
 
     It reads `rows` queries from `row` on, `keys` keys from `key` on; the longest piece has `most_rows` × `most_keys`.
     """
@@ -49,13 +49,10 @@ class Call(NamedTuple):
     keys: int
     causal: int
     left: int
+    dense: int  # 0 or 1
     sequences: int
     most_rows: int
     most_keys: int
-
-    @classmethod
-    def dense(cls, piece: Piece) -> Call:
-        return cls(*piece, 0, piece.rows, piece.keys)
 
 
 def read(numbers: list[int]) -> list[Call]:
@@ -96,7 +93,7 @@ def _document(first: int, stop: int, start: int, key_start: int, key_stop: int, 
 def calls(found: Iterable[Piece], dense: bool) -> tuple[list[Call], list[int]]:
     """Return the calls that do these pieces, with a dense kernel or without one, and the edges of their sequences.
 
-    Edges: for each call of several sequences the first row of each and the end of the last, then the same of its keys,
+    Edges: for each call of the other kernel, the first row of each and the end of the last, then the same of its keys,
     all counted from the call's first.
     """
     large: list[Piece] = []
@@ -107,12 +104,12 @@ def calls(found: Iterable[Piece], dense: bool) -> tuple[list[Call], list[int]]:
                 large.append(part)
             else:
                 _append(groups, part)
-    made, edges = [Call.dense(piece) for piece in large], []
+    made, edges = list(_batches(large)), []
     for group in groups:
         row, key, last = group[0].row, group[0].key, group[-1]
         most = max(LEAST, *(piece.rows for piece in group)), max(LEAST, *(piece.keys for piece in group))
         rows, keys = zip(*_edges(group, *most), strict=True)
-        made.append(Call(row, rows[-1], key, keys[-1], last.causal, last.left, len(rows) - 1, *most))
+        made.append(Call(row, rows[-1], key, keys[-1], last.causal, last.left, 0, len(rows) - 1, *most))
         edges += [*rows, *keys]
     return made, edges
 
@@ -136,6 +133,24 @@ def _split(piece: Piece) -> Iterator[Piece]:
         yield Piece(row, side, key + start, length, 0)
     if side < rows:
         yield from _split(Piece(row + side, rows - side, key, keys, causal))
+
+
+def _batches(found: list[Piece]) -> Iterator[Call]:
+    """Yield calls of the dense kernel, of pieces that follow each other a power of two together."""
+    runs: list[list[Piece]] = []
+    for piece in sorted(found, key=lambda piece: (piece.rows, piece.keys, piece.causal, piece.row)):
+        last = runs[-1][-1] if runs else None
+        if last is not None and last._replace(row=last.row + last.rows, key=last.key + last.keys) == piece:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    for run in runs:
+        _, rows, _, keys, causal, left = run[0]
+        most = max(1, LONGEST // max(rows, keys))
+        while run:
+            count = min(most, 1 << len(run).bit_length() - 1)
+            yield Call(run[0].row, count * rows, run[0].key, count * keys, causal, left, 1, count, rows, keys)
+            run = run[count:]
 
 
 def _lengths(total: int) -> Iterator[tuple[int, int]]:
