@@ -105,6 +105,7 @@ def test_a_block_is_attention_under_a_mask(route: str, scene: Scene) -> None:
         Scene(16, 16, 16, 0, begins=(1,), carry=3, b=2),
         Scene(16, 16, 16, 0, 9, begins=(12,), carry=3),
         Scene(16, 31, 16, 1, 16, begins=(12,), carry=3),
+        Scene(4, 8, 4, 0, b=3),
         Scene(16, 8, 8, 12, begins=(2,)),
         Scene(4, 0, 9, 9),
         Scene(4, 3, 9, 30),
