@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 MANY = tuple(range(5, 1000, 37))
 CAUSAL = Scene(1000, 1000, 0, 0, heads=(4, 2), dims=(128, 128))
 PREFIX = Scene(600, 900, 1000, 100, carry=400, heads=(4, 2), dims=(128, 128))
@@ -86,7 +86,7 @@ def compare(scene: Scene, dtype: torch.dtype) -> None:
     o, lse = softmax.forward(q, k, v, documents, *scene.place)
     seen = want_lse > -torch.inf
     assert torch.equal(seen, lse > -torch.inf)
-    assert not seen.any() or float((lse - want_lse)[seen].abs().max()) < 1e-2
+    assert not seen.any() or float((lse - want_lse)[seen].abs().max()) < 1e-3
     assert error(o, want) < BOUNDS[dtype]
     poison()
     found = softmax.backward(q, k, v, o, lse, do, documents, *scene.place)

@@ -37,8 +37,8 @@ class Place(NamedTuple):
 class Documents:
     """The documents of a slice's queries, made once per slice and used by all its layers.
 
-    start: [B, T] int64, the position of the first token of each query's document; None: 0 everywhere. Along a row it
-    never falls, and it is nowhere beyond the query.
+    start: [B, T] int64 ([B, 1] where no document starts in the slice), the position of the first token of each query's
+    document; None: 0 everywhere. Along a row it never falls, and it is nowhere beyond the query.
     """
 
     start: Tensor | None = None

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Pieces that one launch of a kernel does, `sequences` side by side: by the dense one of the same size.
+    """Pieces that one launch of a kernel does, `sequences` side by side; of the dense kernel, all of one size.
 
     It reads `rows` queries from `row` on, `keys` keys from `key` on; the longest piece has `most_rows` × `most_keys`.
     """
@@ -66,6 +66,8 @@ def pieces(runs: Runs, t: int, query_start: int, j: int, key_start: int, window:
     for row, documents in enumerate(runs):
         ends = [first for first, _ in documents[1:]] + [t]
         for (first, start), last in zip(documents, ends, strict=True):
+            if start >= key_start + j:
+                break  # nor do later ones see any of these keys
             for piece in _document(query_start + first, query_start + last, start, key_start, key_start + j, window):
                 yield piece._replace(row=piece.row - query_start + row * t, key=piece.key - key_start + row * j)
 
@@ -93,14 +95,14 @@ def _document(first: int, stop: int, start: int, key_start: int, key_stop: int, 
 def calls(found: Iterable[Piece], dense: bool) -> tuple[list[Call], list[int]]:
     """Return the calls that do these pieces, with a dense kernel or without one, and the edges of their sequences.
 
-    Edges: for each call of the other kernel, the first row of each and the end of the last, then the same of its keys,
-    all counted from the call's first.
+    Edges: for each call of the kernel that takes lengths, the first row of each sequence and the end of the last, then
+    the same of its keys, all counted from the call's first.
     """
     large: list[Piece] = []
     groups: list[list[Piece]] = []
     for piece in found:
         for part in _split(piece) if dense else (piece,):
-            if dense and min(part.rows, part.keys) >= SHORTEST and part.left < 0 and _square(part):
+            if dense and _large(part):
                 large.append(part)
             else:
                 _append(groups, part)
@@ -114,15 +116,14 @@ def calls(found: Iterable[Piece], dense: bool) -> tuple[list[Call], list[int]]:
     return made, edges
 
 
-def _square(piece: Piece) -> bool:
-    """Return True for what a dense kernel computes: a whole rectangle, or a causal square."""
-    return not piece.causal or piece.rows == piece.keys
+def _large(piece: Piece) -> bool:
+    return piece.left < 0 and min(piece.rows, piece.keys) >= SHORTEST
 
 
 def _split(piece: Piece) -> Iterator[Piece]:
-    """Yield a piece in parts for the dense kernel, whose sides are powers of two, and what remains for the other."""
-    row, rows, key, keys, causal, left = piece
-    if left >= 0 or min(rows, keys) < SHORTEST:
+    """Yield a piece that is large in squares and rectangles whose sides are powers of two, and rests that are not."""
+    row, rows, key, keys, causal, _ = piece
+    if not _large(piece):
         yield piece
         return
     side = min(LONGEST, 1 << rows.bit_length() - 1)
