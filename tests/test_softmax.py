@@ -16,6 +16,7 @@ from torch import Tensor
 from lasptrain.bench import softmax as bench
 from lasptrain.ops import softmax, softmax_documents, softmax_fused, softmax_kernels, softmax_plan, softmax_reference
 from lasptrain.ops.softmax import Documents
+from lasptrain.ops.softmax_kernels import Mask
 from lasptrain.parallel.shard import recompute
 from tests.softmax_cases import Scene, brute, fake_kernels, gradients
 
@@ -319,3 +320,28 @@ def test_large_pieces_of_one_size_are_a_batch() -> None:
     documents = [(first, first) for first in range(0, 32768, 4096)]
     made, _ = softmax_plan.calls(softmax_plan.pieces([documents], 32768, 0, 32768, 0, None), True)
     assert [(call.sequences, call.rows, call.keys) for call in made] == [(8, 32768, 32768)]
+
+
+@pytest.mark.parametrize("mask", [Mask(True), Mask(False), Mask(True, 40), Mask(False, 40)])
+def test_flash_attention_is_called_as_it_is_declared(mask: Mask) -> None:
+    q, k, v = (
+        torch.empty(n, heads, 64, dtype=torch.bfloat16, device="meta") for n, heads in ((70, 4), (90, 2), (90, 2))
+    )
+    edges = torch.empty(4, dtype=torch.int32, device="meta")
+    lengths = softmax_kernels.Lengths(edges, edges, 128, 128)
+    o, lse = softmax_kernels.flash_forward(q, k, v, lengths, mask, 0.1)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, (4, 70), torch.float32)
+    found = softmax_kernels.flash_backward(q, k, v, o, lse, o, lengths, mask, 0.1)
+    assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dims", [3, 4])
+def test_cudnn_is_called_as_it_is_declared(causal: bool, dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax_kernels, "_cudnn_stats", lambda *_: dims)
+    q, k, v = (torch.empty(2, 128, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    o, lse = softmax_kernels.cudnn_forward(q, k, v, causal, 0.1)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 128), torch.float32)
+    assert o.is_contiguous()
+    found = softmax_kernels.cudnn_backward(q, k, v, o, lse, o, causal, 0.1)
+    assert [x.shape for x in found] == [q.shape, k.shape, v.shape] and all(x.is_contiguous() for x in found)
