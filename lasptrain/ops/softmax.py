@@ -8,6 +8,8 @@ blocks of consecutive keys, each with the log-sum-exp of its scores:
     o, lse = merge(o, lse, *forward(q, other_k, other_v, …))  over both
     dq, dk, dv = backward(q, k, v, o, lse, do, …)             of each block, given o and lse over all
 
+These record no graph; `attend`, over one block, has gradients.
+
 Common arguments:
 
 | name | shape, dtype | meaning |
