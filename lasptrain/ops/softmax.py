@@ -17,7 +17,7 @@ Common arguments:
 | `q` | [B, T, H, K] | queries at positions `query_start` to `query_start` + T − 1 |
 | `k`, `v` | [B, J, G, K], [B, J, G, V] | keys and values at `key_start` and after; J may be 0, a key after its queries is unseen. G divides H: H / G consecutive heads of q share a head of k and v |
 | `documents` | `Documents` | of the queries |
-| `query_start`, `key_start` | ints below 2⁴⁰ | positions of the first query and the first key in the window |
+| `query_start`, `key_start` | ints below 2⁴⁰ | positions of the first query and the first key in the window; keys of negative ones, which are no tokens, are unseen |
 | `window` | int or None | keys that a query sees at most, its own included; None: all of its document |
 | `o`, `do` | [B, T, H, V] | outputs, and the gradient of the loss by them |
 | `lse` | [B, H, T], at least fp32 | log Σ exp(scores), natural; −∞ (and o = 0) for a query that sees nothing |

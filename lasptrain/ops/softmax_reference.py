@@ -90,7 +90,7 @@ def _blocks(
     """Blocks of queries and of keys that they may see; one that no query of a block sees may be among them."""
     for first in range(0, t, BLOCK):
         stop = min(first + BLOCK, t)
-        low = 0 if window is None else query_start + first - window + 1
+        low = 0 if window is None else max(0, query_start + first - window + 1)
         if start is not None and start.device.type == "cpu":  # on another device this would wait for it
             low = max(low, int(start[:, min(first, start.shape[1] - 1)].min()))
         high = min(query_start + stop - key_start, j)
