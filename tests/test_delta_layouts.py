@@ -95,11 +95,6 @@ def single(name: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
 Case = tuple[str, torch.dtype, Layout]
 
 
-def fits(name: str, layout: Layout) -> bool:
-    """A window in segments needs softmax layers that see a part of it."""
-    return layout.segments == 1 or not config(name).softmax or config(name).sliding_window is not None
-
-
 @cache
 def cases() -> list[Case]:
     """Every mesh with every scan and number of segments; and all pairs of values of any two of the other choices."""
@@ -111,7 +106,7 @@ def cases() -> list[Case]:
         rest = [
             (name, dtype, kind, mode)
             for name, dtype, kind, mode in product(MODELS, BOUNDS, KINDS, MODES)
-            if fits(name, Layout(dp, sp, segments=segments)) and (dtype == torch.float64 or "two" not in name)
+            if dtype == torch.float64 or "two" not in name
         ]
         shared = scan if sp > 1 else None
         pairs = {row: pairs_of((dp, sp), shared, segments, *row) for row in rest}
@@ -193,9 +188,7 @@ def test_cases_hold_every_model_on_shared_windows_with_every_scan() -> None:
     for name in MODELS:
         rows = [layout for found, _, layout in cases() if found == name and layout.sp > 1]
         assert {layout.scan for layout in rows} == set(SCANS), name
-        assert {layout.segments > 1 for layout in rows} == (
-            {False, True} if fits(name, Layout(1, 2, segments=2)) else {False}
-        )
+        assert {layout.segments > 1 for layout in rows} == {False, True}
         assert len({layout.kind for layout in rows}) > 1 and len({layout.recompute for layout in rows}) > 1
 
 

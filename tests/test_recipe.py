@@ -522,8 +522,6 @@ def test_flops_count_the_head_and_not_the_embedding() -> None:
         ({"softmax": [1], "heads": 256},
          "model.rotary: 1 channels of a head do not make pairs to rotate; expected null, or another model.heads"),
         ({"alpha": 2.0}, "model.alpha: no such key of this arch, only of minimax; leave it out"),
-        ({"softmax": [1], "train.segment": 1024}, "train.segment: 1024 tokens with softmax layers that see all of "
-         "data.window = 4096; expected 4096 or auto, or a window for them to slide over: model.sliding_window"),
     ],
 )  # fmt: skip
 def test_softmax_layers_that_do_not_fit(refused: Refused, keys: dict[str, object], message: str) -> None:

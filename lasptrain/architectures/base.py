@@ -148,7 +148,7 @@ class Architecture(Stack):
         """Return the size of what a layer carries; softmax without a sliding window: nothing of fixed size."""
         if layer not in self.softmax:
             return self.state(layer)
-        return State(0, rows=((self.sliding_window or 1) - 1) * (2 * self.key_channels + 1))
+        return State(0, rows=((self.sliding_window or 1) - 1) * 2 * self.key_channels)
 
     def layer_kept(self, layer: int, recompute: Recompute, compiled: bool) -> int:
         """Return the numbers per token that a layer's mixer keeps for its backward."""

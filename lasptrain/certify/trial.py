@@ -78,13 +78,9 @@ def alone(recipe: Recipe) -> Recipe:
 
 
 def chunked_otherwise(recipe: Recipe) -> Recipe:
-    """Return the recipe of one process that sums in another order: in two segments, and with other chunks of the loss.
-
-    Softmax layers that see the whole window allow one segment only.
-    """
+    """Return the recipe of one process that sums in another order: in two segments, other chunks of the loss."""
     window = recipe.data.window
-    whole = window % 2 or (recipe.model.softmax and recipe.model.sliding_window is None)
-    segment = window if whole else window // 2
+    segment = window if window % 2 else window // 2
     return recipe.replace(train={"segment": segment, "loss_chunk": max(16, recipe.train.loss_chunk // 3)})
 
 

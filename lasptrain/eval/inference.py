@@ -6,7 +6,7 @@ Memory does not grow with the prompt: only each layer's final state is kept of i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,11 @@ from torch import Tensor
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.models.mixer import State
 from lasptrain.ops.cross_entropy import IGNORED
+from lasptrain.parallel import place, prefix
 from lasptrain.parallel.collectives import all_reduce_sum, broadcast
 from lasptrain.parallel.mesh import Mesh
+from lasptrain.parallel.place import Edge
+from lasptrain.parallel.prefix import Prefix
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 
@@ -38,20 +41,25 @@ class Snapshot(NamedTuple):
 
 
 def join(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Join snapshots into one batch. States of a recurrence have one shape whatever was read; keys of a softmax layer
-    do not and are padded on the left with rows of zeros, which belong to no document.
-    """
+    """Join snapshots into one batch. States have one shape whatever was read, but for the prefix of a softmax layer."""
+    sizes = [len(one.logits) for one in snapshots]
     carry = [
-        tuple(None if parts[0] is None else _batched(parts) for parts in zip(*states, strict=True))
+        tuple(_joined(parts, sizes, snapshots[0].logits.device) for parts in zip(*states, strict=True))
         for states in zip(*(one.carry for one in snapshots), strict=True)
     ]
     return Snapshot(carry, torch.cat([one.logits for one in snapshots]), max(one.length for one in snapshots))
 
 
-def _batched(parts: Sequence[Tensor]) -> Tensor:
-    longest = max(part.shape[1] for part in parts)
-    rest = [0, 0] * (parts[0].dim() - 2)
-    return torch.cat([F.pad(part, [*rest, longest - part.shape[1], 0]) for part in parts])
+def _joined(parts: Sequence[Any], sizes: Sequence[int], device: torch.device) -> Any:
+    """Return one of what snapshots carry for texts of `sizes` rows each, for all of them."""
+    match parts[0]:
+        case Tensor():
+            return torch.cat(list(parts))
+        case Prefix():
+            return prefix.together(parts)
+        case Edge():
+            return place.together(parts, sizes, device)
+    return None
 
 
 class Reader:
@@ -209,11 +217,14 @@ class Reader:
         return tokens[:, begin : begin + length].to(self.device, non_blocking=True)
 
     def _everywhere(self, carry: list[State] | None) -> list[State] | None:
-        """Broadcast the last segment's final states to every rank: a scan promises them to the first one only."""
+        """Broadcast the last segment's final states to every rank: a scan promises them to the first one only.
+
+        Prefixes are the same on all.
+        """
         if carry is None or self.mesh is None or self.sp == 1:
             return carry
         mesh = self.mesh
-        return [tuple(None if s is None else broadcast(s, mesh.sp_group) for s in state) for state in carry]
+        return [tuple(broadcast(s, mesh.sp_group) if isinstance(s, Tensor) else s for s in state) for state in carry]
 
 
 def twin(model: LanguageModel, attention: ShardedRecurrence) -> LanguageModel:

@@ -174,7 +174,7 @@ class DeltaRule(Mixer):
         return o, (final_state, rows), gate
 
     def _begin(self, inputs: Inputs, context: Context) -> Pending:
-        doc_ids, (carry, _), saved, wanted = context
+        doc_ids, (carry, _), saved, wanted, _ = context
         return self.attention.begin(
             inputs, doc_ids, rule=self.rule, carry=carry, saved=saved, output_final_state=wanted
         )
@@ -202,7 +202,7 @@ class DeltaRule(Mixer):
         assert weights.taps is not None
         n = weights.taps.weight.shape[1] - 1
         q, k, v, gate, *gates = multi_linear(h, self.q, self.k, self.v, self._output_gate(), *self._gates())
-        doc_ids, (_, carry), saved, wanted = context
+        doc_ids, (_, carry), saved, wanted, _ = context
         before, final_state = halo((q, k, v), n, doc_ids, carry, self.attention.scan, saved.rows, wanted)
         return *self.convolved(q, k, v, gate, before, gates, weights, doc_ids), final_state
 

@@ -19,6 +19,7 @@ from lasptrain.models.linear import Linear
 from lasptrain.models.mixer import Context, Mixer, State
 from lasptrain.models.start import Start, generator, initial
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
+from lasptrain.parallel.place import Place, enter
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 
 
@@ -181,13 +182,26 @@ class LanguageModel(nn.Module):
                 module.cast(self.dtype)
         x = F.embedding(tokens, self.embed.weight).to(self.dtype) * self.scale
         final_state = []
+        saved = [SavedStates(again=False) for _ in self.layers] if saved is None else saved
+        place = self._place(tokens.shape[1], doc_ids, carry, saved)
         for i, layer in enumerate(self.blocks):
             initial = (None, None) if carry is None else carry[i]
-            states = SavedStates() if saved is None else saved[i]
-            context = Context(doc_ids, initial, states, output_final_state)
+            context = Context(doc_ids, initial, saved[i], output_final_state, place)
             x, state = layer(x, context, only_state and i + 1 == len(self.layers))
             final_state.append(state)
         return x, final_state
+
+    def _place(
+        self, length: int, doc_ids: Tensor | None, carry: Sequence[State] | None, saved: Sequence[SavedStates]
+    ) -> Place | None:
+        """Return the place of the slice, which softmax layers share; the first of them carries and saves it."""
+        if not self.cfg.softmax:
+            return None
+        first = self.cfg.softmax[0]
+        if saved[first].place is None:
+            before = None if carry is None else carry[first][-1]
+            saved[first].place = enter(before, doc_ids, length, self.attention.scan)
+        return saved[first].place
 
     def logits(self, x: Tensor) -> Tensor:
         """Return fp32 logits [..., vocab] of activations x [..., D]."""

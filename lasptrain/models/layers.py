@@ -72,7 +72,7 @@ class Phases(NamedTuple):
 
     cos_lo: Tensor  # [STEP, H, K] at least fp32, like the other three
     sin_lo: Tensor
-    cos_hi: Tensor  # [⌈T/STEP⌉, 1, H, K]
+    cos_hi: Tensor  # [⌈T/STEP⌉, 1, H, K], or by window [B, ⌈T/STEP⌉, 1, H, K]
     sin_hi: Tensor
     turn: Tensor  # [H, K] fp64
 
@@ -86,25 +86,29 @@ class Phases(NamedTuple):
 
         t counts from `start`.
         """
-        cos, sin = (table[start:] for table in self._table(start + x.shape[1]))
+        cos, sin = (table[..., start:, :, :] for table in self._table(start + x.shape[1]))
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     def _table(self, length: int) -> tuple[Tensor, Tensor]:
-        cos = (self.cos_hi * self.cos_lo - self.sin_hi * self.sin_lo).flatten(0, 1)[:length]
-        sin = (self.sin_hi * self.cos_lo + self.cos_hi * self.sin_lo).flatten(0, 1)[:length]
-        return cos, sin
+        cos = (self.cos_hi * self.cos_lo - self.sin_hi * self.sin_lo).flatten(-4, -3)
+        sin = (self.sin_hi * self.cos_lo + self.cos_hi * self.sin_lo).flatten(-4, -3)
+        return cos[..., :length, :, :], sin[..., :length, :, :]
 
 
 STEP = 256  # tokens of the finer table
 
 
-def phases(theta: Tensor, length: int, dtype: torch.dtype) -> Phases:
-    """Return the phases of frequencies θ [H, K] over `length` tokens, tables in `dtype`, angles computed in fp64."""
+def phases(theta: Tensor, length: int, dtype: torch.dtype, start: int | Tensor = 0) -> Phases:
+    """Return the phases of frequencies θ [H, K] over `length` tokens, tables in `dtype`, angles computed in fp64.
+
+    Positions count from `start`, a number or one per window [B]: exact to 1e-9 radians at 4,194,304.
+    """
     theta = theta.double()
     lo = theta * torch.arange(STEP, device=theta.device, dtype=torch.float64)[:, None, None]
     blocks = torch.arange(-(-length // STEP), device=theta.device, dtype=torch.float64)
-    hi = theta * (blocks * STEP)[:, None, None, None]
+    first = blocks * STEP + (start[:, None] if isinstance(start, Tensor) else start)
+    hi = theta * first[..., None, None, None]
     cos_lo, sin_lo, cos_hi, sin_hi = (f(x).to(dtype) for x in (lo, hi) for f in (torch.cos, torch.sin))
     return Phases(cos_lo, sin_lo, cos_hi, sin_hi, theta * length)
 
@@ -115,10 +119,10 @@ class Rotary:
     def __init__(self, key_dim: int, base: float = 10000.0):
         self.key_dim, self.base = key_dim, base
 
-    def __call__(self, length: int, device: torch.device, dtype: torch.dtype) -> Phases:
-        """Return the phases of a slice of `length` tokens."""
+    def __call__(self, length: int, device: torch.device, dtype: torch.dtype, start: int | Tensor = 0) -> Phases:
+        """Return the phases of a slice of `length` tokens whose first has position `start`, or one per window [B]."""
         channel = torch.arange(0, self.key_dim, 2, device=device, dtype=torch.float64)
-        return phases((self.base ** (-channel / self.key_dim))[None], length, dtype)
+        return phases((self.base ** (-channel / self.key_dim))[None], length, dtype, start)
 
 
 class Lrpe(nn.Module):

@@ -16,9 +16,10 @@ from lasptrain.models.layers import Phases
 from lasptrain.models.start import Start
 from lasptrain.ops import decay_rule
 from lasptrain.ops.recurrence import Inputs, Recurrence
+from lasptrain.parallel.place import Place
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
-State = tuple[Tensor | None, ...]  # carried by a mixer from segment to segment; private to the mixer
+State = tuple[Any, ...]  # carried by a mixer from segment to segment, tensors or not; private to the mixer
 
 
 class Context(NamedTuple):
@@ -29,12 +30,14 @@ class Context(NamedTuple):
         carry: the segment's initial state; a tuple of None at a window's start.
         saved: keeps the states at the slice's edges, and provides them if the layer is being recomputed.
         output_final_state: whether the next segment's initial state is wanted.
+        place: of the slice in its window, in a model with softmax layers.
     """
 
     doc_ids: Tensor | None
     carry: State
     saved: SavedStates
     output_final_state: bool
+    place: Place | None = None
 
 
 class Mixer(nn.Module):
@@ -102,7 +105,7 @@ class RecurrentMixer(Mixer):
         return *self.attention.finish(pending, q), rest
 
     def _begin(self, inputs: Inputs, prepared: Any, context: Context) -> Pending:
-        doc_ids, (carry, *_), saved, wanted = context
+        doc_ids, (carry, *_), saved, wanted, _ = context
         turn = prepared.turn if isinstance(prepared, Phases) else None
         return self.attention.begin(
             inputs, doc_ids, rule=self.rule, angle=turn, carry=carry, saved=saved, output_final_state=wanted

@@ -158,7 +158,7 @@ class StateSpace(Mixer):
         return o, gate, (final_state, rows)
 
     def _begin(self, inputs: Sequence[Tensor], context: Context) -> Pending:
-        doc_ids, (carry, _), saved, wanted = context
+        doc_ids, (carry, _), saved, wanted, _ = context
         return self.attention.begin(tuple(inputs), doc_ids, carry=carry, saved=saved, output_final_state=wanted)
 
     def keys(self, h: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +188,7 @@ class StateSpace(Mixer):
         assert weights.taps is not None
         n = weights.taps.weight.shape[1] - 1
         v, k, q, gate, *dt = multi_linear(h, self.v, self.k, self.q, self.gate, *weights.steps)
-        doc_ids, (_, carry), saved, wanted = context
+        doc_ids, (_, carry), saved, wanted, _ = context
         before, final_state = halo((v, k, q), n, doc_ids, carry, self.attention.scan, saved.rows, wanted)
         return *self.convolved(v, k, q, before, dt, weights, doc_ids), gate, final_state
 

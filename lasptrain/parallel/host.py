@@ -29,3 +29,17 @@ def unread(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None)
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy x back to the device, in stream order."""
     return x.to(device, non_blocking=True)
+
+
+class Number:
+    """A whole number on its way from a device to the host."""
+
+    def __init__(self, x: Tensor):
+        self._copy = to_host(x)
+        self._arrived = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+    def value(self) -> int:
+        """Return it; waits no longer than for what was queued on the device before it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._copy)

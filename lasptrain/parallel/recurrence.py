@@ -33,6 +33,8 @@ from torch.utils._mode_utils import no_dispatch
 from lasptrain.ops import decay_rule, state_dtype
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.host import unread
+from lasptrain.parallel.place import Place
+from lasptrain.parallel.prefix import Read
 from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned
 from lasptrain.parallel.shapes import check_query, check_slice
 from lasptrain.parallel.transition import Transition
@@ -46,6 +48,9 @@ class SavedStates:
     initial_state: Tensor | None = None  # [B, H, K, V]; None is zero
     final_state: Tensor | None = None  # as the scan returned it; may be dropped if not needed again
     before: SavedStates | None = None  # the same for the rows before the slice, where the layer needs some
+    read: Read | None = None  # keys of a softmax layer that sees all before, instead of states
+    place: Place | None = None  # of the slice, in the first softmax layer's
+    again: bool = True  # the layer may be run again from these
 
     @property
     def rows(self) -> SavedStates:
@@ -81,7 +86,7 @@ class _Backward(NamedTuple):
     kept: list[Tensor]
     rest: list[Tensor]
     dblocks: list[Tensor]
-    exchange: Exchange | Message
+    exchange: Exchange[Scanned] | Message
 
 
 @dataclass
@@ -113,7 +118,7 @@ class _Exchanging(NamedTuple):
 
     slice: _Slice
     blocks: list[Tensor]
-    exchange: Exchange | Message | _Known
+    exchange: Exchange[Scanned] | Message | _Known
     handoff: _Handoff
     link: Tensor  # empty; makes begin′ follow finish′ in the autograd graph
 
@@ -257,7 +262,7 @@ class _Begin(Function):
         angle: Tensor | None,
         carry: Tensor | None,
         *inputs: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor], Exchange | Message | _Known]:
+    ) -> tuple[Tensor, list[Tensor], Exchange[Scanned] | Message | _Known]:
         ctx.kernel, ctx.rule, ctx.handoff = recurrence.kernel, piece.rule, handoff
         ctx.set_materialize_grads(False)
         k, v, *_ = cast(tuple[Tensor, Tensor], inputs)

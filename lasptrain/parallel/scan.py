@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from lasptrain.cost import links
 from lasptrain.parallel.collectives import all_gather
 from lasptrain.parallel.p2p import Messages, between
 from lasptrain.parallel.transition import Transition
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Scanned(NamedTuple):
@@ -42,15 +44,15 @@ class Message(NamedTuple):
         return Scanned(self.arrived(), None)
 
 
-class Exchange:
+class Exchange(Generic[T_co]):
     """An exchange of messages with work between them: on a GPU on a stream of its own, elsewhere within `wait`.
 
     The body's needs are kept until the wait. Its results are allocated on its stream, and memory that this stream
     frees is only reused by a later exchange, which first waits for all work queued on the current stream.
     """
 
-    def __init__(self, body: Callable[[], Scanned], stream: torch.cuda.Stream | None, needs: tuple[object, ...]):
-        self._body: Callable[[], Scanned] | None = body
+    def __init__(self, body: Callable[[], T_co], stream: torch.cuda.Stream | None, needs: tuple[object, ...]):
+        self._body: Callable[[], T_co] | None = body
         self._stream = stream
         if stream is None:
             return
@@ -61,7 +63,7 @@ class Exchange:
         self._done = stream.record_event()
         self._body = None
 
-    def wait(self) -> Scanned:
+    def wait(self) -> T_co:
         """Return the result, ready for use on the current stream."""
         if self._body is not None:
             self._result, self._body = self._body(), None
@@ -81,6 +83,7 @@ class Scan(Protocol):
     group: dist.ProcessGroup | None
     size: int  # ranks
     rank: int
+    stream: torch.cuda.Stream | None  # of exchanges; None: they run where they are waited for
     bytes_sent: int
     calls: int
 
@@ -92,7 +95,7 @@ class Scan(Protocol):
         *,
         reverse: bool = False,
         output_final_state: bool = True,
-    ) -> Exchange | Message:
+    ) -> Exchange[Scanned] | Message:
         """Begin the scan; all ranks give the same `reverse`, `output_final_state` and presence of carry."""
         ...
 
@@ -137,7 +140,7 @@ class _Scan:
             return 0
         return 1 if route.previous is None and not carried else 2
 
-    def _exchange(self, body: Callable[[], Scanned], needs: tuple[object, ...]) -> Exchange:
+    def _exchange(self, body: Callable[[], Scanned], needs: tuple[object, ...]) -> Exchange[Scanned]:
         self.calls += 1
         return Exchange(body, self.stream, needs)
 
@@ -174,7 +177,7 @@ class Ring(_Scan):
         *,
         reverse: bool = False,
         output_final_state: bool = True,
-    ) -> Exchange | Message:
+    ) -> Exchange[Scanned] | Message:
         route = self._routes[reverse]
         if self.group is not None and self.size > 1:
             self.messages = between(self.group, self.device, state.nbytes)
@@ -279,7 +282,7 @@ class AllGather(_Scan):
         *,
         reverse: bool = False,
         output_final_state: bool = True,
-    ) -> Exchange:
+    ) -> Exchange[Scanned]:
         order = range(self.size - 1, -1, -1) if reverse else range(self.size)
 
         def body() -> Scanned:

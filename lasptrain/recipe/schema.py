@@ -96,10 +96,6 @@ def _window(recipe: Recipe) -> Iterator[Problem]:
         yield "train.segment", f"{segment} tokens do not divide data.window = {window}; nearest: {nearest}"
     elif recipe.mesh.sp != "auto":
         yield from ragged_slices(recipe, recipe.mesh.sp)
-    if segment not in ("auto", window) and recipe.model.softmax and recipe.model.sliding_window is None:
-        found = f"{segment} tokens with softmax layers that see all of data.window = {window}"
-        fits = f"{window} or auto, or a window for them to slide over: model.sliding_window"
-        yield "train.segment", f"{found}; expected {fits}"
 
 
 def ragged_slices(recipe: Recipe, sp: int) -> Iterator[Problem]:

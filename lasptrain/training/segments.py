@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +112,15 @@ def _leaf(state: Tensor, *, read: bool) -> Tensor:
 
 
 def _map(function: Callable[[Tensor], Tensor | None], states: States) -> States:
-    """Apply a function to the states that are there."""
-    return [tuple(None if x is None else function(x) for x in state) for state in states]
+    """Apply a function to the states that are tensors; a prefix, which keeps its own gradient, is left as it is."""
+    return [tuple(function(x) if isinstance(x, Tensor) else x for x in state) for state in states]
 
 
 def _pairs(final_states: States, grads: States) -> list[tuple[Tensor, Tensor]]:
     """Return the final states that have a gradient, each with it."""
     both = zip(_flat(final_states), _flat(grads), strict=True)
-    return [(state, grad) for state, grad in both if state is not None and grad is not None]
+    return [(state, grad) for state, grad in both if isinstance(grad, Tensor)]
 
 
-def _flat(states: States) -> Iterator[Tensor | None]:
+def _flat(states: States) -> Iterator[Any]:
     return (x for state in states for x in state)
