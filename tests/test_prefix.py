@@ -23,9 +23,10 @@ from lasptrain.models.softmax import Softmax
 from lasptrain.ops import softmax
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel import shard
-from lasptrain.parallel.prefix import Block, Prefix
+from lasptrain.parallel.block import Block, Rows
+from lasptrain.parallel.prefix import Prefix
 from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.parallel.scan import SCANS
+from lasptrain.parallel.scan import SCANS, Exchange
 from lasptrain.training.segments import backward, keep_states
 from tests.gloo import spawn
 from tests.test_layouts import BOUNDS, CPU, pairs_of
@@ -36,6 +37,7 @@ DOCUMENTS = ("none", "long", "of one token", "on every edge")
 MODES = ("none", "full", "selective", "offload")
 REACHES = (None, 17)  # longer than a slice
 KEY_HEADS = (1, 2, 4)
+STORAGE = ("gathered", "sharded", "host")
 SCAN = {1: "ring", 2: "ring", 3: "all_gather", 5: "all_scan"}
 
 
@@ -49,6 +51,7 @@ class Case(NamedTuple):
     reach: int | None = None
     key_heads: int = 2
     dtype: torch.dtype = torch.float64
+    storage: str = "gathered"
 
     @property
     def window(self) -> int:
@@ -63,7 +66,7 @@ def cases() -> list[Case]:
     chosen: list[Case] = []
     seen: set[tuple[int, int, object, object]] = set()
     for sp, segments in (*product(RANKS, SEGMENTS), *product((1, 2), (3, 5))):
-        rest = [Case(sp, segments, *row) for row in product(DOCUMENTS, MODES, REACHES, KEY_HEADS, BOUNDS)]
+        rest = [Case(sp, segments, *row) for row in product(DOCUMENTS, MODES, REACHES, KEY_HEADS, BOUNDS, STORAGE)]
         best = max(rest, key=lambda case: len(pairs_of(*case[2:]) - seen))
         seen |= pairs_of(*best[2:])
         chosen.append(best)
@@ -71,7 +74,7 @@ def cases() -> list[Case]:
 
 
 def test_cases_hold_every_pair_of_choices() -> None:
-    axes = enumerate((DOCUMENTS, MODES, REACHES, KEY_HEADS, tuple(BOUNDS)))
+    axes = enumerate((DOCUMENTS, MODES, REACHES, KEY_HEADS, tuple(BOUNDS), STORAGE))
     have = set[tuple[int, int, object, object]]().union(*(pairs_of(*case[2:]) for case in cases()))
     for (i, ones), (j, others) in combinations(axes, 2):
         assert {(i, j, *pair) for pair in product(ones, others)} <= have, (i, j)
@@ -156,7 +159,7 @@ def definition(case: Case) -> Found:
 def error(case: Case, rank: int = 0, group: Any = None) -> float:
     """The largest relative error of the gradients, summed over ranks, and of the loss."""
     scan = SCANS[SCAN[case.sp]](group, CPU) if group is not None else None
-    model = made(case, ShardedRecurrence("chunked", scan))
+    model = made(case, ShardedRecurrence("chunked", scan, case.storage))
     shard.recompute(model.blocks, case.mode)
     loss = backward(model, 2, slices(case, rank), 1.0)
     want, wanted = definition(case)
@@ -182,13 +185,13 @@ def test_every_layout_is_the_definition(sp: int) -> None:
         assert not wrong, wrong
 
 
-def overwriting(self: Block, *grads: Tensor) -> None:
-    """Keep the last gradient only, a segment's own."""
-    self._grads = (grads[0], grads[1])
+def forgetful(self: Block, grads: Rows) -> Exchange[None]:
+    """Add nothing to the gradient of a block."""
+    return Exchange(lambda: None, None, ())
 
 
 MUTANTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "gradient of the prefix lost": (Block, "add", overwriting),
+    "gradient of the prefix lost": (Block, "add", forgetful),
     "prefix lost": (Prefix, "then", lambda self, own, link, **_: Prefix((own,), link)),
     "parts not weighed": (softmax, "merge", lambda o, lse, other_o, other_lse: ((o + other_o) / 2, lse)),
     "turned by the place in the slice": (

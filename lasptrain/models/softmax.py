@@ -61,10 +61,10 @@ class Softmax(Mixer):
     def state(self, h: Tensor, phases: None, context: Context) -> State:
         """Return the next segment's initial state, without computing outputs."""
         k, v = multi_linear(h, self.k, self.v)
-        place, (carry, *_), scan = _place(context), context.carry, self.attention.scan
+        place, (carry, *_) = _place(context), context.carry
         k, v = self.rotated(self._normed(k, self.k_norm), self._tables(h, place)), self._heads(v)
         if self.sliding_window is None:
-            return spread.grow(k, v, place, carry, scan, context.saved), place.after
+            return spread.grow(k, v, place, carry, self.attention.storage, context.saved), place.after
         return self._before(k, v, context)[1], place.after
 
     def _normed(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
@@ -93,7 +93,7 @@ class Softmax(Mixer):
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, place: Place, context: Context) -> tuple[Tensor, object]:
         """Return o [B, T, H, K] over all tokens before, and the prefix if it is wanted."""
         (carry, *_), saved, wanted = context.carry, context.saved, context.output_final_state
-        return spread.attend(q, k, v, place, carry, self.attention.scan, saved, wanted)
+        return spread.attend(q, k, v, place, carry, self.attention.storage, saved, wanted)
 
     def _near(self, q: Tensor, k: Tensor, v: Tensor, place: Place, context: Context) -> tuple[Tensor, object]:
         """Return o [B, T, H, K] over the tokens that the window reaches, and the last rows if they are wanted."""

@@ -14,39 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasptrain.parallel.block import Block
+
 LONGEST = 65_536  # tokens of blocks that were joined
-
-
-class Block:
-    """Keys [B, S, G, K], rotated, and values [B, S, G, V] of the tokens from position `start` of the window on."""
-
-    def __init__(self, start: int, k: Tensor, v: Tensor):
-        self.start, self.k, self.v = start, k, v
-        self._grads: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return self.k.shape[1]
-
-    @property
-    def stop(self) -> int:
-        """Position after the last token."""
-        return self.start + self.length
-
-    def add(self, dk: Tensor, dv: Tensor) -> None:
-        """Add to the gradient, in at least fp32; the tensors are taken over."""
-        if self._grads is None:
-            self._grads = dk, dv
-        else:
-            for total, part in zip(self._grads, (dk, dv), strict=True):
-                total.add_(part)
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return the gradient, which is complete, and keep it no longer."""
-        assert self._grads is not None
-        taken, self._grads = self._grads, None
-        return taken
 
 
 @dataclass(frozen=True)
@@ -66,20 +36,30 @@ class Prefix:
         """
         blocks = [*self.blocks, own]
         while join and len(blocks) > 1 and blocks[-2].length <= min(blocks[-1].length, LONGEST // 2):
-            first, second = blocks[-2:]
-            blocks[-2:] = [Block(first.start, torch.cat([first.k, second.k], 1), torch.cat([first.v, second.v], 1))]
+            blocks[-2:] = [_joined(blocks[-2:])]
         return Prefix(tuple(blocks), link)
+
+    def reached(self, first: int) -> list[Block]:
+        """Return the blocks with tokens at position `first` or after."""
+        return [block for block in self.blocks if block.stop > first]
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    """Return consecutive blocks as one."""
+    k, v = (torch.cat(parts, dim=1) for parts in zip(*(block.rows for block in blocks), strict=True))
+    return Block(blocks[0].start, k.shape[1], (k, v), blocks[0].storage)
 
 
 def together(prefixes: Sequence[Prefix]) -> Prefix:
     """Return prefixes in one batch. Shorter ones are moved on, behind zeros that no document holds."""
     stop = max(one.blocks[-1].stop for one in prefixes)
+    storage = prefixes[0].blocks[0].storage
 
-    def rows(name: str) -> Tensor:
-        parts = [torch.cat([getattr(block, name) for block in one.blocks], dim=1) for one in prefixes]
+    def rows(number: int) -> Tensor:
+        parts = [torch.cat([block.rows[number] for block in one.blocks], dim=1) for one in prefixes]
         return torch.cat([F.pad(part, [0, 0, 0, 0, stop - part.shape[1], 0]) for part in parts])
 
-    return Prefix((Block(0, rows("k"), rows("v")),))
+    return Prefix((Block(0, stop, (rows(0), rows(1)), storage),))
 
 
 @dataclass

@@ -32,6 +32,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from lasptrain.ops import decay_rule, state_dtype
 from lasptrain.ops.recurrence import Inputs, Recurrence
+from lasptrain.parallel.block import Storage
 from lasptrain.parallel.host import unread
 from lasptrain.parallel.place import Place
 from lasptrain.parallel.prefix import Read
@@ -140,11 +141,13 @@ class ShardedRecurrence:
     Args:
         kernel: name of a kernel, as `lasptrain.ops.select` returns it.
         scan: the scan over the sp group; without one the slice is the whole window.
+        prefix: where keys and values of softmax layers are kept, a kind of `Storage`.
     """
 
-    def __init__(self, kernel: str, scan: Scan | None = None):
+    def __init__(self, kernel: str, scan: Scan | None = None, prefix: str = "gathered"):
         self.kernel = kernel
         self.scan: Scan = scan if scan is not None else Ring(None, torch.device("cpu"))
+        self.storage = Storage(self.scan, prefix)
 
     def begin(
         self,
