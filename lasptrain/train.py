@@ -53,8 +53,9 @@ def train(recipe: Recipe, run: Path) -> None:
     job = replace(build(auto.load(recipe, run, place), run=run), given=given)
     is_main = job.mesh.flat.get_rank() == 0
     if is_main:
-        choices = {"segment": job.loader.segment, "reduce": job.recipe.parallel.reduce, "scan": job.recipe.mesh.scan}
-        auto.store(recipe, run, place, choices)
+        parallel = job.recipe.parallel
+        choices = {key: getattr(parallel, key) for key in ("reduce", "prefix", "outputs")}
+        auto.store(recipe, run, place, choices | {"segment": job.loader.segment, "scan": job.recipe.mesh.scan})
     recipe = job.recipe
     # Too little held-out text is refused now, not after the last step.
     if recipe.eval.windows:

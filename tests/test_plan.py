@@ -61,19 +61,65 @@ def test_a_window_is_one_segment_where_it_fits_and_few_where_that_is_faster(
     assert plan.choose_segment(recipe, 64000, 1, 1, memory * GIB) == segment
 
 
-def test_a_window_that_softmax_layers_see_all_of_is_one_segment() -> None:
-    keys = ["data.window=131072", "model.sliding_window=null"]
-    recipe = load(RECIPES / "hybrid_1b_4096k.yaml", keys)
-    assert plan.choose_segment(recipe, 64000, 1, 2, None) == 131072
-    assert plan.effective_context(recipe.model, 131072) == float("inf")
-    with pytest.raises(ResourceError, match="no segment of the 131,072-token window"):
-        plan.choose_segment(recipe, 64000, 1, 2, 40 * GIB)
-    part = plan.memory(recipe, 64000, 1, 2, 131072)["keys of all ranks"]
-    assert part == 4 * 131072 * 2 * 4 * 128 * 2  # layers, tokens, k and v, heads, channels, bytes
-    extra = [plan.flops_per_token(load(RECIPES / "hybrid_1b_4096k.yaml", [*keys[:1], s]).model, 64000, 131072)
+HYBRID = RECIPES / "gdn_hybrid_1b_256k.yaml"
+
+
+def test_a_window_that_softmax_layers_see_all_of_streams() -> None:
+    recipe = load(HYBRID, ["data.window=1048576"])
+    each = 4 * 2 * 4 * 128  # layers, k and v, heads, channels
+    segment = plan.choose_segment(recipe, 64000, 1, 1, 140 * GIB)
+    assert segment == plan.ENOUGH_SLICE and plan.effective_context(recipe.model, 1 << 20) == float("inf")
+    assert plan.prefix_bytes(recipe, 1, segment) == (2 * each << 20, 4 * each * ((1 << 20) - segment))
+    sharded = recipe.replace(parallel={"prefix": "sharded"})
+    assert plan.prefix_bytes(sharded, 4, segment) == tuple(size / 4 for size in plan.prefix_bytes(recipe, 4, segment))
+    kept, away = (plan.memory(one, 64000, 1, 1, segment)["prefix"] for one in (recipe, sharded.replace(
+        parallel={"prefix": "host"})))  # fmt: skip
+    assert kept - sum(plan.prefix_bytes(recipe, 1, segment)) < away < kept / 4
+    whole = load(HYBRID, ["data.window=32768"])
+    assert plan.prefix_bytes(whole, 1, 32768) == (2 * each * 32768, 0)
+    extra = [plan.flops_per_token(load(RECIPES / "hybrid_1b_4096k.yaml", [s]).model, 64000, 131072)
              for s in ("model.sliding_window=1", "model.sliding_window=1025", "model.sliding_window=null")]  # fmt: skip
     assert extra[1] - extra[0] == 3 * 4 * 4 * 2048 * 1020  # the first 1024 tokens see half as many
     assert extra[2] - extra[0] == 3 * 4 * 4 * 2048 * 65536
+
+
+def test_a_prefix_lies_where_it_fits() -> None:
+    recipe = load(HYBRID, ["data.window=4194304", "parallel.data_parallel=zero3"])
+    gathered, host = (
+        plan.memory(recipe.replace(parallel={"prefix": kind}), 64000, 1, 1, 8192) for kind in ("gathered", "host")
+    )
+    assert sum(gathered.values()) > 0.92 * 100 * GIB > sum(host.values())
+    chosen = [plan.with_prefix(recipe, 64000, 1, sp, memory and memory * GIB).parallel.prefix
+              for sp, memory in ((1, None), (1, 140), (1, 100), (4, 100), (4, 40))]  # fmt: skip
+    assert chosen == ["gathered", "gathered", "host", "sharded", "host"]
+    told = recipe.replace(parallel={"prefix": "host"})
+    needed = plan.host_memory(told, 64000, 1, 1, plan.ENOUGH_SLICE)
+    assert needed["prefix"] == sum(plan.prefix_bytes(told, 1, plan.ENOUGH_SLICE))
+    assert needed["outputs"] == 3 * (2 * 2048 + 4 * 16) * (4194304 - plan.ENOUGH_SLICE)  # the last layer has none
+    for host, outputs in ((None, "host"), (sum(needed.values()), "host"), (sum(needed.values()) - 1, "again")):
+        kept = plan.with_prefix(told, 64000, 1, 1, 140 * GIB, host)
+        assert (kept.parallel.prefix, kept.parallel.outputs) == ("host", outputs)
+    with pytest.raises(
+        ResourceError, match=r"data.window: the keys .* 4,194,304 .* host memory .* at most \d,\d{3},\d{3} tokens"
+    ):
+        plan.with_prefix(recipe, 64000, 1, 1, 100 * GIB, host=64 * GIB)
+    with pytest.raises(
+        ResourceError, match=r"no segment of the 4,194,304-.*; the longest window that would: [\d,]+ tokens"
+    ):
+        plan.choose_segment(recipe.replace(parallel={"prefix": "gathered"}), 64000, 1, 1, 100 * GIB)
+
+
+def test_ranks_of_a_softmax_layer_are_uneven_and_that_costs() -> None:
+    recipe, h200 = load(HYBRID, ["data.window=1048576"]), gpus.PLANNED["h200"]
+    assert plan.uneven(1, 1) == 1 and plan.uneven(8, 1) == 1.875 and plan.uneven(8, 32) < 1.03
+    alone, one, many = (plan.seconds_per_token(recipe, 64000, n, h200, sp) for sp, n in ((1, 32), (8, 4), (8, 32)))
+    assert alone < many < one
+    # What the last of eight ranks sees in four segments, beside what all see.
+    seen = [sum(range(start, start + 8)) for start in range(0, 256, 8)]
+    last, mean = sum(seen[7::8]) / 4, sum(seen) / 32
+    assert last / mean == pytest.approx(plan.uneven(8, 4), rel=0.01)
+    segments = [plan.choose_segment(recipe, 64000, 1, sp, 140 * GIB) // sp for sp in (1, 8)]
+    assert segments == [plan.ENOUGH_SLICE, plan.EFFICIENT_SLICE]
 
 
 def test_what_cannot_fit_is_said() -> None:

@@ -52,6 +52,7 @@ class Case(NamedTuple):
     key_heads: int = 2
     dtype: torch.dtype = torch.float64
     storage: str = "gathered"
+    outputs: bool = True
 
     @property
     def window(self) -> int:
@@ -66,7 +67,10 @@ def cases() -> list[Case]:
     chosen: list[Case] = []
     seen: set[tuple[int, int, object, object]] = set()
     for sp, segments in (*product(RANKS, SEGMENTS), *product((1, 2), (3, 5))):
-        rest = [Case(sp, segments, *row) for row in product(DOCUMENTS, MODES, REACHES, KEY_HEADS, BOUNDS, STORAGE)]
+        rest = [
+            Case(sp, segments, *row)
+            for row in product(DOCUMENTS, MODES, REACHES, KEY_HEADS, BOUNDS, STORAGE, (True, False))
+        ]
         best = max(rest, key=lambda case: len(pairs_of(*case[2:]) - seen))
         seen |= pairs_of(*best[2:])
         chosen.append(best)
@@ -74,7 +78,7 @@ def cases() -> list[Case]:
 
 
 def test_cases_hold_every_pair_of_choices() -> None:
-    axes = enumerate((DOCUMENTS, MODES, REACHES, KEY_HEADS, tuple(BOUNDS), STORAGE))
+    axes = enumerate((DOCUMENTS, MODES, REACHES, KEY_HEADS, tuple(BOUNDS), STORAGE, (True, False)))
     have = set[tuple[int, int, object, object]]().union(*(pairs_of(*case[2:]) for case in cases()))
     for (i, ones), (j, others) in combinations(axes, 2):
         assert {(i, j, *pair) for pair in product(ones, others)} <= have, (i, j)
@@ -159,7 +163,7 @@ def definition(case: Case) -> Found:
 def error(case: Case, rank: int = 0, group: Any = None) -> float:
     """The largest relative error of the gradients, summed over ranks, and of the loss."""
     scan = SCANS[SCAN[case.sp]](group, CPU) if group is not None else None
-    model = made(case, ShardedRecurrence("chunked", scan, case.storage))
+    model = made(case, ShardedRecurrence("chunked", scan, case.storage, case.outputs))
     shard.recompute(model.blocks, case.mode)
     loss = backward(model, 2, slices(case, rank), 1.0)
     want, wanted = definition(case)
@@ -224,17 +228,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield found
 
 
+@pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_no_attention_is_repeated_where_a_layer_is_run_again(calls: list[int], mode: str) -> None:
+def test_no_attention_is_repeated(calls: list[int], mode: str, outputs: bool) -> None:
     case = Case(1, 3, mode=mode)
-    backward(made(case, ShardedRecurrence("chunked")), 2, slices(case, 0), 1.0)
+    backward(made(case, ShardedRecurrence("chunked", outputs=outputs)), 2, slices(case, 0), 1.0)
     first, second = 1 + 2, 1 + 2 + 3  # blocks in all segments but the last, whose last layer makes keys only; in all
-    assert len(calls) == first + 2 * second
+    assert len(calls) == 2 * second + (0 if outputs else first)
 
 
 def test_blocks_of_documents_that_have_ended_are_not_read(calls: list[int]) -> None:
     case = Case(1, 5, "on every edge")
-    backward(made(case, ShardedRecurrence("chunked")), 2, slices(case, 0), 1.0)
+    backward(made(case, ShardedRecurrence("chunked", outputs=False)), 2, slices(case, 0), 1.0)
     reads = [[0], [0, 12], [12, 24], [24, 36], [36, 48]]  # of segments, which begin in the last document before them
     assert calls == [*chain(*reads[:4]), *chain(*(2 * blocks for blocks in reversed(reads)))]
 
@@ -250,7 +255,8 @@ def test_a_prefix_is_not_copied() -> None:
         for segment, saved in enumerate(kept):
             read = saved[layer].read
             assert read is not None and read.own is prefix.blocks[segment]
-            assert read.before.blocks == prefix.blocks[:segment] and read.output is None
+            assert read.before.blocks == prefix.blocks[:segment]
+            assert (read.output is None) == (layer == 1)  # which makes its state only
 
 
 def test_angles_are_exact_at_the_end_of_four_million_tokens() -> None:

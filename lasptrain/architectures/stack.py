@@ -87,6 +87,11 @@ class Stack(Section):
         return (self.kv_heads or self.query_heads) * self.head_dim
 
     @property
+    def unbounded(self) -> tuple[int, ...]:
+        """Softmax layers that see all tokens before: their state is the prefix, which grows with the window."""
+        return () if self.sliding_window else self.softmax
+
+    @property
     def rotated(self) -> int:
         """Channels of a softmax layer's head that are rotated."""
         return round(self.rotary_fraction * self.head_dim)
@@ -146,15 +151,17 @@ class Stack(Section):
         return 4 * self.query_channels * seen
 
     def softmax_kept(self, recompute: Recompute, compiled: bool) -> int:
-        """Return the numbers per token that a layer keeps for its backward: q, its rotation, o, and keys and values as
-        made, as rows, joined with those before, and rotated.
+        """Return the numbers per token that a layer keeps for its backward: q and o, keys and values with those before
+        them joined where they slide; without, o wherever a layer is run again, and keys and values in the prefix.
         """
         wide, narrow = self.query_channels, self.key_channels
         more = wide * self.softmax_gate + (wide + narrow) * (self.qk_norm != "none")
         match recompute:
             case "none":
-                return 3 * wide + 8 * narrow + more + (0 if compiled else 2 * (wide + narrow))
+                return 2 * wide + 2 * narrow * (2 if self.sliding_window else 1) + more
             case "selective":
                 return 2 * wide + 2 * narrow + wide * self.softmax_gate
+            case "full":
+                return 0 if self.sliding_window else wide
             case _:
                 return 0

@@ -134,14 +134,7 @@ def limits(device: torch.device) -> Limits:
     disk = shutil.disk_usage(tempfile.gettempdir()).free
     if device.type == "cuda":
         return Limits(WORK["cuda"], WEIGHTS["cuda"], meshes.free_memory(device), False, disk)
-    return Limits(WORK["cpu"], WEIGHTS["cpu"], _free_memory(), True, disk)
-
-
-def _free_memory() -> int | None:
-    """Return the bytes of memory that this machine, or the container, has left."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return Limits(WORK["cpu"], WEIGHTS["cpu"], meshes.host_memory(), True, disk)
 
 
 def fit(

@@ -180,9 +180,18 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         *(("data", line) for line in _epochs(recipe)),
         ("work", f"{figures(plan.flops_per_token(model, vocab, recipe.data.window) / 1e9)} GFLOP per token"),
         ("state", f"{figures(plan.state_bytes(model) / 2**20)} MiB per window over all layers"),
+        *_prefix(recipe, sp, layout.segment),
         ("checkpoint", f"{figures(12 * total / 1e9)} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
     ]
+
+
+def _prefix(recipe: Recipe, sp: int, segment: int) -> list[tuple[str, str]]:
+    """Return a line on the state of softmax layers that see all, if there are any."""
+    if not recipe.model.unbounded:
+        return []
+    keys, gradients = (f"{figures(size / 2**20)} MiB" for size in plan.prefix_bytes(recipe, sp, segment))
+    return [("prefix", f"{keys} of keys and values and {gradients} of gradients per rank, {recipe.parallel.prefix}")]
 
 
 def _epochs(recipe: Recipe) -> list[str]:

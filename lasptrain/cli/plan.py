@@ -84,10 +84,11 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     dp, sp = resolve_mesh(recipe, gpus, "--gpus")
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
+    recipe = plan.with_prefix(recipe, vocab, dp, sp, available)
     cut = plan.layout(recipe, dp, sp, vocab, available)
     scan = links.with_scan(recipe, sp, cut.segment, hardware.links).mesh.scan
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
-    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, hardware.rates)
+    seconds = plan.seconds_per_token(recipe, vocab, cut.segments, hardware.rates, sp)
     tokens = cut.tokens_per_step
     step = seconds * tokens / gpus
     sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
@@ -102,6 +103,12 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     table.add_row("gradients", f"summed over ranks once per {recipe.parallel.reduce}")
     table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
     table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
+    if unbounded := len(recipe.model.unbounded):
+        keys, gradients = (size / 2**30 for size in plan.prefix_bytes(recipe, sp, cut.segment))
+        table.add_row("prefix", f"{recipe.parallel.prefix}: keys and values {keys:.2f}, gradients {gradients:.2f} GiB")
+        share = plan.softmax_share(recipe, vocab, cut.segments, hardware.rates, sp)
+        last = f"; the last of {sp} ranks has {plan.uneven(sp, cut.segments):.2f} times the mean" if sp > 1 else ""
+        table.add_row("", f"{share:.0%} of the time goes to {unbounded} layers that see all of it{last}")
     if "triton" not in recipe.model.kernels:
         table.add_row("", f"with a Triton kernel, which {recipe.model.arch} does not have yet: it will be slower")
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
@@ -115,7 +122,8 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
 def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, hardware: Hardware) -> Table:
     """Table of predicted speed by method and number of GPUs that share a window."""
     counts = sorted({1 << n for n in range(1, gpus.bit_length())} | {gpus})
-    found = {n: links.step_seconds(recipe, vocab, n, tokens, hardware.rates, hardware.links) for n in counts}
+    shared = {n: recipe.replace(data={"window": n * tokens}) for n in counts}
+    found = {n: links.step_seconds(shared[n], vocab, n, tokens, hardware.rates, hardware.links) for n in counts}
     table = Table(title=f"k tokens/s per GPU, predicted, when n GPUs share a window of n × {tokens:,} tokens")
     for column in ("GPUs", *found[gpus]):
         table.add_column(column, justify="right")

@@ -116,7 +116,7 @@ def step_seconds(
     width = model.heads * (model.K + model.V)
     link = links.slowest(ranks)
     weights = weights_sent(recipe, vocab, ranks) / link.bandwidth
-    unshared = tokens * seconds_per_token(recipe, vocab, segments, rates) + weights
+    unshared, uneven = (tokens * seconds_per_token(recipe, vocab, segments, rates, sp) + weights for sp in (1, ranks))
     forward = 2 * tokens / segments * model.dim * width / rates.products
     backward = 4 * tokens / segments * width / (0.8 * rates.copies)
     scans = {
@@ -137,6 +137,6 @@ def step_seconds(
     }
     whole = tokens * seconds_per_token(recipe, vocab, 1, rates) + weights
     found: dict[str, float | None] = {"none": unshared}
-    found |= {name: unshared + segments * model.layers * seconds for name, seconds in scans.items()}
+    found |= {name: uneven + segments * model.layers * seconds for name, seconds in scans.items()}
     found |= {name: whole + model.layers * seconds for name, seconds in waiting.items()}
     return found if model.heads % ranks == 0 else found | {"ulysses": None, "megatron": None}

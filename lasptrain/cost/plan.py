@@ -43,7 +43,8 @@ def state_bytes(model: Architecture, size: int = 4) -> int:
 
 LONGEST_SLICE = 262_144  # tokens
 ENOUGH_SLICE = 32_768  # tokens; longer ones are only worth their memory where they save passes over the window
-WORTH = 0.01  # of a step's passes
+EFFICIENT_SLICE = 8192  # tokens; shorter ones are taken only where longer ones do not fit
+WORTH = 0.01  # of a step's work
 SHORTEST_SLICE = 1024  # tokens; a window whose divisors are all shorter or too long is one segment
 HEADROOM = 0.92  # of free memory; the rest is for the allocator's gaps
 
@@ -106,19 +107,40 @@ def largest(model: Architecture, vocab: int) -> int:
 def memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
     """Peak bytes per rank by part, for a segment of `segment` tokens."""
     tokens = recipe.train.micro_batch * segment // sp
-    return {
+    found = {
         **fixed_bytes(recipe, vocab, dp, sp),
         "activations": tokens * activation_bytes(recipe),
         "one block": tokens * working_bytes(recipe),
         "states": 3 * recipe.train.micro_batch * state_bytes(recipe.model, _size(recipe)),
-        **({"keys of all ranks": tokens * sp * _gathered(recipe)} if sp > 1 and _gathered(recipe) else {}),
     }
+    if not recipe.model.unbounded:
+        return found
+    found["one block"] += tokens * 16 * recipe.model.query_channels  # parts of o, or of dq, in fp32, and their sums
+    return found | {"prefix": _prefix_on_device(recipe, sp, segment)}
 
 
-def _gathered(recipe: Recipe) -> int:
-    """Bytes of keys and values per token of the segment, on every rank, for softmax layers that see all of it."""
-    model = recipe.model
-    return 0 if model.sliding_window else 2 * model.key_channels * _size(recipe) * len(model.softmax)
+def prefix_bytes(recipe: Recipe, sp: int, segment: int) -> tuple[int, int]:
+    """Bytes that a rank keeps of a window's keys and values in softmax layers that see all of it, and of their gradient
+    in at least fp32, which all segments but the last have. `parallel.prefix: auto` counts as gathered.
+    """
+    numbers = 2 * recipe.model.key_channels * len(recipe.model.unbounded) * recipe.train.micro_batch
+    numbers //= 1 if recipe.parallel.prefix in ("auto", "gathered") else sp
+    size, window = _size(recipe), max(segment, recipe.data.window)
+    return numbers * window * size, numbers * (window - segment) * max(4, size)
+
+
+def _prefix_on_device(recipe: Recipe, sp: int, segment: int) -> int:
+    """Bytes on a GPU of the prefix: what is kept there, and what of one layer's blocks is on its way or new."""
+    size = _size(recipe)
+    numbers = 2 * recipe.model.key_channels * recipe.train.micro_batch * segment  # of one block
+    new = numbers * 2 * max(4, size)
+    match recipe.parallel.prefix:
+        case "host":
+            return new + numbers * (2 * size + max(4, size))
+        case "sharded":
+            return new + numbers * 2 * size + sum(prefix_bytes(recipe, sp, segment))
+        case _:
+            return new + sum(prefix_bytes(recipe, sp, segment))
 
 
 def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> str:
@@ -134,14 +156,15 @@ def oom_advice(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> st
         "parallel.reduce: segment": several and not whole and parallel.reduce != "segment",
         f"train.micro_batch below {recipe.train.micro_batch}": recipe.train.micro_batch > 1,
         f"train.loss_chunk below {recipe.train.loss_chunk}": recipe.train.loss_chunk > 1024,
+        "parallel.prefix: host": bool(recipe.model.unbounded) and parallel.prefix != "host",
     }
     keys = [key for key, applies in helps.items() if applies]
     return f"expected on each rank: {used or 'little'}; less would need: {', '.join([*keys, 'more GPUs'])}"
 
 
 def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> dict[str, int]:
-    """Page-locked bytes per rank by part: the initial states of segments, offloaded activations, and the copy that a
-    checkpoint is written from beside training.
+    """Page-locked bytes per rank by part: the initial states of segments, offloaded activations, the copy that a
+    checkpoint is written from beside training, and of softmax layers outputs and a prefix that are kept there.
     """
     segments = recipe.data.window // segment
     offloaded = 0
@@ -152,7 +175,17 @@ def host_memory(recipe: Recipe, vocab: int, dp: int, sp: int, segment: int) -> d
         "states": recipe.train.micro_batch * (segments - 1) * state_bytes(recipe.model, _size(recipe)),
         "activations": recipe.train.micro_batch * offloaded,
         "checkpoint": wide * count // _shards(recipe, dp, sp) + fixed_bytes(recipe, vocab, dp, sp)["optimizer"],
+        **({"outputs": kept} if (kept := _outputs_on_host(recipe, sp, segment)) else {}),
+        **({"prefix": sum(prefix_bytes(recipe, sp, segment))} if recipe.parallel.prefix == "host" else {}),
     }
+
+
+def _outputs_on_host(recipe: Recipe, sp: int, segment: int) -> int:
+    """Bytes of outputs that softmax layers keep for the second pass: the last layer of the first only makes a state."""
+    model = recipe.model
+    layers = [] if recipe.parallel.outputs == "again" else [n for n in model.unbounded if n + 1 < model.layers]
+    each = model.query_channels * _size(recipe) + model.query_heads * max(4, _size(recipe))
+    return len(layers) * each * recipe.train.micro_batch * (recipe.data.window - segment) // sp
 
 
 def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> Recipe:
@@ -169,29 +202,92 @@ def with_reduction(recipe: Recipe, vocab: int, dp: int, sp: int, available: int 
 
 def choose_segment(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> int:
     """Return the recipe's segment in tokens. `auto` is the longest that divides the window with slices of at most
-    ENOUGH_SLICE that fit `available` bytes on each rank (None: unknown); or a longer one, where fewer segments make the
-    step shorter by WORTH: a window that fits as a whole needs no second forward pass.
+    ENOUGH_SLICE that fit `available` bytes on each rank (None: unknown); or another, where that makes the step shorter
+    by WORTH: a window that fits as a whole needs no second forward pass, and of many segments ranks have more equal
+    parts in softmax layers.
 
     Raises ResourceError where none fits.
     """
     if recipe.train.segment != "auto":
         return recipe.train.segment
-    window = recipe.data.window
-    whole = window // sp
-    room = math.inf if available is None else HEADROOM * available
-    lengths = _slices(whole) if recipe.model.sliding_window or not recipe.model.softmax else [whole]
-    if fitting := [n for n in lengths if sum(memory(recipe, vocab, dp, sp, n * sp).values()) <= room]:
+    whole = recipe.data.window // sp
+    if fitting := _fitting(recipe, vocab, dp, sp, available):
         enough = next((length for length in fitting if length <= ENOUGH_SLICE), fitting[-1])
-        least = passes(recipe, whole // fitting[0])
-        longer = available is not None and passes(recipe, whole // enough) - least >= WORTH * least
-        return sp * (fitting[0] if longer else enough)
+        others = [length for length in fitting if length >= min(enough, EFFICIENT_SLICE)]
+        best = min(others, key=lambda length: work(recipe, vocab, sp, whole // length))
+        least, usual = (work(recipe, vocab, sp, whole // length) for length in (best, enough))
+        worth = usual - least >= WORTH * least and (available is not None or best < enough)
+        return sp * (best if worth else enough)
     assert available is not None
     fixed = sum(fixed_bytes(recipe, vocab, dp, sp).values())
     raise ResourceError(
-        f"train.segment: no segment of the {window:,}-token window fits {available / 2**30:.1f} GiB, of which "
-        f"{fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer; more GPUs or "
-        "parallel.recompute: full would"
+        f"train.segment: no segment of the {recipe.data.window:,}-token window fits {available / 2**30:.1f} GiB, of "
+        f"which {fixed / 2**30:.1f} GiB go to parameters, gradients and optimizer"
+        f"{_longest(recipe, vocab, dp, sp, available)}; more GPUs or parallel.recompute: full would"
     )
+
+
+def _fitting(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None) -> list[int]:
+    """Return the slices in tokens, the longest first, with which a rank needs no more than `available` bytes."""
+    room = math.inf if available is None else HEADROOM * available
+    segment = recipe.train.segment
+    lengths = _slices(recipe.data.window // sp) if segment == "auto" else [segment // sp]
+    return [n for n in lengths if sum(memory(recipe, vocab, dp, sp, n * sp).values()) <= room]
+
+
+PREFIXES = ("gathered", "sharded", "host")  # the fastest first
+
+
+def with_prefix(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None, host: int | None = None) -> Recipe:
+    """Return the recipe with `parallel.prefix: auto` decided: the first with which slices of EFFICIENT_SLICE fit
+    `available` bytes on each rank, or else any; and `parallel.outputs: auto`: kept if all that waits in a rank's host
+    memory fits `host` bytes (None: unknown).
+
+    Raises ResourceError where the prefix fits no memory, or where it is told to lie.
+    """
+    parallel = recipe.parallel
+    kinds = PREFIXES if parallel.prefix == "auto" else (parallel.prefix,)
+    found = [recipe.replace(parallel={"prefix": kind}) for kind in kinds]
+    if not recipe.model.unbounded or available is None:
+        kept = "host" if parallel.outputs == "auto" else parallel.outputs
+        return found[0].replace(parallel={"outputs": kept})
+    fitting = [(one, lengths) for one in found if (lengths := _fitting(one, vocab, dp, sp, available))]
+    if not fitting:
+        return found[-1]  # and no segment will fit
+    long = (one for one, lengths in fitting if lengths[0] >= min(EFFICIENT_SLICE, recipe.data.window // sp))
+    chosen = next(long, fitting[0][0])
+    segment = choose_segment(chosen, vocab, dp, sp, available)
+    needed = host_memory(chosen, vocab, dp, sp, segment)
+    if host is None or parallel.outputs != "auto" or sum(needed.values()) <= host:
+        chosen = chosen.replace(parallel={"outputs": "host" if parallel.outputs == "auto" else parallel.outputs})
+    else:
+        chosen = chosen.replace(parallel={"outputs": "again"})
+        needed.pop("outputs", None)
+    if host is not None and "prefix" in needed and sum(needed.values()) > host:
+        room = host - sum(needed.values()) + needed["prefix"]
+        longest = max(0, room * recipe.data.window // needed["prefix"]) // SHORTEST_SLICE * SHORTEST_SLICE
+        raise ResourceError(
+            f"data.window: the keys and values of {recipe.data.window:,} tokens take {needed['prefix'] / 2**30:.1f} "
+            f"GiB of host memory on each rank, which has {host / 2**30:.1f} GiB; expected at most {longest:,} tokens"
+        )
+    return chosen
+
+
+def _longest(recipe: Recipe, vocab: int, dp: int, sp: int, available: int) -> str:
+    """Return words on the longest window that would fit, where a prefix grows with it."""
+    unit = sp * SHORTEST_SLICE
+
+    def fits(count: int) -> bool:
+        shorter = recipe.replace(data={"window": count * unit})
+        return sum(memory(shorter, vocab, dp, sp, unit).values()) <= HEADROOM * available
+
+    low, high = 0, recipe.data.window // unit
+    if not recipe.model.unbounded or not fits(1):
+        return ""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return f"; the longest window that would: {low * unit:,} tokens"
 
 
 def _slices(whole: int) -> list[int]:
@@ -205,25 +301,57 @@ def passes(recipe: Recipe, segments: int) -> float:
     return 3 + (segments - 1) / segments + (recipe.parallel.recompute == "full")
 
 
-SOFTMAX = 0.15  # of the rate of products, in blocks with masks: from hybrid_1b_4096k.yaml on H200
+CUDNN = (0.9, 0.75)  # of the rate of products, that softmax layers reach forward and backward, on H200
+FLASH = (0.48, 0.46)  # the same of those that slide
 
 
-def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates) -> float:
-    """Predict the seconds that one rank takes for one token of its slices, exchanges hidden.
+def uneven(sp: int, segments: int) -> float:
+    """Work of the last rank that shares a window, in softmax layers that see all before, relative to the mean: in each
+    segment it has the last tokens.
+    """
+    return 1 + (1 - 1 / sp) / segments
+
+
+def _softmax(recipe: Recipe, sp: int, segments: int) -> float:
+    """FLOP per token of softmax attention in all passes, on the rank that has the most, as products take as long.
+
+    Its backward is five products for two. Where a layer sees all before, its outputs are kept for recomputation.
+    """
+    model, total = recipe.model, 0.0
+    forward, back = FLASH if model.sliding_window else CUDNN
+    for layer in model.softmax:
+        kept = layer in model.unbounded and recipe.parallel.outputs != "again"
+        makes = layer + 1 < model.layers and not kept  # of the first pass the last layer's state is enough
+        first = (segments - 1) / segments * makes
+        again = recipe.parallel.recompute == "full" and layer not in model.unbounded
+        total += model.layer_flops(layer, recipe.data.window) * ((1 + first + again) / forward + 2.5 / back)
+    return total * (uneven(sp, segments) if model.unbounded else 1)
+
+
+def work(recipe: Recipe, vocab: int, sp: int, segments: int) -> float:
+    """FLOP per token in blocks, on the rank that has the most: of matrices, and of softmax attention as `_softmax`."""
+    body = _matrices(parameters(recipe.model, vocab))
+    return 2 * body * passes(recipe, segments) + _softmax(recipe, sp, segments)
+
+
+def seconds_per_token(recipe: Recipe, vocab: int, segments: int, rates: Rates, sp: int = 1) -> float:
+    """Predict the seconds that one rank of `sp` takes for one token of its slices, exchanges hidden.
 
     Matrix products count at their measured rate; recurrences and pointwise work by the bytes they move. A window of
     more than one segment has a second forward of all but the last segment.
     """
     model = recipe.model
     more = passes(recipe, segments) - 3
-    body = _matrices(parameters(model, vocab))
-    scores = sum(model.layer_flops(layer, recipe.data.window) for layer in model.softmax)
-    products = 6 * (body + vocab * model.dim) + 2 * body * more
-    softmax = scores * (4 + more) / SOFTMAX  # its backward recomputes scores
+    products = work(recipe, vocab, sp, segments) + 6 * vocab * model.dim
     recurrence = sum(_recurrence_seconds(model.recurrence_work(layer), more, rates) for layer in model.mixers)
     pointwise = 2 * model.layers * (12 * model.dim + 3 * model.mlp) * (3 + more)
     logits = vocab * 14
-    return (products + softmax) / rates.products + recurrence + (pointwise + logits) / (COPIES * rates.copies)
+    return products / rates.products + recurrence + (pointwise + logits) / (COPIES * rates.copies)
+
+
+def softmax_share(recipe: Recipe, vocab: int, segments: int, rates: Rates, sp: int) -> float:
+    """Part of `seconds_per_token` that softmax attention takes."""
+    return _softmax(recipe, sp, segments) / rates.products / seconds_per_token(recipe, vocab, segments, rates, sp)
 
 
 COPIES = 0.8  # of the rate of copies, that pointwise work and recurrences reach

@@ -27,10 +27,14 @@ Rows = tuple[Tensor, Tensor]
 
 
 class Storage:
-    """The place of a model's blocks on a mesh: one of the kinds above, over the ranks of a scan."""
+    """The place of a model's blocks on a mesh: one of the kinds above, over the ranks of a scan.
 
-    def __init__(self, scan: Scan, kind: str = "gathered"):
-        self.scan, self.gathered, self.host = scan, kind == "gathered", kind == "host"
+    `outputs`: what queries made of the blocks is kept from a window's first pass to its second.
+    """
+
+    def __init__(self, scan: Scan, kind: str = "gathered", outputs: bool = True):
+        self.scan, self.outputs = scan, outputs
+        self.gathered, self.host = kind == "gathered", kind == "host"
         self._stream = scan.stream
 
     def begin(self, what: Callable[[], T], needs: tuple[Tensor, ...]) -> Exchange[T]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,19 @@ def free_memory(on: torch.device) -> int:
     """Return the bytes of GPU memory that this process could still allocate."""
     free, _ = torch.cuda.mem_get_info(on)
     return free + torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
+
+
+def host_memory() -> int | None:
+    """Return the bytes of this machine's memory that processes could still take, None where it does not say."""
+    info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    try:  # of a container
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        found.append(limit - used)
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
 
 
 @contextmanager

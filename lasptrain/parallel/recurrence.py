@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -33,7 +33,7 @@ from torch.utils._mode_utils import no_dispatch
 from lasptrain.ops import decay_rule, state_dtype
 from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.block import Storage
-from lasptrain.parallel.host import unread
+from lasptrain.parallel.host import to_device, to_host, unread
 from lasptrain.parallel.place import Place
 from lasptrain.parallel.prefix import Read
 from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned
@@ -60,10 +60,25 @@ class SavedStates:
             self.before = SavedStates()
         return self.before
 
-    @property
-    def parts(self) -> list[SavedStates]:
-        """Self, and `before` if there is one."""
-        return [self] if self.before is None else [self, self.before]
+    def to_host(self) -> None:
+        """Let what a later pass reads wait in host memory, and drop what none does."""
+        self.final_state = None
+        if self.before is not None:
+            self.before.final_state = None
+        self._moved(to_host)
+
+    def to_device(self, device: torch.device) -> None:
+        """Bring it back."""
+        self._moved(partial(to_device, device=device))
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.initial_state is not None:
+            self.initial_state = move(self.initial_state)
+        if self.read is not None and self.read.output is not None:
+            o, lse = self.read.output
+            self.read.output = move(o), move(lse)
+        if self.before is not None:
+            self.before._moved(move)
 
 
 class _Known(NamedTuple):
@@ -141,13 +156,14 @@ class ShardedRecurrence:
     Args:
         kernel: name of a kernel, as `lasptrain.ops.select` returns it.
         scan: the scan over the sp group; without one the slice is the whole window.
-        prefix: where keys and values of softmax layers are kept, a kind of `Storage`.
+        prefix, outputs: where keys and values of softmax layers that see all are kept, and whether their outputs are
+            between the passes over a window; see `Storage`.
     """
 
-    def __init__(self, kernel: str, scan: Scan | None = None, prefix: str = "gathered"):
+    def __init__(self, kernel: str, scan: Scan | None = None, prefix: str = "gathered", outputs: bool = True):
         self.kernel = kernel
         self.scan: Scan = scan if scan is not None else Ring(None, torch.device("cpu"))
-        self.storage = Storage(self.scan, prefix)
+        self.storage = Storage(self.scan, prefix, outputs)
 
     def begin(
         self,

@@ -42,9 +42,10 @@ def attend(
         saved: keeps the prefix and what came of it, and provides both if the layer is being run again.
     """
     read, graph = _read(carry, saved), torch.is_grad_enabled()
-    o, link = _Attend.apply(q, k, v, read.before.link, place, read, storage, graph)  # type: ignore[no-untyped-call]
+    keep = graph or (saved.again and storage.outputs)
+    o, link = _Attend.apply(q, k, v, read.before.link, place, read, storage, keep)  # type: ignore[no-untyped-call]
     assert read.own is not None
-    join = not (saved.again or graph)
+    join = storage.gathered and not (saved.again or graph)
     return o, read.before.then(read.own, link, join=join) if output_final_state else None
 
 
@@ -53,7 +54,7 @@ def grow(k: Tensor, v: Tensor, place: Place, carry: Prefix | None, storage: Stor
     read = _read(carry, saved)
     if read.own is None:
         read.own, _ = storage.keep(place.before.position, (k, v)).wait()
-    return read.before.then(read.own, None, join=not saved.again)
+    return read.before.then(read.own, None, join=storage.gathered and not saved.again)
 
 
 def _read(carry: Prefix | None, saved: SavedStates) -> Read:
@@ -73,11 +74,11 @@ class _Attend(Function):
         place: Place,
         read: Read,
         storage: Storage,
-        graph: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         with no_dispatch():  # selective recomputation takes operators for those of the first pass, in their order
             o, lse = _output(q, k, v, place, read, storage) if read.output is None else read.output
-        read.output = (o, lse) if graph else None
+        read.output = (o, lse) if keep else None
         o = o.detach()
         ctx.save_for_backward(q, o, lse)
         ctx.place, ctx.read, ctx.dtype = place, read, k.dtype

@@ -76,6 +76,12 @@ class Parallel(Section):
     data_parallel: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "zero3"
     recompute: Recompute = "none"  # activation checkpointing
     reduce: Literal["auto", "step", "segment"] = "auto"  # when gradients are summed over ranks
+    # keys and values of a window in softmax layers that see all of it: gathered on every rank, sharded over the ranks
+    # that share it, or sharded in host memory; auto: the first that fits
+    prefix: Literal["auto", "gathered", "sharded", "host"] = "auto"
+    # outputs of such layers in all segments but the last: kept in host memory for a window's second pass, or computed
+    # again; auto: kept where they fit
+    outputs: Literal["auto", "host", "again"] = "auto"
 
     def problems(self) -> Iterator[Problem]:
         """Yield a reduction per segment where gradients are not sharded."""

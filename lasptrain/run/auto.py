@@ -10,7 +10,12 @@ from lasptrain import files
 from lasptrain.recipe.schema import Recipe
 
 FILE = "auto.json"
-SECTIONS = {"segment": "train", "reduce": "parallel", "scan": "mesh"}  # of keys decided by timing or by memory
+SECTIONS = {
+    "segment": "train",
+    "reduce": "parallel",
+    "prefix": "parallel",
+    "scan": "mesh",
+}  # of keys decided by timing or by memory
 
 
 def load(recipe: Recipe, run: Path, place: str) -> Recipe:

@@ -64,13 +64,19 @@ def build(
     dataset = open_dataset(recipe.data, run=run)
     recipe = with_vocabulary(recipe, dataset.vocab_size)
     vocab = resolve_vocabulary(recipe.model, dataset.vocab_size)
-    available = all_reduce_min(meshes.free_memory(device)) if device.type == "cuda" else None
+    available, host = _free_memory(device)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
+    recipe = plan.with_prefix(recipe, vocab, dp, sp, available, host)
     segment = plan.choose_segment(recipe, vocab, dp, sp, available)
     recipe = with_scan(recipe, mesh, segment, device)
     kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
     scanning = attention or (
-        lambda kernel, mesh: ShardedRecurrence(kernel, SCANS[recipe.mesh.scan](mesh.sp_group, device))
+        lambda kernel, mesh: ShardedRecurrence(
+            kernel,
+            SCANS[recipe.mesh.scan](mesh.sp_group, device),
+            recipe.parallel.prefix,
+            recipe.parallel.outputs == "host",
+        )
     )
     model = language_model(recipe, scanning(kernel, mesh))
     wrapped = parallelize(
@@ -98,6 +104,15 @@ def build(
         gpus.of(meshes.device_name()).peak,
         Guard(recipe.guard),
     )
+
+
+def _free_memory(device: torch.device) -> tuple[int | None, int | None]:
+    """Return the bytes free on every rank's GPU, and of its machine's memory; None where there is no GPU."""
+    if device.type != "cuda":
+        return None, None
+    host, ranks = meshes.host_memory(), min(meshes.world_size(), torch.cuda.device_count())  # of one machine
+    least = all_reduce_min(-1 if host is None else host // ranks)
+    return all_reduce_min(meshes.free_memory(device)), None if least < 0 else least
 
 
 def with_scan(recipe: Recipe, mesh: Mesh, segment: int, device: torch.device) -> Recipe:

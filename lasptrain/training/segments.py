@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lasptrain.data.loader import Slice
 from lasptrain.models.language_model import Output
 from lasptrain.models.mixer import State
-from lasptrain.parallel.host import to_device, to_host, unread
+from lasptrain.parallel.host import unread
 from lasptrain.parallel.recurrence import SavedStates
 
 States = list[State]  # of all layers at one edge between segments; None for what a mixer does not carry
@@ -69,19 +69,13 @@ def keep_states(
             on_segment()
             kept.append(_unknown(layers))
             carry = model(segment.tokens, None, segment.doc_ids, carry, kept[-1], output_final_state=True).final_state
-            for part in _parts(kept[-1]):
-                part.final_state = None
-                if part.initial_state is not None:
-                    part.initial_state = to_host(part.initial_state)
+            for saved in kept[-1]:
+                saved.to_host()
     return kept, carry
 
 
 def _unknown(layers: int) -> list[SavedStates]:
     return [SavedStates() for _ in range(layers)]
-
-
-def _parts(saved: list[SavedStates]) -> Iterator[SavedStates]:
-    return (part for states in saved for part in states.parts)
 
 
 def _segment(
@@ -95,9 +89,8 @@ def _segment(
     last: bool,
 ) -> Tensor:
     """Run a segment again and back from its loss and the gradients of its final states; return the loss, detached."""
-    for part in _parts(saved):
-        if part.initial_state is not None:
-            part.initial_state = to_device(part.initial_state, segment.tokens.device)
+    for states in saved:
+        states.to_device(segment.tokens.device)
     out: Output = model(segment.tokens, segment.labels, segment.doc_ids, initial, saved, output_final_state=not last)
     assert out.loss is not None
     pairs = [] if grads is None else _pairs(out.final_state, grads)
