@@ -96,8 +96,8 @@ def test_a_prefix_lies_where_it_fits() -> None:
     needed = plan.host_memory(told, 64000, 1, 1, plan.ENOUGH_SLICE)
     assert needed["prefix"] == sum(plan.prefix_bytes(told, 1, plan.ENOUGH_SLICE))
     assert needed["outputs"] == 3 * (2 * 2048 + 4 * 16) * (4194304 - plan.ENOUGH_SLICE)  # the last layer has none
-    for host, outputs in ((None, "host"), (sum(needed.values()), "host"), (sum(needed.values()) - 1, "again")):
-        kept = plan.with_prefix(told, 64000, 1, 1, 140 * GIB, host)
+    for room, outputs in ((None, "host"), (sum(needed.values()), "host"), (sum(needed.values()) - 1, "again")):
+        kept = plan.with_prefix(told, 64000, 1, 1, 140 * GIB, room)
         assert (kept.parallel.prefix, kept.parallel.outputs) == ("host", outputs)
     with pytest.raises(
         ResourceError, match=r"data.window: the keys .* 4,194,304 .* host memory .* at most \d,\d{3},\d{3} tokens"

@@ -52,8 +52,7 @@ class Softmax(Mixer):
     def forward(self, h: Tensor, phases: None, context: Context) -> tuple[Tensor, State]:
         q, k, v, *gate = multi_linear(h, self.q, self.k, self.v, *([self.gate] if self.gate else []))
         place = _place(context)
-        tables = self._tables(h, place)
-        q, k = self.rotated(self._normed(q, self.q_norm), tables), self.rotated(self._normed(k, self.k_norm), tables)
+        q, k = self.rotated(self._tables(h, place), self._normed(q, self.q_norm), self._normed(k, self.k_norm))
         o, state = (self._whole if self.sliding_window is None else self._near)(q, k, self._heads(v), place, context)
         y: Tensor = self.out(o.flatten(2) * torch.sigmoid(gate[0]) if gate else o.flatten(2))
         return y, (state, place.after)
@@ -62,7 +61,7 @@ class Softmax(Mixer):
         """Return the next segment's initial state, without computing outputs."""
         k, v = multi_linear(h, self.k, self.v)
         place, (carry, *_) = _place(context), context.carry
-        k, v = self.rotated(self._normed(k, self.k_norm), self._tables(h, place)), self._heads(v)
+        (k,), v = self.rotated(self._tables(h, place), self._normed(k, self.k_norm)), self._heads(v)
         if self.sliding_window is None:
             return spread.grow(k, v, place, carry, self.attention.storage, context.saved), place.after
         return self._before(k, v, context)[1], place.after
@@ -80,13 +79,14 @@ class Softmax(Mixer):
             return None
         return self.rotary(h.shape[1], h.device, state_dtype(h), place.rotation)
 
-    def rotated(self, x: Tensor, tables: Phases | None) -> Tensor:
-        """Return x [B, T, channels of all heads] by heads, [B, T, ·, K], the first channels of each rotated."""
+    def rotated(self, tables: Phases | None, *parts: Tensor) -> list[Tensor]:
+        """Return each of q or k [B, T, channels of all heads] by heads, [B, T, ·, K], some channels of each rotated."""
+        return [self._turned(x, tables) for x in parts]
+
+    def _turned(self, x: Tensor, tables: Phases | None) -> Tensor:
         x = self._heads(x)
-        if tables is None:
-            return x
-        if self.turned == self.head_dim:
-            return tables.rotated(x)
+        if tables is None or self.turned == self.head_dim:
+            return x if tables is None else tables.rotated(x)
         first, rest = x.split([self.turned, self.head_dim - self.turned], dim=-1)
         return torch.cat([tables.rotated(first), rest], dim=-1)
 
