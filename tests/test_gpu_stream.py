@@ -21,12 +21,18 @@ LAYERS, VOCAB = 4, 1000
 
 
 def gradient(
-    tokens: Tensor, segments: int, kernel: str = "triton", mode: str = "none", dtype: torch.dtype = torch.bfloat16
+    tokens: Tensor,
+    segments: int,
+    kernel: str = "triton",
+    mode: str = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    softmax: tuple[int, ...] = (),
+    prefix: str = "gathered",
 ) -> Tensor:
     """The gradient of the mean loss of a small TransNormerLLM on tokens [1, T + 1], all parameters in one."""
     device, count = tokens.device, tokens.shape[1] - 1
-    cfg = Tnl(dim=256, layers=LAYERS, heads=4, mlp=512, vocab=VOCAB)
-    model = LanguageModel(cfg, count, ShardedRecurrence(kernel), dtype=dtype).to(device)
+    cfg = Tnl(dim=256, layers=LAYERS, heads=4, mlp=512, vocab=VOCAB, softmax=softmax)
+    model = LanguageModel(cfg, count, ShardedRecurrence(kernel, prefix=prefix), dtype=dtype).to(device)
     fill(model, initial_values(model, 0, device))
     recompute(model.blocks, mode)
     backward(model, LAYERS, pieces(tokens, 1, 0, segments), 1 / count)
@@ -51,6 +57,15 @@ def test_segments_add_no_error(segments: int) -> None:
     exact = gradient(tokens, 1, dtype=torch.float32)
     rounding = distance(gradient(tokens, 1), exact)
     assert 0 < distance(gradient(tokens, segments), exact) <= 1.02 * rounding
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("prefix", ["gathered", "host"])
+def test_a_prefix_in_blocks_adds_no_error(prefix: str, mode: str) -> None:
+    tokens = window(32768)
+    exact = gradient(tokens, 1, dtype=torch.float32, softmax=(1, 3))
+    rounding = distance(gradient(tokens, 1, softmax=(1, 3)), exact)
+    assert 0 < distance(gradient(tokens, 4, mode=mode, softmax=(1, 3), prefix=prefix), exact) <= 1.1 * rounding
 
 
 @pytest.mark.parametrize("mode", ["full", "offload"])

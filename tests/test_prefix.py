@@ -176,6 +176,19 @@ def error(case: Case, rank: int = 0, group: Any = None) -> float:
     return max(errors + [float((grad - wanted[name]).norm() / wanted[name].norm()) for name, grad in found.items()])
 
 
+def test_segments_in_one_graph_have_the_gradient_of_the_window() -> None:
+    case = Case(1, 3, "long")
+    model = made(case, ShardedRecurrence("chunked"))
+    carry, total = None, torch.zeros((), dtype=case.dtype)
+    for piece in slices(case, 0):
+        out = model(piece.tokens, piece.labels, piece.doc_ids, carry, output_final_state=True)
+        carry, total = out.final_state, total + out.loss
+    total.backward()
+    _, wanted = definition(case)
+    for name, p in model.named_parameters():
+        assert p.grad is not None and float((p.grad - wanted[name]).norm() / wanted[name].norm()) < 1e-12, name
+
+
 def errors(rank: int, world: int, mine: list[Case]) -> list[float]:
     group = meshes.build(1, world).sp_group
     return [error(case, rank, group) for case in mine]

@@ -161,7 +161,5 @@ class Stack(Section):
                 return 2 * wide + 2 * narrow * (2 if self.sliding_window else 1) + more
             case "selective":
                 return 2 * wide + 2 * narrow + wide * self.softmax_gate
-            case "full":
-                return 0 if self.sliding_window else wide
             case _:
-                return 0
+                return 0 if self.sliding_window else wide

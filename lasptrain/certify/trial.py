@@ -149,6 +149,7 @@ def fit(
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     dp, sp = resolve_mesh(recipe, ranks)
     available = None if within.shared else within.memory
+    recipe = plan.with_prefix(recipe, vocab, dp, sp, available)
     laid = plan.layout(plan.with_reduction(recipe, vocab, dp, sp, available), dp, sp, vocab, available)
     heavy = plan.parameters(recipe.model, vocab)["embedding"] > within.weights
     segments = max(n for n in range(1, (FEW if heavy else SEGMENTS) + 1) if laid.segments % n == 0)

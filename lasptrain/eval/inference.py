@@ -1,6 +1,7 @@
 """Inference is the training scan: a prompt is read in segments, spread over ranks; then tokens come one at a time.
 
-Memory does not grow with the prompt: only each layer's final state is kept of it, at least fp32.
+Memory does not grow with the prompt: only each layer's final state is kept of it, at least fp32. Softmax layers that
+see all are the exception: they keep keys and values, on every rank, in blocks that are joined as they come.
 """
 
 from __future__ import annotations
