@@ -109,6 +109,13 @@ def test_a_prefix_lies_where_it_fits() -> None:
         plan.choose_segment(recipe.replace(parallel={"prefix": "gathered"}), 64000, 1, 1, 100 * GIB)
 
 
+def test_keys_are_sent_once_or_whenever_they_are_read() -> None:
+    recipe = load(HYBRID, ["data.window=1048576"])
+    own = 4 * 2 * 4 * 128 * (1 << 20) // 8  # numbers of a rank's slices
+    sent = [plan.prefix_sent(recipe.replace(parallel={"prefix": kind}), 8, 31) for kind in plan.PREFIXES]
+    assert sent == [own * (2 + 7 * 4), own * 16 * (2 * 2 + 7 * 4), sent[1]] and plan.prefix_sent(recipe, 1, 31) == 0
+
+
 def test_ranks_of_a_softmax_layer_are_uneven_and_that_costs() -> None:
     recipe, h200 = load(HYBRID, ["data.window=1048576"]), gpus.PLANNED["h200"]
     assert plan.uneven(1, 1) == 1 and plan.uneven(8, 1) == 1.875 and plan.uneven(8, 32) < 1.03

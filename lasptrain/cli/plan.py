@@ -112,6 +112,8 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     if "triton" not in recipe.model.kernels:
         table.add_row("", f"with a Triton kernel, which {recipe.model.arch} does not have yet: it will be slower")
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
+    if keys_sent := plan.prefix_sent(recipe, sp, cut.segments) * recipe.train.batch // dp:
+        table.add_row("keys sent", f"{keys_sent / 2**30:,.1f} GiB per rank and step, with their gradients")
     table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
     yield table
     if gpus > 1:

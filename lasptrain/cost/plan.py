@@ -129,6 +129,18 @@ def prefix_bytes(recipe: Recipe, sp: int, segment: int) -> tuple[int, int]:
     return numbers * window * size, numbers * (window - segment) * max(4, size)
 
 
+def prefix_sent(recipe: Recipe, sp: int, segments: int) -> int:
+    """Bytes that a rank sends of keys and values, and of their gradients, per window: once where they are gathered, or
+    else whenever a segment reads a block, forward and backward.
+    """
+    parallel, size = recipe.parallel, _size(recipe)
+    numbers = 2 * recipe.model.key_channels * len(recipe.model.unbounded) * recipe.data.window // sp
+    gathered = parallel.prefix in ("auto", "gathered")
+    adds = 1 if gathered else (segments + 1) // 2
+    reads = 1 if gathered else adds * (3 if parallel.outputs == "again" else 2)
+    return numbers * (size * reads + max(4, size) * (sp - 1) * adds) * (sp > 1)
+
+
 def _prefix_on_device(recipe: Recipe, sp: int, segment: int) -> int:
     """Bytes on a GPU of the prefix: what is kept there, and what of one layer's blocks is on its way or new."""
     size = _size(recipe)
