@@ -13,10 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasptrain import ops
+from lasptrain.cost.plan import PREFIXES
+from lasptrain.ops import softmax
 from lasptrain.parallel import mesh as meshes
+from lasptrain.parallel import softmax as spread
+from lasptrain.parallel.block import Storage
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.p2p import ProcessGroupP2P, between
+from lasptrain.parallel.place import enter
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.process.local_ranks import on_ranks
@@ -112,6 +117,39 @@ def reached() -> dict[str, float]:
     return found
 
 
+def prefixed() -> dict[str, float]:
+    """The largest error on any rank of softmax attention over a prefix in blocks, both ways, by where these lie."""
+    mesh, device = meshes.build(1, meshes.world_size()), meshes.device()
+    sp, rank, segments, length = mesh.length("sp"), mesh.rank("sp"), 4, 500
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        return torch.randn(1, sp * segments * length, heads, DIM, generator=generator, dtype=torch.float64).to(device)
+
+    def mine(x: Tensor) -> Tensor:
+        return x.unflatten(1, (segments, sp, -1))[:, :, rank].flatten(1, 2)
+
+    whole, do = [random(heads).requires_grad_() for heads in (HEADS, 2, 2)], random(HEADS)
+    q, k, v = whole
+    o = softmax.attend(q, k, v, softmax.Documents(), 0, 0, None)
+    want = [mine(x.detach()) for x in (o, *torch.autograd.grad(o, whole, do))]
+    found = {}
+    for kind in PREFIXES:
+        scan = SCANS["all_gather"](mesh.sp_group, device)
+        storage, outputs = Storage(scan, kind), []
+        edge, carry = None, None
+        own = [mine(x.detach()).clone().requires_grad_() for x in whole]
+        for q, k, v in zip(*(x.chunk(segments, 1) for x in own), strict=True):
+            place = enter(edge, None, length, scan)
+            part, carry = spread.attend(q, k, v, place, carry, storage, SavedStates(), True)
+            edge = place.after
+            outputs.append(part)
+        o = torch.cat(outputs, 1)
+        got = [o.detach(), *torch.autograd.grad(o, own, mine(do))]
+        found[kind] = all_reduce_max(max(error(a, b) for a, b in zip(got, want, strict=True)))
+    return found
+
+
 def exchanged() -> dict[str, float]:
     """How wrong messages are on any rank that come from both sides while GPUs compute, taken early and late."""
     mesh, device = meshes.build(1, meshes.world_size()), meshes.device()
@@ -169,6 +207,13 @@ def test_messages_arrive_whole_in_the_memory_of_the_other_gpu(
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=on(n)) for n in (2, 4)])
 def test_rows_come_from_as_many_slices_as_it_takes(ranks: int) -> None:
     assert on_ranks(ranks, reached) == dict.fromkeys(SCANS, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=on(n)) for n in (1, 2, 4)])
+def test_a_prefix_is_read_and_gets_its_gradient_wherever_it_lies(ranks: int) -> None:
+    found = on_ranks(ranks, prefixed)
+    assert found.keys() == set(PREFIXES) and max(found.values()) < 1e-12, found
 
 
 @pytest.mark.gpu
