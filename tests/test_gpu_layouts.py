@@ -124,10 +124,12 @@ def prefixed() -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int) -> Tensor:
-        return torch.randn(1, sp * segments * length, heads, DIM, generator=generator, dtype=torch.float64).to(device)
+        drawn = torch.randn(1, sp * segments * length, heads, DIM, generator=generator, dtype=torch.float64)
+        return drawn.to(device)
 
     def mine(x: Tensor) -> Tensor:
-        return x.unflatten(1, (segments, sp, -1))[:, :, rank].flatten(1, 2)
+        parts: Tensor = x.unflatten(1, (segments, sp, -1))
+        return parts[:, :, rank].flatten(1, 2)
 
     whole, do = [random(heads).requires_grad_() for heads in (HEADS, 2, 2)], random(HEADS)
     q, k, v = whole
