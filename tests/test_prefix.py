@@ -85,8 +85,9 @@ def test_cases_hold_every_pair_of_choices() -> None:
 
 
 def documents(case: Case) -> Tensor | None:
-    """Numbers of the documents of one window, as if it were one slice [1, N]."""
-    begins = torch.zeros(1, case.window, dtype=torch.int32)
+    """Numbers of the documents of two windows, as if each were one slice [2, N]; those of the second are two."""
+    begins = torch.zeros(2, case.window, dtype=torch.int32)
+    begins[1, case.window * 3 // 5] = 1
     match case.documents:
         case "none":
             return None
@@ -109,7 +110,7 @@ def made(case: Case, attention: ShardedRecurrence) -> LanguageModel:
 
 
 def text(case: Case) -> Tensor:
-    return torch.randint(VOCAB, (1, case.window + 1), generator=torch.Generator().manual_seed(3))
+    return torch.randint(VOCAB, (2, case.window + 1), generator=torch.Generator().manual_seed(3))
 
 
 def slices(case: Case, rank: int) -> list[Slice]:
@@ -136,7 +137,7 @@ def attention(layer: Softmax, h: Tensor, numbers: Tensor | None, base: float) ->
     lag = torch.arange(count)[:, None] - torch.arange(count)
     seen = (lag >= 0) & (lag < (layer.sliding_window or count))
     if numbers is not None:
-        seen &= numbers[0, :, None] == numbers[0]
+        seen &= numbers[:, None] == numbers
     weight = score.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("hij,jhc->ihc", weight, v.repeat_interleave(share, 1)).flatten(1) @ layer.out.weight.T
 
@@ -149,13 +150,17 @@ def definition(case: Case) -> Found:
     """Loss and gradients of one device, one segment and the plain definition, in fp64."""
     model = made(case._replace(dtype=torch.float64), ShardedRecurrence("reference"))
     tokens, numbers = text(case), documents(case)
-    x = model.embed.weight[tokens[0, :-1]] * model.scale
-    for block in model.blocks:
-        assert isinstance(block.token_mixer, Softmax) and model.cfg.rotary is not None
-        x = x + attention(block.token_mixer, block.norm1(x), numbers, model.cfg.rotary)
-        h, w = block.norm2(x), dict(block.mlp.named_parameters())
-        x = x + (F.silu(h @ w["gate.weight"].T) * (h @ w["up.weight"].T)) @ w["down.weight"].T
-    loss = F.cross_entropy(model.norm(x) @ model.head_weight.T, tokens[0, 1:], reduction="sum")
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        x = model.embed.weight[tokens[row, :-1]] * model.scale
+        for block in model.blocks:
+            assert isinstance(block.token_mixer, Softmax) and model.cfg.rotary is not None
+            own = None if numbers is None else numbers[row]
+            x = x + attention(block.token_mixer, block.norm1(x), own, model.cfg.rotary)
+            h, w = block.norm2(x), dict(block.mlp.named_parameters())
+            x = x + (F.silu(h @ w["gate.weight"].T) * (h @ w["up.weight"].T)) @ w["down.weight"].T
+        logits = model.norm(x) @ model.head_weight.T
+        loss = loss + F.cross_entropy(logits, tokens[row, 1:], reduction="sum")
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -252,7 +257,8 @@ def test_no_attention_is_repeated(calls: list[int], mode: str, outputs: bool) ->
 
 def test_blocks_of_documents_that_have_ended_are_not_read(calls: list[int]) -> None:
     case = Case(1, 5, "on every edge")
-    backward(made(case, ShardedRecurrence("chunked", outputs=False)), 2, slices(case, 0), 1.0)
+    first = [Slice(x[:1], y[:1], None if n is None else n[:1]) for x, y, n in slices(case, 0)]  # of two windows
+    backward(made(case, ShardedRecurrence("chunked", outputs=False)), 2, first, 1.0)
     reads = [[0], [0, 12], [12, 24], [24, 36], [36, 48]]  # of segments, which begin in the last document before them
     assert calls == [*chain(*reads[:4]), *chain(*(2 * blocks for blocks in reversed(reads)))]
 
@@ -288,7 +294,7 @@ def test_angles_are_exact_at_the_end_of_four_million_tokens() -> None:
 def test_blocks_of_a_text_that_is_read_are_few() -> None:
     case = Case(1, 1)
     model = made(case, ShardedRecurrence("chunked"))
-    past = Reader(model, segment=7).read(text(case))
+    past = Reader(model, segment=7).read(text(case)[:1])
     assert len(past.carry[0][0].blocks) <= 5
     for _ in range(40):
         past = Reader(model).read(torch.ones(1, 1, dtype=torch.int64), past)
