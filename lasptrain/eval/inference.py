@@ -37,7 +37,7 @@ class Snapshot(NamedTuple):
     def pick(self, rows: Sequence[int]) -> Snapshot:
         """Return the state of some texts, in this order; one may be there several times."""
         index = torch.tensor(rows, device=self.logits.device)
-        carry = [tuple(None if part is None else part[index] for part in state) for state in self.carry]
+        carry = [tuple(_picked(part, index) for part in state) for state in self.carry]
         return Snapshot(carry, self.logits[index], self.length)
 
 
@@ -49,6 +49,16 @@ def join(snapshots: Sequence[Snapshot]) -> Snapshot:
         for states in zip(*(one.carry for one in snapshots), strict=True)
     ]
     return Snapshot(carry, torch.cat([one.logits for one in snapshots]), max(one.length for one in snapshots))
+
+
+def _picked(part: Any, index: Tensor) -> Any:
+    """Return some rows of what a snapshot carries."""
+    match part:
+        case Tensor():
+            return part[index]
+        case Prefix() | Edge():
+            return part.pick(index)
+    return None
 
 
 def _joined(parts: Sequence[Any], sizes: Sequence[int], device: torch.device) -> Any:

@@ -35,6 +35,11 @@ class Edge:
         """Return an edge, and send its earliest document to the host."""
         return cls(position, document, origin, None if document is None else Number(document.min()))
 
+    def pick(self, index: Tensor) -> Edge:
+        """Return the edge of some of the texts of a batch."""
+        document, origin = (None if x is None else x[index] for x in (self.document, self.origin))
+        return Edge.at(self.position, document, origin)
+
 
 @dataclass(frozen=True)
 class Place:

@@ -43,6 +43,12 @@ class Prefix:
         """Return the blocks with tokens at position `first` or after."""
         return [block for block in self.blocks if block.stop > first]
 
+    def pick(self, index: Tensor) -> Prefix:
+        """Return the prefix of some of the texts of a batch."""
+        rows = [(block.rows[0][index], block.rows[1][index]) for block in self.blocks]
+        blocks = zip(self.blocks, rows, strict=True)
+        return Prefix(tuple(Block(block.start, block.length, own, block.storage) for block, own in blocks))
+
 
 def _joined(blocks: Sequence[Block]) -> Block:
     """Return consecutive blocks as one."""
