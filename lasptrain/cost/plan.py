@@ -313,8 +313,8 @@ def passes(recipe: Recipe, segments: int) -> float:
     return 3 + (segments - 1) / segments + (recipe.parallel.recompute == "full")
 
 
-CUDNN = (0.9, 0.75)  # of the rate of products, that softmax layers reach forward and backward, on H200
-FLASH = (0.48, 0.46)  # the same of those that slide
+CUDNN = (0.85, 0.78)  # of the rate of products, that softmax layers reach forward and backward, on H200
+FLASH = (0.4, 0.4)  # the same of those that slide
 
 
 def uneven(sp: int, segments: int) -> float:
