@@ -292,6 +292,16 @@ def test_a_window_reads_its_band() -> None:
     assert [(piece.rows, piece.keys) for piece in found] == [(window - 1, window - 1)]
 
 
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_rows_and_keys_of_a_call_are_few_enough_for_31_bits(window: int | None, dense: bool) -> None:
+    t = (1 << 20) + 5000
+    for starts in ([0], [*range(0, t, 1 << 13), t - 3000]):
+        found = softmax_plan.pieces([[(start, start) for start in starts]], t, 0, t, 0, window)
+        made, _ = softmax_plan.calls(found, dense)
+        assert all(max(call.rows, call.keys - (window or 0)) <= softmax_plan.LONGEST for call in made)
+
+
 def test_large_pieces_are_of_few_shapes() -> None:
     shapes: set[tuple[int, int, int]] = set()
     for n in range(4096, 40000, 997):

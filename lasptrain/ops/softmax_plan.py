@@ -19,7 +19,7 @@ from typing import NamedTuple
 Runs = list[list[tuple[int, int]]]  # of each row of a batch: its documents' first queries and the positions they start
 
 SHORTEST = 4096  # side of a dense piece: shorter ones do not fill a GPU
-LONGEST = 1 << 17  # side of a dense piece: up to 2¹⁴ channels its offsets fit into 31 bits
+LONGEST = 1 << 17  # rows or keys of a call, but for a window's: up to 2¹⁴ channels their offsets fit into 31 bits
 LEAST = 128  # of the longest sequence: a kernel's tile; of one query at most, flash attention swaps queries for heads
 
 
@@ -104,8 +104,9 @@ def calls(found: Iterable[Piece], dense: bool) -> tuple[list[Call], list[int]]:
         for part in _split(piece) if dense else (piece,):
             if dense and _large(part):
                 large.append(part)
-            else:
-                _append(groups, part)
+                continue
+            for short in _short(part):
+                _append(groups, short)
     made, edges = list(_batches(large)), []
     for group in groups:
         row, key, last = group[0].row, group[0].key, group[-1]
@@ -134,6 +135,25 @@ def _split(piece: Piece) -> Iterator[Piece]:
         yield Piece(row, side, key + start, length, 0)
     if side < rows:
         yield from _split(Piece(row + side, rows - side, key, keys, causal))
+
+
+def _short(piece: Piece) -> Iterator[Piece]:
+    """Yield a piece in parts of at most LONGEST rows, and keys unless a window cuts them off."""
+    row, rows, key, keys, causal, left = piece
+    for first in range(0, rows, LONGEST):
+        stop = min(first + LONGEST, rows)
+        count, corner = stop - first, keys - rows  # of the key that the first query sees last if causal
+        low = max(0, first + corner - left) if left >= 0 else 0
+        high = stop + corner if causal else keys
+        if left >= 0:
+            more = 0 if causal else rows - stop
+            yield Piece(row + first, count, key + low, high - low, causal, left + more)
+            continue
+        square = min(count, high) if causal else 0
+        for start in range(0, high - square, LONGEST):
+            yield Piece(row + first, count, key + start, min(LONGEST, high - square - start), 0)
+        if causal:
+            yield Piece(row + first, count, key + high - square, square, 1)
 
 
 def _batches(found: list[Piece]) -> Iterator[Call]:
@@ -170,7 +190,8 @@ def _append(groups: list[list[Piece]], piece: Piece) -> None:
     for group in groups:
         last = group[-1]
         alike = (last.causal, last.left) == (piece.causal, piece.left)
-        if alike and last.row + last.rows <= piece.row and last.key + last.keys <= piece.key:
+        span = max(piece.row + piece.rows - group[0].row, piece.key + piece.keys - group[0].key)
+        if alike and span <= LONGEST and last.row + last.rows <= piece.row and last.key + last.keys <= piece.key:
             group.append(piece)
             return
     groups.append([piece])
