@@ -17,6 +17,7 @@ class Norm(NamedTuple):
 
     weighted: bool = True
     eps: float = 1e-6
+    centred: bool = False  # multiplies by 1 + weight
 
 
 class State(NamedTuple):
@@ -42,7 +43,6 @@ class Architecture(Stack):
     """
 
     implementation: ClassVar[str]  # module of its layers
-    norm: ClassVar[Norm] = Norm()  # before mixer and MLP, and before the head
     gated_mlp: ClassVar[bool] = True  # silu on the gate of the MLP
     kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")  # of its recurrence, the fastest first
 
@@ -63,6 +63,11 @@ class Architecture(Stack):
     def mixers(self) -> list[int]:
         """Indices of the layers that are not softmax attention."""
         return [layer for layer in range(self.layers) if layer not in self.softmax]
+
+    @property
+    def norm(self) -> Norm:
+        """The norm before mixer and MLP, and before the head."""
+        return Norm()
 
     @property
     def embedding_scale(self) -> float:

@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lasptrain.architectures.base import Architecture, State, Work
+from lasptrain.architectures.base import Architecture, Norm, State, Work
 from lasptrain.architectures.decay import slopes
-from lasptrain.architectures.section import Problem
+from lasptrain.architectures.section import Eps, Problem
 from lasptrain.architectures.stack import Recompute
 
 # FLOPs of a chunk of 64 tokens in the form with blocks, per key and value channel of a head: forward, and both
@@ -25,6 +25,17 @@ class GatedByData(Architecture):
     conv: Annotated[int, Field(ge=0, le=16)] = 4  # tokens seen by convolutions of q, k and v; 0: none
     # decays at the start: window, the slowest head keeps 1/1000 over the whole window; paper, as the papers start
     decay: Literal["window", "paper"] = "window"
+    norm_eps: Eps = 1e-6  # of all norms
+
+    @property
+    def norm(self) -> Norm:
+        """Return the norm of `norm_eps`."""
+        return Norm(eps=self.norm_eps)
+
+    @property
+    def output_eps(self) -> float:
+        """The eps of the gated norm on a mixer's output."""
+        return self.norm_eps
 
     @property
     def decays_by_data(self) -> bool:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from lasptrain.architectures.base import Norm
 from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Few, Problem
+from lasptrain.architectures.section import Eps, Few, Problem
 
 
 class Gdn(GatedByData):
@@ -18,6 +19,18 @@ class Gdn(GatedByData):
     key_heads: Few | None = None  # heads of q and k, each shared by neighbouring value heads; `heads` if not given
     negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
     gate: Literal["silu", "sigmoid"] = "silu"  # on the output
+    output_norm_eps: Eps | None = None  # of the gated norm on the output; norm_eps if not given
+    centred_norms: bool = False  # all norms but the gated one multiply by 1 + weight, which starts at zero
+
+    @property
+    def norm(self) -> Norm:
+        """Return the norm, around weights of one or of zero."""
+        return Norm(eps=self.norm_eps, centred=self.centred_norms)
+
+    @property
+    def output_eps(self) -> float:
+        """The eps of the gated norm on a mixer's output."""
+        return self.output_norm_eps or self.norm_eps
 
     @property
     def Hk(self) -> int:

@@ -12,11 +12,15 @@ class MiniMax(Decaying):
     """Linear attention with a constant decay per head and a gate, on a residual that carries the normalised value."""
 
     implementation: ClassVar[str] = "lasptrain.models.minimax"
-    norm: ClassVar[Norm] = Norm(eps=1e-5)
 
     arch: Literal["minimax"] = "minimax"
     decay: Schedule = "minimax_hf"
     alpha: Annotated[float, Field(gt=0, le=1e3)] | None = None  # factor of the residual; (2·layers)^¼ if not given
+
+    @property
+    def norm(self) -> Norm:
+        """Return the norm of MiniMax-01."""
+        return Norm(eps=1e-5)
 
     @property
     def residual(self) -> float:

@@ -10,6 +10,7 @@ LARGEST = 2**48  # larger counts are typos; products of two still fit what has t
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Few = Annotated[int, Field(ge=1, le=4096)]  # layers, heads: of which there are lists
 Index = Annotated[int, Field(ge=0, le=LARGEST)]
+Eps = Annotated[float, Field(gt=0, le=0.01)]  # inside of the root of a norm
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]

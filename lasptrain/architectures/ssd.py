@@ -14,12 +14,16 @@ class Ssd(Decaying):
     """Linear attention with a scalar decay per head, constant or per token, a gate, and maybe a convolution."""
 
     implementation: ClassVar[str] = "lasptrain.models.ssd"
-    norm: ClassVar[Norm] = Norm(eps=1e-5)
 
     arch: Literal["ssd"] = "ssd"
     decay: Schedule | Literal["learned"] = "window"  # type: ignore[assignment]  # learned: starts as window
     data_dependent: bool = False  # step and decay depend on the input
     conv: Annotated[int, Field(ge=0, le=16)] = 0  # tokens seen by a convolution of q, k and v; 0: none
+
+    @property
+    def norm(self) -> Norm:
+        """Return the norm of Mamba-2."""
+        return Norm(eps=1e-5)
 
     @property
     def learned(self) -> bool:

@@ -13,11 +13,15 @@ class Tnl(Decaying):
     """Linear attention with a constant decay per head and a gate; LRPE in some layers, norms without weights."""
 
     implementation: ClassVar[str] = "lasptrain.models.tnl"
-    norm: ClassVar[Norm] = Norm(weighted=False)
     gated_mlp: ClassVar[bool] = False
 
     arch: Literal["tnl"] = "tnl"
     lrpe: Layers = (0,)  # indices of the layers with LRPE
+
+    @property
+    def norm(self) -> Norm:
+        """Return a norm without weights."""
+        return Norm(weighted=False)
 
     @property
     def embedding_scale(self) -> float:

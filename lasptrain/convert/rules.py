@@ -105,6 +105,30 @@ def shaped(target: str, source: str, shape: Sequence[int], full_precision: bool 
     )
 
 
+def convolutions(targets: Sequence[str], source: str, channels: Sequence[int]) -> Rule:
+    """Split a convolution [C, n] into several of these channels, each [c, 1, n]."""
+
+    def back(ys: list[Tensor], _: list[tuple[int, ...]]) -> list[Tensor]:
+        import torch
+
+        return [torch.cat(ys).squeeze(1)]
+
+    return Rule(tuple(targets), (source,), lambda xs: [x.unsqueeze(1) for x in xs[0].split(list(channels))], back)
+
+
+def copies(target: str, other: str, source: str) -> Rule:
+    """Write a source twice; what comes back must be equal."""
+
+    def back(ys: list[Tensor], _: list[tuple[int, ...]]) -> list[Tensor]:
+        import torch
+
+        if not ys[0].is_meta and not torch.equal(*ys):
+            raise ConvertError(f"{target} and {other} differ; our model has one tensor for both")
+        return [ys[0]]
+
+    return Rule((target, other), (source,), lambda xs: [xs[0], xs[0]], back)
+
+
 def fixed(target: str, value: Callable[[], Tensor], full_precision: bool = False) -> Rule:
     """Make a tensor of the target that is the same for every model."""
 

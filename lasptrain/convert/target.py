@@ -71,15 +71,20 @@ class Target:
         return next(self.reasons(model), None)
 
 
-def unlike_plain_softmax(model: Architecture) -> Iterator[str]:
-    """Yield the keys of softmax layers that are more than q, k and v of the width, rotated or not."""
-    if not model.softmax:
-        return
-    plain = {"qk_norm": "none", "softmax_gate": False, "softmax_norm": "before", "rotary_fraction": 1.0}
-    for key, value in plain.items():
+PLAIN_SOFTMAX: Json = {"qk_norm": "none", "softmax_gate": False, "softmax_norm": "before", "rotary_fraction": 1.0}
+
+
+def unlike_softmax(model: Architecture, wanted: Json) -> Iterator[str]:
+    """Yield the keys of softmax layers, if there are such, that are not as wanted."""
+    for key, value in wanted.items() if model.softmax else ():
         if (found := getattr(model, key)) != value:
             yield f"its softmax layers have model.{key} = {value} only, not {found}"
-    if (model.query_heads, model.query_channels) != (model.heads, model.dim):
+
+
+def unlike_plain_softmax(model: Architecture) -> Iterator[str]:
+    """Yield the keys of softmax layers that are more than q, k and v of the width, rotated or not."""
+    yield from unlike_softmax(model, PLAIN_SOFTMAX)
+    if model.softmax and (model.query_heads, model.query_channels) != (model.heads, model.dim):
         found = f"{model.query_heads} of {model.head_dim} channels"
         yield f"its softmax layers have as many heads as its others, of model.dim / model.heads channels, not {found}"
 

@@ -120,7 +120,7 @@ class DeltaRule(Mixer):
         keys, values = key_heads * cfg.K, cfg.heads * cfg.V
         self.q, self.k, self.v = Linear(dim, keys), Linear(dim, keys), Linear(dim, values)
         self.out = Linear(values, dim)
-        self.norm = GatedNorm(cfg.V, cfg.norm.eps, gate)
+        self.norm = GatedNorm(cfg.V, cfg.output_eps, gate)
         self.channels = (keys, keys, values)  # of q, k, v
         self.conv = Convolution(sum(self.channels), cfg.conv, bias=False) if cfg.conv else None
         if self.conv is not None:

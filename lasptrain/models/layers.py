@@ -38,19 +38,24 @@ class SimpleRMSNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """srms(x) times a weight [dim]."""
+    """srms(x) times a weight [dim]; with `centred` times 1 + weight, which starts at zero."""
 
-    def __init__(self, dim: int, eps: float = 1e-6):
+    def __init__(self, dim: int, eps: float = 1e-6, *, centred: bool = False):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight, self.eps, self.centred = nn.Parameter(torch.ones(dim)), eps, centred
+
+    def initial(self, part: str, start: Start) -> Tensor | None:
+        """Return zeros where one is added, else None for the usual ones."""
+        return start.full(0.0) if self.centred else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return srms(x, self.eps) * self.weight.to(x.dtype)
+        weight = 1 + self.weight if self.centred else self.weight
+        return srms(x, self.eps) * weight.to(x.dtype)
 
 
 def norm(kind: Norm, dim: int) -> SimpleRMSNorm | RMSNorm:
     """Return the norm of a block of width `dim`."""
-    return RMSNorm(dim, kind.eps) if kind.weighted else SimpleRMSNorm(kind.eps)
+    return RMSNorm(dim, kind.eps, centred=kind.centred) if kind.weighted else SimpleRMSNorm(kind.eps)
 
 
 class Mlp(nn.Module):

@@ -44,8 +44,9 @@ class Softmax(Mixer):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if cfg.qk_norm != "none":
-            self.q_norm = RMSNorm(wide if self.whole else cfg.head_dim, cfg.norm.eps)
-            self.k_norm = RMSNorm(narrow if self.whole else cfg.head_dim, cfg.norm.eps)
+            _, eps, centred = cfg.norm
+            self.q_norm = RMSNorm(wide if self.whole else cfg.head_dim, eps, centred=centred)
+            self.k_norm = RMSNorm(narrow if self.whole else cfg.head_dim, eps, centred=centred)
         self.turned = cfg.rotated
         self.rotary = None if cfg.rotary is None else Rotary(self.turned, cfg.rotary)
 

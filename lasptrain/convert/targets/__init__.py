@@ -9,7 +9,17 @@ from lasptrain.architectures.base import Architecture
 from lasptrain.convert.target import Target
 from lasptrain.errors import ConvertError, RecipeError
 
-NAMES = ("safetensors", "granitemoehybrid", "minimax", "linear_attn", "retnet", "transnormer")
+NAMES = (
+    "safetensors",
+    "granitemoehybrid",
+    "minimax",
+    "olmo_hybrid",
+    "qwen3_5",
+    "kimi_linear",
+    "linear_attn",
+    "retnet",
+    "transnormer",
+)
 TARGETS: dict[str, Target] = {name: import_module(f"{__name__}.{name}").TARGET for name in NAMES}
 MODEL_TYPES = {target.model_type: target for target in sorted(TARGETS.values(), key=lambda target: target.arch is None)}
 """The target of a `model_type` in config.json; our own last."""
@@ -45,5 +55,6 @@ def refusals(model: Architecture) -> dict[str, str | None]:
 
 
 def _hf(model: Architecture) -> Target | None:
-    """Return the target of this architecture that needs no custom code."""
-    return next((target for target in TARGETS.values() if target.hf and target.expresses(model.arch)), None)
+    """Return the target that needs no custom code: the first of this architecture that fits, else its first."""
+    candidates = [target for target in TARGETS.values() if target.hf and target.expresses(model.arch)]
+    return next((target for target in candidates if target.refusal(model) is None), next(iter(candidates), None))
