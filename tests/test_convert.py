@@ -37,6 +37,9 @@ from lasptrain.recipe import loading
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SIZES = {"dim": 32, "layers": 2, "heads": 4, "mlp": 48}
+OLMO: dict[str, Any] = {"arch": "gdn", "decay": "paper", "output_norm_eps": 1e-5}
+QWEN: dict[str, Any] = {"arch": "gdn", "decay": "paper", "centred_norms": True}
+KIMI: dict[str, Any] = {"arch": "kda", "decay": "paper"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ssd": ("hf", {"arch": "ssd", "data_dependent": True, "conv": 3, "key_dim": 16}),
     "ssd-constant": ("granitemoehybrid", {"arch": "ssd", "tie": False}),
@@ -54,11 +57,42 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear_transformer": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "normalizer": True}),
     "linear_transformer-sum": ("linear_attn", {"arch": "linear_transformer", "decay": "none", "tie": False}),
     "retnet": ("retnet", {"arch": "retnet"}),
+    "olmo": ("hf", OLMO | {"negative_eigenvalues": True}),
+    "olmo-hybrid": (
+        "olmo_hybrid",
+        OLMO
+        | {"layers": 3, "key_heads": 2, "value_dim": 12, "conv": 3, "softmax": [1], "tie": False}
+        | {"qk_norm": "whole", "softmax_norm": "after", "softmax_heads": 2, "kv_heads": 1, "rotary": 500.0},
+    ),
+    "olmo-nope": ("hf", OLMO | {"softmax": [1], "qk_norm": "whole", "softmax_norm": "after", "rotary": None}),
+    "qwen": ("hf", QWEN | {"tie": False}),
+    "qwen-hybrid": (
+        "hf",
+        QWEN
+        | {"layers": 3, "heads": 6, "key_heads": 2, "key_dim": 8, "value_dim": 12, "softmax": [0], "qk_norm": "head"}
+        | {"softmax_gate": True, "softmax_dim": 16, "softmax_heads": 2, "kv_heads": 1, "rotary_fraction": 0.25},
+    ),
+    "qwen-nope": (
+        "qwen3_5",
+        QWEN | {"norm_eps": 1e-5, "softmax": [1], "qk_norm": "head", "softmax_gate": True, "rotary": None},
+    ),
+    "kimi": ("hf", KIMI),
+    "kimi-untied": ("kimi_linear", KIMI | {"norm_eps": 1e-5, "conv": 3, "tie": False}),
     "plain": ("safetensors", {"arch": "tnl", "decay": "alibi", "tie": False}),
 }
-ELSEWHERE = [name for name, (_, model) in MODELS.items() if model["arch"] in ("ssd", "minimax", "tnl")]
+IN_TRANSFORMERS = ("ssd", "minimax", "tnl", "gdn", "kda")
+ELSEWHERE = [name for name, (_, model) in MODELS.items() if model["arch"] in IN_TRANSFORMERS]
 ELSEWHERE.remove("plain")
 VARIANTS = ("ssd-constant", "ssd-nope", "minimax-sliding", "tnl-untied", "linear_transformer-sum")
+VARIANTS += ("olmo-nope", "qwen-nope", "kimi-untied")
+MISREAD: dict[str, list[dict[str, Any]]] = {  # keys of other models with the same tensors
+    "olmo": [{"negative_eigenvalues": False}, {"output_norm_eps": 1e-4}, {"gate": "sigmoid"}],
+    "olmo-hybrid": [{"softmax_norm": "before"}, {"rotary": None}],
+    "olmo-nope": [{"rotary": 1e4}],
+    "qwen": [{"centred_norms": False}, {"output_norm_eps": 1e-5}],
+    "qwen-hybrid": [{"rotary_fraction": 1.0}, {"rotary": 500.0}],
+    "kimi": [{"gate": "silu"}, {"norm_eps": 1e-5}],
+}
 Exports = Callable[[str], tuple[Path, Path]]
 transformers_needed = pytest.mark.skipif(not verify.installed("transformers"), reason="needs the extra convert")
 
@@ -254,6 +288,14 @@ def test_transformers_computes_the_same(
         parity = verify.measure(theirs, ours, 4096, "")
         assert not parity.problems(), parity
         assert parity.scale > 1, "too small to see anything"
+        for keys in MISREAD.get(name, []):
+            with monkeypatch.context() as patched:
+                changed = architectures.model(single.CheckpointReader(run).meta["model"] | keys)
+                patched.setattr(architectures, "model", lambda _, changed=changed: changed)
+                other = verify.reference(run)
+            tokens = torch.arange(4096)[None, 7:4000:50]
+            error = float((theirs(tokens, use_cache=False).logits - other(tokens)).abs().max())
+            assert error > 3 * verify.TOLERANCE * parity.scale, (keys, error)
         if name == "tnl":
             given: list[int] = []
             theirs.model.register_forward_pre_hook(lambda _, args: given.append(args[0].shape[1]))

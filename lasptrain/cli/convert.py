@@ -29,7 +29,7 @@ def convert(
     if origin is not None:
         from lasptrain.convert.restore import restore
 
-        run = restore(source, out, recipe, force=force)
+        run = restore(source, out, recipe, force=force, tell=typer.echo)
         typer.echo(f"{run}: continue with lasptrain pretrain {run / 'recipe.yaml'} --run {run}")
         return
     from lasptrain.convert.export import export

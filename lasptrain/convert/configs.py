@@ -48,16 +48,22 @@ def check_compatible(target: Target, theirs: Architecture, ours: Architecture, w
     check(target, config(target, theirs, {}, ""), ours, where)
 
 
+def target_of(config: Json, where: str) -> Target:
+    """Return the target whose class others' config.json names. ConvertError for another class."""
+    kind = config.get("model_type")
+    target = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if target is None:
+        raise ConvertError(f"{where}: model_type is {kind!r}; expected {', '.join(MODEL_TYPES)}")
+    return target
+
+
 def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Architecture]:
     """Return the target and the model that others' config.json describes, for tensors of these shapes.
 
     A missing key has its class's default. ConvertError names the key that our models cannot express.
     """
-    kind = config.get("model_type")
+    target = target_of(config, where)
     try:
-        target = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
-        if target is None:
-            raise ConvertError(f"{where}: model_type is {kind!r}; expected {', '.join(MODEL_TYPES)}")
         keys = target.keys(config, where)
         if target.embedding not in shapes:
             raise ConvertError(f"{where}: no tensor beside it is named {target.embedding}")

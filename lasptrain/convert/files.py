@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle  # noqa: TID251  only for the name of its error
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -91,10 +91,27 @@ class Folder:
                 if name in self.files:
                     raise ConvertError(f"{file}: has {name}, as has {self.files[name].name}; expected it once")
                 self.files[name], self.shapes[name] = file, shape
+        self.stored = {name: name for name in self.files}  # names in the files
+        self.left_out: list[str] = []
+
+    def rename(self, canonical: Callable[[str], str | None]) -> None:
+        """Give tensors the names that `canonical` returns, and leave out those of None. ConvertError for one twice."""
+        found: dict[str, str] = {}
+        for name in self.stored:
+            new = canonical(name)
+            if new is None:
+                self.left_out.append(name)
+            elif new in found:
+                raise ConvertError(f"{self.path}: has {found[new]} and {name}; expected one of them")
+            else:
+                found[new] = name
+        self.files = {new: self.files[name] for new, name in found.items()}
+        self.shapes = {new: self.shapes[name] for new, name in found.items()}
+        self.stored = found
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, into memory of its own."""
-        file = self.files[name]
+        file, name = self.files[name], self.stored[name]
         if file.suffix == ".bin":
             return _mapped(file)[name].clone()
         with _open(file) as opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,14 @@ class Origin:
         return table if self.theirs is None else self.target.reading(table, self.theirs, self.model)
 
 
-def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool = False) -> Path:
+def restore(
+    source: Path,
+    out: Path,
+    recipe: Path | None = None,
+    *,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write the run folder `out` with the weights in `source`; its optimizer has no moments yet. Returns `out`.
 
     An export of ours holds its recipe and step. With `recipe`, and for a folder of others, training starts at step 0
@@ -70,8 +78,10 @@ def restore(source: Path, out: Path, recipe: Path | None = None, *, force: bool 
     """
     given = None if recipe is None else load(recipe)
     if given is None and not (source / RECORD).is_file():
-        given = described(files.Folder(source))
+        given = described(foreign(source))
     weights = open_weights(source, given)
+    if weights.left_out:
+        tell(f"left out: {len(weights.left_out)} tensors that our model has not: {_families(weights.left_out)}")
     origin = weights.origin
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
     with atomic_folder(out, force, runs.RECIPE) as new:
@@ -90,6 +100,7 @@ class Weights:
     origin: Origin
     empty: LanguageModel
     read: Callable[[str], Tensor]
+    left_out: list[str]  # names of tensors of others that are not part of the model
 
 
 def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
@@ -97,8 +108,8 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
 
     Without `recipe` the training data of others' weights are unknown. ConvertError where weights do not fit.
     """
-    folder = files.Folder(source)
     ours = recipe is None and (source / RECORD).is_file()
+    folder = files.Folder(source) if ours else foreign(source)
     origin = known_export(folder) if ours else foreign_folder(folder, recipe)
     empty = on_meta(origin.model, origin.window, ShardedRecurrence("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
@@ -108,7 +119,9 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     tables.check_targets(table, shapes, saved, str(source))
     scheduled = {f"layers.{i}.mixer.slope": slope for i, slope in enumerate(empty.decays().tolist())}
     slopes = {**scheduled, **(origin.slopes or {})}
-    return Weights(origin, empty, _Reader(table, shapes, folder, slopes, exact=origin.slopes is not None).read)
+    return Weights(
+        origin, empty, _Reader(table, shapes, folder, slopes, exact=origin.slopes is not None).read, folder.left_out
+    )
 
 
 def known_export(folder: files.Folder) -> Origin:
@@ -141,10 +154,16 @@ def _recorded(folder: files.Folder) -> Origin:
     raise ConvertError(f"{where}: target {record['target']!r}; expected {', '.join(fitting)}")
 
 
+def foreign(source: Path) -> files.Folder:
+    """Open a folder of others, with the names that its target's rules have."""
+    folder = files.Folder(source)
+    folder.rename(configs.target_of(_config(folder), str(source / "config.json")).canonical)
+    return folder
+
+
 def foreign_folder(folder: files.Folder, recipe: Recipe | None) -> Origin:
     """Return the origin of others' weights: the model by their configuration, the further training by the recipe."""
-    config = _config(folder)
-    where = str(folder.path / "config.json")
+    config, where = _theirs(folder), str(folder.path / "config.json")
     target, theirs = configs.described(config, folder.shapes, where)
     if recipe is None:
         recipe = described(folder)
@@ -163,7 +182,7 @@ def foreign_folder(folder: files.Folder, recipe: Recipe | None) -> Origin:
 
 def described(folder: files.Folder) -> Recipe:
     """Return a recipe with the model and tokenizer of a folder of others; its other keys are a starting point."""
-    config, where = _config(folder), str(folder.path / "config.json")
+    config, where = _theirs(folder), str(folder.path / "config.json")
     _, model = configs.described(config, folder.shapes, where)
     positions = config.get("max_position_embeddings") or WINDOW
     if not isinstance(positions, int) or positions < 1:
@@ -193,6 +212,18 @@ def _config(folder: files.Folder) -> Json:
     if config is None:
         raise ConvertError(f"{folder.path}: holds no config.json; expected a folder that a converter wrote")
     return config
+
+
+def _theirs(folder: files.Folder) -> Json:
+    """Return the part of others' config.json that describes the model."""
+    config, where = _config(folder), str(folder.path / "config.json")
+    return configs.target_of(config, where).unwrapped(config, where)
+
+
+def _families(names: list[str]) -> str:
+    """Return the beginnings of names, each with its number."""
+    counts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{beginning} ({count})" for beginning, count in counts.items())
 
 
 def _fingerprint(recipe: Recipe) -> str:

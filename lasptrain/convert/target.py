@@ -50,6 +50,9 @@ class Target:
     rules: Callable[[Any, Collection[str]], list[Rule]]  # for our tensors of these names
 
     # A folder comes back, from others too.
+    also: tuple[str, ...] = ()  # further values of `model_type`
+    unwrapped: Callable[[Json, str], Json] = lambda config, where: config  # the model's part of others' config.json
+    canonical: Callable[[str], str | None] = lambda name: name  # our name of others' tensor; None: it is left out
     free: Collection[str] = ()  # keys of config.json that do not change the result
     embedding: str  # the tensor that has a row for each token
     keys: Callable[[Json, str], Json]  # of `model:`, from a config.json and its path; ConvertError names what we lack

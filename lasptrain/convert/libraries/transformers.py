@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lasptrain.architectures.base import Architecture
 from lasptrain.convert.rules import Rule, Shapes, constant
 from lasptrain.convert.target import Json, Library
 from lasptrain.errors import ConvertError
@@ -40,9 +41,9 @@ SIZES = {  # read of stacks with both kinds of layers
 
 
 def refuse_unknown(config: Json, read: Collection[str], where: str) -> None:
-    """Raise ConvertError for a key that is neither read nor null or false: nobody knows if it changes the result."""
+    """Raise ConvertError for a key that is neither read nor null, false or empty: it may change the result."""
     for key, found in config.items():
-        if key not in SETTINGS.union(read) and found is not None and found is not False:
+        if key not in SETTINGS.union(read) and found is not None and found is not False and found != []:
             raise ConvertError(f"{where}: {key} is {found!r}; expected none, our model knows no such key")
 
 
@@ -58,6 +59,13 @@ def silent(to: str, zeros: Shapes, ones: Shapes) -> list[Rule]:
         (name, shape, 1.0) for name, shape in ones.items()
     ]
     return [constant(f"{to}{name}.weight", shape, number) for name, shape, number in weights]
+
+
+def without_silent(table: list[Rule], config: Json, model: Architecture) -> list[Rule]:
+    """Return a table for a folder of others whose stack has no silent layer, if it has none."""
+    if config.get("num_hidden_layers") != model.layers:
+        return table
+    return [rule for rule in table if not any(x.startswith(f"model.layers.{model.layers}.") for x in rule.targets)]
 
 
 def rope(base: float) -> Json:

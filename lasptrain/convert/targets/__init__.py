@@ -21,7 +21,11 @@ NAMES = (
     "transnormer",
 )
 TARGETS: dict[str, Target] = {name: import_module(f"{__name__}.{name}").TARGET for name in NAMES}
-MODEL_TYPES = {target.model_type: target for target in sorted(TARGETS.values(), key=lambda target: target.arch is None)}
+MODEL_TYPES = {
+    kind: target
+    for target in sorted(TARGETS.values(), key=lambda target: target.arch is None)
+    for kind in (target.model_type, *target.also)
+}
 """The target of a `model_type` in config.json; our own last."""
 
 

@@ -17,6 +17,7 @@ from lasptrain.convert.libraries.transformers import (
     kinds,
     refuse_unknown,
     silent,
+    without_silent,
 )
 from lasptrain.convert.rules import Rule, convolutions, copies, ends, renamed, rows, shaped
 from lasptrain.convert.target import Demands, Json, Target, demand
@@ -189,21 +190,28 @@ def _silent(model: Kda) -> list[Rule]:
     return silent(f"model.layers.{model.layers}.", zeros, ones)
 
 
+def canonical(name: str) -> str:
+    """Return the released name of a tensor of a dense MLP that transformers' `save_pretrained` wrote."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
 TARGET = Target(
     name="kimi_linear",
     arch="kda",
     hf=True,
     runs_in="transformers; not tried: vLLM, SGLang, llama.cpp",
-    advice="Needs transformers 5.24 or later. Load it in fp32: in bf16 decays are rounded, which moves logits by about 1 %. vLLM takes "
-    "1e-5 for the eps of the gated norm, whatever `rms_norm_eps` says.",
+    advice="Needs transformers 5.24 or later. Load it in fp32: in bf16 decays are rounded, which moves logits by about "
+    "1 %. vLLM takes 1e-5 for the eps of the gated norm, whatever `rms_norm_eps` says.",
     reasons=reasons,
     model_type="kimi_linear",
     loads_as="KimiLinearForCausalLM",
     config=config,
     rules=rules,
     free=("hidden_act", *FREE),
+    canonical=canonical,
     embedding=EMBEDDING,
     keys=keys,
+    reading=without_silent,
     library=TRANSFORMERS,
     reaches=("linear_conv_kernel_dim",),
 )

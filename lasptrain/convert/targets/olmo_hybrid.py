@@ -98,6 +98,7 @@ def _silent_heads(model: Gdn) -> int:
 def keys(config: Json, where: str) -> Json:
     """Return the model that an OlmoHybridConfig describes; no `rope_parameters` are no positions, as in releases."""
     refuse_unknown(config, (*READ, *FREE), where)
+    refuse_unknown(config.get("rope_parameters") or {}, ("rope_type", "rope_theta"), f"{where}: rope_parameters")
     demand(config, DEMANDS, where)
     layers, heads = config.get("num_hidden_layers", 32), config.get("num_attention_heads", 30)
     dim = config.get("hidden_size", 3840)
@@ -172,18 +173,34 @@ def _silent(model: Gdn) -> list[Rule]:
     return silent(f"model.layers.{model.layers}.", zeros, {"self_attn.q_norm": (dim,), "self_attn.k_norm": (head,)})
 
 
+OTHER_NAMES = {
+    ".attention_layer_norm.": ".input_layernorm.",
+    ".feedforward_layer_norm.": ".post_attention_layernorm.",
+    ".linear_attn.out_proj.": ".linear_attn.o_proj.",
+    ".linear_attn.norm.": ".linear_attn.o_norm.",
+}
+
+
+def canonical(name: str) -> str:
+    """Return the released name of a tensor that transformers' `save_pretrained` or OLMo-core's converter wrote."""
+    for other, released in OTHER_NAMES.items():
+        name = name.replace(other, released)
+    return name
+
+
 TARGET = Target(
     name="olmo_hybrid",
     arch="gdn",
     hf=True,
     runs_in="transformers; not tried: vLLM",
-    advice="Needs transformers 5 or later. Load it in fp32: in bf16 decays are rounded, which moves logits by about 1 %.",
+    advice="Needs transformers 5 or later. Load it in fp32: bf16 rounds its decays, which moves logits by about 1 %.",
     reasons=reasons,
     model_type="olmo_hybrid",
     loads_as="OlmoHybridForCausalLM",
     config=config,
     rules=rules,
     free=("hidden_act", *FREE),
+    canonical=canonical,
     embedding=EMBEDDING,
     keys=keys,
     library=TRANSFORMERS,

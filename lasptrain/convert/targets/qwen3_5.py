@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from lasptrain.architectures.gdn import Gdn
 from lasptrain.convert.libraries.transformers import (
@@ -17,6 +18,7 @@ from lasptrain.convert.libraries.transformers import (
     refuse_unknown,
     silent,
     softmax_keys,
+    without_silent,
 )
 from lasptrain.convert.rules import Rule, ends, renamed, rows, rows_by_head, shaped
 from lasptrain.convert.target import Demands, Json, Target, demand, unlike_softmax
@@ -30,6 +32,11 @@ DEMANDS: Demands = {
 SOFTMAX_IS = {"qk_norm": "head", "softmax_gate": True, "softmax_norm": "before", "sliding_window": None}
 FREE = ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 READ = (*SIZES, *DEMANDS, "partial_rotary_factor", "full_attention_interval")
+ROPE = ("rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")  # mrope: of images
+OUTER = (
+    *("text_config", "vision_config", "image_token_id", "video_token_id"),
+    *("vision_start_token_id", "vision_end_token_id", "language_model_only"),
+)
 PART = 0.25  # of a head's channels that are rotated, where a configuration does not say
 SILENT = {"head_dim": 64, "num_key_value_heads": 1}
 LINEAR_NAMES = {
@@ -72,8 +79,8 @@ def config(model: Gdn) -> Json:
     layers = kinds(model.layers, model.softmax)
     fraction = model.rotary_fraction if model.rotary else 0.0
     fraction = fraction if model.softmax else PART
-    regular = [i for i, kind in enumerate(layers) if kind == FULL]
-    interval = regular[0] + 1
+    full = [i for i, kind in enumerate(layers) if kind == FULL]
+    step = full[0] + 1
     found: Json = {
         "hidden_size": model.dim,
         "intermediate_size": model.mlp,
@@ -98,15 +105,14 @@ def config(model: Gdn) -> Json:
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
     }
-    found |= (
-        {"full_attention_interval": interval} if regular == list(range(interval - 1, len(layers), interval)) else {}
-    )
+    found |= {"full_attention_interval": step} if full == list(range(step - 1, len(layers), step)) else {}
     return found if model.softmax else found | SILENT
 
 
 def keys(config: Json, where: str) -> Json:
     """Return the model that a Qwen3_5TextConfig describes."""
     refuse_unknown(config, (*READ, *FREE), where)
+    refuse_unknown(config.get("rope_parameters") or {}, ROPE, f"{where}: rope_parameters")
     demand(config, DEMANDS, where)
     layers, heads = config.get("num_hidden_layers", 32), config.get("num_attention_heads", 16)
     interval = config.get("full_attention_interval", 4)
@@ -129,10 +135,9 @@ def keys(config: Json, where: str) -> Json:
     }
     if not softmax:
         return found
-    ropes = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    part: float = ropes.get("partial_rotary_factor", config.get("partial_rotary_factor", PART))
-    found |= softmax_keys(config | {"num_key_value_heads": config.get("num_key_value_heads", 4)}, softmax, heads, where,
-                          rotary=part > 0)  # fmt: skip
+    ropes: Json = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    part: Any = ropes.get("partial_rotary_factor", config.get("partial_rotary_factor", PART))
+    found |= softmax_keys({"num_key_value_heads": 4} | config, softmax, heads, where, rotary=part > 0)
     found |= {"rotary_fraction": float(part)} if part else {}
     found |= {"softmax_heads": heads, "softmax_dim": config.get("head_dim", 256)}
     return found | {"qk_norm": "head", "softmax_gate": True}
@@ -187,6 +192,22 @@ def _silent(model: Gdn) -> list[Rule]:
     return silent(f"model.layers.{model.layers}.", zeros, {})
 
 
+def unwrapped(config: Json, where: str) -> Json:
+    """Return the text model's part of the configuration of a model that sees, too."""
+    if "text_config" not in config:
+        return config
+    refuse_unknown(config, OUTER, where)
+    text: Json = config["text_config"]
+    return {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | text
+
+
+def canonical(name: str) -> str | None:
+    """Return the text model's name of a tensor of a model that sees, too; those that see or draft have none."""
+    if name.startswith(("model.visual.", "mtp.")):
+        return None
+    return name.replace("model.language_model.", "model.", 1)
+
+
 TARGET = Target(
     name="qwen3_5",
     arch="gdn",
@@ -199,9 +220,13 @@ TARGET = Target(
     loads_as="Qwen3_5ForCausalLM",
     config=config,
     rules=rules,
+    also=("qwen3_5",),
+    unwrapped=unwrapped,
+    canonical=canonical,
     free=("hidden_act", *FREE),
     embedding=EMBEDDING,
     keys=keys,
+    reading=without_silent,
     library=TRANSFORMERS,
     reaches=("linear_conv_kernel_dim",),
 )
