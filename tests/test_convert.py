@@ -83,7 +83,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 IN_TRANSFORMERS = ("ssd", "minimax", "tnl", "gdn", "kda")
 ELSEWHERE = [name for name, (_, model) in MODELS.items() if model["arch"] in IN_TRANSFORMERS]
 ELSEWHERE.remove("plain")
-VARIANTS = ("ssd-constant", "ssd-nope", "minimax-sliding", "tnl-untied", "linear_transformer-sum")
+VARIANTS: tuple[str, ...] = ("ssd-constant", "ssd-nope", "minimax-sliding", "tnl-untied", "linear_transformer-sum")
 VARIANTS += ("olmo-nope", "qwen-nope", "kimi-untied")
 MISREAD: dict[str, list[dict[str, Any]]] = {  # keys of other models with the same tensors
     "olmo": [{"negative_eigenvalues": False}, {"output_norm_eps": 1e-4}, {"gate": "sigmoid"}],
