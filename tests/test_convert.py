@@ -702,6 +702,7 @@ def test_what_others_have_and_we_have_not_is_named(tmp_path: Path) -> None:
 
 
 LINEAR = {"linear_attn": {"decay": "none"}}
+MLA = "its softmax layers are MLA, which is not trained here; model.softmax = [1]"
 LATE = "it counts cached tokens in layer 0, model.softmax = [1] leaves it out"
 
 
@@ -730,10 +731,19 @@ def test_where_a_model_can_go_is_said_before_it_is_trained() -> None:
         ),
         ("minimax", {"arch": "minimax", "mlp": 49}, "model.mlp = 49 has no halves"),
         ("retnet", {"arch": "retnet", "decay": "window"}, "model.decay is window; its kernel computes retnet"),
+        ("olmo_hybrid", {"arch": "gdn"}, "its gated norm has an eps of 1e-05, model.output_norm_eps means 1e-06"),
+        ("olmo_hybrid", OLMO | {"conv": 0}, "its q, k and v pass a convolution, model.conv is 0"),
+        ("olmo_hybrid", OLMO | {"softmax": [0]}, "its softmax layers have model.qk_norm = whole only, not none"),
+        ("qwen3_5", {"arch": "gdn"}, "its norms multiply by 1 + weight, model.centred_norms is false"),
+        ("qwen3_5", QWEN | {"negative_eigenvalues": True}, "its beta is below 1, model.negative_eigenvalues is true"),
+        ("kimi_linear", KIMI | {"softmax": [1]}, MLA),
+        ("kimi_linear", KIMI | {"value_dim": 4}, "key dim 8 and value dim 4 differ"),
         ("transnormer", {"arch": "tnl", "decay": "alibi"}, "model.decay is alibi; its layout means tnl"),
     ]
     for target, model, expected in cases:
         assert reason(target, **model) == expected, (target, model)
+    with pytest.raises(ConvertError, match=r"--to hf: olmo_hybrid: its gated norm .*; qwen3_5: its norms multiply"):
+        targets.resolve("hf", architectures.model({**SIZES, "vocab": 64, "arch": "gdn"}))
 
 
 @pytest.mark.parametrize(

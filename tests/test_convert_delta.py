@@ -21,7 +21,7 @@ from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import LanguageModel
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading
-from tests.test_convert import ROOT, loaded
+from tests.test_convert import ROOT, loaded, rewrite
 
 pytestmark = [
     pytest.mark.skipif(not verify.installed("transformers"), reason="needs the extra convert"),
@@ -188,6 +188,27 @@ def test_positions_are_left_out_as_releases_leave_them_out(tmp_path: Path) -> No
         assert error(tmp_path, want) < verify.TOLERANCE
     change(tmp_path, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
     assert error(tmp_path, want) > 1e-2
+
+
+def test_names_of_olmo_core_are_read(tmp_path: Path) -> None:
+    with torch.no_grad():
+        want = written("olmo", tmp_path)(TOKENS, use_cache=False).logits
+
+    def renamed(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if ".linear_attn.o_" in key]:
+            new = key.replace(".o_proj.", ".out_proj.").replace(".o_norm.", ".norm.")
+            tensors[new] = tensors.pop(key)
+
+    rewrite(tmp_path, renamed)
+    assert error(tmp_path, want) < verify.TOLERANCE
+    rewrite(tmp_path, lambda tensors: tensors.update(twice(tensors)))
+    with pytest.raises(ConvertError, match=r"has .*\.norm1?\.weight and .*; expected one of them"):
+        open_weights(tmp_path)
+
+
+def twice(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gated norm of layer 0 under its other name, too."""
+    return {"model.layers.0.linear_attn.o_norm.weight": tensors["model.layers.0.linear_attn.norm.weight"].clone()}
 
 
 def test_keys_of_moonshot_win_over_flat_ones(tmp_path: Path) -> None:

@@ -33,14 +33,18 @@ def resolve(name: str, model: Architecture) -> Target:
     """Return the target of `--to name` for this model. RecipeError for an unknown name, ConvertError with the reason
     where the model cannot be expressed there.
     """
+    hf = _candidates(model)
     target = _hf(model) if name == "hf" else TARGETS.get(name)
     possible = ", ".join(target for target, reason in refusals(model).items() if reason is None)
     if target is None and name == "hf":
         raise ConvertError(f"--to hf: arch {model.arch} has no class there without custom code; expected {possible}")
     if target is None:
         raise RecipeError(f"--to {name}: unknown; expected {possible}")
-    reason = refusals(model)[target.name]
+    found = refusals(model)
+    reason = found[target.name]
     if reason is not None:
+        if name == "hf" and len(hf) > 1:
+            reason = "; ".join(f"{candidate.name}: {found[candidate.name]}" for candidate in hf)
         raise ConvertError(f"--to {name}: {reason}; expected {possible}")
     return target
 
@@ -60,5 +64,9 @@ def refusals(model: Architecture) -> dict[str, str | None]:
 
 def _hf(model: Architecture) -> Target | None:
     """Return the target that needs no custom code: the first of this architecture that fits, else its first."""
-    candidates = [target for target in TARGETS.values() if target.hf and target.expresses(model.arch)]
+    candidates = _candidates(model)
     return next((target for target in candidates if target.refusal(model) is None), next(iter(candidates), None))
+
+
+def _candidates(model: Architecture) -> list[Target]:
+    return [target for target in TARGETS.values() if target.hf and target.expresses(model.arch)]
