@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, object]] = {
     "gdn": {"arch": "gdn", "key_heads": 2},
     "gdn, little erased": {"arch": "gdn", "conv": 0},
     "gdn, to two": {"arch": "gdn", "negative_eigenvalues": True, "gate": "sigmoid", "decay": "paper"},
-    "gdn, hybrid": {"arch": "gdn", "rotary": None, **SOFTMAX},
+    "gdn, hybrid": {"arch": "gdn", "rotary": None, "centred_norms": True, "output_norm_eps": 1e-3, **SOFTMAX},
     "kda": {"arch": "kda", "decay": "paper"},
     "kda, little erased": {"arch": "kda", "conv": 15},
     "kda, sliding": {"arch": "kda", "conv": 2, **SLIDING},

@@ -69,7 +69,7 @@ def mixed(cfg: Any, w: dict[str, Tensor], h: Tensor) -> Tensor:
         outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
     gate = h @ (low_rank(w, "gate") if cfg.arch == "kda" else w["gate.weight"].T)
     opened = (F.silu if cfg.gate == "silu" else torch.sigmoid)(gate.unflatten(-1, (heads, values)))
-    return (rms(torch.stack(outputs), w["norm.weight"]) * opened).flatten(1) @ w["out.weight"].T
+    return (rms(torch.stack(outputs), w["norm.weight"], cfg.output_eps) * opened).flatten(1) @ w["out.weight"].T
 
 
 def attended(cfg: Any, w: dict[str, Tensor], h: Tensor) -> Tensor:
@@ -101,6 +101,8 @@ def logits(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Logits of one document [T]."""
     cfg = model.cfg
     p: dict[str, Tensor] = dict(model.named_parameters())
+    if cfg.norm.centred:
+        p |= {name: 1 + value for name, value in p.items() if "norm" in name and ".mixer." not in name}
     x = p["embed.weight"][tokens]
     for i in range(cfg.layers):
         w = {name.removeprefix(f"layers.{i}."): value for name, value in p.items() if name.startswith(f"layers.{i}.")}
