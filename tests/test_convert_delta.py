@@ -222,6 +222,7 @@ def test_keys_of_moonshot_win_over_flat_ones(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("olmo", {"linear_use_gate": False}, "linear_use_gate is False; expected True"),
     ("olmo", {"clip_qkv": 3}, "clip_qkv is 3; expected none, our model knows no such key"),
     (
         "olmo",

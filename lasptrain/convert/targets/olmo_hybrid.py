@@ -22,7 +22,11 @@ from lasptrain.convert.libraries.transformers import (
 from lasptrain.convert.rules import Rule, convolutions, ends, renamed, rows
 from lasptrain.convert.target import Demands, Json, Target, demand, unlike_softmax
 
-DEMANDS: Demands = {"hidden_act": ("silu", "silu"), "attention_bias": (False, False)}
+DEMANDS: Demands = {
+    "hidden_act": ("silu", "silu"),
+    "attention_bias": (False, False),
+    "linear_use_gate": (True, True),
+}
 SOFTMAX_IS = {
     "qk_norm": "whole",
     "softmax_gate": False,
@@ -31,7 +35,7 @@ SOFTMAX_IS = {
     "sliding_window": None,
 }
 OUTPUT_EPS = 1e-5  # of the gated norm, whatever the configuration says
-READ = (*SIZES, "linear_allow_neg_eigval")
+READ = (*SIZES, *DEMANDS, "linear_allow_neg_eigval")
 FREE = ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor")
 LINEAR_NAMES = {
     "q_proj.weight": "q.weight",
