@@ -246,6 +246,24 @@ def test_a_folder_without_our_record_is_evaluated(tmp_path: Path, monkeypatch: p
         load_model(out)
 
 
+@pytest.mark.parametrize("name", ["olmo", "qwen-hybrid", "kimi"])
+def test_the_configuration_alone_tells_a_delta_rule_model(tmp_path: Path, name: str, exports: Exports) -> None:
+    """A tied head comes back as one of its own, and a silent layer is dropped, or read as what it is."""
+    run, whole = exports(name)
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / RECORD).unlink()
+    tokens = torch.arange(40)[None] * 100
+    weights = open_weights(out)
+    model = LanguageModel(weights.origin.model, 64, ShardedRecurrence("reference"), dtype=torch.float64).double()
+    model.load_state_dict({key: weights.read(key).double() for key in weights.empty.state_dict()})
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model.hidden(tokens)[0]), verify.reference(run)(tokens).float())
+    if name == "kimi":
+        rewrite(out, lambda tensors: tensors["model.layers.2.self_attn.o_proj.weight"].add_(1))
+        with pytest.raises(ConvertError, match=r"layers\.2\.self_attn\.o_proj\.weight: holds other numbers"):
+            open_weights(out)
+
+
 def test_a_run_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Exports) -> None:
     _, out = exports("ssd")
     alive: list[weakref.ref[Tensor]] = []
