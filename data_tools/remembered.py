@@ -93,7 +93,7 @@ def recall(run: Path | None, data: Data) -> list[Remembered] | None:
     if run is None or not runs.committed(run):
         return None
     try:
-        kept = TypeAdapter(list[Remembered]).validate_json((run / FILE).read_bytes())
+        kept = TypeAdapter(list[Remembered]).validate_json(files.read(run / FILE, own=True))
     except (OSError, ValidationError):
         return None  # a run of before there was such a file
     return kept if len(kept) == len(sources(data)) else None

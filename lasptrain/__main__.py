@@ -1,18 +1,33 @@
 """The program: `lasptrain`, or `python -m lasptrain`."""
 
+import os
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
-from lasptrain.errors import INTERRUPTED
+from lasptrain.errors import INTERRUPTED, STOPPED
+
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main() -> NoReturn:
-    """Run the command line; Ctrl-C while it loads, which takes a moment, ends it as at any other time."""
+    """Run the command line; a signal while it loads, which takes a moment, ends it as at any other time."""
+    heard = [number for number in STOPS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, _leave)
     try:
         from lasptrain.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    if sys.argv[1:2] != ["pretrain"]:  # which listens itself, as soon as it begins
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
     run()
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(STOPPED)  # nothing has begun
 
 
 if __name__ == "__main__":

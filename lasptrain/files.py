@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -22,18 +23,43 @@ def at_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  a Path would write other names in another way
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, or of a quota, without room
+SMALL = 1 << 24  # bytes that a file which is read whole may have
+_HIDDEN = re.compile(r"\.[a-z]+\.(json|yaml)\.\d+")  # names that `whole` gives to small files
+
+
+def descriptor(path: Path, flags: int) -> int:
+    """Open a file of our own. Raises OSError for a link, which is not followed, a FIFO, not waited for, or a device."""
+    try:
+        found = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path)) from None
+        raise
+    return _checked(found, path)
+
+
+def _checked(found: int, path: Path) -> int:
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return found
+
+
 @contextmanager
-def regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading. Raises OSError for a FIFO, which is not waited for, and for a device."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+def regular(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for reading. Raises OSError for a FIFO or a device, as `descriptor` does; for a link if `own`."""
+    if own:
+        found = descriptor(path, os.O_RDONLY)
+    else:
+        found = _checked(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
+    with open(found, "rb") as stream:  # noqa: PTH123
         yield stream
 
 
-def read(path: Path, most: int) -> bytes:
+def read(path: Path, most: int = SMALL, *, own: bool = False) -> bytes:
     """Read a file of at most `most` bytes. Raises OSError for a longer one, and as `regular` does."""
-    with regular(path) as stream:
+    with regular(path, own=own) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
@@ -56,19 +82,30 @@ def whole(file: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
-def replace(file: Path, text: str) -> None:
-    """Replace a small file in one step, so that nobody ever reads half of it."""
+def replace(file: Path, text: str, *, lasting: bool = True) -> None:
+    """Replace a small file in one step, so that nobody ever reads half of it; if `lasting`, after a power cut too."""
     with whole(file) as new:
-        new.write_text(text, encoding="utf-8")
+        new.unlink(missing_ok=True)
+        with open(descriptor(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:  # noqa: PTH123
+            stream.write(text)
+        if lasting:
+            sync(new)
+
+
+def hidden(path: Path) -> bool:
+    """True for what a killed `replace` may have left."""
+    return _HIDDEN.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on disk. Raises OSError with its name."""
+    found = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(found)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        os.close(descriptor)
+        os.close(found)
 
 
 def sha256(path: Path) -> str:

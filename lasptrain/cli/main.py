@@ -109,6 +109,7 @@ def pretrain(
     max_restarts: Annotated[int, typer.Option(min=0, help="Go on that often after losing a rank.")] = 0,
 ) -> None:
     """Train a recipe, or go on with its newest run."""
+    signals.listen()
     loaded = load(recipe, overrides)
     _check_nodes(nnodes, node_rank, rdzv)
     if max_restarts and nnodes > 1:
@@ -116,7 +117,6 @@ def pretrain(
     if with_optimizer and origin is None:
         raise RecipeError("--with-optimizer: found without --from; expected both")
     begun = None if origin is None else origins.parse(origin, with_optimizer)
-    signals.listen()
     stdio.ignore_broken_pipe()
     from lasptrain.process.launcher import Nodes, launch
     from lasptrain.process.location import RunLocation

@@ -17,9 +17,9 @@ def main(launcher: str, recipe: str, run: str, records: str, target: str) -> Non
     """Run `target` on the recipe for the launcher with that process id; does not return. See `ranks.run_worker`."""
     stdio.ignore_broken_pipe()
     rank, folder = int(os.environ["RANK"]), Path(records)
-    watchdog.begin(Path(recipe).parent, rank)
     faulthandler.register(signal.SIGUSR2)  # prints the stacks of all threads and goes on
     signals.listen(lambda by: record(folder, failure_of(rank, signals.interruption(by, "nothing was unsaved"))))
+    watchdog.begin(Path(recipe).parent, rank)  # who has begun hears signals
     die_with(int(launcher))
     from lasptrain.process.ranks import run_worker
     from lasptrain.recipe.loading import load

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lasptrain import architectures
+from lasptrain import architectures, files
 from lasptrain.architectures.section import Problem, Section
 from lasptrain.errors import RecipeError
 from lasptrain.recipe import synonyms
@@ -278,7 +278,7 @@ def _suggest(word: str, known: list[str], elsewhere: tuple[str, ...] = ()) -> st
 def _read_text(file: Path) -> str:
     """Return the file's text. RecipeError where it is missing, too large or not UTF-8; a byte order mark is allowed."""
     try:
-        with file.open("rb") as stream:
+        with files.regular(file) as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)

@@ -21,13 +21,13 @@ SECTIONS = {
 def load(recipe: Recipe, run: Path, place: str) -> Recipe:
     """Return the recipe with the choices stored for `place`; keys without one stay `auto`."""
     try:
-        stored = json.loads((run / FILE).read_text(encoding="utf-8"))
+        stored = json.loads(files.read(run / FILE, own=True))
         choices = stored["values"] if stored["place"] == place else {}
         for key in _open(recipe) & choices.keys():
             values = getattr(recipe, SECTIONS[key])
             checked = type(values).model_validate({**values.model_dump(), key: choices[key]})
             recipe = recipe.model_copy(update={SECTIONS[key]: checked})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return recipe  # decide again
     return recipe
 

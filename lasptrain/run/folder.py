@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lasptrain import files
-from lasptrain.errors import CheckpointError, SetupError
+from lasptrain.errors import CheckpointError, ResourceError, SetupError
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
+FOLDERS = (RANKS, CHECKPOINTS, "tensorboard", "profile", "eval")
+FILES = (RECIPE, LOCK, "status.json", "metrics.jsonl", "auto.json", "data.json", "origin.json")
 
 # Keys that may change where a run goes on: how it is computed, how long, and what a person mends in it, all of the
 # optimizer but its kind. Text and tokenizer are told by their content, where the data are opened.
@@ -49,37 +51,69 @@ def _occupied(path: Path) -> bool:
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
     """Make the run folder and lock it. SetupError where it is in use, not writable, or not a run folder."""
-    try:
+    with _writable(run):
         run.mkdir(parents=True, exist_ok=True)
-        stranger = not (run / RECIPE).exists() and any(path.name != LOCK for path in run.iterdir())
-        if stranger:
+        if not (run / RECIPE).exists() and not all(map(_begun, run.iterdir())):
             raise SetupError(f"{run}: holds files but no {RECIPE}; expected a run folder or an empty one")
-        file = (run / LOCK).open("a+")
-    except OSError as error:
-        raise SetupError(f"{run}: {error.strerror}; expected a run folder that can be written, see --run") from None
-    with file:
+        _refuse_links(run)
+        file = files.descriptor(run / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SetupError(f"{run}: in use by {_holder(run)}; expected it free, or use --fresh or --run") from None
-        file.truncate(0)
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
-        file.flush()
+        with _writable(run):
+            for left in filter(files.hidden, run.iterdir()):
+                left.unlink()
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(file, 0)
+            os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
         yield
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def _writable(run: Path) -> Iterator[None]:
+    """Turn an OSError into SetupError, or into ResourceError where there is no room."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or run
+        if error.errno in files.FULL:
+            raise ResourceError(f"{where}: {error.strerror}; expected some room") from None
+        raise SetupError(f"{where}: {error.strerror}; expected a run folder that can be written, see --run") from None
+
+
+def _begun(path: Path) -> bool:
+    """True for what the start of a run may leave before there is a recipe: it is no stranger's."""
+    return path.name == LOCK or files.hidden(path) or (path.name == RANKS and path.is_dir() and not any(path.iterdir()))
+
+
+def _refuse_links(run: Path) -> None:
+    """Raise SetupError where what we would write through, append to or delete in is not what we have made."""
+    for path in run.iterdir():
+        folder = path.name in FOLDERS
+        expected = "folder" if folder else "regular file"
+        ours = folder or path.name in FILES
+        if ours and (path.is_symlink() or not (path.is_dir() if folder else path.is_file())):
+            found = "is a symbolic link" if path.is_symlink() else f"is no {expected}"
+            raise SetupError(f"{path}: {found}; expected a {expected} of this run's own")
 
 
 def _holder(run: Path) -> str:
     try:
-        who = json.loads((run / LOCK).read_text())
+        who = json.loads(files.read(run / LOCK, own=True))
         return f"process {who['pid']} on {who['host']} since {who['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
 def committed(run: Path) -> list[int]:
-    """Return the steps in RUN/checkpoints, newest first, intact or not."""
+    """Return the steps in RUN/checkpoints, newest first, intact or not. CheckpointError where that is a link."""
     folder = run / CHECKPOINTS
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: is a symbolic link; expected a folder of this run's own")
     entries = list(folder.iterdir()) if folder.is_dir() else []
     matches = [re.fullmatch(r"step-(\d+)", path.name) for path in entries if path.is_dir() and not path.is_symlink()]
     return sorted((int(match[1]) for match in matches if match and match[1] == str(int(match[1]))), reverse=True)
@@ -105,7 +139,7 @@ def recipe_of(run: Path) -> Recipe:
 
     Raises CheckpointError where there is none, RecipeError where it is damaged or of a later format.
     """
-    if not (run / RECIPE).is_file():
+    if not (run / RECIPE).is_file() or (run / RECIPE).is_symlink():
         raise CheckpointError(f"{run}: holds no {RECIPE}; expected the folder of a run")
     recipe = load(run / RECIPE, written=1)
     return recipe.named(run.resolve().name)

@@ -53,11 +53,11 @@ def read(run: Path) -> Origin | None:
     """Return the origin of a run, None where it began with initial weights. CheckpointError where it is damaged."""
     file = run / FILE
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = json.loads(files.read(file, own=True))
         return Origin(Path(kept["run"]), int(kept["step"]), bool(kept["optimizer"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not what lasptrain writes ({type(error).__name__}: {error})") from None
 
 
