@@ -9,8 +9,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from lasptrain.errors import SetupError
 
@@ -47,7 +47,7 @@ def _checked(found: int, path: Path) -> int:
 
 
 @contextmanager
-def regular(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
+def regular(path: Path, *, own: bool = False) -> Iterator[BufferedReader]:
     """Open a file for reading. Raises OSError for a FIFO or a device, as `descriptor` does; for a link if `own`."""
     if own:
         found = descriptor(path, os.O_RDONLY)
@@ -60,7 +60,7 @@ def regular(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
 def read(path: Path, most: int = SMALL, *, own: bool = False) -> bytes:
     """Read a file of at most `most` bytes. Raises OSError for a longer one, and as `regular` does."""
     with regular(path, own=own) as stream:
-        content = stream.read(most + 1)
+        content = stream.read(min(most, os.fstat(stream.fileno()).st_size) + 1)  # a buffer of that size is made first
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return content
@@ -86,7 +86,7 @@ def replace(file: Path, text: str, *, lasting: bool = True) -> None:
     """Replace a small file in one step, so that nobody ever reads half of it; if `lasting`, after a power cut too."""
     with whole(file) as new:
         new.unlink(missing_ok=True)
-        with open(descriptor(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:  # noqa: PTH123
+        with open(descriptor(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as stream:
             stream.write(text)
         if lasting:
             sync(new)
@@ -110,7 +110,7 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a whole file, in hexadecimal."""
-    with path.open("rb") as stream:
+    with regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -520,8 +520,8 @@ def _(patch: Patch, rank: int) -> None:
 def _(patch: Patch, rank: int) -> None:
     original = tensors.restore
 
-    def restore(folder: Any, files: Any, model: Any, adam: Any, group: Any) -> None:
-        original(folder, files, model, adam, group)
+    def restore(reader: Any, model: Any, adam: Any, group: Any) -> None:
+        original(reader, model, adam, group)
         for state in adam.state.values():
             state["exp_avg"].zero_()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -30,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lasptrain.checkpoint import saver as saving
-from lasptrain.checkpoint import steps, tensors
+from lasptrain.checkpoint import steps, table, tensors
 from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import committed, remove_partial
@@ -201,12 +202,12 @@ def _one_rank_sees_a_hostile_table(rank: int, run: Path) -> None:
     """What one rank refuses is refused by all, before any of them waits for another."""
     net, optimizer = _build("fsdp")
     save(run, 1, net, optimizer, META, keep=1)
-    original = tensors._Unpickler.find_class
+    original = table._Unpickler.find_class
     if rank == 1:
-        setattr(tensors._Unpickler, "find_class", _refuse)  # noqa: B010
+        setattr(table._Unpickler, "find_class", _refuse)  # noqa: B010
     with pytest.raises(CheckpointError, match="rank 1: refused"):
         load(run, net, optimizer)
-    setattr(tensors._Unpickler, "find_class", original)  # noqa: B010
+    setattr(table._Unpickler, "find_class", original)  # noqa: B010
 
 
 def _refuse(*_: Any) -> Any:
@@ -427,9 +428,11 @@ def test_hostile_tensor_file_is_refused(run: Path) -> None:
     proof = run / "proof"
     data = folder / "__0_0.distcp"
     with data.open("wb") as stream:
-        torch.save(_Payload(os.mkdir, str(proof)), stream)
-    for place in table.storage_data.values():
-        place.offset, place.length = 0, data.stat().st_size
+        for place in table.storage_data.values():
+            place.offset = stream.tell()
+            archive = io.BytesIO()
+            torch.save(_Payload(os.mkdir, str(proof)), archive)
+            place.length = stream.write(archive.getvalue())
     (folder / ".metadata").write_bytes(pickle.dumps(table))
     _rewrite(folder)
     with pytest.raises(CheckpointError, match="not loaded: rank 0: UnpicklingError"):

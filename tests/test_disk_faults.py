@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +13,8 @@ from typing import Any
 import pytest
 
 from lasptrain import files
-from lasptrain.errors import CheckpointError, LaspError, RecipeError, ResourceError, SetupError
-from lasptrain.recipe.loading import dump_saved, load
+from lasptrain.errors import CheckpointError, LaspError, RecipeError, SetupError
+from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import auto, origin
 from lasptrain.run import folder as runs

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import Json, committed, compare_meta, folder_of, log, problems_of, survey, wait_visible
-from lasptrain.checkpoint.tensors import restore
+from lasptrain.checkpoint.steps import committed, compare_meta, folder_of, log, problems_of, survey, wait_visible
+from lasptrain.checkpoint.table import Json
+from lasptrain.checkpoint.tensors import Reader, restore
 from lasptrain.checkpoint.votes import Group, vote, vote_of_first
 from lasptrain.errors import CheckpointError
 from lasptrain.run import origin
@@ -44,18 +45,20 @@ def load(
     """
     steps = vote_of_first(f"{run}: cannot list checkpoints", lambda: committed(run), group)
     steps = [step for step in steps if until is None or step <= until]
+    found: list[str] = []
     for step in steps:
         folder = folder_of(run, step)
-        manifest, problems = _verify(folder, step, group)
-        if not problems:
+        manifest, reader, problems = _verify(folder, step, group)
+        if reader is not None:
             compare_meta(folder, expect or {}, manifest["meta"])
-            restore(folder, manifest["files"], model, optimizer, group)
+            restore(reader, model, optimizer, group)
             return Loaded(step, manifest["meta"], folder)
+        found = found or problems
         if dist.get_rank(group) == 0:
             log.warning("%s is damaged and not used: %s", folder, "; ".join(problems))
     if steps:
-        found = f"{run / CHECKPOINTS}: none of the steps {steps} is intact"
-        raise CheckpointError(f"{found}; move the folder away to start over")
+        none = f"{run / CHECKPOINTS}: none of the steps {steps} is intact ({steps[0]}: {'; '.join(found)})"
+        raise CheckpointError(f"{none}; move the folder away to start over")
     return None
 
 
@@ -70,24 +73,36 @@ def load_origin(run: Path, model: nn.Module, optimizer: Optimizer, expect: Json,
         return None
     assert begun.step is not None
     folder = folder_of(begun.run, begun.step)
-    manifest, problems = _verify(folder, begun.step, group)
-    if problems:
+    manifest, reader, problems = _verify(folder, begun.step, group)
+    if reader is None:
         raise CheckpointError(f"{folder}, with which {run} begins: {'; '.join(problems)}; expected it whole")
     same = bool(manifest["meta"].get("decays") == expect.get("decays"))
     if not same and dist.get_rank(group) == 0:
         log.warning("%s has other decays than the recipe, whose own are taken", folder)
-    restore(folder, manifest["files"], model, optimizer if begun.optimizer else None, group, buffers=same)
+    restore(reader, model, optimizer if begun.optimizer else None, group, buffers=same)
     return begun
 
 
-def _verify(folder: Path, step: int, group: Group) -> tuple[Json, list[str]]:
-    """Return (manifest, problems of the step), the same on every rank; ranks share the hashing."""
+def _verify(folder: Path, step: int, group: Group) -> tuple[Json, Reader | None, list[str]]:
+    """Return manifest, reader and no problems of a step, or no reader; the same on every rank. Ranks share hashing."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     what = f"{folder} cannot be read"
     manifest, problem, seen = vote_of_first(what, lambda: survey(folder, step), group)
     if problem:
-        return manifest, [problem]
+        return manifest, None, [problem]
     wait_visible(folder, seen)
     own = sorted(manifest["files"].items())[rank::world]
     found = vote(what, lambda: [p for name, entry in own for p in problems_of(folder / name, entry)], group)
-    return manifest, [problem for problems in found for problem in problems]
+    if problems := [problem for problems in found for problem in problems]:
+        return manifest, None, problems
+    reader: Reader | None = None
+
+    def open_table() -> None:
+        nonlocal reader
+        reader = Reader(folder, manifest["files"])
+
+    try:
+        vote("table of tensors", open_table, group)
+    except CheckpointError as error:
+        return manifest, None, [str(error)]
+    return manifest, reader, []

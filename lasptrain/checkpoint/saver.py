@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import Json, begin, commit, delete, expired, log
+from lasptrain.checkpoint.steps import begin, commit, delete, expired, log
+from lasptrain.checkpoint.table import Json
 from lasptrain.checkpoint.tensors import present, tensors_of, write_files
 from lasptrain.checkpoint.votes import Group, vote, vote_of_first
 from lasptrain.errors import CheckpointError, ResourceError

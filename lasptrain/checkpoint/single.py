@@ -16,8 +16,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from lasptrain.checkpoint.steps import Json, begin, commit, committed, folder_of, problems_of, read_manifest
-from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer
+from lasptrain.checkpoint.steps import begin, commit, committed, folder_of, problems_of, read_manifest
+from lasptrain.checkpoint.table import Json
+from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer, poison
+from lasptrain.checkpoint.votes import reason_of
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
 from lasptrain.run.folder import CHECKPOINTS
@@ -39,8 +41,11 @@ class CheckpointReader:
         if problems:
             raise CheckpointError(f"{self.folder}: damaged, {'; '.join(problems)}")
         self.meta: Json = manifest["meta"]
-        self._reader = Reader(self.folder, files)
-        table = self._reader.read_metadata().state_dict_metadata
+        try:
+            self._reader = Reader(self.folder, files)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"{self.folder}: damaged, {reason_of(error)}") from None
+        table = self._reader.table.state_dict_metadata
         ours = {key.removeprefix("model."): entry for key, entry in table.items() if key.startswith("model.")}
         self._specs = {name: TensorSpec.of(entry) for name, entry in ours.items()}
         self.shapes = {name: spec.shape for name, spec in self._specs.items()}
@@ -48,6 +53,7 @@ class CheckpointReader:
     def read(self, name: str) -> Tensor:
         """Return a tensor of the model by its name there."""
         tensor = torch.empty(self._specs[name].shape, dtype=self._specs[name].dtype)
+        poison([tensor])
         with without_process_group():
             load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=Planner(), no_dist=True)
         return tensor

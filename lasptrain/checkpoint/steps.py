@@ -12,29 +12,36 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from lasptrain import __version__, architectures
+from lasptrain.checkpoint.table import METADATA as METADATA
+from lasptrain.checkpoint.table import Json, read_table
 from lasptrain.checkpoint.votes import reason_of
-from lasptrain.errors import CheckpointError
-from lasptrain.files import sha256, sync
-from lasptrain.recipe.formats import FORMAT, upgraded
+from lasptrain.errors import CheckpointError, LaspError
+from lasptrain.files import read, sha256, sync
+from lasptrain.recipe.formats import FORMAT, is_format, upgraded
 from lasptrain.run.folder import CHECKPOINTS
 from lasptrain.run.folder import committed as committed
 
 MANIFEST = "manifest.json"
-METADATA = ".metadata"  # DCP's own table of tensors
 SPARE = 1.1  # free space asked for, as a multiple of what is written
 LAG = 60.0  # seconds by which a network file system may show one machine changes later than another
-Json = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
 def folder_of(run: Path, step: int) -> Path:
     """The folder of a committed step."""
     return run / CHECKPOINTS / f"step-{step}"
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name or "\0" in name:
+        raise ValueError("no plain file name")
+    return name
 
 
 class Step(NamedTuple):
@@ -55,10 +62,15 @@ def inspect(run: Path, *, thorough: bool) -> Iterator[Step]:
             manifest, problem = read_manifest(folder, step)
         except CheckpointError as error:
             manifest, problem = {}, str(error)
-        files = manifest.get("files", {})
+        listed = manifest.get("files", {})
         problems = [problem] if problem else []
-        for name, entry in files.items():
+        for name, entry in listed.items():
             problems += problems_of(folder / name, entry, thorough=thorough)
+        if thorough and not problems:
+            try:
+                read_table(folder, listed)
+            except (CheckpointError, OSError) as error:
+                problems = [reason_of(error)]
         size = sum(path.lstat().st_size for path in folder.iterdir())
         yield Step(step, size, manifest.get("world"), folder.stat().st_mtime, problems)
 
@@ -142,31 +154,71 @@ def _digest(manifest: Json) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+class _Kept(BaseModel):
+    """Base of what a manifest must hold; it may hold more."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _File(_Kept):
+    size: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Guard(_Kept):
+    norms: list[float] = []
+    left_out: NonNegativeInt = 0
+
+
+class _Order(_Kept):
+    window: PositiveInt = 1
+
+
+class _Meta(_Kept):
+    model: Json = {}
+    recipe: Json = {}
+    guard: _Guard = _Guard()
+    order: _Order = _Order()
+    dataset: str | None = None
+
+
+class _Manifest(_Kept):
+    format: PositiveInt
+    step: NonNegativeInt
+    meta: _Meta
+    files: dict[Annotated[str, AfterValidator(_plain)], _File]
+    world: PositiveInt | None = None
+
+
 def read_manifest(folder: Path, step: int) -> tuple[Json, str | None]:
     """Return (manifest, None), or ({}, its problem). Raises CheckpointError if a newer lasptrain wrote it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read(folder / MANIFEST, own=True))
         digest = manifest.pop("sha256", None)
+        if digest != _digest(manifest):
+            return {}, f"{MANIFEST} does not match its own SHA-256"
     except FileNotFoundError:
         return {}, f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return {}, f"{MANIFEST}: {reason_of(error)}"
-    if digest != _digest(manifest):
-        return {}, f"{MANIFEST} does not match its own SHA-256"
-    if (number := manifest["format"]) > FORMAT:
-        version = manifest["versions"]["lasptrain"]
-        raise CheckpointError(f"{folder} has format {number}, written by lasptrain {version}; {FORMAT} fits")
+    number = manifest.get("format")
+    if is_format(number) and number > FORMAT:
+        versions = manifest.get("versions")
+        version = versions.get("lasptrain") if isinstance(versions, dict) else None
+        raise CheckpointError(f"{folder} has format {number}, written by lasptrain {version!s:.99}; {FORMAT} fits")
+    try:
+        _Manifest.model_validate(manifest)
+        meta = manifest["meta"]
+        if model := meta.get("model"):
+            meta["model"] = architectures.completed(upgraded("model", model, manifest["format"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        return {}, f"{MANIFEST}: {'.'.join(map(str, first['loc']))!s:.99}: {first['msg']}"
+    except (LaspError, ValueError, TypeError, AttributeError) as error:
+        return {}, f"{MANIFEST}: {reason_of(error).splitlines()[0]}"
     if manifest["step"] != step:
         return {}, f"{MANIFEST} is of step {manifest['step']}"
-    if strange := [name for name in manifest["files"] if not _plain(name)]:
-        return {}, f"{MANIFEST} lists {strange}, which are no plain file names"
-    if model := manifest["meta"].get("model"):
-        manifest["meta"]["model"] = architectures.completed(upgraded("model", model, manifest["format"]))
     return manifest, None
-
-
-def _plain(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
 
 
 def survey(folder: Path, step: int) -> tuple[Json, str | None, Json]:
@@ -193,12 +245,15 @@ def _present_on_disk(path: Path, entry: Json) -> bool:
 
 def problems_of(path: Path, entry: Json, *, thorough: bool = True) -> Iterator[str]:
     """Yield the problems of a file that the manifest describes as `entry`."""
-    if path.is_symlink() or not path.is_file():
-        yield f"{path.name} is missing"
-    elif (size := path.stat().st_size) != entry["size"]:
-        yield f"{path.name} has {size} bytes instead of {entry['size']}"
-    elif thorough and sha256(path) != entry["sha256"]:
-        yield f"{path.name} does not match its SHA-256"
+    try:
+        if path.is_symlink() or not path.is_file():
+            yield f"{path.name} is missing"
+        elif (size := path.stat().st_size) != entry["size"]:
+            yield f"{path.name} has {size} bytes instead of {entry['size']}"
+        elif thorough and sha256(path) != entry["sha256"]:
+            yield f"{path.name} does not match its SHA-256"
+    except OSError as error:
+        yield f"{path.name}: {error.strerror}"
 
 
 def compare_meta(folder: Path, expect: Json, meta: Json) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import pickle  # noqa: TID251  only to restrict it
-from collections import OrderedDict
-from functools import cached_property
+import io
+import math
+import os
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -19,10 +21,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lasptrain.checkpoint.steps import METADATA, Json
+from lasptrain.checkpoint.table import METADATA, Json, read_table
 from lasptrain.checkpoint.votes import Group, vote
 from lasptrain.errors import CheckpointError
-from lasptrain.files import sha256
+from lasptrain.files import regular, sha256
 from lasptrain.training.optimizer import initial_state, initialise_state
 
 
@@ -90,16 +92,16 @@ class Writer(FileSystemWriter):
 
 
 def restore(
-    folder: Path, files: Json, model: nn.Module, optimizer: Optimizer | None, group: Group, *, buffers: bool = True
+    reader: Reader, model: nn.Module, optimizer: Optimizer | None, group: Group, *, buffers: bool = True
 ) -> None:
     """Compare the stored tensors with the live ones, then overwrite these; without `buffers` parameters only."""
     tensors = tensors_of(model, optimizer)
     left_out = set[str]() if buffers else _buffers(model)
-    reader = Reader(folder, files)
-    what = f"{folder} not loaded"
+    what = f"{reader.path} not loaded"
     own = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    vote(what, lambda: _compare_tensors(reader.read_metadata(), own, left_out, partial=optimizer is None), group)
+    vote(what, lambda: _compare_tensors(reader.table, own, left_out, partial=optimizer is None), group)
     own = present(own)
+    poison(own.values())
     vote(what, lambda: load_state(own, storage_reader=reader, planner=Planner(), process_group=group), group)
 
 
@@ -138,26 +140,32 @@ class TensorSpec(NamedTuple):
 
 
 class Reader(FileSystemReader):
-    """DCP's reader, except that it executes nothing in the table of tensors and follows it to `files` only."""
+    """DCP's reader, except that it executes nothing in the table of tensors and opens the `listed` files only.
 
-    def __init__(self, folder: Path, files: Json) -> None:
+    Raises CheckpointError or OSError where the table cannot be used.
+    """
+
+    def __init__(self, folder: Path, listed: Json) -> None:
         super().__init__(folder)
-        self.table = folder / METADATA
-        self.files = files
+        self.table = read_table(folder, listed)
+        self.fs = _Files(folder, listed)
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        return self._metadata
+        return self.table
 
-    @cached_property
-    def _metadata(self) -> Metadata:
-        with self.table.open("rb") as stream:
-            table = _Unpickler(stream).load()
-        if not isinstance(table, Metadata):
-            raise CheckpointError(f"{METADATA} holds {type(table).__name__} instead of a table of tensors")
-        for place in table.storage_data.values():
-            if place.relative_path not in self.files:
-                raise CheckpointError(f"{METADATA} points at {place.relative_path!r}, which is not in the manifest")
-        return table
+
+class _Files(filesystem.FileSystem):
+    """The files of a step, as its manifest lists them."""
+
+    def __init__(self, folder: Path, listed: Json) -> None:
+        self.allowed = {folder / name for name in listed}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if mode != "rb" or Path(path) not in self.allowed:
+            raise CheckpointError(f"{path} is not in the manifest; refused")
+        with regular(Path(path), own=True) as stream:
+            yield cast("io.IOBase", stream)
 
 
 class Planner(DefaultLoadPlanner):
@@ -167,31 +175,8 @@ class Planner(DefaultLoadPlanner):
         raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickler that knows the classes that DCP's table of tensors consists of, and no other global."""
-
-    CLASSES: tuple[type, ...] = (
-        Metadata,
-        metadata.MetadataIndex,
-        TensorStorageMetadata,
-        metadata.TensorProperties,
-        metadata.ChunkStorageMetadata,
-        metadata.BytesStorageMetadata,
-        StorageMeta,
-        metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo,
-        torch.Size,
-        OrderedDict,
-    )
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__(stream)
-        self.known: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in self.CLASSES}
-        self.known["torch.serialization", "_get_layout"] = torch.serialization._get_layout
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.known:
-            return self.known[module, name]
-        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            return dtype
-        raise CheckpointError(f"{METADATA} refers to {module}.{name}, which no checkpoint needs; refused")
+def poison(tensors: Iterable[Tensor]) -> None:
+    """Fill tensors that are to be loaded, so that what is not loaded cannot be taken for weights."""
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.fill_(math.nan)
