@@ -24,6 +24,7 @@ def at_home(path: str) -> str:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, or of a quota, without room
+BROKEN = (errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE)  # of a disk, or of the limit of files
 SMALL = 1 << 24  # bytes that a file which is read whole may have
 _HIDDEN = re.compile(r"\.[a-z]+\.(json|yaml)\.\d+")  # names that `whole` gives to small files
 

@@ -3,6 +3,7 @@
 python -m tests.fake_train TARGET RECIPE NPROC [NODES NODE_RANK HOST:PORT [KEY=VALUE]…]
 """
 
+import errno
 import json
 import os
 import signal
@@ -33,6 +34,15 @@ def refuse(recipe: Recipe, run: Path) -> None:
     """The last rank stops with an error of ours; the others wait for it."""
     if dist.get_rank() == dist.get_world_size() - 1:
         raise NumericalError("step 3: loss nan; expected a number")
+    dist.barrier()
+
+
+def full(recipe: Recipe, run: Path) -> None:
+    """As `refuse`, for want of room, of which there is none for the records of ranks either."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        (run / "ranks").rmdir()
+        (run / "ranks").touch()
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics")
     dist.barrier()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lasptrain import files
-from lasptrain.errors import CheckpointError, LaspError, RecipeError, SetupError
+from lasptrain.errors import CheckpointError, LaspError, RecipeError, ResourceError, SetupError
+from lasptrain.process.failure import Failure, failure_of, write_final_status
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import auto, origin
 from lasptrain.run import folder as runs
-from lasptrain.run.metrics import Metrics
+from lasptrain.run.metrics import Metrics, read_metrics
+from lasptrain.run.outlets import PATIENCE, Outlet
+from tests.clock import Clock
 
 RECIPE = """
 model: {arch: tnl, dim: 8, layers: 1, heads: 1, mlp: 8, vocab: 320}
@@ -32,24 +37,6 @@ train: {steps: 2, batch: 2}
 def recipe(tmp_path: Path) -> Recipe:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     return load(tmp_path / "tiny.yaml")
-
-
-class Refusing:
-    """Lets functions of `os` raise an error from their call number `first` on, for `times` calls."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, number: int, *names: str, first: int = 1, times: int = 10**9) -> None:
-        self.calls, self._number, self._when = 0, number, range(first, first + times)
-        for name in names:
-            patch.setattr(os, name, self._refusing(getattr(os, name)))
-
-    def _refusing(self, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls in self._when:
-                raise OSError(self._number, os.strerror(self._number))
-            return function(*args, **kwargs)
-
-        return call
 
 
 # The first start
@@ -165,3 +152,94 @@ def test_a_recipe_that_is_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no regular file"):
         load(tmp_path / "recipe.yaml")
     assert time.monotonic() - began < 1
+
+
+# Files that are only looked at
+
+
+def write_some(run: Path, steps: int = 6) -> None:
+    with Metrics(run, steps=steps) as metrics:
+        for step in range(1, steps + 1):
+            metrics.log(step, loss=float(step))
+
+
+@pytest.mark.fault("a disk that refuses to write", times=9)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOSPC])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "status.json"])
+def test_an_error_of_a_file_of_display_is_told_and_the_file_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, number: int
+) -> None:
+    monkeypatch.setattr("lasptrain.run.metrics.RENEWED", -1.0)
+    open_, write, seen = os.open, os.write, list[int]()
+
+    def refusing(descriptor: int, data: bytes) -> int:
+        if name.removesuffix(".json") in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            seen.append(descriptor)
+            if len(seen) == 2:
+                write(descriptor, data[: len(data) // 2])  # a part is there already
+                raise OSError(number, os.strerror(number))
+        return write(descriptor, data)
+
+    def unopened(path: Any, *args: Any, **kwargs: Any) -> int:
+        if name == "status.json" and "status.json" in str(path):
+            seen.append(0)
+            if len(seen) == 2:
+                raise OSError(number, os.strerror(number), str(path))
+        return open_(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refusing)
+        patch.setattr(os, "open", unopened)
+        write_some(tmp_path)
+    assert len(seen) > 4
+    told = [message for message in caplog.messages if name in message]
+    assert [os.strerror(number) in told[0], "written again" in told[1]] == [True, True] and len(told) == 2
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert {2.0, 3.0, 4.0, 5.0, 6.0} <= {event.value for event in events}
+
+
+def test_a_file_that_stays_broken_ends_training_after_a_while(tmp_path: Path) -> None:
+    for number, kind in ((errno.ENOSPC, ResourceError), (errno.EIO, SetupError)):
+        clock = Clock()
+        outlet = Outlet(tmp_path / "metrics.jsonl", clock)
+
+        def refuse(number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        outlet(refuse)
+        clock.seconds += PATIENCE
+        outlet(refuse)
+        clock.seconds += 1
+        with pytest.raises(kind, match=f"metrics.jsonl: {os.strerror(number)}, for 301 s"):
+            outlet(refuse)
+        with pytest.raises(kind):
+            Outlet(tmp_path, clock)(refuse, last=True)
+
+
+def test_the_end_is_written_into_status_json_where_there_is_no_room_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 7, "filling": "x" * 200}))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "replace", full)
+    write_final_status(tmp_path, Failure(1, 8, "OSError", "no space left", 0.0))
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["code"], status["step"]) == ("failed", 8, 7)
+
+
+def test_what_an_error_of_the_disk_means() -> None:
+    for number, named, code in (
+        (errno.EIO, False, 5),
+        (errno.EMFILE, False, 5),
+        (errno.EACCES, True, 5),
+        (errno.EFBIG, False, 8),
+        (errno.EDQUOT, True, 8),
+        (errno.EINVAL, False, 70),
+    ):
+        failure = failure_of(0, OSError(number, os.strerror(number), *(["file"] if named else [])))
+        assert failure.code == code and ("\n" in failure.message) is (code == 70)

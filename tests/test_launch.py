@@ -115,12 +115,14 @@ def test_ranks_get_the_resolved_recipe(folder: Path, start: Start) -> None:
     ("target", "code", "message"),
     [
         ("refuse", 6, "error: step 3: loss nan; expected a number\n"),
+        ("full", 8, f"error: rank 1 on {socket.gethostname()}: metrics: no space left; expected some\n"),
         pytest.param("deaf", 7, "error: rank 1 was killed by SIGKILL: out of host memory?\n", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.fault("a rank that dies, hangs, lags or fails; a launcher killed")
 def test_the_cause_is_told_once_with_its_code(folder: Path, start: Start, target: str, code: int, message: str) -> None:
     assert end(start(target, "tiny.yaml", "2")) == (code, message)
+    assert status(folder)["code"] == code
     if target == "deaf":  # by the watchdog, not by the agent half a minute later; `test_watchdog` says when
         assert record(folder, 0)["kind"] == ORPHANED
 
@@ -511,7 +513,7 @@ def test_a_signal_behind_the_last_save_says_that_every_step_is_saved(tmp_path: P
     pulse = tmp_path / f"{PULSE}0"
     pulse.write_text("17 9 123.0")
     assert not all_left(tmp_path) and not all_saved(tmp_path)
-    lost = stopped_by(signal.SIGTERM, True, tmp_path, False)
+    lost = stopped_by(signal.SIGTERM, True, False, tmp_path)
     assert (lost.code, lost.message) == (143, "stopped before the newest step could be saved")
     pulse.write_text("0 9 inf".ljust(64))
     (tmp_path / "status.json").write_text('{"steps": 4, "committed": 2}')
@@ -519,7 +521,7 @@ def test_a_signal_behind_the_last_save_says_that_every_step_is_saved(tmp_path: P
     (tmp_path / "status.json").write_text('{"steps": 4, "committed": 4}')
     assert all_saved(tmp_path)
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        found = stopped_by(number, True, tmp_path, True)
+        found = stopped_by(number, True, True, tmp_path)
         assert (found.code, found.message) == (code, f"stopped by {number.name}; every step is saved")
 
 
@@ -539,6 +541,8 @@ def test_a_user_without_home_is_told_what_to_set(folder: Path, monkeypatch: pyte
 
 def test_a_rank_that_left_no_record_is_a_bug(tmp_path: Path) -> None:
     assert root_cause({3: 1}, tmp_path).code == 70
+    assert root_cause({0: 7, 1: -15, 2: 8, 3: 5}, tmp_path)[:2] == (2, 8)
+    assert root_cause({0: 7}, tmp_path).code == 7
 
 
 # The run folder

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lasptrain.checkpoint.steps import begin, commit, delete, expired, log
 from lasptrain.checkpoint.table import Json
 from lasptrain.checkpoint.tensors import present, tensors_of, write_files
-from lasptrain.checkpoint.votes import Group, vote, vote_of_first
+from lasptrain.checkpoint.votes import Group, reason_of, vote, vote_of_first
 from lasptrain.errors import CheckpointError, ResourceError
 from lasptrain.recipe.sections import Checkpoint
 from lasptrain.run.folder import CHECKPOINTS
@@ -48,7 +48,10 @@ def save(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if rank == 0:
-        delete(run, expired(run, keep, keep_every, step))
+        try:
+            delete(run, expired(run, keep, keep_every, step))
+        except OSError as error:  # they are looked for again after the next save
+            log.warning("%s: cannot look for steps to delete: %s", run, reason_of(error))
 
 
 class Saver:

@@ -1,6 +1,5 @@
 """The command line: parse, call, print. Every error is one line on stderr and an exit code; torch is imported late."""
 
-import errno
 import os
 import sys
 import traceback
@@ -22,6 +21,7 @@ from lasptrain.console.tables import figures, show
 from lasptrain.convert import targets
 from lasptrain.cost import links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
+from lasptrain.files import BROKEN, FULL
 from lasptrain.process import signals
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
@@ -53,9 +53,12 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             typer.echo(f"error: {_name(error) or 'output'}: no space left; expected some", err=True)
             code = ResourceError.code
+        elif error.errno in BROKEN:
+            typer.echo(f"error: {_name(error) or 'a file'}: {error.strerror}", err=True)
+            code = SetupError.code
         elif error.filename is None:
             traceback.print_exc()
             code = INTERNAL

@@ -24,7 +24,7 @@ from lasptrain.eval.tasks import TASKS
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import barrier
 from lasptrain.process.local_ranks import on_ranks
-from lasptrain.run.metrics import write_scalars
+from lasptrain.run.outlets import write_scalars
 
 
 def evaluate(

@@ -181,7 +181,7 @@ def _agent(
     here = sys.path[0] in ("", str(Path.cwd()))
     entry = ["-m", "lasptrain.process.worker"] if here else ["-P", "-m", "lasptrain.process.worker"]
     arguments = [str(os.getpid()), str(folder / runs.RECIPE), str(run or ""), str(records), target]
-    watching = watchdog.Watchdog(folder, partial(_record_ended, records))
+    watching = watchdog.Watchdog(folder, partial(_record_ended, records, folder))
     watching.start()
     try:
         # Kept until the end: torch's own store of that place shares its server.
@@ -189,12 +189,14 @@ def _agent(
         elastic_launch(_config(folder, nproc, nodes, limits.grace), sys.executable)("-u", *entry, *arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return root_cause(codes, records)
+        return root_cause(codes, records, folder)
     except SignalException as error:
         began = any(folder.glob(f"{watchdog.PULSE}*"))
         saved = watchdog.all_left(folder) or (run is not None and all_saved(run))
-        return stopped_by(error.sigval, began, records, saved)
+        return stopped_by(error.sigval, began, saved, records, folder)
     except (RendezvousError, dist.DistError, TimeoutError, OSError) as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in (*files.FULL, *files.BROKEN)):
+            raise
         place = nodes.rendezvous if nodes else "this machine"
         raise SetupError(f"--rdzv: no rendezvous at {place}: {first_line(error)}; expected a free, open port") from None
     finally:
@@ -212,11 +214,11 @@ def _meet(nodes: Nodes, timeout: float) -> TCPStore:
     return store
 
 
-def _record_ended(records: Path, rank: int, kind: str, what: str) -> None:
+def _record_ended(records: Path, folder: Path, rank: int, kind: str, what: str) -> None:
     """Write the record of a rank that the watchdog kills, which cannot write its own."""
-    if not (records / f"{rank}.json").exists():
+    if not any((place / f"{rank}.json").exists() for place in (records, folder)):
         name = f"rank {rank} on {socket.gethostname()}"
-        record(records, Failure(rank, RankLostError.code, kind, f"{name} {what}", time.time()))
+        record(Failure(rank, RankLostError.code, kind, f"{name} {what}", time.time()), records, folder)
 
 
 def _silence(package: str) -> None:

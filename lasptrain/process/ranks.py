@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,14 +24,18 @@ from lasptrain.run import folder as runs
 
 
 def run_worker(
-    recipe: Recipe, target: str, *, run: Path | None = None, records: Path | None = None, place: RunLocation = DEFAULT
+    recipe: Recipe,
+    target: str,
+    *,
+    run: Path | None = None,
+    records: tuple[Path, ...] = (),
+    place: RunLocation = DEFAULT,
 ) -> NoReturn:
     """Join the process group, call the target and end the process with its exit code.
 
     Without `records` there is no launcher of ours: rank 0 opens the run folder, and ranks print their own failures.
     """
-    launched = records is not None
-    folders = {records} if records else set()
+    launched, folders = bool(records), dict.fromkeys(records)
     code, failure = 0, None
     try:
         digest = runs.digest(recipe)
@@ -44,20 +48,20 @@ def run_worker(
             _join_others(recipe.launch.timeout)
             _agree(digest)
             run, recipe = _share(recipe, lambda: stack.enter_context(opening))
-            folders.add(run / runs.RANKS)  # other machines' launchers look there too
+            folders[run / runs.RANKS] = None  # other machines' launchers look there too
             _function(target)(recipe, run)
             dist.destroy_process_group()
     except BaseException as error:
         failure = failure_of(int(os.environ["RANK"]), error)
         code = failure.code
-        for folder in folders:
-            record(folder, failure)
+        record(failure, *folders)
         if not launched:
             report(failure)
     if not launched and run is not None and os.environ["RANK"] == "0":
         write_final_status(run, failure)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # such as a log on a disk that is full
+            stream.flush()
     if code in (0, STOPPED, INTERRUPTED, NumericalError.code):  # all ranks end so, and rank 0 may take longer
         watchdog.leave()
     os._exit(code)  # tearing down a group that others still hold may abort the interpreter

@@ -41,19 +41,21 @@ def begin(folder: Path, rank: int) -> None:
     """Start writing this process's heartbeats, as `rank`, into a file in `folder`."""
     global _file
     _file = os.open(folder / f"{PULSE}{rank}", os.O_WRONLY | os.O_CREAT, 0o666)
-    heartbeat(STARTUP_GRACE)
+    _say(os.getpid(), time.monotonic() + STARTUP_GRACE)  # where there is no room, nothing begins
 
 
 def heartbeat(silence: float) -> None:
     """Write that this rank is alive, and will write again within `silence` seconds."""
     global _count
     _count += 1
-    _say(os.getpid(), time.monotonic() + silence)
+    with suppress(OSError):  # the next one may be heard
+        _say(os.getpid(), time.monotonic() + silence)
 
 
 def leave() -> None:
     """Write that this rank ends in order, so that its end is not taken for a death."""
-    _say(0, math.inf)
+    with suppress(OSError):
+        _say(0, math.inf)
 
 
 def _say(pid: int, until: float) -> None:

@@ -16,15 +16,15 @@ from lasptrain.process.failure import failure_of, record
 def main(launcher: str, recipe: str, run: str, records: str, target: str) -> None:
     """Run `target` on the recipe for the launcher with that process id; does not return. See `ranks.run_worker`."""
     stdio.ignore_broken_pipe()
-    rank, folder = int(os.environ["RANK"]), Path(records)
+    rank, folders = int(os.environ["RANK"]), (Path(records), Path(recipe).parent)  # one may have no room
     faulthandler.register(signal.SIGUSR2)  # prints the stacks of all threads and goes on
-    signals.listen(lambda by: record(folder, failure_of(rank, signals.interruption(by, "nothing was unsaved"))))
+    signals.listen(lambda by: record(failure_of(rank, signals.interruption(by, "nothing was unsaved")), *folders))
     watchdog.begin(Path(recipe).parent, rank)  # who has begun hears signals
     die_with(int(launcher))
     from lasptrain.process.ranks import run_worker
     from lasptrain.recipe.loading import load
 
-    run_worker(load(recipe), target, run=Path(run) if run else None, records=folder)
+    run_worker(load(recipe), target, run=Path(run) if run else None, records=folders)
 
 
 def die_with(parent: int) -> None:

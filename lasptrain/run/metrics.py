@@ -15,7 +15,7 @@ import math
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lasptrain import files
+from lasptrain.run.outlets import Events, Lines, Outlet
 
 FILE, EVENTS, STATUS = "metrics.jsonl", "tensorboard", "status.json"
 QUIET = 2.0  # seconds between lines where there is no terminal to redraw
@@ -43,13 +44,12 @@ class Metrics:
         self._renewed = -math.inf
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
-
         self._display = _Display(console or Console(soft_wrap=True, highlight=False), steps, start)
-        self._file = _append(run / FILE)
-        if self._file.tell():
+        self._lines, self._events = Lines(run / FILE), Events(run / EVENTS, purge_step=start + 1)
+        paths = {"terminal": Path("the terminal"), "lines": run / FILE, "events": run / EVENTS, "status": run / STATUS}
+        self._outlets = {name: Outlet(path) for name, path in paths.items()}
+        if self._lines.begun:
             self._write({"step": start, "event": "resumed"})
-        self._events = SummaryWriter(str(run / EVENTS), purge_step=start + 1)
         self._renew()
 
     def log(self, step: int, **values: Value) -> None:
@@ -58,7 +58,7 @@ class Metrics:
             return
         self._write({"step": step, **values})
         self._plot("train", step, values)
-        self._display.show(step, values)
+        self._outlets["terminal"](lambda: self._display.show(step, values))
         self._status |= {"step": step, "tokens_per_s": values.get("tokens_per_s")}
         if step == self._steps or time.monotonic() - self._renewed > RENEWED:
             self._renew()
@@ -70,7 +70,7 @@ class Metrics:
         self._write({"step": step, "event": "eval", **values})
         self._plot("eval", step, values)
         if "loss" in values:
-            self._display.say(f"step {step}/{self._steps}  held-out loss {_number(values['loss'], '.4f')}")
+            self._say(f"step {step}/{self._steps}  held-out loss {_number(values['loss'], '.4f')}")
 
     def epochs(self, step: int, begun: dict[str, int]) -> None:
         """Report that update `step` begins to read tokens of these sources again, and which epoch of each it is."""
@@ -78,7 +78,7 @@ class Metrics:
             return
         self._write({"step": step, "event": "epoch", "epochs": begun})
         for source, number in begun.items():
-            self._display.say(f"epoch {number} begins at step {step}: {source}")
+            self._say(f"epoch {number} begins at step {step}: {source}")
 
     def begun(self, step: int, event: str, **values: Any) -> None:
         """Record an event at the start, after `step`: `changed` keys of the recipe, or the `origin` of the weights."""
@@ -92,7 +92,7 @@ class Metrics:
         self._write({"step": step, "event": verdict, "reason": reason, "windows": windows, **values})
         self._status["last_error"] = f"step {step}: {verdict}: {reason}"
         self._renew()
-        self._display.say(f"step {step}: {verdict}: {reason}; its windows start at tokens {windows}")
+        self._say(f"step {step}: {verdict}: {reason}; its windows start at tokens {windows}")
 
     def straggler(self, step: int, what: str | None) -> None:
         """Report the rank that slows the others down after update `step`, or that none does any more."""
@@ -103,7 +103,7 @@ class Metrics:
         else:
             self._status["straggler"] = what
             self._write({"step": step, "event": "straggler", "what": what})
-            self._display.say(f"step {step}: {what}")
+            self._say(f"step {step}: {what}")
         self._renew()
 
     def committed(self, step: int | None) -> None:
@@ -112,18 +112,23 @@ class Metrics:
             return
         self._status["committed"] = step
         self._renew()
-        self._display.say(f"committed step {step}")
+        self._say(f"committed step {step}")
 
-    def close(self, state: str = "finished") -> None:
-        """Close the display and the files; `state` goes to status.json."""
+    def close(self, state: str = "finished", *, failing: bool = False) -> None:
+        """Close the display and the files; `state` goes to status.json.
+
+        Raises ResourceError or SetupError where what has happened still cannot be written, unless training is `failing`
+        with an error of its own.
+        """
         if not self._is_main:
             return
         self._is_main = False
-        self._display.close()
-        self._file.close()
-        self._events.close()
         self._status["state"] = state
-        self._renew()
+        last = {"terminal": self._display.close, "lines": self._lines.flush, "status": self._renew_now}
+        for name, act in last.items():
+            self._outlets[name](act, last=not failing)
+        self._lines.close()
+        self._events.close()
 
     def __enter__(self) -> Self:
         return self
@@ -131,22 +136,28 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("finished" if kind is None else f"ended by {kind.__name__}")
+        self.close("finished" if kind is None else f"ended by {kind.__name__}", failing=kind is not None)
 
     def _write(self, record: Record) -> None:
         """Write and flush one line: a killed run leaves at most a torn last line. NaN and infinity are null in JSON."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps(finite | {"time": round(time.time(), 3)}))
+        self._outlets["lines"](self._lines.flush)
 
     def _plot(self, group: str, step: int, values: dict[str, Value]) -> None:
-        for key, value in values.items():
-            if value is not None:
-                self._events.add_scalar(f"{group}/{key}", value, step)
+        found = {f"{group}/{key}": float(value) for key, value in values.items() if value is not None}
+        self._outlets["events"](lambda: self._events.add(step, found))
+
+    def _say(self, text: str) -> None:
+        self._outlets["terminal"](lambda: self._display.say(text))
 
     def _renew(self) -> None:
         self._renewed = time.monotonic()
-        files.replace(self._run / STATUS, json.dumps(self._status | {"time": round(time.time(), 3)}))
+        self._outlets["status"](self._renew_now)
+
+    def _renew_now(self) -> None:
+        status = self._status | {"time": round(time.time(), 3)}
+        files.replace(self._run / STATUS, json.dumps(status), lasting=False)
 
 
 class _Display:
@@ -212,27 +223,6 @@ def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, peak: float | None)
     return None if peak is None else tokens_per_s_per_gpu * flops_per_token / peak
 
 
-def _append(file: Path) -> IO[str]:
-    """Open for appending on a new line, even if the last one was torn."""
-    stream = file.open("a+b")
-    size = stream.seek(0, 2)
-    if size:
-        stream.seek(-1, 2)
-        if stream.read(1) != b"\n":
-            stream.write(b"\n")
-    stream.close()
-    return file.open("a", encoding="utf-8")
-
-
-def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
-    """Write values as TensorBoard events, in a file of their own in the folder."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as events:
-        for name, value in values.items():
-            events.add_scalar(name, value, step)
-
-
 def read_metrics(run: Path, event: str | None = None) -> list[Record]:
     """Return the records of RUN/metrics.jsonl by step: of updates, or of an `event` (`eval`); [] if there is no file.
 
@@ -242,10 +232,12 @@ def read_metrics(run: Path, event: str | None = None) -> list[Record]:
     if not (run / FILE).exists():
         return []
     kept: dict[int, Record] = {}
-    for line in (run / FILE).read_bytes().splitlines():
+    with files.regular(run / FILE, own=True) as stream:
+        lines = stream.read().splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if record.get("event") == "resumed":
             kept = {step: other for step, other in kept.items() if step <= record["step"]}
