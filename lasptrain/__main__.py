@@ -20,9 +20,8 @@ def main() -> NoReturn:
         from lasptrain.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    if sys.argv[1:2] != ["pretrain"]:  # which listens itself, as soon as it begins
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
+    for number in heard:  # the command line listens itself
+        signal.signal(number, signal.SIG_DFL)
     run()
 
 

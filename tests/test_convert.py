@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -577,6 +579,56 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, exports: Exports)
     with pytest.raises(ConvertError, match=r"has unknown lm_head\.weight"):
         restore(out, tmp_path / "back")
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.fault("a hostile checkpoint", times=9)
+def test_a_crafted_folder_is_refused_before_anything_is_made_for_it(tmp_path: Path, exports: Exports) -> None:
+    _, whole = exports("ssd-constant")
+
+    def refused(change: dict[str, Any], name: str, message: str, *, record: bool = True) -> None:
+        out = shutil.copytree(whole, tmp_path / "crafted")
+        (out / name).write_text(json.dumps(json.loads((out / name).read_text()) | change))
+        if not record:
+            (out / RECORD).unlink()
+        tracemalloc.start()
+        with pytest.raises(ConvertError, match=message) as caught:
+            restore(out, tmp_path / "back")
+        assert tracemalloc.get_traced_memory()[1] < 2e8 and "\n" not in str(caught.value)
+        tracemalloc.stop()
+        shutil.rmtree(out)
+
+    for step in (-3, "7", True, 1 << 60):
+        refused({"step": step}, RECORD, "step: found .*; expected a number from 0 on")
+    refused({"slopes": {"layers.0": ["a"]}}, RECORD, "slopes: found .*; expected lists of numbers")
+    few = r"num_hidden_layers: 1,000,000,000 layers, with \d+ tensors; expected tensors for each"
+    more = {"num_hidden_layers": 10**9, "layer_types": None}
+    refused(more, "config.json", few, record=False)
+    model = json.loads((whole / RECORD).read_text())["meta"]["model"]
+    meta = json.loads((whole / RECORD).read_text())["meta"] | {"model": model | {"layers": 4096}}
+    refused({"meta": meta}, RECORD, "4,096 layers, with|num_hidden_layers is")
+    for make in (os.mkfifo, lambda file: file.write_text("[" * 100_000)):
+        out = shutil.copytree(whole, tmp_path / "crafted")
+        (out / "config.json").unlink()
+        make(out / "config.json")
+        with pytest.raises(ConvertError, match=r"config\.json: cannot be read as JSON"):
+            restore(out, tmp_path / "back")
+        shutil.rmtree(out)
+    assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.fault("a disk that refuses to write")
+def test_an_error_of_fsync_is_told_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Exports
+) -> None:
+    run, _ = exports("ssd-constant")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"Input/output error: '.*out") as caught:
+        export(run, tmp_path / "out", "safetensors", check=False)
+    assert caught.value.filename and not list(tmp_path.iterdir())
 
 
 def test_weights_of_others_begin_a_run(tmp_path: Path, exports: Exports) -> None:

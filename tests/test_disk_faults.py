@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lasptrain import files
+from lasptrain.cli import main
 from lasptrain.errors import CheckpointError, LaspError, RecipeError, ResourceError, SetupError
+from lasptrain.process import interface
 from lasptrain.process.failure import Failure, failure_of, write_final_status
+from lasptrain.process.scratch import scratch
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import auto, origin
@@ -243,3 +248,60 @@ def test_what_an_error_of_the_disk_means() -> None:
     ):
         failure = failure_of(0, OSError(number, os.strerror(number), *(["file"] if named else [])))
         assert failure.code == code and ("\n" in failure.message) is (code == 70)
+
+
+# Temporary folders, interfaces, the command line
+
+
+def test_a_temporary_folder_without_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(SetupError, match="TMPDIR: No usable temporary directory"), scratch():
+        pass
+
+
+def test_ranks_talk_over_the_route_where_the_name_of_a_machine_is_a_loopback_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"node7": "127.0.1.1", "node8": "10.0.0.8", "10.0.0.1": "10.0.0.1", "127.0.0.1": "127.0.0.1"}
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(socket, "gethostbyname", names.__getitem__)
+    monkeypatch.setattr(interface, "_source", lambda host, port: "10.0.0.7")
+    monkeypatch.setattr(interface, "of", {"10.0.0.7": "eth1"}.get)
+    monkeypatch.setenv(interface.VARIABLE, "")  # so that it is what it was in the end
+    monkeypatch.delenv(interface.VARIABLE)
+    interface.choose("127.0.0.1", 29400)
+    assert interface.VARIABLE not in os.environ
+    interface.choose("10.0.0.1", 29400)
+    assert os.environ[interface.VARIABLE] == "eth1"
+    said = "the name of this machine, node7, is a loopback address: ranks talk over eth1, which leads to 10.0.0.1"
+    assert capsys.readouterr().err == f"{said}; GLOO_SOCKET_IFNAME names another\n"
+    for name, user in (("node7", "ib0"), ("node8", None)):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        monkeypatch.delenv(interface.VARIABLE, raising=False)
+        if user:
+            monkeypatch.setenv(interface.VARIABLE, user)
+        interface.choose("10.0.0.1", 29400)
+        assert os.environ.get(interface.VARIABLE) == user
+    monkeypatch.undo()
+    assert interface.of("127.0.0.1") == "lo" and interface.of("192.0.2.9") is None
+
+
+def test_an_error_of_the_disk_is_one_line_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signals: None
+) -> None:
+    for number, code, line in (
+        (errno.EIO, 5, "error: a file: Input/output error\n"),
+        (errno.EMFILE, 5, "error: a file: Too many open files\n"),
+        (errno.EFBIG, 8, "error: output: no space left; expected some\n"),
+    ):
+
+        def fail(number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(main, "app", fail)
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        assert (end.value.code, capsys.readouterr().err) == (code, line)

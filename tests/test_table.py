@@ -17,12 +17,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from typer.testing import CliRunner
 
 from lasptrain.checkpoint import steps, tensors
 from lasptrain.checkpoint.load import load
 from lasptrain.checkpoint.saver import save
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.checkpoint.table import read_table
+from lasptrain.cli import main
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
 
@@ -280,3 +282,12 @@ def test_what_is_not_loaded_is_no_number(run: Path, monkeypatch: pytest.MonkeyPa
     net, optimizer = model(1)
     assert load(run, net, optimizer) is not None
     assert bool(net.weight.isnan().all()) and bool(optimizer.state[net.weight]["exp_avg"].isnan().all())
+
+
+@pytest.mark.fault("a damaged file of a checkpoint")
+def test_of_steps_put_aside_two_stay_and_are_counted(run: Path) -> None:
+    net, optimizer = model(0)
+    for _ in range(4):
+        save(run, 1, tensors.present(tensors.tensors_of(net, optimizer)), {}, keep=9)
+    assert len(steps.put_aside(run)) == steps.ASIDE and steps.committed(run) == [1]
+    assert "put aside as damaged, 2: step-1.bad-" in CliRunner().invoke(main.app, ["ckpt", "list", str(run)]).output

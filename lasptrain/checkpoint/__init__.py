@@ -3,7 +3,7 @@
     RUN/checkpoints/step-1200/                 manifest.json  .metadata  __0_0.distcp  __1_0.distcp …
     RUN/checkpoints/.step-1500.tmp-1f2e3d4c/   being written
     RUN/checkpoints/.step-900.del/             being deleted
-    RUN/checkpoints/step-1500.bad-1767225600/  damaged, then overtaken by a newer save; kept for a person
+    RUN/checkpoints/step-1500.bad-1767225600/  damaged, then overtaken by a newer save; the last two stay
 
 A step exists once `.step-N.tmp-*` has been renamed to `step-N`; whatever dies before that changes nothing else. The
 manifest lists every file with its size and SHA-256, so damage is found before anything is loaded. Tensors are stored

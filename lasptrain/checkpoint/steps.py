@@ -29,6 +29,7 @@ from lasptrain.run.folder import committed as committed
 
 MANIFEST = "manifest.json"
 SPARE = 1.1  # free space asked for, as a multiple of what is written
+ASIDE = 2  # steps put aside that stay, for a person
 LAG = 60.0  # seconds by which a network file system may show one machine changes later than another
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,17 @@ def commit(folder: Path, step: int, meta: Json, files: Json, world: int) -> None
             (parent / f"step-{other}").rename(parent / f"step-{other}.bad-{time.time_ns() // 10**6}")
     folder.rename(parent / f"step-{step}")
     sync(parent)
+    for path in put_aside(parent.parent)[ASIDE:]:
+        log.warning("%s: more than %d steps were put aside; the oldest is deleted", path, ASIDE)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def put_aside(run: Path) -> list[Path]:
+    """Return the folders of steps that were overtaken by newer saves, the newest first."""
+    folder = run / CHECKPOINTS
+    paths = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if folder.is_dir() else []
+    found = [(int(match[1]), path) for path in paths if (match := re.fullmatch(r"step-\d+\.bad-(\d+)", path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _digest(manifest: Json) -> str:

@@ -86,4 +86,6 @@ def _show(run: Path, *, thorough: bool) -> bool:
         verdict = "; ".join(step.problems) or ("intact" if thorough else "complete")
         when = datetime.fromtimestamp(step.time).isoformat(" ", "seconds")
         typer.echo(f"step-{step.step}  {step.size:,} bytes  {step.world or '?'} ranks  {when}  {verdict}")
+    if aside := checkpoint.put_aside(run):
+        typer.echo(f"put aside as damaged, {len(aside)}: {', '.join(path.name for path in aside)}")
     return good

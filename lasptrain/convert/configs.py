@@ -11,6 +11,7 @@ from lasptrain.errors import ConvertError
 
 UNBOUNDED = 1 << 24  # positions of a model without a limit; other runtimes refuse longer prompts
 FREE = {"architectures", "dtype", "max_position_embeddings"}  # keys that do not change the result, whatever the target
+DEPTHS = {"num_hidden_layers", "decoder_layers", "num_layers", "n_layer", "n_layers"}  # keys of a number of layers
 
 
 def config(target: Target, model: Architecture, special: Json, dtype: str, window: int = UNBOUNDED) -> Json:
@@ -57,6 +58,12 @@ def target_of(config: Json, where: str) -> Target:
     return target
 
 
+def check_depth(layers: int, shapes: Shapes, where: str) -> None:
+    """Raise ConvertError for more layers than tensors, before anything is made for each."""
+    if layers > len(shapes):
+        raise ConvertError(f"{where}: {layers:,} layers, with {len(shapes):,} tensors; expected tensors for each")
+
+
 def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Architecture]:
     """Return the target and the model that others' config.json describes, for tensors of these shapes.
 
@@ -64,6 +71,9 @@ def described(config: Json, shapes: Shapes, where: str) -> tuple[Target, Archite
     """
     target = target_of(config, where)
     try:
+        for key in config.keys() & DEPTHS:
+            if isinstance(config[key], int):
+                check_depth(config[key], shapes, f"{where}: {key}")
         keys = target.keys(config, where)
         if target.embedding not in shapes:
             raise ConvertError(f"{where}: no tensor beside it is named {target.embedding}")

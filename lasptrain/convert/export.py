@@ -18,7 +18,7 @@ from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.convert.target import Target
 from lasptrain.errors import CheckpointError
-from lasptrain.files import atomic_folder
+from lasptrain.files import atomic_folder, read
 from lasptrain.ops.precision import DTYPES
 from lasptrain.recipe.formats import FORMAT
 from lasptrain.recipe.loading import dump_saved
@@ -104,7 +104,7 @@ def _record(
         "target": target,
         "dtype": dtype,
         "step": step.step,
-        "checkpoint": json.loads((step.folder / steps.MANIFEST).read_text(encoding="utf-8"))["sha256"],
+        "checkpoint": json.loads(read(step.folder / steps.MANIFEST, own=True))["sha256"],
         "meta": step.meta,
         "recipe": dump_saved(recipe),
         "slopes": {key: step.read(key).tolist() for key in step.shapes if key.endswith("mixer.slope")},

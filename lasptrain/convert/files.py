@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lasptrain.errors import ConvertError
+from lasptrain.files import read
 
 SHARD = 4 * 10**9  # bytes of a file, unless one tensor alone is larger
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,11 +123,12 @@ class Folder:
         """Read a JSON object from a file of the folder; None if there is no such file."""
         file = self.path / name
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(read(file))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise ConvertError(f"{file}: cannot be read as JSON ({error})") from None
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConvertError(f"{file}: cannot be read as JSON ({reason})") from None
         if not isinstance(found, dict):
             raise ConvertError(f"{file}: found {type(found).__name__}; expected an object")
         return found

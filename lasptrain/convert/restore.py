@@ -16,6 +16,7 @@ from torch import Tensor
 from data_tools.tokenizer import load_tokenizer
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
+from lasptrain.architectures.section import LARGEST
 from lasptrain.checkpoint import single
 from lasptrain.convert import configs, files, tables
 from lasptrain.convert.export import RECORD
@@ -111,6 +112,7 @@ def open_weights(source: Path, recipe: Recipe | None = None) -> Weights:
     ours = recipe is None and (source / RECORD).is_file()
     folder = files.Folder(source) if ours else foreign(source)
     origin = known_export(folder) if ours else foreign_folder(folder, recipe)
+    configs.check_depth(origin.model.layers, folder.shapes, str(source))
     empty = on_meta(origin.model, origin.window, ShardedRecurrence("reference"))
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     table = origin.table(shapes)
@@ -147,6 +149,7 @@ def _recorded(folder: files.Folder) -> Origin:
         meta = record["meta"] | {"model": upgraded("model", record["meta"]["model"], number)}
         model = architectures.model(meta["model"])
         fitting = {name: target for name, target in TARGETS.items() if target.expresses(model.arch)}
+        _check_record(record, where)
         if record["target"] in fitting and model.vocab != "auto":
             return Origin(fitting[record["target"]], recipe, record["step"], meta, record["slopes"])
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -159,6 +162,20 @@ def foreign(source: Path) -> files.Folder:
     folder = files.Folder(source)
     folder.rename(configs.target_of(_config(folder), str(source / "config.json")).canonical)
     return folder
+
+
+def _check_record(record: Json, where: Path) -> None:
+    """Raise ConvertError for a step, an order or slopes that no run has."""
+    step, window, slopes = record["step"], record["meta"]["order"]["window"], record["slopes"]
+    for key, number, least in (("step", step, 0), ("meta.order.window", window, 1)):
+        if type(number) is not int or not least <= number <= LARGEST:
+            raise ConvertError(f"{where}: {key}: found {number!r:.99}; expected a number from {least} on")
+    if slopes is not None and not (isinstance(slopes, dict) and all(map(_are_numbers, slopes.values()))):
+        raise ConvertError(f"{where}: slopes: found {slopes!r:.99}; expected lists of numbers by tensor, or null")
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, float | int) for value in values)
 
 
 def foreign_folder(folder: files.Folder, recipe: Recipe | None) -> Origin:

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_tools.fast_tokenizer import BYTE, CONTROL, UNKNOWN, protocol, tokenizer_json
 from data_tools.tokenizer import BYTES, load_tokenizer
+from lasptrain import files
 from lasptrain.convert.verify import installed
 from lasptrain.errors import DataError
 
@@ -98,8 +99,8 @@ def _named(path: Path, bos: int) -> dict[str, Token]:
 def _beside(path: Path, name: str) -> Json:
     """Read a JSON file beside a tokenizer; {} if there is none that can be read."""
     try:
-        found = json.loads(path.with_name(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(files.read(path.with_name(name)))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

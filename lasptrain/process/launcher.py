@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -47,6 +46,7 @@ from lasptrain.process.failure import (
 from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
 from lasptrain.process.meeting import connect, meet
 from lasptrain.process.ranks import run_worker
+from lasptrain.process.scratch import scratch
 from lasptrain.recipe.resolve import resolve_mesh
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Launch
@@ -153,8 +153,7 @@ def _no_signal_lost() -> Iterator[None]:
 
 def _attempt(recipe: Recipe, run: Path | None, nproc: int, nodes: Nodes | None, target: str) -> Failure | None:
     """Start this machine's ranks and wait for them; return their failure, None if they finished."""
-    with tempfile.TemporaryDirectory(prefix="lasptrain-") as name:
-        folder = Path(name)
+    with scratch() as folder:
         records = folder if run is None else run / runs.RANKS
         for file in records.glob("*.json"):
             file.unlink()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lasptrain.errors import INTERRUPTED, STOPPED, NumericalError, RankLostError, SetupError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_gather_object
-from lasptrain.process import watchdog
+from lasptrain.process import interface, watchdog
 from lasptrain.process.failure import failure_of, record, report, write_final_status
 from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
 from lasptrain.process.meeting import Waiting, connect, meet, patiently
@@ -71,6 +71,7 @@ def _join_others(timeout: int) -> None:
     """Meet the other ranks where the launcher says and initialise their process group; rank 0 tells of waiting."""
     env = os.environ
     rank, total, host, port = int(env["RANK"]), int(env["WORLD_SIZE"]), env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    interface.choose(host, port, quiet=env["LOCAL_RANK"] != "0")
     hosts = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = connect(host, port, "rank 0", hosts=hosts, timeout=timeout)
     meet(store, "rank", rank, total, f"{host}:{port}", timeout, quiet=rank > 0)

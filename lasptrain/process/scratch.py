@@ -12,6 +12,8 @@ from pathlib import Path
 
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from lasptrain.errors import SetupError
+
 PREFIX = "lasptrain-scratch-"
 
 
@@ -20,9 +22,12 @@ def scratch() -> Iterator[Path]:
     """Yield a new temporary folder, in which this process and those that it starts make theirs; it is removed after.
 
     As long as this process lives the folder is locked: one that is not, is of a process that was killed, and removed.
-    On a disk without locks it keeps a name that is never taken for one of those.
+    On a disk without locks it keeps a name that is never taken for one of those. SetupError where there is no room.
     """
-    remove_abandoned()
+    try:
+        remove_abandoned()
+    except FileNotFoundError as error:  # of tempfile, which has tried to write
+        raise SetupError(f"TMPDIR: {error.strerror}; expected a folder that can be written and has room") from None
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # is of use to the next process
     hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))  # until it is locked
     lock = _lock(hidden)
