@@ -657,8 +657,8 @@ def restored(patch: Patch, change: Callable[[nn.Module, Any], object]) -> None:
     """Change what has been loaded."""
     original = tensors.restore
 
-    def restore(folder: Any, files: Any, model: nn.Module, adam: Any, group: Any) -> None:
-        original(folder, files, model, adam, group)
+    def restore(reader: Any, model: nn.Module, adam: Any, group: Any) -> None:
+        original(reader, model, adam, group)
         with torch.no_grad():
             change(model, adam)
 
