@@ -118,7 +118,7 @@ def test_a_signal_while_the_program_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("a link or a FIFO in a run folder", times=2)
-@pytest.mark.parametrize("name", [*runs.FILES, "checkpoints", "ranks", "tensorboard", "profile"])
+@pytest.mark.parametrize("name", [*runs.FILES, "checkpoints", "ranks", "tensorboard", "profile", "eval"])
 def test_nothing_of_a_run_follows_a_link_or_waits_for_a_fifo(recipe: Recipe, tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -24,6 +24,7 @@ from lasptrain.eval.tasks import TASKS
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import barrier
 from lasptrain.process.local_ranks import on_ranks
+from lasptrain.run import folder as runs
 from lasptrain.run.outlets import write_scalars
 
 
@@ -53,6 +54,8 @@ def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, rule
         fuse = trained.recipe.train.compile and meshes.device().type == "cuda"
         reader = Reader(trained.model, mesh, segment, fuse=fuse)
         folder = out or run / "eval" / f"step-{trained.step}"
+        if out is None:
+            runs.refuse_links(run)
         identity = asked.identity() | {"step": trained.step, "tokenizer": trained.tokenizer.sha256}
         ledger = ResultsLog(folder, identity, is_main)
         ledger.check(asked.files)

@@ -55,7 +55,7 @@ def lock(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         if not (run / RECIPE).exists() and not all(map(_begun, run.iterdir())):
             raise SetupError(f"{run}: holds files but no {RECIPE}; expected a run folder or an empty one")
-        _refuse_links(run)
+        refuse_links(run)
         file = files.descriptor(run / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:
@@ -90,7 +90,7 @@ def _begun(path: Path) -> bool:
     return path.name == LOCK or files.hidden(path) or (path.name == RANKS and path.is_dir() and not any(path.iterdir()))
 
 
-def _refuse_links(run: Path) -> None:
+def refuse_links(run: Path) -> None:
     """Raise SetupError where what we would write through, append to or delete in is not what we have made."""
     for path in run.iterdir():
         folder = path.name in FOLDERS
