@@ -325,8 +325,8 @@ def test_chosen_steps_are_profiled(folder: Path, group: None) -> None:
 
 
 def test_what_auto_came_to_is_kept_for_the_next_start(tmp_path: Path) -> None:
-    recipe = load(RECIPES / "quickstart.yaml")
-    auto.store(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather"})
+    recipe, prefix = load(RECIPES / "quickstart.yaml"), {"prefix": "sharded", "outputs": "again"}
+    auto.store(recipe, tmp_path, "1 × 2 × CPU", {"segment": 4096, "reduce": "step", "scan": "all_gather", **prefix})
     found = auto.load(recipe, tmp_path, "1 × 2 × CPU")
     assert (found.train.segment, found.parallel.reduce, found.mesh.scan) == (4096, "step", "all_gather")
     given = load(RECIPES / "quickstart.yaml", ["train.segment=2048"])

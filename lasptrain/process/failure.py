@@ -197,11 +197,16 @@ def first_line(error: BaseException) -> str:
 
 def record(failure: Failure, *folders: Path) -> None:
     """Write the record of a rank into each of the folders, or print it where none can be written."""
+    if not recorded(failure, *folders):
+        report(failure)
+
+
+def recorded(failure: Failure, *folders: Path) -> bool:
+    """Write the record of a rank into each of the folders; return whether any could be written."""
     written = 0
     for folder in folders:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             files.replace(folder / f"{failure.rank}.json", json.dumps(failure._asdict()), lasting=False)
             written += 1
-    if not written:
-        report(failure)
+    return written > 0

@@ -16,7 +16,7 @@ from lasptrain.errors import INTERRUPTED, STOPPED, NumericalError, RankLostError
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_gather_object
 from lasptrain.process import interface, watchdog
-from lasptrain.process.failure import failure_of, record, report, write_final_status
+from lasptrain.process.failure import failure_of, recorded, report, write_final_status
 from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, resolve
 from lasptrain.process.meeting import Waiting, connect, meet, patiently
 from lasptrain.recipe.schema import Recipe
@@ -54,8 +54,7 @@ def run_worker(
     except BaseException as error:
         failure = failure_of(int(os.environ["RANK"]), error)
         code = failure.code
-        record(failure, *folders)
-        if not launched:
+        if not recorded(failure, *folders) or not launched:
             report(failure)
     if not launched and run is not None and os.environ["RANK"] == "0":
         write_final_status(run, failure)
