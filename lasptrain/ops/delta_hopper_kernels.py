@@ -23,18 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lasptrain.ops.delta_triton_back_kernels import LEAST
+from lasptrain.ops.delta_triton_kernels import NOTHING_LOG2, SIZES
+
 # the names of the oldest Triton that has them, and today's
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-SIZES = ["T", "H", "NB", "L"]
 C = gl.constexpr(64)
 D = gl.constexpr(128)  # K and V
 NUMBERS = gl.constexpr(6)  # of each token, from `measure_decays`
 ROWS_OF_SUMS = gl.constexpr(9)  # of a part of a chunk, in `input_gradients`
-NOTHING_LOG2 = gl.constexpr(-40.0)  # what this leaves of a state is invisible in fp32
-LEAST = gl.constexpr(1e-10)  # a smaller β is this one where its own gradient is divided by it; a state cannot tell
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16]))
 TALL = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 16]))
@@ -140,10 +140,13 @@ def _weights(inside_down, inside_across, rest_down, rest_across, layout: gl.cons
 
 
 @gluon.jit
-def _kept_weights(lines):
-    return _weights(
+def _transformed(inverse, lines, transform):
+    """Write T with the decays, times β, of a chunk whose numbers are kept to `transform`; return the decays [C, C]."""
+    weights = _weights(
         _down(lines, 0, PAIRS), _across(lines, 0, PAIRS), _down(lines, 1, PAIRS), _across(lines, 1, PAIRS), PAIRS
     )
+    transform.store((inverse.load(PAIRS).to(gl.float32) * weights * _across(lines, 4, PAIRS)).to(gl.bfloat16))
+    return weights
 
 
 @gluon.jit
@@ -422,9 +425,7 @@ def walk_delta(
         products = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         o = warpgroup_mma(low, sq.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
-        weights = _kept_weights(lines)
-        inverse_here = inverses.index(stage).load(PAIRS).to(gl.float32)
-        transform.store((inverse_here * weights * _across(lines, 4, PAIRS)).to(gl.bfloat16))
+        weights = _transformed(inverses.index(stage), lines, transform)
         state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
         read, products = warpgroup_mma_wait(1, deps=[read, products])
@@ -526,9 +527,7 @@ def query_gradients(
         rounded = gl.convert_layout(rounded, OF_TALL)
         read = warpgroup_mma(rounded, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
-        weights = _kept_weights(lines)
-        inverse_here = inverses.index(stage).load(PAIRS).to(gl.float32)
-        transform.store((inverse_here * weights * _across(lines, 4, PAIRS)).to(gl.bfloat16))
+        weights = _transformed(inverses.index(stage), lines, transform)
         state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
         read = warpgroup_mma_wait(0, deps=[read])
@@ -636,9 +635,7 @@ def walk_gradients(
         if KEEP:
             _store(dstates, [(base + chunk) * D, 0], low)
         inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
-        weights = _kept_weights(lines)
-        inverse_here = inverses.index(stage).load(PAIRS).to(gl.float32)
-        transform.store((inverse_here * weights * _across(lines, 4, PAIRS)).to(gl.bfloat16))
+        weights = _transformed(inverses.index(stage), lines, transform)
         leading.store((sq.load(EACH).to(gl.float32) * _down(lines, 2, EACH)).to(gl.bfloat16))
         state = state * over
         products = warpgroup_mma_wait(1, deps=[products])

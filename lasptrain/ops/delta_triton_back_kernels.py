@@ -32,7 +32,7 @@ import triton.language as tl
 from lasptrain.ops.delta_triton_kernels import NOTHING_LOG2, SIZES, _weights
 from lasptrain.ops.triton_kernels import PRECISION, _place, _rows, _store_rows
 
-LEAST = tl.constexpr(1e-10)  # `delta_hopper_kernels` has it too
+LEAST = tl.constexpr(1e-10)  # a smaller β is this one where its own gradient is divided by it; a state cannot tell
 
 
 @triton.jit
