@@ -30,7 +30,7 @@ DIM = 128  # of keys and values
 WALK = Launch(CHUNK, DIM, 8, 1)
 CHUNKWISE = Launch(CHUNK, DIM, 4, 1)
 FINISH = Launch(CHUNK, 0, 1, 1)
-PARTS, SUMS = 2, 9  # programs per chunk that compute gradients of inputs; rows of sums that each leaves
+PARTS = 2  # programs per chunk that compute gradients of inputs
 
 
 def fits(s: Cut, like: Tensor) -> bool:
@@ -173,10 +173,9 @@ def walk_back(
     return made if first is None else (first,)
 
 
-def rest_like(q: Tensor, s: Cut, flows: bool) -> list[Tensor]:
-    """`rest` of `query_gradients`."""
-    flow = [q.new_empty((s.batch, s.heads, s.chunks, 2, CHUNK), dtype=torch.float32)] if flows else []
-    return [states_like(q, s), writes_like(q, s), pairs_like(q, s), *flow]
+def halves_like(like: Tensor, s: Cut) -> Tensor:
+    """An empty Σ q·dq of each half of the channels, by chunk."""
+    return like.new_empty((s.batch, s.heads, s.chunks, 2, CHUNK), dtype=torch.float32)
 
 
 def query_gradients(
@@ -193,8 +192,8 @@ def query_gradients(
     """Return dq by value head, [B, T, H, K], and `rest`: of every chunk its initial state, U, the gradient of Q Kᵀ, and
     where the decay `flows` Σ q·dq of each half of the channels, [B, H, n, 2, C] fp32.
     """
-    dq, made = _by_head(q, s), rest_like(k, s, flows)
-    states, wrote, dscores, *flow = made
+    dq, flow = _by_head(q, s), [halves_like(k, s)] if flows else []
+    states, wrote, dscores = states_like(k, s), writes_like(k, s), pairs_like(k, s)
     run(
         _programs().query_gradients,
         k,
@@ -215,7 +214,7 @@ def query_gradients(
         flow[0] if flow else gates,
         *s.sizes,
     )
-    return dq, made
+    return dq, [states, wrote, dscores, *flow]
 
 
 def input_gradients(
@@ -231,7 +230,8 @@ def input_gradients(
     """Return dk by value head, [B, T, H, K], and the gradients [B, T, H] fp32 of β and, if it has one, of the decay."""
     states, wrote, dscores, *flow = rest
     dk, dbeta, dlog = _by_head(k, s), flow_like(k, s), flow_like(k, s) if flow else None
-    sums = k.new_empty((s.batch, s.heads, s.chunks, PARTS, SUMS, CHUNK), dtype=torch.float32)
+    rows = _programs().ROWS_OF_SUMS.value
+    sums = k.new_empty((s.batch, s.heads, s.chunks, PARTS, rows, CHUNK), dtype=torch.float32)
     run(
         _programs().input_gradients,
         k,
@@ -256,7 +256,7 @@ def input_gradients(
         k,
         (s.batch * s.chunks * s.heads, 1, 1),
         FINISH,
-        {"C": CHUNK, "PARTS": PARTS, "SUMS_EACH": SUMS, "FLOWS": bool(flow)},
+        {"C": CHUNK, "PARTS": PARTS, "SUMS_EACH": rows, "FLOWS": bool(flow)},
         sums,
         flow[0] if flow else gates,
         gates,

@@ -26,7 +26,6 @@ from lasptrain.ops.delta_triton_forward import summarize
 from lasptrain.ops.delta_triton_slice import (
     CHUNK,
     Cut,
-    Given,
     cut,
     fit,
     flat,
@@ -88,21 +87,12 @@ class _Slice(NamedTuple):
     k: Tensor
     v: Tensor  # or the gradient of outputs, where values are not known
     inverse: Tensor
-    gates: Tensor
+    gates: Tensor  # of decays, documents and beta
     flows: bool  # whether the decay is per token, and so has a gradient
 
     @classmethod
-    def of(
-        cls,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor | None,
-        log_decay: Tensor | None,
-        doc_ids: Tensor | None,
-        kept: list[Tensor],
-    ) -> _Slice:
-        x = Given.of(k, v, beta, log_decay, doc_ids)
-        return cls(x.s, x.k, x.v, kept[0], kept[3], per_token(log_decay))
+    def of(cls, k: Tensor, v: Tensor, log_decay: Tensor | None, kept: list[Tensor]) -> _Slice:
+        return cls(cut(k, v), readable(k), readable(v), kept[0], kept[3], per_token(log_decay))
 
     @property
     def lines(self) -> tuple[int, int]:
@@ -224,14 +214,10 @@ def dblocks_like(q: Tensor, do: Tensor, beta: Tensor | None, log_decay: Tensor |
 def rest_like(q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
     """`rest` of `grad_query`."""
     s = cut(q, v)
-    if delta_hopper.fits(s, q):
-        return delta_hopper.rest_like(q, s, per_token(log_decay))
-    return [
-        states_like(q, s),
-        writes_like(q, s),
-        pairs_like(q, s),
-        *([flow_like(q, s)] if per_token(log_decay) else []),
-    ]
+    made = [states_like(q, s), writes_like(q, s), pairs_like(q, s)]
+    if per_token(log_decay):
+        made.append(delta_hopper.halves_like(q, s) if delta_hopper.fits(s, q) else flow_like(q, s))
+    return made
 
 
 def grad_initial_state(
@@ -247,7 +233,7 @@ def grad_initial_state(
     dinitial, linear = state_like(k, do), linear_like(k, do, beta, log_decay)
     if not wanted:
         return if_wanted(dinitial, False), if_wanted(linear, False), []
-    x = _Slice.of(k, _as(do, q.dtype), beta, log_decay, doc_ids, kept)
+    x = _Slice.of(k, _as(do, q.dtype), log_decay, kept)
     s, (keys, values) = x.cut, padded(x.cut)
     (sent,) = x.walk_gradients(q, x.v, None)
     first = sent.new_empty((*x.lines, keys, values))
@@ -284,7 +270,7 @@ def grad_query(
     doc_ids: Tensor | None,
     kept: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    x = _Slice.of(k, v, beta, log_decay, doc_ids, kept)
+    x = _Slice.of(k, v, log_decay, kept)
     if delta_hopper.fits(x.cut, x.k):
         dout = readable(_as(do, q.dtype))
         dq, rest = delta_hopper.query_gradients(
@@ -344,11 +330,11 @@ def grad_inputs(
     rest: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     assert beta is not None
-    x = _Slice.of(k, v, beta, log_decay, doc_ids, kept)
+    x = _Slice.of(k, v, log_decay, kept)
     s, (keys, _), do = x.cut, padded(x.cut), _as(do, q.dtype)
     dstates, dread = x.walk_gradients(q, do, _leaving(x, q, do, dfinal, dblocks, kept))
     if delta_hopper.fits(s, x.k):
-        dv = dread
+        dv = dread  # of these programs
         dk, dbeta, dlog = delta_hopper.input_gradients(s, q, x.k, x.v, x.gates, dstates, dv, rest)
         dlog = dlog if dlog is None or log_decay is None else _as(dlog, log_decay.dtype)
         return _by_key_head(dk, k), dv, _as(dbeta, beta.dtype), dlog
