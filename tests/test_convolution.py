@@ -31,6 +31,7 @@ SCENES = {
     "units": Scene(70, 64, 4, Form(32, 0.25), begins=(0, 1, 33, 69)),
     "odd_heads": Scene(40, 48, 3, Form(24), batch=2, strided=True),
     "no_neighbours": Scene(33, 16, 1, bias=True),
+    "rows": Scene(200, 16, 4, Form(16), begins=(62, 64, 65, 129, 190), bias=True),
     "many_channels": Scene(600, 130, 4, begins=(500,), batch=2, strided=True),
 }
 

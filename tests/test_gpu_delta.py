@@ -63,7 +63,8 @@ def compare(half: str, x: Case, dtype: torch.dtype, factor: float = 1.0) -> None
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("scene", SCENES, ids=str)
 def test_kernel_is_the_recurrence(scene: Scene, dtype: torch.dtype, half: str) -> None:
-    compare(half, scene.case(), dtype)
+    few = scene.length == 1  # a gradient of two numbers: their roundings do not average out
+    compare(half, scene.case(), dtype, 2.0 if few else 1.0)
 
 
 def test_scenes_reach_every_launch() -> None:
