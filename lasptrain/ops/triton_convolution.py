@@ -21,8 +21,8 @@ from torch import Tensor
 from lasptrain.ops.triton_launch import _device
 
 WIDTH, TILE = 128, 1024  # channels of a program without heads; and times its rows, eight for each of its threads
-LENGTH = 64  # tokens that a row walks over
-STAGES = 4  # tokens that are loaded ahead, and the present one
+LENGTH = 128  # tokens that a row walks over
+STAGES = 5  # tokens that are loaded ahead, and the present one
 REGISTERS = 168  # of a thread of the backward, so that three programs share a multiprocessor
 EPS = tl.constexpr(1e-6)
 
