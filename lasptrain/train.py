@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,9 @@ from lasptrain.console.tables import show
 from lasptrain.cost import plan
 from lasptrain.data.loader import MicroBatch
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
+from lasptrain.eval import report
 from lasptrain.eval.during_training import evaluate_in_training
+from lasptrain.eval.runner import Record
 from lasptrain.eval.summary import epochs, gather, summarize
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
@@ -28,13 +30,16 @@ from lasptrain.parallel import replicas
 from lasptrain.parallel.collectives import all_reduce_max, all_reduce_sum
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.shard import reshard, set_gradient_sync
+from lasptrain.parallel.signals import Signals
 from lasptrain.process import signals, watchdog
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Parallel
 from lasptrain.run import auto
 from lasptrain.run.folder import changes
 from lasptrain.run.metrics import Metrics, Value, mfu
+from lasptrain.run.trackers import tracking
 from lasptrain.training import segments
+from lasptrain.training.health import due
 from lasptrain.training.job import Job, build, checkpoint_meta, fingerprint_of, validation_loader
 from lasptrain.training.optimizer import clip_gradients, jump, learning_rate, set_learning_rate
 from lasptrain.training.profiler import profiled
@@ -80,17 +85,20 @@ def train(recipe: Recipe, run: Path) -> None:
         show(*beginning(job, start, there))
         if start >= steps:
             show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
-    with signals.deferred(), Metrics(run, steps=steps, start=start, is_main=is_main) as metrics, explain_oom(job):
-        if origin is not None:
-            metrics.begun(start, "origin", run=origin.run.name, from_step=origin.step, optimizer=origin.optimizer)
-        if changed:
-            metrics.begun(start, "changed", keys=changed)
-        validation = run_steps(
-            replace(job, on_segment=partial(on_segment, watchdog.STARTUP_GRACE)), run, start, saver, metrics
-        )
-    watchdog.heartbeat(watchdog.STARTUP_GRACE)
-    job.loader.close()
-    summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), is_main)
+    with tracking(given, run, start, is_main) as trackers:
+        reports = Metrics(run, steps=steps, start=start, is_main=is_main, trackers=trackers)
+        with signals.deferred(), reports as metrics, explain_oom(job):
+            if origin is not None:
+                metrics.begun(start, "origin", run=origin.run.name, from_step=origin.step, optimizer=origin.optimizer)
+            if changed:
+                metrics.begun(start, "changed", keys=changed)
+            validation = run_steps(
+                replace(job, on_segment=partial(on_segment, watchdog.STARTUP_GRACE)), run, start, saver, metrics
+            )
+        watchdog.heartbeat(watchdog.STARTUP_GRACE)
+        job.loader.close()
+        for name, rows in summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), is_main).items():
+            trackers.table(steps, name, rows)
 
 
 def beginning(job: Job, start: int, there: int) -> Iterator[str]:
@@ -128,6 +136,7 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
             if is_main:
                 begun = job.loader.epochs_begun(step)
                 metrics.epochs(step + 1, {sources(recipe.data)[number][0]: epoch for number, epoch in begun.items()})
+            job = replace(job, health=due(recipe, step + 1))
             chosen = is_main and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
                 values = train_step(job, step) | {"checkpoint_stall": saver.stall()}
@@ -138,12 +147,16 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
                 values |= {"slowest_rank": slowest.rank, "slowest_ratio": slowest.ratio}
                 metrics.straggler(done, stragglers.straggler(slowest))
             metrics.log(done, **values)
+            if job.health is not None:
+                metrics.log_health(done, **job.health.read())
             if job.guard.verdict != "accept":
                 handle_bad_step(job, run, done, values, saver, metrics)
             if _due(recipe.eval.every, done, steps) and (recipe.eval.windows or recipe.eval.tasks):
                 validation = evaluate(job)
                 watchdog.heartbeat(watchdog.STARTUP_GRACE)
-                metrics.log_eval(done, **(validation.scalars() if validation else {}), **ask(job))
+                found = ask(job)
+                metrics.log_eval(done, **(validation.scalars() if validation else {}), **report.scalars(found))
+                metrics.table(done, "eval/tasks", report.rows(found))
             if _due(recipe.checkpoint.every, done, steps):
                 save(job, saver, done)
             saver.poll()
@@ -246,8 +259,12 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
 
 def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
     """Compute clipped gradients of the global batch; return mean loss and norm before clipping, on every rank."""
-    recipe = job.recipe
-    loss = gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, micro_batches, job.on_segment)
+    recipe, health = job.recipe, job.health
+    layers, parallel = recipe.model.layers, recipe.parallel
+    signals = None if health is None else health.signals
+    loss = gradients(job.wrapped, layers, job.mesh, parallel, micro_batches, job.on_segment, signals)
+    if health is not None:
+        health.gradients(job.model)
     return loss, clip_gradients(job.model, recipe.optim.clip)
 
 
@@ -258,11 +275,13 @@ def gradients(
     parallel: Parallel,
     micro_batches: list[MicroBatch],
     on_segment: Callable[[], None] = lambda: None,
+    signals: Sequence[Signals] | None = None,
 ) -> Tensor:
     """Add the gradients of the global batch's mean loss to the parameters of `wrapped`; return that loss, fp64.
 
     The loss is the sum over all valid labels of the global batch divided by their number, whatever the layout;
     gradients are averaged over ranks, so each rank scales its part by their number. Collective over all ranks.
+    `signals`, of each layer and of the head, are reported to.
     """
     device = micro_batches[0][0].labels.device
     valid = torch.zeros((), dtype=torch.int64, device=device)
@@ -276,14 +295,14 @@ def gradients(
         synchronise(False)
         last = number == len(micro_batches) - 1
         before_last = (lambda: synchronise(True)) if last else (lambda: None)
-        loss += segments.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment)
+        loss += segments.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment, signals)
     return all_reduce_sum(loss) / total
 
 
-def ask(job: Job) -> dict[str, float]:
-    """Return the scores on `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
+def ask(job: Job) -> list[Record]:
+    """Return the results of `eval.tasks`; every rank gathers the weights, those of an sp group read together."""
     whole = gather(job.model, True) if job.recipe.eval.tasks else None
-    return {} if whole is None else evaluate_in_training(whole, job.recipe, job.mesh)
+    return [] if whole is None else evaluate_in_training(whole, job.recipe, job.mesh)
 
 
 def evaluate(job: Job) -> Validation | None:

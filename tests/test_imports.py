@@ -27,6 +27,7 @@ HOMES = {
     "sentencepiece": {"data_tools"},
     "lm_eval": {"eval"},
     "tensorboard": {"run"},
+    "wandb": {"run"},
     "torch.utils.tensorboard": {"run"},
 }
 

@@ -27,6 +27,7 @@ from lasptrain.recipe.loading import load
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import origin as origins
+from lasptrain.run import trackers
 
 app = App("Pretrain linear-attention language models on sequences of millions of tokens.", add_completion=True)
 
@@ -114,6 +115,7 @@ def pretrain(
     """Train a recipe, or go on with its newest run."""
     signals.listen()
     loaded = load(recipe, overrides)
+    trackers.require(loaded)
     _check_nodes(nnodes, node_rank, rdzv)
     if max_restarts and nnodes > 1:
         raise RecipeError("--max-restarts: found with --nnodes; expected it on one machine only")
@@ -147,6 +149,7 @@ def check(
 ) -> None:
     """Show what a recipe means: parameters, tokens, layout. Needs no GPU; its text need not be prepared yet."""
     loaded = load(recipe, overrides)
+    trackers.require(loaded)
     given = [axis for axis in (loaded.mesh.dp, loaded.mesh.sp) if axis != "auto"]
     world = nproc or (given[0] * given[-1] if len(given) == 2 else sum(given) or 1)
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -25,7 +25,7 @@ from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import barrier
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.run import folder as runs
-from lasptrain.run.outlets import write_scalars
+from lasptrain.run.tensorboard import write_results
 
 
 def evaluate(
@@ -78,7 +78,7 @@ def _evaluate(run: Path, asked: EvalConfig, out: Path | None, segment: int, rule
         found = report.cells(ledger.records)
         if is_main:
             report.write(folder, found, header, ledger.records)
-            write_scalars(folder, trained.step, report.scalars(found))
+            write_results(folder, trained.step, report.scalars(found), report.rows(found))
             if ruler is not None:
                 notes += predictions.write(ruler, asked.files, ledger.records)
     return {**header, "cells": found, "folder": str(folder)}

@@ -87,6 +87,12 @@ def _table(title: str, head: list[str], *rows: list[str], left: int = 1) -> Tabl
     return result
 
 
+def rows(found: list[Record]) -> list[dict[str, str]]:
+    """The same table as rows of texts by column."""
+    head, *others = _grid(found)
+    return [dict(zip(head, row, strict=True)) for row in others]
+
+
 def by_length(found: list[Record]) -> list[Table]:
     """A table of the part that is right by length, for each file whose rows differ in length."""
     title = "% right in rows (their number) of up to so many tokens"

@@ -22,6 +22,7 @@ from lasptrain.parallel.shard import fill, full_tensor
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Optim
 from lasptrain.run.folder import RECIPE
+from lasptrain.run.tracker import Rows
 from lasptrain.training.validation import Validation
 
 PROMPT = 48  # tokens of held-out text that the sample continues
@@ -29,17 +30,25 @@ PROMPT = 48  # tokens of held-out text that the sample continues
 
 def summarize(
     model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation | None, is_main: bool
-) -> None:
-    """Print the summary on the main rank. Collective over all ranks, because the weights are gathered."""
+) -> dict[str, Rows]:
+    """Print the summary on the main rank; return its tables by name, `losses` and `sample`, as far as there are any.
+
+    Collective over all ranks, because the weights are gathered.
+    """
+    tables: dict[str, Rows] = {}
     whole = gather(model, is_main)
     if whole is None:
-        return
+        return tables
     if validation is not None:
-        show(_losses(validation, dataset, recipe))
+        tables["losses"] = _losses(validation, dataset)
+        show(_shown(tables["losses"], f"{recipe.name}: {validation.tokens:,} held-out tokens"))
     if recipe.eval.sample:
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         prompt = dataset.split("train" if validation is None else "validation").read(0, PROMPT).tolist()
-        Console(soft_wrap=True, highlight=False).print(_sample(whole, tokenizer, prompt, recipe.eval.sample))
+        sample = _sample(whole, tokenizer, prompt, recipe.eval.sample)
+        tables["sample"] = [sample]
+        before, after = map(escape, sample.values())
+        Console(soft_wrap=True, highlight=False).print(f"[dim]{before}[/dim][bold]{after}[/bold]\n")
     data = "".join(f"data       {line}\n" for line in epochs(recipe, dataset))
     again = f"lasptrain pretrain {run / RECIPE} --run {run} --set train.steps={2 * recipe.train.steps}"
     show(
@@ -48,6 +57,7 @@ def summarize(
         "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
         f"continue   {again}{_caution(recipe.optim)}"
     )
+    return tables
 
 
 def epochs(recipe: Recipe, dataset: TokenDataset) -> list[str]:
@@ -78,22 +88,28 @@ def gather(model: LanguageModel, wanted: bool) -> LanguageModel | None:
     return alone
 
 
-def _losses(validation: Validation, dataset: TokenDataset, recipe: Recipe) -> Table:
-    table = Table(title=f"{recipe.name}: {validation.tokens:,} held-out tokens")
+def _losses(validation: Validation, dataset: TokenDataset) -> list[dict[str, str | float]]:
+    rows: list[tuple[str, float, str]] = [
+        ("uniform over the vocabulary", math.log(dataset.vocab_size), "knows nothing"),
+        ("unigram entropy of the corpus", dataset.unigram_entropy, "knows how often each token occurs"),
+        ("this model", validation.loss, f"{validation.bits_per_byte:.3f} bits per byte"),
+    ]
+    for start, loss in validation.by_position.items():
+        if start >= 64 and start.bit_length() % 2:  # powers of four
+            rows.append((f"  from position {start}", loss, ""))
+    return [{"loss": name, "nats per token": loss, "": remark} for name, loss, remark in rows]
+
+
+def _shown(rows: Rows, title: str) -> Table:
+    table = Table(title=title)
     table.add_column("")
     table.add_column("nats per token", justify="right")
     table.add_column("", justify="left")
-    table.add_row("uniform over the vocabulary", f"{math.log(dataset.vocab_size):.3f}", "knows nothing")
-    unigram = f"{dataset.unigram_entropy:.3f}"
-    table.add_row("unigram entropy of the corpus", unigram, "knows how often each token occurs")
-    table.add_row("this model", f"{validation.loss:.3f}", f"{validation.bits_per_byte:.3f} bits per byte")
-    for start, loss in validation.by_position.items():
-        if start >= 64 and start.bit_length() % 2:  # powers of four
-            table.add_row(f"  from position {start}", f"{loss:.3f}", "")
+    for name, loss, remark in (row.values() for row in rows):
+        table.add_row(f"{name}", f"{loss:.3f}", f"{remark}")
     return table
 
 
-def _sample(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], count: int) -> str:
-    continued = generate(model, prompt, count)
-    before, after = (escape(printable(tokenizer.decode(tokens), "\n\t")) for tokens in (prompt, continued))
-    return f"[dim]{before}[/dim][bold]{after}[/bold]\n"
+def _sample(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], count: int) -> dict[str, str]:
+    parts = {"prompt": prompt, "continued": generate(model, prompt, count)}
+    return {name: printable(tokenizer.decode(tokens), "\n\t") for name, tokens in parts.items()}

@@ -21,6 +21,7 @@ from lasptrain.models.start import Start, generator, initial
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
 from lasptrain.parallel.place import Place, enter
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
+from lasptrain.parallel.signals import Signals
 
 
 class Output(NamedTuple):
@@ -146,6 +147,7 @@ class LanguageModel(nn.Module):
         saved: Sequence[SavedStates] | None = None,
         output_final_state: bool = False,
         per_token: bool = False,
+        signals: Signals | None = None,
     ) -> Output:
         """Run one slice: tokens [B, T] int64, labels [B, T] int64 (−100: ignored), doc_ids [B, T] int32.
 
@@ -154,15 +156,16 @@ class LanguageModel(nn.Module):
             saved: per layer, keeps the initial state, and provides it in a recomputation.
             output_final_state: whether the final states are wanted.
             per_token: losses [B·T] without gradient instead of their sum.
+            signals: of the head, to report to; those of a layer are in its `saved`.
         """
         x, final_state = self.hidden(tokens, doc_ids, carry, saved, output_final_state, only_state=labels is None)
         if labels is None:
             return Output(None, final_state)
         x = self.norm(x).flatten(0, 1)
-        loss = (token_losses if per_token else chunked_cross_entropy)(
-            x, self.head_weight, labels.flatten(), self.loss_chunk
-        )
-        return Output(loss, final_state)
+        arguments = x, self.head_weight, labels.flatten(), self.loss_chunk
+        if per_token:
+            return Output(token_losses(*arguments), final_state)
+        return Output(chunked_cross_entropy(*arguments, None if signals is None else signals.logits), final_state)
 
     def hidden(
         self,

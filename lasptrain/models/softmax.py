@@ -54,6 +54,8 @@ class Softmax(Mixer):
         q, k, v, *gate = multi_linear(h, self.q, self.k, self.v, *([self.gate] if self.gate else []))
         place = _place(context)
         q, k = self.rotated(self._tables(h, place), self._normed(q, self.q_norm), self._normed(k, self.k_norm))
+        if context.saved.signals is not None:
+            context.saved.signals.scores(q, k)
         o, state = (self._whole if self.sliding_window is None else self._near)(q, k, self._heads(v), place, context)
         y: Tensor = self.out(o.flatten(2) * torch.sigmoid(gate[0]) if gate else o.flatten(2))
         return y, (state, place.after)

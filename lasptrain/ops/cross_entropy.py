@@ -18,15 +18,18 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100  # label of a token that has nothing to predict
 
 
-def chunked_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def chunked_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, chunk: int, look: Callable[[Tensor], None] | None = None
+) -> Tensor:
     """Return the summed cross-entropy of `softmax(x weightᵀ)` against `labels` as a scalar, fp32 (fp64 if x is fp64).
 
     x [T, D]; weight [vocab, D], cast once to x's dtype; labels [T] int64, IGNORED or in [0, vocab); `chunk` tokens are
-    processed at a time. Gradients are computed along with the loss, so backward only scales them.
+    processed at a time. Gradients are computed along with the loss, so backward only scales them. `look` is shown the
+    logits of each chunk.
     """
     wanted = torch.is_grad_enabled()
     needs = (wanted and x.requires_grad, wanted and weight.requires_grad)
-    loss: Tensor = _CrossEntropy.apply(x, weight, labels, chunk, needs)  # type: ignore[no-untyped-call]
+    loss: Tensor = _CrossEntropy.apply(x, weight, labels, chunk, needs, look)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -40,7 +43,15 @@ def token_losses(x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tenso
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: int, needs: tuple[bool, bool]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        needs: tuple[bool, bool],
+        look: Callable[[Tensor], None] | None,
+    ) -> Tensor:
         operand = weight.to(x.dtype)
         exact = _accumulator(x)
         loss = x.new_zeros((), dtype=exact)
@@ -49,6 +60,8 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
             logits = _logits(x[part], operand)
+            if look is not None:
+                look(logits)
             if not any(needs):
                 loss += _losses(logits, labels[part]).sum()
                 continue
@@ -69,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         scaled_x = None if dx is None else dx * grad.to(dx.dtype)
         scaled_weight = None if dweight is None else (dweight * grad).to(ctx.weight_dtype)
-        return scaled_x, scaled_weight, None, None, None
+        return scaled_x, scaled_weight, None, None, None, None
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

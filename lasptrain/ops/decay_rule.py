@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lasptrain.ops import fake, operator, per_token, state_dtype
-from lasptrain.ops.recurrence import Inputs
+from lasptrain.ops.recurrence import Gates, Inputs
 
 MODULES = {"reference": "reference", "chunked": "chunked", "triton": "triton_launch"}
 Given = tuple[Tensor, Tensor, Tensor | None]
@@ -156,6 +156,10 @@ def _given(inputs: Inputs) -> Given:
     if log_decay is not None and log_decay.dim() not in (1, 3):
         raise ValueError(f"log_decay: expected [H] or [B, T, H], found {list(log_decay.shape)}")
     return k, v, log_decay
+
+
+def gates(inputs: Inputs) -> Gates:
+    return Gates(inputs[2])
 
 
 ATTEND = _attend  # the operator whose results are kept where activations are selectively recomputed

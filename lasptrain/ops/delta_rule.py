@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lasptrain.ops import fake, operator
 from lasptrain.ops.delta_reference import has_gradient, linear_like, state_like
-from lasptrain.ops.recurrence import Inputs
+from lasptrain.ops.recurrence import Gates, Inputs
 
 MODULES = {"reference": "delta_reference", "chunked": "delta_chunked", "triton": "delta_triton"}
 Given: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -210,6 +210,10 @@ def _given(inputs: Inputs) -> Given:
     if log_decay is not None and log_decay.shape not in ((heads,), v.shape[:3], (*v.shape[:3], k.shape[-1])):
         raise ValueError(f"log_decay: expected [H], [B, T, H] or [B, T, H, K], found {list(log_decay.shape)}")
     return k, v, beta, log_decay
+
+
+def gates(inputs: Inputs) -> Gates:
+    return Gates(inputs[3], inputs[2])
 
 
 def summarize(kernel: str, inputs: Inputs, doc_ids: Tensor | None, wanted: int) -> Summary:

@@ -6,11 +6,24 @@ state that the run makes of nothing, M its transition, linear and acting from th
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
 Inputs: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Gates(NamedTuple):
+    """Inputs of a recurrence that say how it forgets; None where it has none."""
+
+    log_decay: Tensor | None = None  # [H], [B, T, H] or [B, T, H, K], −∞ to 0
+    beta: Tensor | None = None  # [B, T, H], the share of what a key holds that a token replaces
+
+
+def gates_of(rule: Recurrence, inputs: Inputs) -> Gates:
+    """Return what signals of health report of the inputs: the rule's own `gates(inputs)`, nothing if it has none."""
+    named = getattr(rule, "gates", None)
+    return Gates() if named is None else Gates(*named(inputs))
 
 
 class Recurrence(Protocol):
@@ -30,6 +43,8 @@ class Recurrence(Protocol):
 
     The lists of the last two rows are private to the kernel. What is undefined has its shape all the same, and `attend`
     runs the same PyTorch operators with `blocks` and without: selective recomputation may keep results of theirs.
+
+    A rule may have a sixth function, `gates(inputs) -> Gates`, for signals of health.
     """
 
     def summarize(

@@ -51,6 +51,13 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def all_reduce_largest(x: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise largest of x over all ranks, in its own dtype."""
+    x = x.detach().clone()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
 def broadcast(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return the x of the group's rank 0 on all of its ranks; theirs has the same shape and dtype."""
     x = x.detach().contiguous().clone()

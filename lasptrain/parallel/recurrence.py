@@ -31,13 +31,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils._mode_utils import no_dispatch
 
 from lasptrain.ops import decay_rule, state_dtype
-from lasptrain.ops.recurrence import Inputs, Recurrence
+from lasptrain.ops.recurrence import Inputs, Recurrence, gates_of
 from lasptrain.parallel.block import Storage
 from lasptrain.parallel.host import to_device, to_host, unread
 from lasptrain.parallel.place import Place
 from lasptrain.parallel.prefix import Read
 from lasptrain.parallel.scan import Exchange, Message, Ring, Scan, Scanned
 from lasptrain.parallel.shapes import check_query, check_slice
+from lasptrain.parallel.signals import Signals
 from lasptrain.parallel.transition import Transition
 
 
@@ -52,6 +53,7 @@ class SavedStates:
     read: Read | None = None  # keys of a softmax layer that sees all before, instead of states
     place: Place | None = None  # of the slice, in the first softmax layer's
     again: bool = True  # the layer may be run again from these
+    signals: Signals | None = None  # to report to, where that is asked of the layer
 
     @property
     def rows(self) -> SavedStates:
@@ -145,6 +147,8 @@ class _Alone(NamedTuple):
     rule: Recurrence
     inputs: Inputs
     doc_ids: Tensor | None
+    angle: Tensor | None
+    saved: SavedStates
 
 
 Pending: TypeAlias = _Exchanging | _Alone
@@ -192,9 +196,9 @@ class ShardedRecurrence:
             ValueError: for shapes that do not fit each other.
         """
         check_slice(inputs, doc_ids, angle, carry)
-        if self.scan.size == 1 and carry is None and not output_final_state:
-            return _Alone(rule, inputs, doc_ids)
         saved = SavedStates() if saved is None else saved
+        if self.scan.size == 1 and carry is None and not output_final_state:
+            return _Alone(rule, inputs, doc_ids, angle, saved)
         grad_carry = carry is not None and carry.requires_grad
         piece = _Slice(rule, inputs, doc_ids, angle, saved, output_final_state, grad_carry)
         handoff = _Handoff()
@@ -207,14 +211,33 @@ class ShardedRecurrence:
 
         Raises ValueError if q does not have the shape of k.
         """
+        result: tuple[Tensor, Tensor | None]
         if isinstance(pending, _Alone):
-            rule, inputs, doc_ids = pending
-            check_query(q, inputs)
-            o: Tensor = _Whole.apply(self.kernel, rule, doc_ids, q, *inputs)  # type: ignore[no-untyped-call]
-            return o, None
-        check_query(q, pending.slice.inputs)
-        result: tuple[Tensor, Tensor | None] = _Finish.apply(self, pending, q, pending.link)  # type: ignore[no-untyped-call]
+            check_query(q, pending.inputs)
+            o: Tensor = _Whole.apply(self.kernel, pending.rule, pending.doc_ids, q, *pending.inputs)  # type: ignore[no-untyped-call]
+            self._report(pending)
+            result = o, None
+        else:
+            check_query(q, pending.slice.inputs)
+            result = _Finish.apply(self, pending, q, pending.link)  # type: ignore[no-untyped-call]
+            self._report(pending.slice)
         return result
+
+    def _report(self, piece: _Slice | _Alone) -> None:
+        """Report the gates of a slice, and its final state where its window ends, if that is asked for."""
+        signals = piece.saved.signals
+        if signals is None:
+            return
+        with torch.no_grad(), no_dispatch():  # as in `_Begin`
+            k, *_ = cast(tuple[Tensor], piece.inputs)
+            signals.gates(gates_of(piece.rule, piece.inputs), k.shape[0] * k.shape[1])
+            if signals.ends:
+                before = piece.saved.initial_state
+                wanted = 1 if before is None else 2
+                state, linear, _ = piece.rule.summarize(self.kernel, piece.inputs, piece.doc_ids, wanted)
+                transition = Transition(linear, piece.angle)
+                final_state = transition.apply(before, transition.rotate(state))
+                signals.states(final_state, counts=self.scan.rank == self.scan.size - 1)
 
     def final_state_of(self, pending: Pending) -> Tensor | None:
         """Return the next segment's initial state, after a `begin` that was asked for it, instead of `finish`.

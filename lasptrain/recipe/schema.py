@@ -19,6 +19,7 @@ from lasptrain.recipe.sections import (
     Mesh,
     Optim,
     Parallel,
+    Track,
     Train,
 )
 
@@ -41,6 +42,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     eval: Eval = Eval()
+    track: Track = Track()
     launch: Launch = Launch()
 
     def problems(self) -> Iterator[Problem]:

@@ -188,6 +188,19 @@ class Eval(Section):
     samples: Count = 5  # of each task and length
 
 
+class Track(Section):
+    """Where curves, tables and samples of a run go, and signals of its health beside the loss."""
+
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_tuple)] = ("tensorboard",)
+    project: Text = "lasptrain"  # of wandb (Weights & Biases)
+    health_every: Index = 0  # steps between signals of health, see lasptrain/training/README.md; 0: none
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a tracker that is named twice."""
+        if len(set(self.trackers)) < len(self.trackers):
+            yield "track.trackers", f"found {list(self.trackers)}; expected each once"
+
+
 class Launch(Section):
     """Timeouts of processes."""
 

@@ -18,13 +18,13 @@ from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
-FOLDERS = (RANKS, CHECKPOINTS, "tensorboard", "profile", "eval")
-FILES = (RECIPE, LOCK, "status.json", "metrics.jsonl", "auto.json", "data.json", "origin.json")
+FOLDERS = (RANKS, CHECKPOINTS, "tensorboard", "wandb", "profile", "eval")
+FILES = (RECIPE, LOCK, "status.json", "metrics.jsonl", "auto.json", "data.json", "origin.json", "wandb.json")
 
 # Keys that may change where a run goes on: how it is computed, how long, and what a person mends in it, all of the
 # optimizer but its kind. Text and tokenizer are told by their content, where the data are opened.
 _FREE = re.compile(
-    r"(name|mesh|parallel|guard|checkpoint|eval|launch)(\..*)?"
+    r"(name|mesh|parallel|guard|checkpoint|eval|track|launch)(\..*)?"
     r"|optim\.(lr|min_lr|schedule|warmup|decay|betas|eps|weight_decay|clip)"
     r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk|profile)|data\.(cache|tokenizer)"
 )

@@ -1,11 +1,11 @@
-"""Reports of a run in training: RUN/metrics.jsonl, TensorBoard events, status.json, and a line on the terminal.
+"""Reports of a run in training: RUN/metrics.jsonl, trackers, status.json, and a line on the terminal.
 
 metrics.jsonl is only ever appended to, one object a line: `{"step": 7, "loss": …}` for an update,
-`{"step": 10, "event": "eval", …}`, `{"step": 9, "event": "epoch", "epochs": {"SOURCE": 2}}` where a step begins to read
-tokens again, and `{"step": 4, "event": "resumed"}`, which cancels all earlier records of later steps; behind it
-`{"step": 4, "event": "changed", "keys": {"optim.lr": [0.01, 0.005]}}` where the recipe has changed since step 4 was
-saved. A run made with `--from` begins with `{"step": 0, "event": "origin", …}`. Steps count finished updates. Read it
-with `read_metrics`.
+`{"step": 10, "event": "eval", …}`, `{"step": 50, "event": "health", …}`, `{"step": 9, "event": "epoch", "epochs":
+{"SOURCE": 2}}` where a step begins to read tokens again, and `{"step": 4, "event": "resumed"}`, which cancels all
+earlier records of later steps; behind it `{"step": 4, "event": "changed", "keys": {"optim.lr": [0.01, 0.005]}}` where
+the recipe has changed since step 4 was saved. A run made with `--from` begins with `{"step": 0, "event": "origin", …}`.
+Steps count finished updates. Read it with `read_metrics`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lasptrain import files
-from lasptrain.run.outlets import Events, Lines, Outlet
+from lasptrain.run.outlets import Lines, Outlet
+from lasptrain.run.tracker import Rows
+from lasptrain.run.trackers import Trackers, made
 
-FILE, EVENTS, STATUS = "metrics.jsonl", "tensorboard", "status.json"
+FILE, STATUS = "metrics.jsonl", "status.json"
 QUIET = 2.0  # seconds between lines where there is no terminal to redraw
 RENEWED = 1.0  # seconds between renewals of status.json
 
@@ -34,10 +36,20 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """Writes the metrics of one run from step `start` on, as a context manager; silent unless it `is_main`."""
+    """Writes the metrics of one run from step `start` on, as a context manager; silent unless it `is_main`.
+
+    `trackers` outlive it; without any there is TensorBoard, which does not.
+    """
 
     def __init__(
-        self, run: Path, *, steps: int, start: int = 0, is_main: bool = True, console: Console | None = None
+        self,
+        run: Path,
+        *,
+        steps: int,
+        start: int = 0,
+        is_main: bool = True,
+        console: Console | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self._run, self._steps, self._is_main = run, steps, is_main
         self._status: Record = {"state": "running", "step": start, "steps": steps, "committed": start or None}
@@ -45,8 +57,9 @@ class Metrics:
         if not is_main:
             return
         self._display = _Display(console or Console(soft_wrap=True, highlight=False), steps, start)
-        self._lines, self._events = Lines(run / FILE), Events(run / EVENTS, purge_step=start + 1)
-        paths = {"terminal": Path("the terminal"), "lines": run / FILE, "events": run / EVENTS, "status": run / STATUS}
+        self._lines, self._lent = Lines(run / FILE), trackers is not None
+        self._trackers = trackers or Trackers({"tensorboard": made("tensorboard", run, start)})
+        paths = {"terminal": Path("the terminal"), "lines": run / FILE, "status": run / STATUS}
         self._outlets = {name: Outlet(path) for name, path in paths.items()}
         if self._lines.begun:
             self._write({"step": start, "event": "resumed"})
@@ -71,6 +84,17 @@ class Metrics:
         self._plot("eval", step, values)
         if "loss" in values:
             self._say(f"step {step}/{self._steps}  held-out loss {_number(values['loss'], '.4f')}")
+
+    def log_health(self, step: int, **values: Value) -> None:
+        """Report signals of health that were taken with update `step`."""
+        if self._is_main:
+            self._write({"step": step, "event": "health", **values})
+            self._plot("health", step, values)
+
+    def table(self, step: int, name: str, rows: Rows) -> None:
+        """Show a table in the trackers, if it has rows."""
+        if self._is_main and rows:
+            self._trackers.table(step, name, rows)
 
     def epochs(self, step: int, begun: dict[str, int]) -> None:
         """Report that update `step` begins to read tokens of these sources again, and which epoch of each it is."""
@@ -128,7 +152,8 @@ class Metrics:
         for name, act in last.items():
             self._outlets[name](act, last=not failing)
         self._lines.close()
-        self._events.close()
+        if not self._lent:
+            self._trackers.close(failed=failing)
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +171,7 @@ class Metrics:
 
     def _plot(self, group: str, step: int, values: dict[str, Value]) -> None:
         found = {f"{group}/{key}": float(value) for key, value in values.items() if value is not None}
-        self._outlets["events"](lambda: self._events.add(step, found))
+        self._trackers.scalars(step, found)
 
     def _say(self, text: str) -> None:
         self._outlets["terminal"](lambda: self._display.say(text))

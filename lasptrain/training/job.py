@@ -28,6 +28,7 @@ from lasptrain.parallel.shard import parallelize, shard_optimizer
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary, with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.training.guard import Guard
+from lasptrain.training.health import Health
 from lasptrain.training.optimizer import build_optimizer
 
 
@@ -46,6 +47,7 @@ class Job:
     flops_per_token: int
     peak: float | None  # FLOP/s of this device in bf16 by its data sheet, where it is known
     guard: Guard
+    health: Health | None = None  # to take signals in a step, where they are due
     given: Recipe | None = None  # the recipe before `auto` was decided, where it was another
     on_segment: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,16 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def joint_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all gradients together, a scalar, sharded where they are.
+
+    In fp64, because long sums in fp32 come out differently for a shard and for the whole, and scale all that follows.
+    """
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down to the global L2 norm `max_norm` (0: leave them) and return the norm they had.
@@ -104,10 +115,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    # In fp64, because long sums in fp32 come out differently for a shard and for the whole, and scale all that follows.
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    norm = full_tensor(total).to(wide)
+    norm = full_tensor(joint_norm(gradients)).to(wide)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], scale)

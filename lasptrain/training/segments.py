@@ -20,6 +20,7 @@ from lasptrain.models.language_model import Output
 from lasptrain.models.mixer import State
 from lasptrain.parallel.host import unread
 from lasptrain.parallel.recurrence import SavedStates
+from lasptrain.parallel.signals import Signals
 
 States = list[State]  # of all layers at one edge between segments; None for what a mixer does not carry
 
@@ -31,6 +32,7 @@ def backward(
     scale: Tensor | float,
     before_last_backward: Callable[[], None] = lambda: None,
     on_segment: Callable[[], None] = lambda: None,
+    signals: Sequence[Signals] | None = None,
 ) -> Tensor:
     """Add the gradient of scale · (sum of this window's losses) to the parameters; return that sum, detached.
 
@@ -39,6 +41,7 @@ def backward(
         segments: this rank's slice of each segment, in order.
         before_last_backward: called before the forward that precedes the last backward, to turn gradient reduction on.
         on_segment: called before each forward, on all ranks equally often; what it raises leaves gradients unfinished.
+        signals: one for each layer and one for the head, to report to.
     """
     kept, carry = keep_states(model, layers, segments[:-1], on_segment)
     kept.append(_unknown(layers))
@@ -46,12 +49,13 @@ def backward(
     grads: States | None = None
     for index in reversed(range(len(segments))):
         on_segment()
+        last = index == len(segments) - 1
         if index == 0:
             before_last_backward()
         leaves = None
         if carry is not None and index > 0:
-            leaves = _map(partial(_leaf, read=index == len(segments) - 1), carry)
-        loss = _segment(model, segments[index], leaves, kept.pop(), scale, grads, last=index == len(segments) - 1)
+            leaves = _map(partial(_leaf, read=last), carry)
+        loss = _segment(model, segments[index], leaves, kept.pop(), scale, grads, signals, last=last)
         grads = None if leaves is None else _map(lambda leaf: leaf.grad, leaves)
         total = loss if total is None else total + loss
     assert total is not None
@@ -85,18 +89,32 @@ def _segment(
     saved: list[SavedStates],
     scale: Tensor | float,
     grads: States | None,
+    signals: Sequence[Signals] | None,
     *,
     last: bool,
 ) -> Tensor:
     """Run a segment again and back from its loss and the gradients of its final states; return the loss, detached."""
     for states in saved:
         states.to_device(segment.tokens.device)
-    out: Output = model(segment.tokens, segment.labels, segment.doc_ids, initial, saved, output_final_state=not last)
+    head = None if signals is None else _listen(saved, signals, last)
+    out: Output = model(
+        segment.tokens, segment.labels, segment.doc_ids, initial, saved, output_final_state=not last, signals=head
+    )
+    for states in saved:
+        states.signals = None  # a layer that is recomputed in the backward has reported
     assert out.loss is not None
     pairs = [] if grads is None else _pairs(out.final_state, grads)
     with torch.autograd.set_multithreading_enabled(False):  # waking a second thread dominates on short slices
         torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
     return out.loss.detach()
+
+
+def _listen(saved: list[SavedStates], signals: Sequence[Signals], last: bool) -> Signals:
+    """Have layers report in the next forward; return the signals of the head."""
+    *layers, head = signals
+    for states, layer in zip(saved, layers, strict=True):
+        states.signals, layer.ends = layer, last
+    return head
 
 
 def _leaf(state: Tensor, *, read: bool) -> Tensor:

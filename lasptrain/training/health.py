@@ -1,0 +1,96 @@
+"""Signals of a model's health at one step: what layers report while it is taken, and gradients by kind of parameter.
+
+| name | means |
+|---|---|
+| `memory_min/L`, `memory/L`, `memory_max/L` | tokens after which a state of layer L has faded to 1/e, 1 / mean(−ln a) |
+| | of a head or key channel: the least, the median, and the most |
+| `beta/L`, `beta_above_one/L` | mean β of a delta rule, and the share of them above one |
+| `state_norm/L` | root mean square, over heads and windows, of the Frobenius norm of the state at a window's end |
+| `logit_bound/L` | what no score of a softmax layer exceeds: longest query times longest key of a head, over √K |
+| `logit_max` | largest logit of the head |
+| `grad_norm/KIND` | L2 norm of the gradient, before clipping, by parameters of a kind; squares add up to that of all |
+
+They are those of the step's whole batch, on any mesh, in any number of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lasptrain.parallel import signals
+from lasptrain.parallel.shard import full_tensor
+from lasptrain.parallel.signals import Signals
+from lasptrain.recipe.schema import Recipe
+from lasptrain.training.optimizer import joint_norm
+
+# The kind of a parameter by the parts of its name, the first that fits; what is left are a mixer's matrices.
+KINDS = {
+    "embedding": {"embed"},
+    "head": {"head"},
+    "norms": {"norm", "norm1", "norm2", "q_norm", "k_norm"},
+    "mlp": {"mlp"},
+    "decays": {"decay", "decay_proj", "dt", "slope"},
+    "betas": {"beta"},
+    "convolutions": {"conv"},
+    "positions": {"lrpe", "rotary"},
+}
+REST = "attention"
+
+
+class Health:
+    """The signals of one step, to be taken once and read once, on all ranks alike."""
+
+    def __init__(self, layers: int) -> None:
+        self.signals = [Signals() for _ in range(layers + 1)]  # the last of the head
+        self._norms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def gradients(self, model: nn.Module) -> None:
+        """Take the norms of the gradients by kind of parameter, before they are clipped."""
+        kinds: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                kinds.setdefault(kind_of(name), []).append(parameter.grad)
+        self._norms = {kind: full_tensor(joint_norm(found)) for kind, found in kinds.items()}
+
+    def read(self) -> dict[str, float]:
+        """Return all signals by name. Collective."""
+        signals.reduce(self.signals)
+        *layers, head = self.signals
+        digits = len(str(len(layers) - 1))
+        found = {f"{name}/{i:0{digits}}": value for i, one in enumerate(layers) for name, value in _of_layer(one)}
+        if "logit" in head.maxima:
+            found["logit_max"] = head.maxima["logit"]
+        found |= {f"grad_norm/{kind}": norm for kind, norm in self._norms.items()}
+        names = sorted(found)
+        return dict(zip(names, torch.stack([found[name].double() for name in names]).tolist(), strict=True))
+
+
+def due(recipe: Recipe, step: int) -> Health | None:
+    """Return where to put the signals of update `step`, counted from 1; None where they are not asked for."""
+    every = recipe.track.health_every
+    return Health(recipe.model.layers) if every and step % every == 0 else None
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a parameter of this name."""
+    parts = set(name.split("."))
+    return next((kind for kind, words in KINDS.items() if parts & words), REST)
+
+
+def _of_layer(layer: Signals) -> Iterator[tuple[str, Tensor]]:
+    sums, maxima = layer.sums, layer.maxima
+    if "rate" in sums:
+        memory = (sums["tokens"] / sums["rate"]).flatten()
+        yield from {"memory_min": memory.amin(), "memory": memory.quantile(0.5), "memory_max": memory.amax()}.items()
+    if "beta" in sums:
+        yield "beta", sums["beta"] / sums["betas"]
+        yield "beta_above_one", sums["above_one"] / sums["betas"]
+    if "state" in sums:
+        yield "state_norm", (sums["state"] / sums["states"]).sqrt()
+    if "query" in maxima:
+        query, key = maxima["query"], maxima["key"]
+        yield "logit_bound", (query.view(len(key), -1) * key[:, None]).amax()
