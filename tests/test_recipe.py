@@ -410,6 +410,7 @@ def test_recipes_are_frozen_and_strict() -> None:
         "checkpoint",
         "guard",
         "eval",
+        "track",
         "launch",
     }
 

@@ -100,7 +100,7 @@ def test_the_advice_of_the_guard_is_taken(
 
 
 FREE = {
-    "mesh", "parallel", "guard", "optim", "eval", "checkpoint", "launch", "train.steps", "train.profile",
+    "mesh", "parallel", "guard", "optim", "eval", "checkpoint", "track", "launch", "train.steps", "train.profile",
     "train.segment", "train.compile", "train.kernel", "train.micro_batch", "train.loss_chunk", "data.cache",
     "data.tokenizer",
 }  # fmt: skip

@@ -70,7 +70,7 @@ class _Careful:
         if self._on:
             self._guarded(lambda: self._tracker.close(failed=failed), "at the end")
         if self._missed:
-            log.warning("%s: has missed %d records of this run, which metrics.jsonl holds", self._name, self._missed)
+            log.warning("%s: writes that it has missed: %d; metrics.jsonl holds its curves", self._name, self._missed)
         self._on, self._missed = False, 0
 
     def _guarded(self, act: Callable[[], bool | None], when: str) -> bool:
