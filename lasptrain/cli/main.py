@@ -16,6 +16,7 @@ from lasptrain.cli.certify import certify
 from lasptrain.cli.convert import convert
 from lasptrain.cli.options import App, Overrides, RecipeFile
 from lasptrain.cli.plan import plan_command
+from lasptrain.cli.runs import runs
 from lasptrain.console import stdio
 from lasptrain.console.tables import figures, show
 from lasptrain.convert import targets
@@ -215,6 +216,7 @@ def _times(count: int, word: str, plural: str = "s") -> str:
 
 app.command("plan")(plan_command)
 app.command()(certify)
+app.command()(runs)
 eval_commands.register(app)
 app.command()(convert)
 app.add_typer(data.app, name="data")

@@ -51,12 +51,9 @@ def summarize(
         Console(soft_wrap=True, highlight=False).print(f"[dim]{before}[/dim][bold]{after}[/bold]\n")
     data = "".join(f"data       {line}\n" for line in epochs(recipe, dataset))
     again = f"lasptrain pretrain {run / RECIPE} --run {run} --set train.steps={2 * recipe.train.steps}"
-    show(
-        f"{data}"
-        f"curves     tensorboard --logdir {run}\n"
-        "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
-        f"continue   {again}{_caution(recipe.optim)}"
-    )
+    curves = f"curves     tensorboard --logdir {run}\n"
+    curves += "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
+    show(f"{data}{curves if 'tensorboard' in recipe.track.trackers else ''}continue   {again}{_caution(recipe.optim)}")
     return tables
 
 

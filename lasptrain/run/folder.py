@@ -101,6 +101,21 @@ def refuse_links(run: Path) -> None:
             raise SetupError(f"{path}: {found}; expected a {expected} of this run's own")
 
 
+def in_use(run: Path) -> bool:
+    """True where a process holds the lock of a run folder. Raises OSError where that cannot be told."""
+    try:
+        file = files.descriptor(run / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
 def _holder(run: Path) -> str:
     try:
         who = json.loads(files.read(run / LOCK, own=True))

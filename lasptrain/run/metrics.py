@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from lasptrain.run.trackers import Trackers, made
 FILE, STATUS = "metrics.jsonl", "status.json"
 QUIET = 2.0  # seconds between lines where there is no terminal to redraw
 RENEWED = 1.0  # seconds between renewals of status.json
+TAIL = 1 << 18  # bytes at the end of metrics.jsonl in which its last update is looked for first
 
 Value = float | int | None
 Record = dict[str, Any]
@@ -254,15 +256,31 @@ def read_metrics(run: Path, event: str | None = None) -> list[Record]:
     The last record of a step that was trained more than once counts, and none after the step a run resumed from.
     Lines torn by a kill are skipped.
     """
+    return _records(run, event)
+
+
+def last_loss(run: Path) -> float | None:
+    """Return the loss of the newest update, None where there is none, or it was not finite. Raises OSError."""
+    records = _records(run, None, TAIL) or _records(run, None)
+    loss = records[-1].get("loss") if records else None
+    return loss if isinstance(loss, float) else None
+
+
+def _records(run: Path, event: str | None, most: int | None = None) -> list[Record]:
+    """Return the records that count, of the last `most` bytes if given."""
     if not (run / FILE).exists():
         return []
     kept: dict[int, Record] = {}
     with files.regular(run / FILE, own=True) as stream:
+        if most is not None:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - most))
         lines = stream.read().splitlines()
     for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
+            continue
+        if not isinstance(record, dict):
             continue
         if record.get("event") == "resumed":
             kept = {step: other for step, other in kept.items() if step <= record["step"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lasptrain import files
+from lasptrain.console.tables import show
 from lasptrain.errors import SetupError
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run.tracker import Rows
@@ -33,7 +34,17 @@ class WeightsAndBiases:
         """Begin the run, or go on with it. Raises SetupError without credentials, and what wandb raises."""
         import wandb
 
-        if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False):
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            save_code=False,
+            init_timeout=PATIENCE,
+            finish_timeout=PATIENCE,
+            finish_timeout_raises=True,
+        )
+        mode = wandb.setup(settings).settings.mode
+        kept = mode in ("offline", "dryrun")
+        if not kept and mode != "disabled" and not wandb.login(prompt=False, verify=False):
             raise SetupError("found no API key; expected wandb login, WANDB_API_KEY or WANDB_MODE=offline")
         self._run = wandb.init(
             project=recipe.track.project,
@@ -42,15 +53,10 @@ class WeightsAndBiases:
             resume="allow",
             dir=run,
             config=recipe.model_dump(mode="json"),
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                save_code=False,
-                init_timeout=PATIENCE,
-                finish_timeout=PATIENCE,
-                finish_timeout_raises=True,
-            ),
+            settings=settings,
         )
+        if mode != "disabled":
+            show(f"curves     {f'wandb sync {Path(self._run.dir).parent}' if kept else self._run.url}")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
