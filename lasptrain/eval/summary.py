@@ -94,7 +94,7 @@ def _losses(validation: Validation, dataset: TokenDataset) -> list[dict[str, str
     for start, loss in validation.by_position.items():
         if start >= 64 and start.bit_length() % 2:  # powers of four
             rows.append((f"  from position {start}", loss, ""))
-    return [{"loss": name, "nats per token": loss, "": remark} for name, loss, remark in rows]
+    return [{"loss": name, "nats per token": loss, "meaning": remark} for name, loss, remark in rows]
 
 
 def _shown(rows: Rows, title: str) -> Table:

@@ -193,7 +193,7 @@ class Track(Section):
 
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_tuple)] = ("tensorboard",)
     project: Text = "lasptrain"  # of wandb (Weights & Biases)
-    health_every: Index = 0  # steps between signals of health, see lasptrain/training/README.md; 0: none
+    health_every: Index = 0  # steps between signals of health, see lasptrain/run/README.md; 0: none
 
     def problems(self) -> Iterator[Problem]:
         """Yield a tracker that is named twice."""

@@ -52,6 +52,8 @@ _NAMES = {
     "checkpoint.keep": "save_total_limit keep_latest_k",
     "eval.every": "eval_interval eval_steps val_interval eval_every freq",
     "eval.windows": "eval_iters",
+    "track.trackers": "report_to loggers enable_tensorboard enable_wandb wandb_log",
+    "track.project": "wandb_project project_name",
     "launch.timeout": "distributed_timeout_minutes ddp_timeout train_timeout_seconds init_timeout_seconds",
     "data": "datasets",
     "mesh": "distributed parallelism",
@@ -59,6 +61,7 @@ _NAMES = {
     "train": "training trainer",
     "checkpoint": "checkpointing ckpt",
     "eval": "evaluation evaluator",
+    "track": "logging logger metrics",
 }
 OURS = {name: key for key, names in _NAMES.items() for name in names.split()}  # theirs: ours
 

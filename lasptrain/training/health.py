@@ -1,16 +1,6 @@
 """Signals of a model's health at one step: what layers report while it is taken, and gradients by kind of parameter.
 
-| name | means |
-|---|---|
-| `memory_min/L`, `memory/L`, `memory_max/L` | tokens after which a state of layer L has faded to 1/e, 1 / mean(−ln a) |
-| | of a head or key channel: the least, the median, and the most |
-| `beta/L`, `beta_above_one/L` | mean β of a delta rule, and the share of them above one |
-| `state_norm/L` | root mean square, over heads and windows, of the Frobenius norm of the state at a window's end |
-| `logit_bound/L` | what no score of a softmax layer exceeds: longest query times longest key of a head, over √K |
-| `logit_max` | largest logit of the head |
-| `grad_norm/KIND` | L2 norm of the gradient, before clipping, by parameters of a kind; squares add up to that of all |
-
-They are those of the step's whole batch, on any mesh, in any number of segments.
+They are those of the step's whole batch, on any mesh, in any number of segments. `run/README.md` says what each means.
 """
 
 from __future__ import annotations
