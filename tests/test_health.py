@@ -113,9 +113,11 @@ def plain(name: str) -> dict[str, float]:
 
 def by_definition(rule: Any, inputs: Any, doc_ids: Tensor) -> Iterator[tuple[str, float]]:
     """The signals of a recurrence, its state token by token."""
-    k, v, *others = (x if x is None else x.detach() for x in inputs)
-    beta, log_decay = others if rule is delta_rule else (None, *others)
-    b, t, h, width = *v.shape[:3], k.shape[-1]
+    k, v = inputs[0].detach(), inputs[1].detach()
+    beta, log_decay = (
+        x if x is None else x.detach() for x in (inputs[2:] if rule is delta_rule else (None, inputs[2]))
+    )
+    (b, t, h, _), width = v.shape, k.shape[-1]
     k = k.repeat_interleave(h // k.shape[2], 2)
     if log_decay is not None:
         rates = -log_decay.expand(b, t, h) if log_decay.dim() == 1 else -log_decay

@@ -50,12 +50,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("running", "killed"):
         file = make(tmp_path, name) / "status.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "running"}))
-    for name, file, text in (
+    for name, damaged, text in (
         ("torn", "status.json", '{"state": "fin'),
         ("odd", "status.json", '{"step": "five"}'),
         ("later", "recipe.yaml", "format: 1000"),
     ):
-        (make(tmp_path, name) / file).write_text(text)
+        (make(tmp_path, name) / damaged).write_text(text)
     linked = make(tmp_path, "linked")
     (linked / "metrics.jsonl").replace(tmp_path / "elsewhere")
     (linked / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")

@@ -189,7 +189,7 @@ class Eval(Section):
 
 
 class Track(Section):
-    """Where curves, tables and samples of a run go, and signals of its health beside the loss."""
+    """Programs that show curves, tables and samples of a run, and signals of its health beside the loss."""
 
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_tuple)] = ("tensorboard",)
     project: Text = "lasptrain"  # of wandb (Weights & Biases)
