@@ -172,7 +172,7 @@ def full() -> OSError:
 @pytest.mark.parametrize(
     ("broken", "error", "missed"),
     [
-        ("start", RuntimeError("no network\nand more"), 8),
+        ("start", RuntimeError("no network\nand more"), 9),
         ("scalars", KeyError("x"), 7),
         ("table", ValueError("gone"), 8),
         ("close", TimeoutError("still sending"), 0),
@@ -201,7 +201,7 @@ def test_a_disk_that_stays_full_ends_the_tracker_not_the_run(tmp_path: Path, cap
     clock, tracker = Clock(), Fake("scalars", full())
     careful = trackers._Careful("tensorboard", tracker, Outlet(tmp_path, clock))
     for step in range(1, 5):
-        careful(step, lambda tracker: tracker.scalars(0, {}))
+        careful(f"at step {step}", lambda tracker: tracker.scalars(0, {}))
         clock.seconds += PATIENCE / 2 + 1
     careful.close(failed=False)
     assert len(tracker.got) == 3 and len(caplog.messages) == 3

@@ -32,19 +32,19 @@ class Trackers:
         self._all = [_Careful(name, tracker, Outlet(path)) for name, (tracker, path) in trackers.items()]
 
     def start(self, recipe: Recipe, run: Path) -> None:
-        """Begin all of them. One that fails here is left off at once."""
+        """Begin all of them."""
         for one in self._all:
-            one.start(recipe, run)
+            one("at the start", lambda tracker: tracker.start(recipe, run))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add values to the curves of each."""
         for one in self._all:
-            one(step, lambda tracker: tracker.scalars(step, values))
+            one(f"at step {step}", lambda tracker: tracker.scalars(step, values))
 
     def table(self, step: int, name: str, rows: Rows) -> None:
         """Show a table in each."""
         for one in self._all:
-            one(step, lambda tracker: tracker.table(step, name, rows))
+            one(f"at step {step}", lambda tracker: tracker.table(step, name, rows))
 
     def close(self, *, failed: bool = False) -> None:
         """End each."""
@@ -59,36 +59,29 @@ class _Careful:
         self._name, self._tracker, self._outlet = name, tracker, outlet
         self._on, self._missed = True, 0
 
-    def start(self, recipe: Recipe, run: Path) -> None:
-        self._guarded(lambda: self._tracker.start(recipe, run), "at the start")
-
-    def __call__(self, step: int, act: Callable[[Tracker], None]) -> None:
-        if not self._on or not self._guarded(lambda: self._outlet(lambda: act(self._tracker)), f"at step {step}"):
-            self._missed += 1
+    def __call__(self, when: str, act: Callable[[Tracker], None]) -> None:
+        """Act, unless the tracker is off; an error that is not of a disk turns it off."""
+        try:
+            written = self._on and self._outlet(lambda: act(self._tracker))
+        except Exception as error:
+            written = self._on = False
+            lines, kind = str(error).strip().splitlines() or [""], type(error).__name__
+            log.warning("%s: %s: %s (%s); it is left off, training goes on", self._name, when, lines[0], kind)
+        self._missed += not written
 
     def close(self, *, failed: bool) -> None:
-        if self._on:
-            self._guarded(lambda: self._tracker.close(failed=failed), "at the end")
-        if self._missed:
-            log.warning("%s: writes that it has missed: %d; metrics.jsonl holds its curves", self._name, self._missed)
+        missed = self._missed
+        self("at the end", lambda tracker: tracker.close(failed=failed))
+        if missed:
+            log.warning("%s: writes that it has missed: %d; metrics.jsonl holds its curves", self._name, missed)
         self._on, self._missed = False, 0
-
-    def _guarded(self, act: Callable[[], bool | None], when: str) -> bool:
-        """Act, and return whether that went well; after an exception the tracker is off."""
-        try:
-            return act() is not False
-        except Exception as error:
-            self._on = False
-            lines = str(error).strip().splitlines() or [""]
-            kind = type(error).__name__
-            log.warning("%s: %s: %s (%s); it is left off, training goes on", self._name, when, lines[0], kind)
-            return False
 
 
 def require(recipe: Recipe) -> None:
     """Raise SetupError where a tracker of the recipe is not installed."""
-    for name in recipe.track.trackers:
-        if name in EXTRAS and find_spec(name) is None:
+    for name in sorted({*EXTRAS} & {*recipe.track.trackers}):
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of that name, which wandb makes, has no origin
             found = f"track.trackers: {name} is not installed"
             raise SetupError(f"{found}; expected it, pip install 'lasptrain[{name}]', or trackers without it")
 

@@ -31,7 +31,13 @@ class WeightsAndBiases:
         self._run: wandb.Run | None = None
 
     def start(self, recipe: Recipe, run: Path) -> None:
-        """Begin the run, or go on with it. Raises SetupError without credentials, and what wandb raises."""
+        """Begin the run, or go on with it. Raises SetupError where it cannot, and what else wandb raises."""
+        try:
+            self._begin(recipe, run)
+        except OSError as error:  # a disk may be tried again, a start is not
+            raise SetupError(str(error)) from error
+
+    def _begin(self, recipe: Recipe, run: Path) -> None:
         import wandb
 
         settings = wandb.Settings(
