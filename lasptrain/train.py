@@ -85,7 +85,7 @@ def train(recipe: Recipe, run: Path) -> None:
         show(*beginning(job, start, there))
         if start >= steps:
             show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
-    with tracking(given, run, start, is_main) as trackers:
+    with tracking(recipe, run, start, is_main) as trackers:
         reports = Metrics(run, steps=steps, start=start, is_main=is_main, trackers=trackers)
         with signals.deferred(), reports as metrics, explain_oom(job):
             if origin is not None:

@@ -308,7 +308,7 @@ def test_answers_that_are_none_are_named(tmp_path: Path) -> None:
 def test_a_sample_of_a_run_prints_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Into a log neither: a terminal will show it."""
     monkeypatch.setattr(summary, "generate", lambda *_: [*b"\x1b[2J\rend\n"])
-    shown = summary._sample(tiny(), ByteTokenizer(), [*b"a\x07\tb"], 9)
+    shown = "".join(summary._sample(tiny(), ByteTokenizer(), [*b"a\x07\tb"], 9).values())
     assert r"a\x07" in shown and r"\x1b" in shown and r"\rend" in shown
     assert all(character.isprintable() or character in "\n\t" for character in shown)
 
