@@ -7,9 +7,10 @@ from pathlib import Path
 
 from data_tools import remembered
 from data_tools.commands import told_left_out
-from data_tools.prepare import Progress, ensure_dataset, is_dataset
+from data_tools.prepare import ensure_dataset, is_dataset
 from data_tools.prepared import cache_folder, preparations, sources
 from data_tools.remembered import Told
+from data_tools.shards import Progress
 from data_tools.sources import PYTHON_SOURCE
 from data_tools.sources import left_out as not_read
 from lasptrain.data.dataset import TokenDataset

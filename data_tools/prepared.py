@@ -8,7 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from data_tools.packing import BestFit
-from data_tools.prepare import Preparation, Progress, find_dataset
+from data_tools.prepare import Preparation, find_dataset
+from data_tools.shards import Progress
 from data_tools.sources import Reading
 from lasptrain.console.tables import figures
 from lasptrain.data import order

@@ -104,16 +104,14 @@ class Documents:
         self.starts = array("q")
         self.lengths = array("q")
         self.digests = array("Q")
-        self.bytes = 0
 
     @property
     def tokens(self) -> int:
         """Tokens of all documents."""
         return sum(self.lengths)
 
-    def add(self, start: int, length: int, text_bytes: int, digest: int) -> None:
+    def add(self, start: int, length: int, digest: int) -> None:
         """Append a document whose ids lie at `start`."""
         self.starts.append(start)
         self.lengths.append(length)
         self.digests.append(digest)
-        self.bytes += text_bytes

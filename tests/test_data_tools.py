@@ -661,7 +661,7 @@ def test_the_same_bytes_from_any_number_of_workers(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_tools.prepare.UNIT", 200)
-    monkeypatch.setattr("data_tools.prepare.SHARD_TOKENS", 2000)
+    monkeypatch.setattr("data_tools.shards.SHARD_TOKENS", 2000)
     (corpus / "a.json.bz2").write_bytes(bz2.compress(json.dumps([{"text": f"row {i}"} for i in range(99)]).encode()))
     (corpus / "linked").symlink_to(named(tmp_path / "elsewhere", "b.txt", "c.txt"))
     stages = []

@@ -8,10 +8,15 @@ is used once an epoch, no token twice, and only total mod window tokens sit out,
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
+
 ROUNDS = 6
+AT_ONCE = 1 << 16  # indices that are permuted together
 MASK = (1 << 64) - 1
 
 
@@ -50,6 +55,30 @@ def permute(size: int, index: int, seed: int, epoch: int = 0) -> int:
         index = left << bits | right
         if index < size:
             return index
+
+
+def permuted(size: int, seed: int, epoch: int = 0) -> Iterator[int]:
+    """Apply `permute` to every index of range(size), in order: many at a time, and far faster."""
+    bits = np.uint64(((size - 1).bit_length() + 1) // 2)
+    rounds = [np.uint64(key) for key in keys(seed, epoch, size)[:ROUNDS]]
+    for start in range(0, size, AT_ONCE):
+        found = np.arange(start, min(start + AT_ONCE, size), dtype=np.uint64)
+        walking = np.arange(len(found))
+        while len(walking):
+            found[walking] = _feistel(found[walking], bits, rounds)
+            walking = walking[found[walking] >= size]
+        yield from found.tolist()
+
+
+def _feistel(index: npt.NDArray[np.uint64], bits: np.uint64, rounds: list[np.uint64]) -> npt.NDArray[np.uint64]:
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    left, right = index >> bits, index & low
+    for key in rounds:
+        value = (right ^ key) + np.uint64(0x9E3779B97F4A7C15)  # splitmix64, whose sums and products wrap
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((value ^ (value >> np.uint64(31))) & low)
+    return left << bits | right
 
 
 def epochs(total: int, window: int, samples: Fraction | int) -> Fraction:
