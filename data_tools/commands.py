@@ -128,7 +128,7 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "tex
 
 def prepare(preparation: Preparation, out: Path) -> Inspection:
     """Write a dataset and show what is in it."""
-    found = left_out(preparation.sources)
+    found = dict(sum((Counter(source.left_out) for source in preparation.opened), Counter[str]()))
     return replace(inspect(prepare_folder(preparation, out)), left_out=found)
 
 

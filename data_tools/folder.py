@@ -14,16 +14,19 @@ from lasptrain.data.manifest import FILE
 from lasptrain.errors import DataError, ResourceError, SetupError
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder that becomes `out` if all goes well. SetupError where `out` is a link, is not empty, or is
-    being written.
-    """
+def checked(out: Path) -> Path:
+    """Return the path of a new dataset's folder. SetupError where it is a link, or not empty."""
     if out.is_symlink():
         raise SetupError(f"{out} -> {out.readlink()}: is a symbolic link; expected a new folder")
     out = out if out.name not in ("", "..") else out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SetupError(f"{out}: it is not empty; a dataset is written to a new folder")
+    return out
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder that becomes `out` if all goes well. SetupError where another process writes it."""
     with building(out, wait=False) as hidden:
         if hidden is None:
             raise SetupError(f"{out}: another process has just written it")

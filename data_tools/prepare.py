@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
 from data_tools import encode as worker
 from data_tools.files import naming
-from data_tools.folder import building, new_folder
+from data_tools.folder import building, checked, new_folder
+from data_tools.ids import TokenPiece, TokenReading, TokenSource, open_ids
 from data_tools.packing import BestFit
 from data_tools.shards import Progress, Writing, joined, write
 from data_tools.sources import Piece, Reading, Source, open_source
@@ -33,6 +35,8 @@ PROBED = 64  # pieces at whose good places it is tried whether a cut changes ids
 MILLION = 1_000_000
 ANY_LENGTH = (0, 1 << 62)  # tokens of a document
 
+P = TypeVar("P", Piece, TokenPiece)
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -40,7 +44,7 @@ class Preparation:
 
     `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
     `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
-    cut them.
+    cut them. With `tokens` the sources hold ids that the tokenizer has made of text, not text.
     """
 
     sources: Sequence[str]
@@ -52,16 +56,19 @@ class Preparation:
     packing: BestFit | None = None
     workers: int | None = None
     progress: Progress | None = None
+    tokens: TokenReading | None = None
 
     @cached_property
     def opened(self) -> list[Source]:
         """The sources, opened once. Raises DataError for one that cannot be read."""
+        if self.tokens:
+            return [open_ids(source, self.tokens, self.tokenizer) for source in self.sources]
         return [open_source(source) for source in self.sources]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded once. Raises DataError for a file that is none."""
-        return load_tokenizer(self.tokenizer_path)
+        return load_tokenizer(self.tokenizer_path, self.tokens.bos if self.tokens else None)
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Call `progress`, if there is one."""
@@ -139,6 +146,7 @@ def prepare(preparation: Preparation, out: Path) -> Path:
 
     Raises SetupError when `out` is not empty or being written, DataError for text that `reading` does not tolerate.
     """
+    out = checked(out)
     _ = preparation.opened, preparation.tokenizer  # what cannot be read is refused before anything is written
     with new_folder(out) as hidden:
         _build(hidden, preparation)
@@ -182,11 +190,11 @@ def _documents(preparation: Preparation, spool: Spool, dropped: Counter[str]) ->
     splits = {split: Documents() for split in SPLITS}
     start, end = 0, 0
     content, replaced = _content_hash(), 0
-    lost = "" if keeps_mark(preparation.tokenizer) else MARK
+    lost = b"" if preparation.tokens or keeps_mark(preparation.tokenizer) else MARK.encode()
     for piece, count in _encoded(preparation, spool, dropped):
-        text = piece.text.encode()
-        content.update(text)
-        replaced += piece.text.count(lost) if lost else 0
+        part = piece.content
+        content.update(part)
+        replaced += part.count(lost) if lost else 0
         end += count
         if not piece.last:
             continue
@@ -207,20 +215,36 @@ def _content_hash() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=8, usedforsecurity=False)
 
 
-def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> Iterator[tuple[Piece, int]]:
-    """Encode every piece, in the order of the sources, into the spool; yields (piece, number of its ids)."""
+def _encoded(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> Iterator[tuple[Piece | TokenPiece, int]]:
+    """Bring the ids of every piece, in the order of the sources, into the spool; yields (piece, number of its ids)."""
     total, done = sum(source.bytes for source in preparation.opened), 0
     for source in preparation.opened:
-        pieces = source.pieces(preparation.reading, dropped)
-        first = _probe(pieces)
-        pieces = chain(first, pieces)
-        if not cuts_safely(preparation.tokenizer, (piece.text for piece in first)):
-            pieces = _whole(pieces)
-        encode = partial(worker.encode, preparation.tokenizer_path)
-        for unit, counts in _in_order(encode, _units(pieces), spool, _workers(preparation.workers, total)):
+        for unit, counts in _spooled(preparation, source, spool, dropped, total):
             yield from zip(unit, counts, strict=True)
-            preparation.report("encode", done + unit[-1].done, total)
+            preparation.report("read" if preparation.tokens else "encode", done + unit[-1].done, total)
         done += source.bytes
+
+
+Spooled = tuple[Sequence[Piece | TokenPiece], list[int]]  # a unit, number of ids in each piece
+
+
+def _spooled(
+    preparation: Preparation, source: Source, spool: Spool, dropped: Counter[str], total: int
+) -> Iterator[Spooled]:
+    """Read or encode a source, of `total` bytes of all, unit by unit."""
+    if isinstance(source, TokenSource):
+        return _in_order(_ids, _units(source.token_pieces(dropped)), spool, workers=1)
+    pieces = source.pieces(preparation.reading, dropped)
+    first = _probe(pieces)
+    pieces = chain(first, pieces)
+    if not cuts_safely(preparation.tokenizer, (piece.text for piece in first)):
+        pieces = _whole(pieces)
+    encode = partial(worker.encode, preparation.tokenizer_path)
+    return _in_order(encode, _units(pieces), spool, _workers(preparation.workers, total))
+
+
+def _ids(unit: list[TokenPiece]) -> list[Ids]:
+    return [piece.ids for piece in unit]
 
 
 def _probe(pieces: Iterator[Piece]) -> list[Piece]:
@@ -243,13 +267,13 @@ def _whole(pieces: Iterator[Piece]) -> Iterator[Piece]:
             texts = []
 
 
-def _units(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Group pieces into units of about UNIT characters."""
-    unit: list[Piece] = []
+def _units(pieces: Iterator[P]) -> Iterator[list[P]]:
+    """Group pieces into units of about UNIT characters, or ids."""
+    unit: list[P] = []
     size = 0
     for piece in pieces:
         unit.append(piece)
-        size += len(piece.text)
+        size += piece.size
         if size >= UNIT:
             yield unit
             unit, size = [], 0
@@ -257,12 +281,12 @@ def _units(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield unit
 
 
-def _digest(unit: list[Piece]) -> str:
-    """SHA-256 of the texts and their lengths."""
+def _digest(unit: list[P]) -> str:
+    """SHA-256 of the contents and their lengths."""
     digest = hashlib.sha256()
     for piece in unit:
-        text = piece.text.encode()
-        digest.update(len(text).to_bytes(8, "little") + text)
+        content = piece.content
+        digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
 
 
@@ -273,14 +297,15 @@ def _workers(asked: int | None, source_bytes: int) -> int:
     return asked or max(1, min(len(os.sched_getaffinity(0)), source_bytes >> 22))
 
 
-Found = tuple[list[Piece], str, list[int] | None]  # unit, its digest, ids in each piece if the spool knows it
-
-
 def _in_order(
-    encode: Callable[[list[Piece]], list[Ids]], units: Iterable[list[Piece]], spool: Spool, workers: int
-) -> Iterator[tuple[list[Piece], list[int]]]:
-    """Encode units here or in `workers` processes; yields (unit, number of ids in each piece), in order."""
-    found: Iterator[Found] = ((unit, digest, spool.recall(digest)) for unit in units for digest in [_digest(unit)])
+    encode: Callable[[list[P]], list[Ids]], units: Iterable[list[P]], spool: Spool, workers: int
+) -> Iterator[tuple[list[P], list[int]]]:
+    """Encode units here or in `workers` processes; yields (unit, number of ids in each piece), in order.
+
+    What an earlier run has spooled is not encoded again.
+    """
+    found: Iterator[tuple[list[P], str, list[int] | None]]
+    found = ((unit, digest, spool.recall(digest)) for unit in units for digest in [_digest(unit)])
     if workers == 1:
         for unit, digest, counts in found:
             yield unit, spool.add(digest, encode(unit)) if counts is None else counts
@@ -292,7 +317,7 @@ def _in_order(
         yield unit, counts
     else:
         return
-    pending: deque[tuple[list[Piece], str, Future[list[Ids]]]] = deque()
+    pending: deque[tuple[list[P], str, Future[list[Ids]]]] = deque()
     server = multiprocessing.get_context("forkserver")  # imports once, whatever this process has done; then forks
     server.set_forkserver_preload(["__main__", "data_tools.encode"])
     with ProcessPoolExecutor(workers, mp_context=server, initializer=worker.end_with_parent) as pool:

@@ -67,6 +67,16 @@ class Piece:
     last: bool
     kept: bool = True
 
+    @property
+    def content(self) -> bytes:
+        """Bytes by which a document is told from others."""
+        return self.text.encode()
+
+    @property
+    def size(self) -> int:
+        """Number of characters."""
+        return len(self.text)
+
 
 # Part of a document: (place, text, bytes read, whether it is the last part); None for the text drops the document.
 Part = tuple[str, str | None, int, bool]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import sentencepiece
 
 from data_tools.files import naming, one_line
-from lasptrain.errors import DataError
+from lasptrain.errors import DataError, RecipeError
 from lasptrain.files import read, utf8
 
 BYTES = "bytes"
@@ -80,8 +80,8 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A sentencepiece model read from a file."""
 
-    def __init__(self, path: Path) -> None:
-        """Read a model. Raises DataError for a file that is no model, or a model without BOS."""
+    def __init__(self, path: Path, bos: int | None = None) -> None:
+        """Read a model. Raises DataError for a file that is no model, or a model without BOS, unless it is given."""
         content = _content(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -90,9 +90,10 @@ class SentencePieceTokenizer:
         self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.vocab_size()
-        self.bos: int = self._model.bos_id()
-        if self.bos < 0:
+        named: int = self._model.bos_id()
+        if named < 0 and bos is None:
             raise DataError(f"{path}: the model has no BOS piece, and every document starts with one")
+        self.bos = named if bos is None or named >= 0 else bos
         try:
             self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         except UnicodeDecodeError:
@@ -117,8 +118,10 @@ class SentencePieceTokenizer:
 class FastTokenizer:
     """A `tokenizer.json` of Hugging Face's tokenizers; the package `tokenizers` reads it."""
 
-    def __init__(self, path: Path) -> None:
-        """Read a tokenizer. Raises DataError for a file that is none or names no BOS, or without the package."""
+    def __init__(self, path: Path, bos: int | None = None) -> None:
+        """Read a tokenizer. Raises DataError without the package, and for a file that is none or, unless `bos` is
+        given, names none.
+        """
         try:
             from tokenizers import Tokenizer as Reader
         except ImportError:
@@ -135,8 +138,9 @@ class FastTokenizer:
         self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.get_vocab_size()
-        bos = _bos_of(path, parsed)
-        number = None if bos is None else self._model.token_to_id(bos)
+        named = _bos_of(path, parsed)
+        number = None if named is None else self._model.token_to_id(named)
+        number = bos if number is None else number
         if number is None:
             raise DataError(
                 f"{path}: names no BOS, and every document starts with one; expected bos_token in tokenizer_config.json"
@@ -186,11 +190,22 @@ def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
     return found
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load the tokenizer of a path, a sentencepiece model or a tokenizer.json, or the built-in one for "bytes"."""
+def load_tokenizer(spec: str | Path, bos: int | None = None) -> Tokenizer:
+    """Load the tokenizer of a path, a sentencepiece model or a tokenizer.json, or the built-in one for "bytes".
+
+    `bos` is BOS of one that names none; RecipeError where another is named, or it is no id.
+    """
+    path = Path(spec)
+    tokenizer: Tokenizer
     if str(spec) == BYTES:
-        return ByteTokenizer()
-    return FastTokenizer(Path(spec)) if Path(spec).suffix == ".json" else SentencePieceTokenizer(Path(spec))
+        tokenizer = ByteTokenizer()
+    else:
+        tokenizer = FastTokenizer(path, bos) if path.suffix == ".json" else SentencePieceTokenizer(path, bos)
+    if bos is not None and tokenizer.bos != bos:
+        raise RecipeError(f"--bos: found {bos}; {tokenizer.name} names {tokenizer.bos}, expected that or none")
+    if not 0 <= tokenizer.bos < tokenizer.vocab_size:
+        raise RecipeError(f"--bos: found {bos}; expected an id of the vocabulary of {tokenizer.vocab_size:,}")
+    return tokenizer
 
 
 def train(texts: Iterable[str], vocab: int) -> bytes:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_tools.packing import BestFit, Layout, LongDocuments, best_fit, concat
 from lasptrain.data.dataset import Split
 from lasptrain.data.loader import SliceLoader
-from lasptrain.data.order import permute, window_start
+from lasptrain.data.order import permute, permuted, window_start
 from lasptrain.data.shard import Int64s, Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.ops.cross_entropy import IGNORED
@@ -59,6 +59,13 @@ def make(split: Split, **changes: int | bool) -> SliceLoader:
 @pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4097])
 def test_permute_is_a_bijection(size: int) -> None:
     assert sorted(permute(size, i, seed=3) for i in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 255, 256, 257, 4097])
+def test_many_indices_are_permuted_as_each_alone(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lasptrain.data.order.AT_ONCE", 1000)
+    for seed, epoch in [(0, 0), (3, -1), (1 << 63, 7)]:
+        assert list(permuted(size, seed, epoch)) == [permute(size, i, seed, epoch) for i in range(size)]
 
 
 def test_permute_leaves_no_pattern() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import commands
+from data_tools import folder as folders
 from data_tools import prepare as preparing
 from data_tools.prepare import Preparation, prepare
 from data_tools.prepared import cache_folder
@@ -205,7 +206,7 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path) -> None:
 
     def hold() -> None:
         for _ in range(20):
-            with preparing._locked(lock, tmp_path / "out", wait=True):
+            with folders._locked(lock, tmp_path / "out", wait=True):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 assert stat.S_ISREG(lock.stat().st_mode)
@@ -217,7 +218,7 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert most == [1] and not lock.exists()
-    with preparing._locked(lock, tmp_path / "out", wait=True), pytest.raises(SetupError, match="another process is"):
+    with folders._locked(lock, tmp_path / "out", wait=True), pytest.raises(SetupError, match="another process is"):
         prepare(Preparation(["python:source"], "bytes"), tmp_path / "out")
 
 

@@ -1,7 +1,10 @@
 """`lasptrain data`: text, tokenizers and token shards."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +13,10 @@ from lasptrain.console.stdio import argument, printable
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe.loading import load
 from lasptrain.run.folder import RECIPE
+
+if TYPE_CHECKING:
+    from data_tools.packing import BestFit
+    from data_tools.prepare import Preparation
 
 app = App("Text, tokenizers and token shards.")
 tokenizer_app = App("Train a tokenizer, or look at one.")
@@ -26,6 +33,15 @@ Sources = Annotated[
 Tokenizer = Annotated[str, typer.Argument(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")]
 Field = Annotated[str, typer.Option(help="The key of rows that holds the text, or a path of keys such as doc.text.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the shuffle of documents.")]
+HeldOut = Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")]
+Shortest = Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")]
+Longest = Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")]
+Packing = Annotated[
+    Literal["concat", "best_fit"], typer.Option(help="One after another, or windows of whole documents.")
+]
+Window = Annotated[int | None, typer.Option(min=2, help="Tokens of a window, for best_fit.")]
+LongDocuments = Annotated[Literal["continue", "cut"], typer.Option(help="What best_fit does with more than a window.")]
 
 
 def _say(result: object) -> None:
@@ -38,53 +54,106 @@ def prepare(
     sources: Sources,
     tokenizer: Annotated[str, typer.Option(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the shuffle of documents.")] = 0,
-    validation: Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")] = 20_000,
+    seed: Seed = 0,
+    validation: HeldOut = 20_000,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
     errors: Annotated[
         Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")
     ] = "fail",
     field: Field = "text",
     max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
-    min_tokens: Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
-    packing: Annotated[
-        Literal["concat", "best_fit"], typer.Option(help="One after another, or windows of whole documents.")
-    ] = "concat",
-    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a window, for best_fit.")] = None,
-    long_documents: Annotated[
-        Literal["continue", "cut"], typer.Option(help="What best_fit does with more than a window.")
-    ] = "continue",
+    min_tokens: Shortest = 0,
+    max_tokens: Longest = None,
+    packing: Packing = "concat",
+    window: Window = None,
+    long_documents: LongDocuments = "continue",
 ) -> None:
     """Turn text into token shards."""
-    import time
-
-    from data_tools import commands
-    from data_tools.packing import BestFit
     from data_tools.prepare import Preparation
     from data_tools.sources import Reading
-    from lasptrain.console.progress import preparing
+
+    preparation = Preparation(
+        sources,
+        tokenizer,
+        reading=Reading(errors, field, max_bad),
+        validation_ppm=validation,
+        seed=seed,
+        lengths=(min_tokens, max_tokens or 1 << 62),
+        packing=_best_fit(packing, window, long_documents),
+        workers=workers,
+    )
+    _prepared(preparation, out)
+
+
+@app.command("import")
+def import_ids(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE…",
+            callback=spec,
+            help="Files and folders: .parquet, .arrow, save_to_disk, Megatron-LM's .bin with .idx, bare .bin, .npy.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", callback=spec, help="The one that made the ids, if it is not beside them."),
+    ] = None,
+    bos: Annotated[int | None, typer.Option(min=0, metavar="ID", help="Of a tokenizer that names no BOS.")] = None,
+    column: Annotated[str, typer.Option(help="Of tables: lists of ids.")] = "input_ids",
+    document_mark: Annotated[
+        int | None, typer.Option(min=0, metavar="ID", help="The id that ends or begins documents, over rows of tables.")
+    ] = None,
+    dtype: Annotated[Literal["uint16", "uint32"] | None, typer.Option(help="Type of the ids in a bare .bin.")] = None,
+    seed: Seed = 0,
+    validation: HeldOut = 20_000,
+    min_tokens: Shortest = 0,
+    max_tokens: Longest = None,
+    packing: Packing = "concat",
+    window: Window = None,
+    long_documents: LongDocuments = "continue",
+) -> None:
+    """Turn ids that another program has made of text into token shards."""
+    from data_tools.ids import TokenReading, find_tokenizer
+    from data_tools.prepare import Preparation
+
+    preparation = Preparation(
+        sources,
+        tokenizer or find_tokenizer(sources),
+        validation_ppm=validation,
+        seed=seed,
+        lengths=(min_tokens, max_tokens or 1 << 62),
+        packing=_best_fit(packing, window, long_documents),
+        tokens=TokenReading(column, document_mark, dtype, bos),
+    )
+    _prepared(preparation, out)
+
+
+def _best_fit(
+    packing: Literal["concat", "best_fit"], window: int | None, long_documents: Literal["continue", "cut"]
+) -> BestFit | None:
+    """Return the packing that options ask for. Raises RecipeError for options that do not fit each other."""
+    from data_tools.packing import BestFit
 
     if (packing == "best_fit") != (window is not None):
         found = "without --window" if window is None else f"with --window {window}"
         raise RecipeError(f"--packing: found {packing} {found}; best_fit needs a window, concat has none")
     if packing == "concat" and long_documents == "cut":
         raise RecipeError("--long-documents: found cut with --packing concat; only best_fit cuts documents")
-    best_fit = None if window is None else BestFit(window, long_documents)
+    return None if window is None else BestFit(window, long_documents)
+
+
+def _prepared(preparation: Preparation, out: Path) -> None:
+    """Prepare a dataset, and say what is in it."""
+    import time
+
+    from data_tools import commands
+    from lasptrain.console.progress import preparing
+
     began = time.monotonic()
     with preparing() as progress:
-        preparation = Preparation(
-            sources,
-            tokenizer,
-            reading=Reading(errors, field, max_bad),
-            validation_ppm=validation,
-            seed=seed,
-            lengths=(min_tokens, max_tokens or 1 << 62),
-            packing=best_fit,
-            workers=workers,
-            progress=progress,
-        )
-        prepared = commands.prepare(preparation, out)
+        prepared = commands.prepare(replace(preparation, progress=progress), out)
     _say(prepared)
     typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 PATIENCE = 2.0  # seconds of work that go unreported
 PAUSE = 5.0  # seconds between lines of a log
-UNITS = {"encode": "B", "write": " tokens"}  # of the stages of preparing data
+UNITS = {"encode": "B", "read": "B", "check": " tokens", "write": " tokens"}  # of the stages of preparing data
 
 
 @contextmanager
