@@ -1,6 +1,10 @@
 """The `.ltok` format and `dataset.json`: a round trip is exact, and every kind of damage is named."""
 
+import hashlib
 import json
+import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +15,8 @@ import torch
 from data_tools import commands
 from data_tools.prepare import Preparation, prepare
 from lasptrain.data.dataset import TokenDataset
+from lasptrain.data.loader import SliceLoader
+from lasptrain.data.manifest import Manifest
 from lasptrain.data.shard import BLOCK, FOOTER, PAGE, Shard, ShardHeader, ShardWriter
 from lasptrain.errors import DataError, LaspError
 
@@ -237,3 +243,89 @@ def test_errors_are_one_line(copy: Path) -> None:
     with pytest.raises(LaspError) as caught:
         TokenDataset.open(copy)
     assert "\n" not in str(caught.value) and caught.value.code == 3
+
+
+def by_the_page(folder: Path, documents: list[list[int]], vocab: int, bos: int) -> None:
+    """A dataset of one shard by what lasptrain/data/README.md says alone: nothing of the program is used."""
+
+    def crc(data: bytes) -> bytes:
+        return struct.pack("<I", zlib.crc32(data))
+
+    def crcs(data: bytes) -> bytes:
+        return b"".join(crc(data[i : i + 65_536]) for i in range(0, len(data), 65_536))
+
+    def padded(data: bytes, multiple: int) -> bytes:
+        return data + bytes(-len(data) % multiple)
+
+    kind = "u16" if vocab <= 65_536 else "u32"
+    lengths = np.array([1 + len(document) for document in documents])
+    ids = [i for document in documents for i in [bos, *document]]
+    tokens = np.array(ids, {"u16": "<u2", "u32": "<u4"}[kind]).tobytes()
+    starts = np.cumsum([0, *lengths[:-1]]).astype("<u8").tobytes()
+    sizes = [int(i != bos) for i in range(vocab)]
+    tokenizer = {"sha256": "5" * 64, "vocab_size": vocab, "bos": bos, "token_bytes": sizes}
+    header = {
+        "format": 1, "dtype": kind, "n_tokens": int(lengths.sum()), "n_documents": len(documents), "vocab_size": vocab,
+        "bos": bos, "tokenizer": "5" * 64, "split": "train", "align": 1, "source": "…", "created_by": "another program",
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    head = b"LASPTOK1" + struct.pack("<I", len(text)) + text
+    head = padded(head + crc(head), 4096)
+    content = padded(head + tokens, 4096)
+    at = len(content)
+    content = padded(content + starts, 64)
+    table = crcs(tokens) + crcs(starts)
+    footer = struct.pack("<6Q", 4096, len(tokens), at, len(starts), len(content), len(table)) + crc(table)
+    footer += crc(footer) + b"LASPTOK1"
+    content += table + footer
+    (folder / "theirs.ltok").write_bytes(content)
+    shard = {
+        "name": "theirs.ltok", "split": "train", "tokens": int(lengths.sum()), "documents": len(documents),
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+        "identity": hashlib.sha256(head + table + footer).hexdigest(),
+    }  # fmt: skip
+    order = {"seed": 0, "align": 1, "packing": "concat"}
+    bits = np.log2(lengths).astype(int)
+    share = np.unique(ids, return_counts=True)[1] / lengths.sum()
+    counts = {"documents": np.bincount(bits).tolist(), "tokens": np.bincount(bits, lengths).astype(int).tolist()}
+    said = [[[shard["sha256"], shard["tokens"], "train"]], tokenizer, order]
+    manifest = {
+        "format": 1, "fingerprint": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": {"name": "their tokenizer", **tokenizer}, "order": order,
+        "splits": {
+            "train": {"tokens": int(lengths.sum()), "documents": len(documents), "bytes": 0, "duplicates": 0},
+            "validation": {"tokens": 0, "documents": 0, "bytes": 0, "duplicates": 0},
+        },
+        "unigram_entropy": float(-(share * np.log(share)).sum()), "dropped": {},
+        "lengths": counts | {"cut": {}},
+        "sources": [{"name": "theirs", "files": 1, "bytes": 1, "sha256": "7" * 64}], "shards": [shard],
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("vocab", [300, 65_536, 65_537])
+@pytest.mark.parametrize("lengths", [[1], [0, 3, 70_000, 5], [65_536 // 2 - 1], [3] * 9000])
+def test_a_shard_written_by_the_page_is_read(tmp_path: Path, vocab: int, lengths: list[int]) -> None:
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, vocab - 1, length).tolist() for length in lengths]
+    by_the_page(tmp_path, documents, vocab, bos=vocab - 1)
+    assert not commands.verify(tmp_path).failures
+    dataset = TokenDataset.open(tmp_path)
+    split = dataset.whole("train")
+    assert split.read(0, split.tokens).tolist() == [i for document in documents for i in [vocab - 1, *document]]
+    loader = SliceLoader(
+        split, window=2, batch=1, micro_batch=1, dp=1, dp_rank=0, sp=1, sp_rank=0, segment=2, seed=0,
+        bos=dataset.bos, reset=True, repeat=True,
+    )  # fmt: skip
+    assert loader.step(0)[0][0].tokens.shape == (1, 2)
+    loader.close()
+    assert str(commands.inspect(tmp_path)).startswith(f"{tmp_path}\n")
+    assert set(ShardHeader.__dataclass_fields__) == set(keys_of("The keys of the header"))
+    assert set(Manifest.model_fields) == set(keys_of("## dataset.json"))
+
+
+def keys_of(heading: str) -> list[str]:
+    """Keys in the first column of the table that follows a place in the page."""
+    page = (Path(__file__).parent.parent / "lasptrain" / "data" / "README.md").read_text(encoding="utf-8")
+    rows = page.split(heading)[1].split("|---|---|\n")[1].split("\n\n")[0].splitlines()
+    return [key for row in rows for key in re.findall("`(.+?)`", row.split("|")[1])]
