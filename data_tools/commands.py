@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools import synthetic, tokenizer
 from data_tools.files import counted
+from data_tools.merge import merge as merge_folders
+from data_tools.packing import BestFit
 from data_tools.prepare import Preparation
 from data_tools.prepare import prepare as prepare_folder
+from data_tools.shards import Progress
 from data_tools.sources import Reading, left_out, open_source
 from data_tools.synthetic import Kind
 from lasptrain.console.tables import figures
 from lasptrain.data.manifest import Manifest
-from lasptrain.data.shard import Shard
 from lasptrain.errors import DataError, SetupError
-from lasptrain.files import sha256
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ def prepare(preparation: Preparation, out: Path) -> Inspection:
     return replace(inspect(prepare_folder(preparation, out)), left_out=found)
 
 
+def merge(folders: Sequence[Path], out: Path, packing: BestFit | None, progress: Progress | None) -> Inspection:
+    """Join datasets and show what is in the new one."""
+    return inspect(merge_folders(folders, out, packing, progress))
+
+
 def inspect(folder: Path, window: int | None = None) -> Inspection:
     """Read `dataset.json`."""
     return Inspection(folder, Manifest.load(folder), window)
@@ -164,13 +170,10 @@ def synthesize(
 def verify(folder: Path) -> Verification:
     """Read every byte of a dataset and check it: checksums, ids, document starts and SHA-256 of each shard."""
     lines, failures = [], 0
-    for entry in Manifest.load(folder).shards:
+    manifest = Manifest.load(folder)
+    for entry in manifest.shards:
         try:
-            shard = Shard(folder / entry.name)
-            shard.verify()
-            found = sha256(shard.path)
-            if found != entry.sha256:
-                raise DataError(f"shard {entry.name}: SHA-256 {found[:16]}, dataset.json says {entry.sha256[:16]}")
+            manifest.verified(folder, entry)
             lines.append(f"shard {entry.name}: {entry.tokens:,} tokens, good")
         except DataError as error:
             lines.append(str(error))

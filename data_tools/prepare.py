@@ -22,7 +22,8 @@ from data_tools.files import naming
 from data_tools.folder import building, checked, new_folder
 from data_tools.ids import TokenPiece, TokenReading, TokenSource, open_ids
 from data_tools.packing import BestFit
-from data_tools.shards import Progress, Writing, joined, write
+from data_tools.parts import Part, PartEntry, files_of, plan
+from data_tools.shards import Progress, Writing, check_training, joined, write
 from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
 from data_tools.tokenizer import MARK, PIECE, Tokenizer, cuts_safely, keeps_mark, load_tokenizer
@@ -44,7 +45,8 @@ class Preparation:
 
     `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
     `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
-    cut them. With `tokens` the sources hold ids that the tokenizer has made of text, not text.
+    cut them. With `tokens` the sources hold ids that the tokenizer has made of text, not text. A `part` reads some of
+    the files, and leaves packing to `merge`, which joins the datasets of all parts.
     """
 
     sources: Sequence[str]
@@ -57,10 +59,21 @@ class Preparation:
     workers: int | None = None
     progress: Progress | None = None
     tokens: TokenReading | None = None
+    part: Part | None = None
+
+    @property
+    def opened(self) -> list[Source]:
+        """The sources, as far as they are in this part, opened once. Raises DataError for one that cannot be read."""
+        return [source for _, source in self.numbered]
 
     @cached_property
-    def opened(self) -> list[Source]:
-        """The sources, opened once. Raises DataError for one that cannot be read."""
+    def numbered(self) -> list[tuple[int, Source]]:
+        """The sources that are in this part, with their numbers among all."""
+        return self.part.of_sources(self.all_opened) if self.part else list(enumerate(self.all_opened))
+
+    @cached_property
+    def all_opened(self) -> list[Source]:
+        """The sources of all parts."""
         if self.tokens:
             return [open_ids(source, self.tokens, self.tokenizer) for source in self.sources]
         return [open_source(source) for source in self.sources]
@@ -160,10 +173,8 @@ def _build(folder: Path, preparation: Preparation) -> None:
     dropped: Counter[str] = Counter()
     with Spool(folder, tokenizer.vocab_size, f"1 {tokenizer.sha256} {UNIT}") as spool:
         splits = _documents(preparation, spool, dropped)
-        if splits["train"].tokens == 0:
-            held = len(splits["validation"].lengths)
-            told = ", ".join(f"{count:,} {why}" for why, count in (+dropped).items()) or "none"
-            raise DataError(f"0 documents in {joined(names)} to train on: {held} held out, dropped: {told}")
+        if not preparation.part:
+            check_training(joined(names), splits, dropped)
         made_with = TokenizerEntry(
             name=tokenizer.name,
             sha256=tokenizer.sha256,
@@ -176,10 +187,25 @@ def _build(folder: Path, preparation: Preparation) -> None:
             for source in preparation.opened
         )
         writing = Writing(names, made_with, entries, preparation.seed, preparation.packing, preparation.report)
-        write(folder, writing, spool, splits, dropped)
+        manifest = write(folder, writing, spool, splits, dropped)
     for path in folder.iterdir():
         if path.name != FILE and path.suffix != ".ltok":
             path.unlink()
+    if preparation.part:
+        _part_entry(preparation, preparation.part, manifest.computed_fingerprint()).save(folder)
+
+
+def _part_entry(preparation: Preparation, part: Part, fingerprint: str) -> PartEntry:
+    reading, sources = preparation.reading, preparation.all_opened
+    options = [preparation.tokenizer.sha256, preparation.validation_ppm, preparation.seed, *preparation.lengths]
+    return PartEntry(
+        number=part.number,
+        of=part.of,
+        plan=plan(sources, part, [*options, reading.errors, reading.field]),
+        fingerprint=fingerprint,
+        sources=tuple(source.name for source in sources),
+        files=files_of(preparation.numbered),
+    )
 
 
 def _documents(preparation: Preparation, spool: Spool, dropped: Counter[str]) -> dict[str, Documents]:

@@ -83,6 +83,14 @@ def joined(names: Sequence[str]) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
 
 
+def check_training(name: str, splits: Mapping[str, Documents], dropped: Counter[str]) -> None:
+    """Raise DataError where there is no document to train on."""
+    if not splits["train"].tokens:
+        held = len(splits["validation"].lengths)
+        told = ", ".join(f"{count:,} {why}" for why, count in (+dropped).items()) or "none"
+        raise DataError(f"0 documents in {name} to train on: {held} held out, dropped: {told}")
+
+
 def write(
     folder: Path, writing: Writing, store: Store, splits: Mapping[str, Documents], dropped: Counter[str]
 ) -> Manifest:
@@ -179,10 +187,10 @@ def _entropy(counts: Int64s) -> float:
 def _histogram(documents: Documents, layout: Layout) -> LengthsEntry:
     lengths = np.asarray(documents.lengths)
     bins = np.log2(lengths).astype(np.int64)
-    ends = np.cumsum(layout.lengths)
+    ends = np.cumsum(layout.lengths, dtype=np.int64)
     starts = np.concatenate(([0], ends[:-1]))
     return LengthsEntry(
         documents=tuple(np.bincount(bins).tolist()),
         tokens=tuple(np.bincount(bins, lengths).astype(np.int64).tolist()),
-        cut={str(window): float(np.mean(starts // window != (ends - 1) // window)) for window in WINDOWS},
+        cut={str(window): float(np.mean(starts // window != (ends - 1) // window)) for window in WINDOWS if len(ends)},
     )

@@ -82,6 +82,9 @@ class Piece:
 Part = tuple[str, str | None, int, bool]
 
 
+Name = bytes  # of a file, as the file system has it
+
+
 @dataclass(frozen=True)
 class Source:
     """A named list of files in the order they are read; their names are relative to `root`.
@@ -99,23 +102,31 @@ class Source:
     @property
     def bytes(self) -> int:
         """Size of all files as they lie on disk."""
-        return sum(_size(path) for path in self.files)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Size of each file, in bytes."""
+        return [_size(path) for path in self.files]
+
+    @property
+    def names(self) -> list[Name]:
+        """Names of the files, below the root."""
+        return [os.fsencode(path.relative_to(self.root).as_posix()) for path in self.files]
 
     @cached_property
+    def contents(self) -> list[str]:
+        """SHA-256 of the content of each file."""
+        return [_sha256(path) for path in self.files]
+
+    @property
     def sha256(self) -> str:
         """SHA-256 over the names and contents of the files."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            with naming(path):
-                content = sha256(path)
-            digest.update(os.fsencode(path.relative_to(self.root).as_posix()) + f"\0{content}\n".encode())
-        return digest.hexdigest()
+        return digest(zip(self.names, self.contents, strict=True))
 
     def named(self, name: str) -> str:
         """SHA-256 as `sha256`, of a single file if it had that name."""
-        (path,) = self.files
-        with naming(path):
-            return hashlib.sha256(os.fsencode(name) + f"\0{sha256(path)}\n".encode()).hexdigest()
+        return digest(zip([os.fsencode(name)], self.contents, strict=True))
 
     def documents(self, reading: Reading, dropped: Counter[str]) -> Iterator[Document]:
         """Read every document that has text; count the others in `dropped`.
@@ -180,6 +191,14 @@ class Source:
             yield str(self.root / name), "", done, True
 
 
+def digest(files: Iterable[tuple[bytes, str]]) -> str:
+    """SHA-256 over the names of files and the SHA-256 of their contents."""
+    found = hashlib.sha256()
+    for name, content in files:
+        found.update(name + f"\0{content}\n".encode())
+    return found.hexdigest()
+
+
 def open_source(spec: str, tests: bool = False) -> Source:
     """Open a source by name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below;
     `repositories:FOLDER` takes each folder in it as one document.
@@ -237,6 +256,11 @@ def _open_repositories(root: Path) -> Source:
         raise DataError(f"{root}: 0 files in folders; {fits}; left out: {counted(left_out) or 'nothing'}")
     files.sort(key=lambda path: path.relative_to(root).parts)
     return Source(utf8(root.resolve().name), root, tuple(files), True, left_out)
+
+
+def _sha256(path: Path) -> str:
+    with naming(path):
+        return sha256(path)
 
 
 def _size(path: Path) -> int:

@@ -67,11 +67,17 @@ def prepare(
     packing: Packing = "concat",
     window: Window = None,
     long_documents: LongDocuments = "continue",
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="One of N shares of the files; `data merge` joins all of them.")
+    ] = None,
 ) -> None:
     """Turn text into token shards."""
+    from data_tools.parts import Part
     from data_tools.prepare import Preparation
     from data_tools.sources import Reading
 
+    if part is not None and packing != "concat":
+        raise RecipeError(f"--part: found {part} with --packing {packing}; expected --packing of lasptrain data merge")
     preparation = Preparation(
         sources,
         tokenizer,
@@ -81,6 +87,7 @@ def prepare(
         lengths=(min_tokens, max_tokens or 1 << 62),
         packing=_best_fit(packing, window, long_documents),
         workers=workers,
+        part=None if part is None else Part.parse(part),
     )
     _prepared(preparation, out)
 
@@ -128,6 +135,27 @@ def import_ids(
         tokens=TokenReading(column, document_mark, dtype, bos),
     )
     _prepared(preparation, out)
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Datasets: all parts of one, or old and new.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
+    packing: Packing = "concat",
+    window: Window = None,
+    long_documents: LongDocuments = "continue",
+) -> None:
+    """Join datasets to one: what one prepare of all their sources would have made."""
+    import time
+
+    from data_tools import commands
+    from lasptrain.console.progress import preparing
+
+    began = time.monotonic()
+    with preparing() as progress:
+        merged = commands.merge(folders, out, _best_fit(packing, window, long_documents), progress)
+    _say(merged)
+    typer.echo(f"  {merged.rate(time.monotonic() - began)}")
 
 
 def _best_fit(

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lasptrain.data.manifest import FILE, Manifest, ShardEntry
+from lasptrain.data.manifest import FILE, Manifest
 from lasptrain.data.order import epochs, window_start
 from lasptrain.data.shard import Shard, Tokens
 from lasptrain.errors import DataError
@@ -110,7 +110,7 @@ class TokenDataset:
             )
         shards: dict[str, list[Shard]] = {name: [] for name in manifest.splits}
         for entry in manifest.shards:
-            shards.setdefault(entry.split, []).append(_open_shard(folder, entry, manifest))
+            shards.setdefault(entry.split, []).append(manifest.open(folder, entry))
         splits = {name: Split(name, members, manifest.order.align) for name, members in shards.items()}
         return cls(folder, manifest, splits)
 
@@ -165,26 +165,3 @@ class TokenDataset:
     def token_bytes(self) -> torch.Tensor:
         """Bytes of text for each id, 0 for BOS: int64 [vocab_size]."""
         return torch.tensor(self.manifest.tokenizer.token_bytes, dtype=torch.int64)
-
-
-def _open_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
-    """Open a shard and compare it with its line in `dataset.json`."""
-    shard = Shard(folder / entry.name)
-    header = shard.header
-    expected: list[tuple[str, object, object]] = [
-        ("bytes", shard.bytes, entry.bytes),
-        ("tokenizer", header.tokenizer, manifest.tokenizer.sha256),
-        ("vocab_size", header.vocab_size, manifest.tokenizer.vocab_size),
-        ("bos", header.bos, manifest.tokenizer.bos),
-        ("split", header.split, entry.split),
-        ("align", header.align, manifest.order.align),
-        ("tokens", header.n_tokens, entry.tokens),
-        ("documents", header.n_documents, entry.documents),
-        ("identity", shard.identity, entry.identity),
-    ]
-    for key, found, listed in expected:
-        if found != listed:
-            raise DataError(
-                f"shard {entry.name}: {key} is {found}, {FILE} says {listed}: swapped, foreign or rewritten"
-            )
-    return shard

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from lasptrain.console.stdio import printable
-from lasptrain.data.shard import Count, Size, misfit
+from lasptrain.data.shard import Count, Shard, Size, misfit
 from lasptrain.errors import DataError
-from lasptrain.files import read
+from lasptrain.files import read, sha256
 
 FILE = "dataset.json"
 LARGEST = 1 << 23  # bytes: the lines of 20,000 shards
@@ -139,6 +139,37 @@ class Manifest(_Entry):
         splits = {name: split.model_dump() for name, split in self.splits.items()}
         content = [texts, self.tokenizer.sha256, order, splits, [shard.tokens for shard in self.shards]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def open(self, folder: Path, entry: ShardEntry) -> Shard:
+        """Open a shard of `folder` and compare it with its line. Raises DataError where they differ."""
+        shard = Shard(folder / entry.name)
+        header = shard.header
+        expected: list[tuple[str, object, object]] = [
+            ("bytes", shard.bytes, entry.bytes),
+            ("tokenizer", header.tokenizer, self.tokenizer.sha256),
+            ("vocab_size", header.vocab_size, self.tokenizer.vocab_size),
+            ("bos", header.bos, self.tokenizer.bos),
+            ("split", header.split, entry.split),
+            ("align", header.align, self.order.align),
+            ("tokens", header.n_tokens, entry.tokens),
+            ("documents", header.n_documents, entry.documents),
+            ("identity", shard.identity, entry.identity),
+        ]
+        for key, found, listed in expected:
+            if found != listed:
+                raise DataError(
+                    f"shard {entry.name}: {key} is {found}, {FILE} says {listed}: swapped, foreign or rewritten"
+                )
+        return shard
+
+    def verified(self, folder: Path, entry: ShardEntry) -> Shard:
+        """Open a shard and read all of it: checksums, ids, document starts and SHA-256. Raises DataError for damage."""
+        shard = self.open(folder, entry)
+        shard.verify()
+        found = sha256(shard.path)
+        if found != entry.sha256:
+            raise DataError(f"shard {entry.name}: SHA-256 {found[:16]}, {FILE} says {entry.sha256[:16]}")
+        return shard
 
     def save(self, folder: Path) -> None:
         """Write `dataset.json` with its fingerprint: one line for each key and each shard."""
