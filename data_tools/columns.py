@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from data_tools.arrays import READ, Rows
 from data_tools.fields import listed
-from data_tools.files import naming, one_line
+from data_tools.files import IN_ALL, SMALLEST, naming, one_line
 from lasptrain.console.stdio import printable
 from lasptrain.data.shard import Int64s
 from lasptrain.errors import DataError, SetupError
@@ -22,6 +22,7 @@ from lasptrain.files import read
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a dataset, and of several
 MASK = "attention_mask"  # a column beside `input_ids`: 0 where an id is padding
 MASKED = "input_ids"
+WIDEST = 8  # bytes of an id in memory
 
 
 def rows(path: Path, column: str) -> Iterator[Rows]:
@@ -91,6 +92,8 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[Any, int]]:
         names = _columns(path, file.schema_arrow, column)
         total, number, size = max(1, file.metadata.num_rows), 0, path.stat().st_size
         values = sum(_values(file.metadata.row_group(i), column) for i in range(file.metadata.num_row_groups))
+        if WIDEST * values > max(SMALLEST, IN_ALL * size):
+            raise DataError(f"{path}: {size:,} bytes unpack to {values:,} ids; expected fewer, ids shrink less")
         for batch in file.iter_batches(max(1, READ * total // max(values, total)), columns=names):
             number += batch.num_rows
             yield batch, size * number // total
@@ -135,16 +138,17 @@ def _columns(path: Path, schema: Any, column: str) -> list[str]:
     if schema.get_field_index(column) < 0:
         raise DataError(f"{path}: no column {column!r}; it has {listed(schema.names)}; name one with --column")
     kind = schema.field(column).type
-    if not _holds_ids(kind):
+    if not holds_ids(kind):
         raise DataError(
             f"{path}: column {column!r} holds {printable(str(kind)[:60])}; expected lists of integers; "
             f"it has {listed(schema.names)}"
         )
-    masked = column == MASKED and schema.get_field_index(MASK) >= 0 and _holds_ids(schema.field(MASK).type)
+    masked = column == MASKED and schema.get_field_index(MASK) >= 0 and holds_ids(schema.field(MASK).type)
     return [column, MASK] if masked else [column]
 
 
-def _holds_ids(kind: Any) -> bool:
+def holds_ids(kind: Any) -> bool:
+    """True for the type of a column of lists of integers."""
     from pyarrow import types
 
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.columns import holds_ids
 from data_tools.fields import told
 from data_tools.files import at_once, check_unpacked, one_line
 from lasptrain.console.stdio import printable
@@ -60,7 +61,7 @@ def _column(path: Path, schema: Any, field: str) -> list[str]:
     if not _is_text(kind):
         raise DataError(
             f"{path}: column {field!r} holds {printable(str(kind)[:60])}; expected text, bytes or lists of them"
-            f"; {told(_names(schema))}"
+            f"; {told(_names(schema))}{'; lasptrain data import reads ids' if holds_ids(kind) else ''}"
         )
     return keys
 

@@ -17,6 +17,7 @@ from data_tools import commands
 from data_tools import prepare as preparing
 from data_tools.ids import TokenPiece, TokenReading, find_tokenizer
 from data_tools.prepare import Preparation, prepare
+from data_tools.sources import Reading
 from data_tools.spool import Ids as Array
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.data.dataset import TokenDataset
@@ -291,6 +292,22 @@ def test_bad_ids_are_named(tmp_path: Path, name: str) -> None:
         imported(tmp_path / "in", reading, tmp_path / "out")
     assert error.value.code == (2 if message.startswith("--") else 3) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_small_files_of_very_many_ids_are_refused(tmp_path: Path) -> None:
+    ids = pyarrow.ListArray.from_arrays([0, 8_000_000], pyarrow.repeat(pyarrow.scalar(5, pyarrow.int8()), 8_000_000))
+    parquet.write_table(pyarrow.table({"input_ids": ids}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: .* bytes unpack to 8,000,000 ids; expected fewer"):
+        imported(tmp_path / "a.parquet", ROWS, tmp_path / "out")
+
+
+def test_ids_where_text_is_expected(tmp_path: Path) -> None:
+    """It is said how they are read."""
+    rows([[5, 6]])(tmp_path)
+    with pytest.raises(
+        DataError, match=r"holds list<element: int64>; expected text.*; lasptrain data import reads ids$"
+    ):
+        prepare(Preparation([str(tmp_path / "a.parquet")], "bytes", Reading(field="input_ids")), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "megatron", "numpy", "datasets"])
