@@ -80,7 +80,7 @@ class TokenSource(Source):
                 continue  # its index is a file of this source, too, and reads it
             for piece in _Documents(self, path, dropped).pieces(self._rows(path)):
                 yield TokenPiece(piece.ids, done + piece.done, piece.last)
-            done += sum(part.stat().st_size for part in _parts(path))
+            done += sum(part.stat().st_size for part in _pair(path))
 
     def _rows(self, path: Path) -> Iterator[Rows]:
         match path.suffix.lower():
@@ -175,7 +175,7 @@ def open_ids(spec: str, reading: TokenReading, tokenizer: Tokenizer) -> TokenSou
     if is_folder:
         files = _of_folder(root, left_out)
     else:
-        files = _parts(root.with_suffix(INDEX) if _is_indexed(root) else root)
+        files = _pair(root.with_suffix(INDEX) if _is_indexed(root) else root)
         files = [path for path in files if path.suffix.lower() in (*TABLES, INDEX, FLAT, NUMPY)]
     if not files:
         raise DataError(f"{spec}: 0 files to read; {FIT} fit; left out: {counted(left_out) or 'nothing'}")
@@ -203,7 +203,7 @@ def _of_folder(root: Path, left_out: Counter[str]) -> list[Path]:
     return choose(found, lambda path: path in named, left_out)
 
 
-def _parts(path: Path) -> list[Path]:
+def _pair(path: Path) -> list[Path]:
     """Files that are read together: an index, and its ids."""
     return [path.with_suffix(FLAT), path] if path.suffix.lower() == INDEX else [path]
 

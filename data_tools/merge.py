@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from data_tools import parts
 from data_tools.folder import checked, new_folder
@@ -22,9 +23,9 @@ from data_tools.packing import BestFit
 from data_tools.parts import PartEntry
 from data_tools.shards import Progress, Writing, check_training, joined, write
 from data_tools.spool import READ, Documents, Ids
-from lasptrain.data.manifest import SPLITS, Manifest, SourceEntry, TokenizerEntry
+from lasptrain.data.manifest import SPLITS, Manifest, ShardEntry, SourceEntry, TokenizerEntry
 from lasptrain.data.order import permuted
-from lasptrain.data.shard import Shard
+from lasptrain.data.shard import Int64s, Shard
 from lasptrain.errors import DataError
 
 
@@ -81,9 +82,7 @@ def merge(folders: Sequence[Path], out: Path, packing: BestFit | None = None, pr
     report = progress or (lambda *_: None)
     with new_folder(out) as hidden:
         ordered = [member for group in groups for member in group]
-        shards = _verified(ordered, report)
-        store = Shelf([shard for opened in shards for shard in opened])
-        splits = _documents(ordered, shards, store)
+        splits, store = _documents(ordered, report)
         dropped = sum((Counter(member.manifest.dropped) for member in ordered), Counter[str]())
         names = [entry.name for entry in entries]
         check_training(joined(names), splits, dropped)
@@ -145,55 +144,61 @@ def _sources(group: Sequence[Member]) -> Sequence[SourceEntry]:
 
 
 def _check_sources(groups: Sequence[Sequence[Member]]) -> None:
-    """Raise DataError for a source that two datasets have."""
-    seen: dict[str, Path] = {}
-    for group in groups:
+    """Raise DataError for a source that two datasets have, and for a dataset that is there twice."""
+    seen: dict[str, int] = {}
+    for i, group in enumerate(groups):
         for entry in _sources(group):
-            other = seen.setdefault(entry.sha256, group[0].folder)
-            if other != group[0].folder:
-                raise DataError(f"{group[0].folder}: its source {entry.name} is in {other} too; expected it once")
+            other = seen.setdefault(entry.sha256, i)
+            if other != i:
+                there = groups[other][0].folder
+                raise DataError(f"{group[0].folder}: its source {entry.name} is in {there} too; expected it once")
 
 
-def _verified(members: Sequence[Member], report: Progress) -> list[list[Shard]]:
-    """Open the shards of each member, after all of their bytes have been checked."""
-    total = sum(entry.tokens for member in members for entry in member.manifest.shards)
-    done = 0
-    opened: list[list[Shard]] = []
-    for member in members:
-        opened.append([])
-        for entry in member.manifest.shards:
-            try:
-                opened[-1].append(member.manifest.verified(member.folder, entry))
-            except DataError as error:
-                raise DataError(f"{member.folder}: {error}") from error
-            done += entry.tokens
-            report("check", done, total)
-    return opened
-
-
-def _documents(members: Sequence[Member], shards: Sequence[Sequence[Shard]], store: Shelf) -> dict[str, Documents]:
-    """List the documents of each split in the order in which their sources hold them."""
+def _documents(members: Sequence[Member], report: Progress) -> tuple[dict[str, Documents], Shelf]:
+    """Check every byte, and list the documents of each split in the order in which their sources hold them."""
     splits = {split: Documents() for split in SPLITS}
-    base = 0
-    for member, opened in zip(members, shards, strict=True):
-        places: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
-        for shard in opened:
-            starts = shard.starts(0, shard.header.n_documents)
-            lengths = np.diff(starts, append=shard.header.n_tokens)
-            places[shard.header.split] += zip((starts + base).tolist(), lengths.tolist(), strict=True)
-            base += shard.header.n_tokens
+    shards: list[Shard] = []
+    total, base = sum(entry.tokens for member in members for entry in member.manifest.shards), 0
+    for member in members:
+        found: dict[str, list[Shuffled]] = {split: [] for split in SPLITS}
+        for entry in member.manifest.shards:
+            shards.append(_verified(member, entry))
+            found[entry.split].append(_shuffled(shards[-1], base))
+            base += entry.tokens
+            report("check", base, total)
         for split, documents in splits.items():
-            found = places[split]
-            shuffled = np.fromiter(permuted(len(found), member.manifest.order.seed, epoch=-1), np.int64, len(found))
-            for place in np.argsort(shuffled).tolist():
-                start, length = found[place]
-                _add(documents, start, length, store)
-    return splits
+            if found[split]:
+                starts, lengths, digests = (np.concatenate(arrays) for arrays in zip(*found[split], strict=True))
+                shuffle = np.fromiter(
+                    permuted(len(starts), member.manifest.order.seed, epoch=-1), np.int64, len(starts)
+                )
+                back = np.argsort(shuffle)
+                documents.extend(starts[back], lengths[back], digests[back])
+    return splits, Shelf(shards)
 
 
-def _add(documents: Documents, start: int, length: int, store: Shelf) -> None:
-    """Append a document; `length` counts its BOS, at `start`."""
+def _verified(member: Member, entry: ShardEntry) -> Shard:
+    try:
+        return member.manifest.verified(member.folder, entry)
+    except DataError as error:
+        raise DataError(f"{member.folder}: {error}") from error
+
+
+Shuffled = tuple[Int64s, Int64s, npt.NDArray[np.uint64]]  # of each document: first token after BOS, tokens, digest
+
+
+def _shuffled(shard: Shard, base: int) -> Shuffled:
+    """List the documents of a shard in their order; its first token is number `base` of all."""
+    starts = shard.starts(0, shard.header.n_documents)
+    lengths = np.diff(starts, append=shard.header.n_tokens)
+    places = zip(starts.tolist(), lengths.tolist(), strict=True)
+    digests = np.fromiter((_digest(shard, start, length) for start, length in places), np.uint64, len(starts))
+    return starts + base + 1, lengths, digests
+
+
+def _digest(shard: Shard, start: int, length: int) -> int:
+    """64 bits by which a document is told from others: of its ids, for its text is not there."""
     content = hashlib.blake2b(digest_size=8, usedforsecurity=False)
-    for ids in store.read(start + 1, length - 1):
-        content.update(ids.tobytes())
-    documents.add(start + 1, length, int.from_bytes(content.digest(), "little"))
+    for at in range(start, start + length, READ):
+        content.update(shard.reread(at, min(READ, start + length - at)).tobytes())
+    return int.from_bytes(content.digest(), "little")

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from lasptrain.data.shard import numpy_dtype, token_dtype
+from lasptrain.data.shard import Int64s, numpy_dtype, token_dtype
 
 Ids = npt.NDArray[Any]
 READ = 1 << 22  # ids of a document that are in memory at once
@@ -115,3 +115,9 @@ class Documents:
         self.starts.append(start)
         self.lengths.append(length)
         self.digests.append(digest)
+
+    def extend(self, starts: Int64s, lengths: Int64s, digests: npt.NDArray[np.uint64]) -> None:
+        """Append documents: one number of each in every array [documents]."""
+        self.starts.frombytes(starts.tobytes())
+        self.lengths.frombytes(lengths.tobytes())
+        self.digests.frombytes(digests.tobytes())

@@ -184,6 +184,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "other tokenizer": (other(tokenizer_path=MODEL), r"other: made with tokenizer python-4k.* with bytes \("),
     "packed": (alone(2, packing=BestFit(64)), r"own: packed by best_fit for windows of 64, .*packs them"),
     "source twice": (alone(2), r"own: its source more\.jsonl is in .*1-of-3 too; expected it once"),
+    "dataset twice": (
+        lambda parts, sources: [again(parts[0].parent / "own", sources, part=None)] * 2,
+        r"own: its source text is in .*own too",
+    ),
     "same twice": (lambda parts, _: [*parts, parts[0]], "are both part 1/3"),
     "damaged": (lambda parts, _: damaged(parts), r"3-of-3: shard train-00000\.ltok: tokens, block 0, bytes 4096"),
     "other part": (lambda parts, _: changed(parts, "fingerprint", "0" * 64), r"part\.json: is of another dataset"),
