@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lasptrain.errors import DataError, SetupError
 from lasptrain.files import read
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a dataset, and of several
+PLAIN = re.compile(r"[\w.-]+\.arrow", re.ASCII)  # names of files, without a path
 MASK = "attention_mask"  # a column beside `input_ids`: 0 where an id is padding
 MASKED = "input_ids"
 WIDEST = 8  # bytes of an id in memory
@@ -41,7 +43,7 @@ def rows(path: Path, column: str) -> Iterator[Rows]:
             for batch, done in _parquet(path, column) if path.suffix.lower() == ".parquet" else _arrow(path, column):
                 yield _rows(path, batch, done, number, column)
                 number += batch.num_rows
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: it cannot be read: {one_line(error)}") from error
 
 
@@ -64,7 +66,7 @@ def saved(folder: Path) -> list[Path] | None:
         )
     try:
         names = [entry["filename"] for entry in state["_data_files"]]
-        files = [folder / name for name in names if Path(name).name == name]
+        files = [folder / name for name in names if PLAIN.fullmatch(name)]
     except (KeyError, TypeError):
         files = []
     if not files or len(files) < len(names):
@@ -127,7 +129,8 @@ def _arrow(path: Path, column: str) -> Iterator[tuple[Any, int]]:
 
 
 def _parts(batch: Any, column: str) -> Iterator[Any]:
-    """Cut a batch into parts of about READ ids."""
+    """Cut a batch, whose offsets are checked before they are followed, into parts of about READ ids."""
+    batch.validate(full=True)
     ids = len(batch.column(column).flatten())
     step = max(1, READ * batch.num_rows // max(1, ids))
     yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))

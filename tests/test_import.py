@@ -276,6 +276,7 @@ BAD: dict[str, Bad] = {
     "code": (written("a.npy", b"\x93NUMPY\1\0\x10\0__import__('os')"), FLAT, "header cannot be read"),
     "splits": (written("dataset_dict.json", b'{"splits": ["a", "b"]}'), ROWS, "splits a, b; expected .* as .*in/a$"),
     "elsewhere": (saved({"_data_files": [{"filename": "../a.arrow"}]}), ROWS, "names no files; expected those"),
+    "odd name": (saved({"_data_files": [{"filename": "\n.arrow"}]}), ROWS, "names no files; expected those"),
     "missing": (saved({"_data_files": [{"filename": "b.arrow"}]}), ROWS, r"b\.arrow: it cannot be read: No such"),
     "chosen": (saved({"_indices_data_files": [1]}), ROWS, "flatten_indices"),
     "no state": (saved([]), ROWS, r"state\.json: no JSON object"),
@@ -322,7 +323,7 @@ def test_damaged_ids_are_read_or_refused(tmp_path: Path, kind: str) -> None:
         path = files[trial % len(files)]
         content = path.read_bytes()
         damaged = bytearray(content)
-        for at in random.integers(0, min(len(content), 400), 2):
+        for at in random.integers(0, len(content) if trial % 2 else min(len(content), 400), 2):
             damaged[int(at)] = int(random.integers(256))
         path.write_bytes(damaged if trial % 3 else content[: int(random.integers(len(content)))])
         refused += bool(tried(lambda n=trial: imported(tmp_path / "in", reading, tmp_path / f"{n}.set")))  # type: ignore[misc]
