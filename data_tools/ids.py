@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,12 +75,15 @@ class TokenSource(Source):
         Raises DataError with file, row and id for one that is not in the vocabulary.
         """
         done = 0
-        for path in self.files:
-            if path.suffix.lower() == FLAT and _is_indexed(path):
-                continue  # its index is a file of this source, too, and reads it
-            for piece in _Documents(self, path, dropped).pieces(self._rows(path)):
+        for unit in self.units:
+            for piece in _Documents(self, unit[-1], dropped).pieces(self._rows(unit[-1])):
                 yield TokenPiece(piece.ids, done + piece.done, piece.last)
-            done += sum(part.stat().st_size for part in _pair(path))
+            done += replace(self, files=unit).bytes
+
+    @property
+    def units(self) -> list[tuple[Path, ...]]:
+        """The files, each alone, but the ids of Megatron-LM with their index, which comes last."""
+        return [_unit(path) for path in self.files if not _is_indexed(path)]
 
     def _rows(self, path: Path) -> Iterator[Rows]:
         match path.suffix.lower():
@@ -172,18 +175,14 @@ def open_ids(spec: str, reading: TokenReading, tokenizer: Tokenizer) -> TokenSou
         root, exists = index, True
     if not spec or not exists:
         raise DataError(f"{spec or 'an empty name'}: no such source; a file or folder of {FIT} fits")
-    if is_folder:
-        files = _of_folder(root, left_out)
-    else:
-        files = _pair(root.with_suffix(INDEX) if _is_indexed(root) else root)
-        files = [path for path in files if path.suffix.lower() in (*TABLES, INDEX, FLAT, NUMPY)]
-    if not files:
-        raise DataError(f"{spec}: 0 files to read; {FIT} fit; left out: {counted(left_out) or 'nothing'}")
     base = root if is_folder else root.parent
-    files.sort(key=lambda path: path.relative_to(base).as_posix())
-    source = TokenSource(
-        utf8(root.resolve().name), base, tuple(files), False, left_out, reading, tokenizer.vocab_size, tokenizer.bos
-    )
+    found = _of_folder(root, left_out) if is_folder else [root.with_suffix(INDEX) if _is_indexed(root) else root]
+    found = sorted((path for path in found if _is_read(path)), key=lambda path: path.relative_to(base).as_posix())
+    if not found:
+        raise DataError(f"{spec}: 0 files to read; {FIT} fit; left out: {counted(left_out) or 'nothing'}")
+    files = tuple(part for path in found if not _is_indexed(path) for part in _unit(path))
+    name = utf8(root.resolve().name)
+    source = TokenSource(name, base, files, False, left_out, reading, tokenizer.vocab_size, tokenizer.bos)
     _check_options(source)
     return source
 
@@ -192,7 +191,7 @@ def _of_folder(root: Path, left_out: Counter[str]) -> list[Path]:
     found = list(below(root, (), left_out))
     named = columns.saved(root)
     if named is None:
-        files = choose(found, lambda path: path.suffix.lower() in (*TABLES, INDEX, FLAT, NUMPY), left_out)
+        files = choose(found, _is_read, left_out)
         for folder in {path.parent for path in files if path.suffix.lower() == ".arrow"}:
             if columns.saved(folder) is not None:
                 raise DataError(f"{root}: {folder} was written by save_to_disk; expected it as a source of its own")
@@ -203,9 +202,13 @@ def _of_folder(root: Path, left_out: Counter[str]) -> list[Path]:
     return choose(found, lambda path: path in named, left_out)
 
 
-def _pair(path: Path) -> list[Path]:
-    """Files that are read together: an index, and its ids."""
-    return [path.with_suffix(FLAT), path] if path.suffix.lower() == INDEX else [path]
+def _is_read(path: Path) -> bool:
+    return path.suffix.lower() in (*TABLES, INDEX, FLAT, NUMPY)
+
+
+def _unit(path: Path) -> tuple[Path, ...]:
+    """Files that are read together: ids and their index, or a file alone."""
+    return (path.with_suffix(FLAT), path) if path.suffix.lower() == INDEX else (path,)
 
 
 def _is_indexed(path: Path) -> bool:

@@ -49,7 +49,7 @@ class Part:
         Returns the sources that it reads, each with its number among all. RecipeError where there are more parts than
         files.
         """
-        units = [(i, files) for i, source in enumerate(sources) for files in _units(source)]
+        units = [(i, files) for i, source in enumerate(sources) for files in source.units]
         if len(units) < self.of:
             raise RecipeError(
                 f"--part: found {self}; the sources have {len(units):,} files, so at most that many parts"
@@ -60,13 +60,6 @@ class Part:
         return [
             (i, replace(sources[i], files=tuple(path for _, unit in group for path in unit))) for i, group in chosen
         ]
-
-
-def _units(source: Source) -> list[tuple[Path, ...]]:
-    """Files that stay together: those of a repository, else each alone."""
-    if not source.repositories:
-        return [(path,) for path in source.files]
-    return [tuple(files) for _, files in groupby(source.files, lambda path: path.relative_to(source.root).parts[0])]
 
 
 def _bounds(ends: Sequence[int], of: int) -> list[int]:

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -198,10 +198,11 @@ def _build(folder: Path, preparation: Preparation) -> None:
 def _part_entry(preparation: Preparation, part: Part, fingerprint: str) -> PartEntry:
     reading, sources = preparation.reading, preparation.all_opened
     options = [preparation.tokenizer.sha256, preparation.validation_ppm, preparation.seed, *preparation.lengths]
+    options += [reading.errors, reading.field, *(astuple(preparation.tokens) if preparation.tokens else ())]
     return PartEntry(
         number=part.number,
         of=part.of,
-        plan=plan(sources, part, [*options, reading.errors, reading.field]),
+        plan=plan(sources, part, options),
         fingerprint=fingerprint,
         sources=tuple(source.name for source in sources),
         files=files_of(preparation.numbered),

@@ -110,6 +110,13 @@ class Source:
         return [_size(path) for path in self.files]
 
     @property
+    def units(self) -> list[tuple[Path, ...]]:
+        """The files in groups that are read together: those of a repository, else each alone."""
+        if not self.repositories:
+            return [(path,) for path in self.files]
+        return [tuple(files) for _, files in groupby(self.files, lambda path: path.relative_to(self.root).parts[0])]
+
+    @property
     def names(self) -> list[Name]:
         """Names of the files, below the root."""
         return [os.fsencode(path.relative_to(self.root).as_posix()) for path in self.files]

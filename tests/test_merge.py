@@ -25,8 +25,9 @@ from data_tools.sources import Source
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.files import sha256
-from tests.foreign import table
+from tests.foreign import MARK, WRITERS, megatron, table
 from tests.program import ROOT, start
+from tests.test_import import made
 
 MODEL = ROOT / "tokenizers" / "python-4k.model"
 
@@ -99,6 +100,27 @@ def test_imported_ids_are_joined_to_text(tmp_path: Path) -> None:
     merged = Manifest.load(merge([text, prepare(ids, tmp_path / "ids")], tmp_path / "out"))
     assert merged.splits["train"].documents == 3 and merged.splits["train"].tokens == 4 + 3 + 2
     assert [source.name for source in merged.sources] == ["a.txt", "b.parquet"]
+
+
+def test_parts_of_ids_are_joined_to_what_one_import_makes(tmp_path: Path) -> None:
+    """An index goes with its ids, whatever stands between their names."""
+    documents = made(60)
+    (tmp_path / "in").mkdir()
+    for number, kind in enumerate(("megatron", "parquet")):
+        (tmp_path / "in" / str(number)).mkdir()
+        WRITERS[kind](tmp_path / "in" / str(number), documents[20 * number : 20 * number + 20])
+    megatron(tmp_path / "in" / "0" / "a.b.text", documents[:9], range(1, 10))
+    parquet.write_table(table(documents[40:]), tmp_path / "in" / "0" / "a.c.parquet")
+    ids = Preparation([str(tmp_path / "in")], MODEL, validation_ppm=100_000, tokens=TokenReading())
+    whole = prepare(ids, tmp_path / "whole")
+    parts = [prepare(replace(ids, part=Part(i, 4)), tmp_path / str(i)) for i in range(1, 5)]
+    assert all(Manifest.load(part).splits["train"].documents for part in parts)
+    assert same(merge(parts, tmp_path / "merged"), whole)
+    with pytest.raises(RecipeError, match="6 files, so at most that many parts"):
+        prepare(replace(ids, part=Part(1, 7)), tmp_path / "x")
+    other = prepare(replace(ids, part=Part(4, 4), tokens=TokenReading(mark=MARK)), tmp_path / "other")
+    with pytest.raises(DataError, match="other, part 4/4: of other sources or options"):
+        merge([*parts[:3], other], tmp_path / "y")
 
 
 @pytest.mark.parametrize("seed", range(30))

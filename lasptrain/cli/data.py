@@ -16,6 +16,7 @@ from lasptrain.run.folder import RECIPE
 
 if TYPE_CHECKING:
     from data_tools.packing import BestFit
+    from data_tools.parts import Part
     from data_tools.prepare import Preparation
 
 app = App("Text, tokenizers and token shards.")
@@ -43,6 +44,10 @@ Packing = Annotated[
 Window = Annotated[int | None, typer.Option(min=2, help="Tokens of a window, for best_fit.")]
 LongDocuments = Annotated[Literal["continue", "cut"], typer.Option(help="What best_fit does with more than a window.")]
 
+PartOf = Annotated[
+    str | None, typer.Option("--part", metavar="I/N", help="One of N shares of the files; data merge joins all.")
+]
+
 
 def _say(result: object) -> None:
     """Print a result, in which names of files and of sources may hold any character."""
@@ -67,17 +72,12 @@ def prepare(
     packing: Packing = "concat",
     window: Window = None,
     long_documents: LongDocuments = "continue",
-    part: Annotated[
-        str | None, typer.Option(metavar="I/N", help="One of N shares of the files; `data merge` joins all of them.")
-    ] = None,
+    part: PartOf = None,
 ) -> None:
     """Turn text into token shards."""
-    from data_tools.parts import Part
     from data_tools.prepare import Preparation
     from data_tools.sources import Reading
 
-    if part is not None and packing != "concat":
-        raise RecipeError(f"--part: found {part} with --packing {packing}; expected --packing of lasptrain data merge")
     preparation = Preparation(
         sources,
         tokenizer,
@@ -87,7 +87,7 @@ def prepare(
         lengths=(min_tokens, max_tokens or 1 << 62),
         packing=_best_fit(packing, window, long_documents),
         workers=workers,
-        part=None if part is None else Part.parse(part),
+        part=_part(part, packing),
     )
     _prepared(preparation, out)
 
@@ -120,6 +120,7 @@ def import_ids(
     packing: Packing = "concat",
     window: Window = None,
     long_documents: LongDocuments = "continue",
+    part: PartOf = None,
 ) -> None:
     """Turn ids that another program has made of text into token shards."""
     from data_tools.ids import TokenReading, find_tokenizer
@@ -133,6 +134,7 @@ def import_ids(
         lengths=(min_tokens, max_tokens or 1 << 62),
         packing=_best_fit(packing, window, long_documents),
         tokens=TokenReading(column, document_mark, dtype, bos),
+        part=_part(part, packing),
     )
     _prepared(preparation, out)
 
@@ -170,6 +172,15 @@ def _best_fit(
     if packing == "concat" and long_documents == "cut":
         raise RecipeError("--long-documents: found cut with --packing concat; only best_fit cuts documents")
     return None if window is None else BestFit(window, long_documents)
+
+
+def _part(part: str | None, packing: str) -> Part | None:
+    """Parse the part that is asked for. Raises RecipeError for packing, which is done when parts are joined."""
+    from data_tools.parts import Part
+
+    if part is not None and packing != "concat":
+        raise RecipeError(f"--part: found {part} with --packing {packing}; expected --packing of lasptrain data merge")
+    return None if part is None else Part.parse(part)
 
 
 def _prepared(preparation: Preparation, out: Path) -> None:
