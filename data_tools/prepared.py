@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,8 @@ from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import SetupError
 from lasptrain.files import at_home
-from lasptrain.recipe.sections import Data
+from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.sections import Data, Part
 
 
 def cache_folder(data: Data) -> Path:
@@ -35,6 +37,15 @@ def sources(data: Data) -> list[tuple[str, Fraction]]:
         return [(data.source, Fraction(1))]
     total = sum(Fraction(part.weight) for part in data.source)
     return [(part.path, Fraction(part.weight) / total) for part in data.source]
+
+
+def every_source(recipe: Recipe) -> Data:
+    """The recipe's data with all sources that it or a stage of it names, each once."""
+    if not recipe.stages:
+        return recipe.data
+    named = (sources(data) for data in (recipe.data, *(span.recipe.data for span in recipe.spans())))
+    parts = tuple(Part(path=name, weight=1.0) for name in dict.fromkeys(name for found in named for name, _ in found))
+    return recipe.data.model_copy(update={"source": parts})
 
 
 def preparations(data: Data, progress: Progress | None = None) -> list[Preparation]:
@@ -65,10 +76,12 @@ def training_tokens(data: Data) -> list[int] | None:
     return found if len(found) == len(folders) else None
 
 
-def epochs(data: Data, tokens: Sequence[int], windows: int) -> list[str]:
-    """Format the epochs that so many `windows` read of each source, a line each; `tokens` are those of the sources."""
-    return [
-        f"{figures(float(order.epochs(count, data.window, windows * share)))} epochs of {name}: {count:,} tokens"
-        for (name, share), count in zip(sources(data), tokens, strict=True)
-        if count
-    ]
+def epochs(recipe: Recipe, tokens: Sequence[int]) -> list[str]:
+    """Format the epochs that all steps read of each source, a line each; `tokens` are those of `every_source`."""
+    count = dict(zip((name for name, _ in sources(every_source(recipe))), tokens, strict=True))
+    read = defaultdict[str, Fraction](Fraction)
+    for span in recipe.spans():
+        for name, share in sources(span.recipe.data):
+            if count[name]:
+                read[name] += order.epochs(count[name], span.recipe.data.window, span.samples * share)
+    return [f"{figures(float(times))} epochs of {name}: {count[name]:,} tokens" for name, times in read.items()]

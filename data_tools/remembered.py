@@ -7,7 +7,7 @@ that was made of it then, and says so; other text in another place is another ru
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +72,8 @@ def _digests(source: Source, name: str) -> Iterator[str]:
         yield source.named(Path(name).name)
 
 
-def remember(run: Path, data: Data, dataset: TokenDataset) -> None:
-    """Write which datasets the run reads."""
+def remember(run: Path, data: Data, parts: Sequence[TokenDataset]) -> None:
+    """Write which datasets the run reads, one for each source."""
     kept = [
         Remembered(
             name,
@@ -83,7 +83,7 @@ def remember(run: Path, data: Data, dataset: TokenDataset) -> None:
             part.tokenizer_sha256,
             part.manifest.sources,
         )
-        for (name, _), part in zip(sources(data), dataset.members, strict=True)
+        for (name, _), part in zip(sources(data), parts, strict=True)
     ]
     files.replace(run / FILE, json.dumps(TypeAdapter(list[Remembered]).dump_python(kept, mode="json"), indent=1))
 

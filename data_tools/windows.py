@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
-from data_tools.dataset import left_out, open_dataset
+from data_tools.dataset import left_out, open_stages
+from data_tools.prepared import every_source
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
 from lasptrain.data.order import epochs, permute
 from lasptrain.errors import DataError, RecipeError
-from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.schema import Recipe, Span
 from lasptrain.run.folder import RECIPE, recipe_of
 
 
@@ -65,20 +67,25 @@ def show_window(
 
 
 def show_windows(run: Path, step: int | None = None, at: int | None = None) -> tuple[WindowText, ...]:
-    """Decode the windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded.
+    """Decode the windows that a run reads in a step, 1 is the first, or the one `at` a place that the run has recorded;
+    of a run with stages at that step.
 
     Raises RecipeError for a step beyond the recipe's last, DataError for a place that is in no source.
     """
     recipe = recipe_of(run)
     if step is not None and step > recipe.train.steps:
         raise RecipeError(f"--step: found {step}; {run / RECIPE} has train.steps = {recipe.train.steps}")
-    data, batch = recipe.data, recipe.train.batch
-    dataset = open_dataset(data, run=run)
+    if step is None and recipe.stages:
+        raise RecipeError(f"--at: found with {run}, which has stages; expected --step too, which tells the stage")
+    span = next(span for span in recipe.spans() if (step or 1) <= span.end)
+    data, batch = span.recipe.data, span.recipe.train.batch
+    dataset = open_stages(recipe, run=run).stages[span.number]
     parts = dataset.members
-    places = [at or 0]
-    if step is not None:
-        order = dataset.split("train")
-        places = [order.window_start(data.window, data.seed, (step - 1) * batch + i) for i in range(batch)]
+    if at is not None or step is None:
+        places = [at or 0]
+    else:
+        order, first = dataset.split("train"), (step - 1 - span.first) * batch
+        places = [order.window_start(data.window, data.seed, first + i) for i in range(batch)]
     texts = []
     for place in places:
         number, token = divmod(place, SPAN)
@@ -180,18 +187,21 @@ def time_waiting(folder: Path, window: int, rate: float, steps: int) -> Waiting:
 
 def preview(recipe: Recipe) -> Mixing:
     """Preview the share and the epochs of each source that a recipe reads; prepares those that never were."""
-    data, train = recipe.data, recipe.train
-    dataset = open_dataset(data)
-    parts, counts = [dataset], [data.mix_block]
-    if isinstance(dataset, MixedDataset):
-        parts, counts = list(dataset.parts), list(dataset.counts)
-    total = train.steps * train.batch
-    lines = [f"{total:,} windows of {data.window:,} tokens in {train.steps:,} steps, mixed {sum(counts):,} at a time"]
-    for part, count in zip(parts, counts, strict=True):
+    opened = open_stages(recipe)
+    lines = list[str]()
+    for span, dataset in zip(recipe.spans(), opened.stages, strict=True):
+        lines += _stage_preview(span, dataset, f"stages[{span.number}]: " if recipe.stages else "")
+    return Mixing((*lines, *left_out(every_source(recipe), opened.parts)))
+
+
+def _stage_preview(span: Span, dataset: TokenDataset, name: str) -> Iterator[str]:
+    data, total = span.recipe.data, span.samples
+    counts = dataset.counts if isinstance(dataset, MixedDataset) else (data.mix_block,)
+    yield f"{name}{total:,} windows of {data.window:,} tokens in {span.steps:,} steps, mixed {sum(counts):,} at a time"
+    for part, count in zip(dataset.members, counts, strict=True):
         tokens = part.whole("train").tokens
         read = float(epochs(tokens, data.window, Fraction(total * count, sum(counts))))
-        lines.append(
+        yield (
             f"{part.folder}: {count:,} of {sum(counts):,} windows ({100 * count / sum(counts):.2f} %), "
             f"{tokens:,} tokens, {read:.2f} epochs" + ("; each more than 4 times" if read > 4 else "")
         )
-    return Mixing((*lines, *left_out(data, dataset)))

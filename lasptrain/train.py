@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,24 +53,28 @@ def train(recipe: Recipe, run: Path) -> None:
     Collective over all ranks. Raises the errors of `lasptrain.errors`; what was committed stays. Where Stopped or
     NumericalError ends the training, the newest step has been saved.
     """
-    place = f"{recipe.mesh.dp} × {recipe.mesh.sp} × {meshes.device_name()}"
+    ranks = dict.fromkeys(f"{span.recipe.mesh.dp} × {span.recipe.mesh.sp}" for span in recipe.spans())
+    place = f"{', '.join(ranks)} × {meshes.device_name()}"
     given = recipe
     job = replace(build(auto.load(recipe, run, place), run=run), given=given)
     is_main = job.mesh.flat.get_rank() == 0
     if is_main:
         parallel = job.recipe.parallel
         choices = {key: getattr(parallel, key) for key in ("reduce", "prefix", "outputs")}
-        auto.store(recipe, run, place, choices | {"segment": job.loader.segment, "scan": job.recipe.mesh.scan})
+        segments = [stage.loader.segment for stage in job.stages]
+        choices |= {"segment": segments if recipe.stages else segments[0], "scan": job.recipe.mesh.scan}
+        auto.store(recipe, run, place, choices)
     recipe = job.recipe
     # Too little held-out text is refused now, not after the last step.
     if recipe.eval.windows:
-        validation_loader(job).validation_rounds(recipe.eval.windows)
+        for stage in job.stages:
+            validation_loader(replace(job, stage=stage)).validation_rounds(recipe.eval.windows)
     if is_main:
         remove_partial(run)
-    loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
+    loaded = load(run, job.model, job.optimizer, partial(fingerprint_of, job))
     start, there, changed, origin = 0, recipe.train.steps, {}, None
     if loaded is None:
-        origin = load_origin(run, job.model, job.optimizer, fingerprint_of(job))
+        origin = load_origin(run, job.model, job.optimizer, fingerprint_of(job, 0))
     else:
         start = loaded.step
         there = known if isinstance(known := loaded.meta.get("steps"), int) else there
@@ -87,7 +91,7 @@ def train(recipe: Recipe, run: Path) -> None:
             show(f"nothing to train: step {start} is the newest of {run}, train.steps is {steps}")
     with tracking(recipe, run, start, is_main) as trackers:
         reports = Metrics(run, steps=steps, start=start, is_main=is_main, trackers=trackers)
-        with signals.deferred(), reports as metrics, explain_oom(job):
+        with signals.deferred(), reports as metrics:
             if origin is not None:
                 metrics.begun(start, "origin", run=origin.run.name, from_step=origin.step, optimizer=origin.optimizer)
             if changed:
@@ -96,33 +100,32 @@ def train(recipe: Recipe, run: Path) -> None:
                 replace(job, on_segment=partial(on_segment, watchdog.STARTUP_GRACE)), run, start, saver, metrics
             )
         watchdog.heartbeat(watchdog.STARTUP_GRACE)
-        job.loader.close()
-        for name, rows in summarize(job.model, recipe, job.dataset, run, validation or evaluate(job), is_main).items():
+        job.close()
+        held_out = validation or evaluate(job)
+        told = summarize(job.model, recipe, job.parts, job.dataset, run, held_out, is_main)
+        for name, rows in told.items():
             trackers.table(steps, name, rows)
 
 
 def beginning(job: Job, start: int, there: int) -> Iterator[str]:
     """Yield lines about a run that continues from step `start`, where `there` was `train.steps` until now."""
     recipe = job.recipe
-    yield from (f"training reads {line}" for line in epochs(recipe, job.dataset))
-    if start < recipe.train.steps and (message := jump(recipe.optim, there, recipe.train.steps, start)):
+    yield from (f"training reads {line}" for line in epochs(recipe, job.parts))
+    optim = job.at(start).stage.span.recipe.optim
+    if start < recipe.train.steps and (message := jump(optim, there, recipe.train.steps, start)):
         yield message
     if job.device.type == "cuda":
         promised = "unknown, so there is none" if job.peak is None else f"{job.peak / 1e12:,g} TFLOP/s"
         yield f"MFU is of the data sheet's dense bf16 rate of {meshes.device_name()}: {promised}"
 
 
-@contextmanager
-def explain_oom(job: Job) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into ResourceError, naming what takes memory and what would need less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        vocab, (dp, sp) = job.dataset.vocab_size, (job.mesh.length("dp"), job.mesh.length("sp"))
-        advice = plan.oom_advice(job.recipe, vocab, dp, sp, job.loader.segment)
-        first = str(error).splitlines()[0]
-        peak = meshes.peak_memory(job.device) / 2**30
-        raise ResourceError(f"out of memory after {peak:.1f} GiB: {first} {advice}") from error
+def out_of_memory(job: Job, error: torch.OutOfMemoryError) -> ResourceError:
+    """Return what is raised for a GPU's out-of-memory error: it names what takes memory and what would need less."""
+    vocab, (dp, sp) = job.dataset.vocab_size, (job.mesh.length("dp"), job.mesh.length("sp"))
+    advice = plan.oom_advice(job.stage.span.recipe, vocab, dp, sp, job.loader.segment)
+    first = str(error).splitlines()[0]
+    peak = meshes.peak_memory(job.device) / 2**30
+    return ResourceError(f"out of memory after {peak:.1f} GiB: {first} {advice}")
 
 
 def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -> Validation | None:
@@ -133,9 +136,10 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
     stragglers = StragglerDetector(job.device)
     try:
         for step in range(start, steps):
+            job = enter_stage(job, step, metrics)
             if is_main:
-                begun = job.loader.epochs_begun(step)
-                metrics.epochs(step + 1, {sources(recipe.data)[number][0]: epoch for number, epoch in begun.items()})
+                begun, read = job.loader.epochs_begun(step), sources(job.stage.span.recipe.data)
+                metrics.epochs(step + 1, {read[number][0]: epoch for number, epoch in begun.items()})
             job = replace(job, health=due(recipe, step + 1))
             chosen = is_main and step + 1 in recipe.train.profile
             with profiled(run / "profile", step + 1, job.device) if chosen else nullcontext():
@@ -161,6 +165,8 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
                 save(job, saver, done)
             saver.poll()
             metrics.committed(saver.newest)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(job, error) from error
     except ReplicasError:
         finish(saver, metrics)
         raise
@@ -178,10 +184,25 @@ def run_steps(job: Job, run: Path, start: int, saver: Saver, metrics: Metrics) -
     return validation
 
 
+def enter_stage(job: Job, step: int, metrics: Metrics) -> Job:
+    """Return the job of the stage that update `step` is in, whose first update may take as long as the very first."""
+    there = job.at(step)
+    span = there.stage.span
+    if job.recipe.stages and step == span.first:
+        recipe = span.recipe
+        count = recipe.train.batch
+        what = f"{count:,} window{'s' * (count > 1)} of {recipe.data.window:,} tokens a step"
+        metrics.stage(step + 1, span.number, f"{what}, learning rate {recipe.optim.lr:g} by its schedule")
+    if there is job:
+        return job
+    job.model.attention.share_as(there.stage.recurrence)
+    return replace(there, on_segment=partial(on_segment, watchdog.STARTUP_GRACE))
+
+
 def save(job: Job, saver: Saver, step: int) -> None:
     """Begin to save the state after `step` updates. Raises ReplicasError where ranks do not agree on it."""
     replicas.compare(job.model, job.mesh, job.recipe.parallel.data_parallel, step)
-    saver.save(step, checkpoint_meta(job))
+    saver.save(step, checkpoint_meta(job, step))
 
 
 def finish(saver: Saver, metrics: Metrics) -> None:
@@ -208,7 +229,7 @@ def handle_bad_step(job: Job, run: Path, step: int, values: dict[str, Value], sa
     if guard.verdict == "rollback":
         saver.wait()
         until = step - job.recipe.guard.back
-        if load(run, job.model, job.optimizer, fingerprint_of(job), until=until) is None:
+        if load(run, job.model, job.optimizer, partial(fingerprint_of, job), until=until) is None:
             raise NumericalError(
                 f"step {step}: {guard.reason}; guard.nonfinite or guard.spike: rollback found no checkpoint of step "
                 f"{until} or before; expected one, raise checkpoint.keep or lower guard.back"
@@ -225,7 +246,8 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
 
     Raises NumericalError or, from `job.on_segment`, Stopped before anything has changed.
     """
-    recipe, began = job.recipe, time.perf_counter()
+    span, began = job.stage.span, time.perf_counter()
+    recipe = span.recipe
     micro_batches = [tuple(piece.to(job.device, non_blocking=True) for piece in m) for m in job.loader.step(step)]
     data_wait = time.perf_counter() - began
     loss, norm = accumulate(job, micro_batches)
@@ -233,24 +255,29 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
     lr = learning_rate(recipe.optim, recipe.train.steps, step)
     verdict = job.guard.judge(found["loss"], found["grad_norm"])
     if verdict == "stop":
+        lower = f"a lower optim.lr, such as --set optim.lr={recipe.optim.lr / 2:.2g}"
+        if recipe.optim.lr != job.recipe.optim.lr:
+            lower = f"a lower stages[{span.number}].lr, such as {recipe.optim.lr / 2:.2g}"
         raise NumericalError(
-            f"step {step + 1}: {job.guard.reason}; go on with --set {job.guard.advice} or a lower optim.lr, such as "
-            f"--set optim.lr={recipe.optim.lr / 2:.2g}. The weights are those of step {step}; the windows of step "
-            f"{step + 1} start at tokens {job.loader.window_starts(step)}"
+            f"step {step + 1}: {job.guard.reason}; go on with --set {job.guard.advice} or {lower}. "
+            f"The weights are those of step {step}; the windows of step {step + 1} start at tokens "
+            f"{job.loader.window_starts(step)}"
         )
     if verdict in ("accept", "warn"):
         set_learning_rate(job.optimizer, lr)
         job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     tokens = recipe.train.batch * recipe.data.window
+    before = sum(stage.span.tokens for stage in job.stages[: span.number])
     seconds = time.perf_counter() - began
     return {
         **found,
+        **({"stage": span.number} if job.recipe.stages else {}),
         "lr": lr,
-        "tokens": (step + 1) * tokens,
+        "tokens": before + (step + 1 - span.first) * tokens,
         "tokens_per_s": tokens / seconds,
         "tokens_per_s_per_gpu": tokens / seconds / job.mesh.size,
-        "mfu": mfu(tokens / seconds / job.mesh.size, job.flops_per_token, job.peak),
+        "mfu": mfu(tokens / seconds / job.mesh.size, job.stage.flops_per_token, job.peak),
         "memory_peak": meshes.peak_memory(job.device),
         "data_wait": data_wait,
         "step_time": seconds,

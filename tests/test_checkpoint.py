@@ -139,7 +139,7 @@ def _load_and_continue(rank: int, world: int, run: Path, kinds: list[str]) -> li
     for saved in SAVED:
         for kind in kinds:
             net, optimizer = _build(kind, seed=1)
-            loaded = load(run / saved, net, optimizer, {"recipe": META["recipe"]})
+            loaded = load(run / saved, net, optimizer, lambda step: {"recipe": META["recipe"]})
             assert loaded is not None
             state = _full(net, optimizer)
             results.append((saved, loaded.step, loaded.meta, state, _train(net, optimizer, range(3, 6))))
@@ -251,7 +251,7 @@ def _save_steps(run: Path, steps: list[int], keep: int = 9) -> dict[int, dict[st
 
 def _load_state(run: Path) -> tuple[int, dict[str, Tensor]] | None:
     net, optimizer = _build("plain", seed=1)
-    loaded = load(run, net, optimizer, META)
+    loaded = load(run, net, optimizer, lambda step: META)
     return None if loaded is None else (loaded.step, _full(net, optimizer))
 
 
@@ -480,7 +480,7 @@ def test_differences_of_the_recipe_are_listed(run: Path) -> None:
     net, optimizer = _build("plain")
     expect = {"recipe": {"name": "small", "optim": {"lr": 0.02}}, "windows": 4, "seed": 7}
     with pytest.raises(CheckpointError) as caught:
-        load(run, net, optimizer, expect)
+        load(run, net, optimizer, lambda step: expect)
     assert str(caught.value).splitlines()[1:] == ["  recipe.optim.lr: 0.01, now 0.02", "  seed: None, now 7"]
 
 

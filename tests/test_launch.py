@@ -621,7 +621,7 @@ def test_a_run_of_a_different_recipe_is_refused_with_the_keys(tmp_path: Path, re
      "data.source=moved/text.txt", "optim.lr=1e-4", "guard.spike=skip"],
 )  # fmt: skip
 def test_how_a_run_is_computed_may_change(folder: Path, recipe: Recipe, free: str) -> None:
-    assert not runs.differences(recipe, load(folder / "tiny.yaml", ["model.vocab=320", free]))
+    assert not runs.differences(recipe, load(folder / "tiny.yaml", ["model.vocab=320", free]), 1)
 
 
 @pytest.mark.parametrize(
@@ -631,7 +631,7 @@ def test_how_a_run_is_computed_may_change(folder: Path, recipe: Recipe, free: st
 )  # fmt: skip
 def test_what_a_run_computes_may_not_change(folder: Path, recipe: Recipe, fixed: str) -> None:
     other = load(folder / "tiny.yaml", ["model.vocab=320", fixed])
-    (changed,) = runs.differences(recipe, other)
+    (changed,) = runs.differences(recipe, other, 1)
     assert changed.startswith(f"{fixed.partition('=')[0]}: ")
     assert runs.digest(recipe) != runs.digest(other)
 

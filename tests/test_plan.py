@@ -279,16 +279,18 @@ def test_who_is_short_of_memory_is_told_what_takes_it_and_what_would_help() -> N
     for key in ("train.segment below 65536", "recompute: full", "zero3 instead of ddp", "loss_chunk below 8192"):
         assert key in told
     job = SimpleNamespace(
-        recipe=recipe,
+        stage=SimpleNamespace(span=recipe.longest),
         dataset=SimpleNamespace(vocab_size=64000),
         mesh=SimpleNamespace(length={"dp": 1, "sp": 2}.__getitem__),
         loader=SimpleNamespace(segment=65536),
         device=torch.device("cpu"),
     )
-    with pytest.raises(ResourceError) as refusal, train.explain_oom(cast(Job, job)):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-    assert "GiB: CUDA out of memory. Tried to allocate 2 GiB. expected on" in str(refusal.value)
-    assert str(refusal.value).endswith(told)
+    refusal = train.out_of_memory(
+        cast(Job, job), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    )
+    assert isinstance(refusal, ResourceError)
+    assert "GiB: CUDA out of memory. Tried to allocate 2 GiB. expected on" in str(refusal)
+    assert str(refusal).endswith(told)
     alone = plan.oom_advice(load(RECIPES / "quickstart.yaml", ["train.loss_chunk=512"]), 4096, 1, 1, 512)
     assert alone.endswith("less would need: parallel.recompute: full, more GPUs")
 

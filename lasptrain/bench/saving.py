@@ -54,7 +54,7 @@ def _rank(recipe: Recipe, run: Path, saves: int) -> tuple[dict[str, Any], list[S
     rows = []
     for _ in range(saves):
         began, at = time.perf_counter(), done
-        saver.save(done, checkpoint_meta(job))
+        saver.save(done, checkpoint_meta(job, done))
         stall, slower = saver.stall(), 0.0
         while not all_reduce_max(saver.newest == at):
             slower += step() - usual

@@ -83,7 +83,7 @@ def _prepare(data: Data) -> None:
     """Prepare the data, before there are ranks. Raises DataError."""
     with preparing() as progress:
         dataset = open_dataset(data, progress)
-    for line in left_out(data, dataset):
+    for line in left_out(data, dataset.members):
         sys.stderr.write(f"{line}\n")
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -142,7 +143,7 @@ def _resumed(trial: Trial, recipe: Recipe) -> tuple[list[str], Course]:
     """
     run = trial.folder / RUN
     with opened(recipe) as job:
-        loaded = load(run, job.model, job.optimizer, fingerprint_of(job))
+        loaded = load(run, job.model, job.optimizer, partial(fingerprint_of, job))
         if loaded is None or loaded.step != SAVED:
             raise CheckpointError(f"found no checkpoint of update {SAVED}; the run that was ended left none")
         saved, found = json.loads((trial.folder / STATE).read_text()), digests(job)

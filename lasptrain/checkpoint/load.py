@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def load(
     run: Path,
     model: nn.Module,
     optimizer: Optimizer | None,
-    expect: Json | None = None,
+    expect: Callable[[int], Json] = lambda step: {},
     group: Group = None,
     until: int | None = None,
 ) -> Loaded | None:
@@ -40,8 +41,8 @@ def load(
 
     Collective over `group` (default: all ranks). A damaged step is named in a warning and the next older one is taken.
     Without an optimizer only the model is read. Nothing on disk changes, and nothing in memory before all checks
-    have passed. Raises CheckpointError if there are steps but none is intact, if what was saved as `meta` differs from
-    `expect` in a key that `expect` has, or if names, shapes or dtypes of tensors differ.
+    have passed. Raises CheckpointError if there are steps but none is intact, if what was saved as `meta` differs in a
+    key that `expect` of the step has, or if names, shapes or dtypes of tensors differ.
     """
     steps = vote_of_first(f"{run}: cannot list checkpoints", lambda: committed(run), group)
     steps = [step for step in steps if until is None or step <= until]
@@ -50,7 +51,7 @@ def load(
         folder = folder_of(run, step)
         manifest, reader, problems = _verify(folder, step, group)
         if reader is not None:
-            compare_meta(folder, expect or {}, manifest["meta"])
+            compare_meta(folder, expect(step), manifest["meta"])
             restore(reader, model, optimizer, group)
             return Loaded(step, manifest["meta"], folder)
         found = found or problems

@@ -212,12 +212,13 @@ def inspect(
 ) -> None:
     """Show what a dataset holds, or the text of windows with their documents' boundaries.
 
-    For a run folder only --step, or --at a place that metrics.jsonl names, is needed; its recipe says the rest.
+    For a run folder only --step, or --at a place that metrics.jsonl names, is needed; its recipe says the rest. Where
+    it has stages, --at needs the --step that the place is of.
     """
     from data_tools import commands
 
     if (folder / RECIPE).is_file():
-        if (step is None) == (at is None):
+        if step is None and at is None:
             raise RecipeError("--step: expected it for a run, or else --at a place that its metrics.jsonl names")
         from data_tools import windows
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -25,7 +26,7 @@ from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeEr
 from lasptrain.files import BROKEN, FULL
 from lasptrain.process import signals
 from lasptrain.recipe.loading import load
-from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.resolve import resolve_meshes, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import origin as origins
 from lasptrain.run import trackers
@@ -163,34 +164,60 @@ def check(
 def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
     from data_tools.tokenizer import load_tokenizer
 
-    model, train = recipe.model, recipe.train
-    dp, sp = resolve_mesh(recipe, world)
+    model = recipe.model
+    pairs = resolve_meshes(recipe, world)
+    dp, sp = pairs[plan.widest(recipe).number]
     vocab = resolve_vocabulary(model, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    layout = plan.layout(recipe, dp, sp)
-    scan = links.with_scan(recipe, sp, layout.segment).mesh.scan
+    widest = plan.widest(recipe).recipe
+    segment = plan.layout(widest, dp, sp).segment
+    scan = links.with_scan(widest, sp, segment).mesh.scan
     parts = plan.parameters(model, vocab)
     total = sum(parts.values())
+    windows = dict.fromkeys(span.recipe.data.window for span in recipe.spans())
+    works = dict.fromkeys(figures(plan.flops_per_token(model, vocab, window) / 1e9) for window in windows)
     return [
         ("recipe", f"{recipe.name}: {model.arch}, {model.layers} layers of {model.dim}, {model.heads} heads"),
         ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
         *model.description(),
         ("mesh", f"dp {dp} × sp {sp}, {_times(world, 'process', 'es')}, {recipe.parallel.data_parallel}, scan {scan}"),
-        ("window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"),
-        ("slice", f"{layout.slice:,} tokens per rank and segment"),
-        (
-            "step",
-            f"{layout.tokens_per_step:,} tokens: {_times(train.batch, 'window')}, "
-            f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
-        ),
-        ("training", f"{train.steps:,} steps, {train.steps * layout.tokens_per_step:,} tokens"),
+        *(_stages(recipe, pairs) if recipe.stages else _steps(recipe, dp, sp)),
+        ("training", f"{recipe.train.steps:,} steps, {sum(span.tokens for span in recipe.spans()):,} tokens"),
         *(("data", line) for line in _epochs(recipe)),
-        ("work", f"{figures(plan.flops_per_token(model, vocab, recipe.data.window) / 1e9)} GFLOP per token"),
+        ("work", " and ".join(f"{work} GFLOP" for work in works) + " per token"),
         ("state", f"{figures(plan.state_bytes(model) / 2**20)} MiB per window over all layers"),
-        *_prefix(recipe, sp, layout.segment),
+        *_prefix(widest, sp, segment),
         ("checkpoint", f"{figures(12 * total / 1e9)} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
     ]
+
+
+def _steps(recipe: Recipe, dp: int, sp: int) -> Iterator[tuple[str, str]]:
+    """Yield lines on the steps of a run without stages."""
+    layout, train = plan.layout(recipe, dp, sp), recipe.train
+    yield "window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"
+    yield "slice", f"{layout.slice:,} tokens per rank and segment"
+    yield (
+        "step",
+        f"{layout.tokens_per_step:,} tokens: {_times(train.batch, 'window')}, "
+        f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
+    )
+
+
+def _stages(recipe: Recipe, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yield a line on each stage."""
+    spans = recipe.spans()
+    total = sum(span.tokens for span in spans)
+    for span, (dp, sp) in zip(spans, pairs, strict=True):
+        layout, train = plan.layout(span.recipe, dp, sp), span.recipe.train
+        windows = f"{_times(train.batch, 'window')} of {span.recipe.data.window:,} tokens on dp {dp} × sp {sp}"
+        each = f"in {_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {_times(layout.segments, 'segment')}"
+        tokens = f"{span.tokens:,} tokens, {span.tokens / total:.1%}"
+        yield (
+            f"stages[{span.number}]",
+            f"steps {span.first + 1:,} to {span.end:,}: {windows}, {each}, slices of {layout.slice:,}; "
+            f"lr {span.recipe.optim.lr:g}; {tokens}",
+        )
 
 
 def _prefix(recipe: Recipe, sp: int, segment: int) -> list[tuple[str, str]]:
@@ -204,10 +231,10 @@ def _prefix(recipe: Recipe, sp: int, segment: int) -> list[tuple[str, str]]:
 def _epochs(recipe: Recipe) -> list[str]:
     from data_tools import prepared
 
-    tokens = prepared.training_tokens(recipe.data)
+    tokens = prepared.training_tokens(prepared.every_source(recipe))
     if tokens is None:
         return ["how many epochs is told once it is prepared, by training or lasptrain data mix"]
-    return prepared.epochs(recipe.data, tokens, recipe.train.steps * recipe.train.batch)
+    return prepared.epochs(recipe, tokens)
 
 
 def _times(count: int, word: str, plural: str = "s") -> str:

@@ -1,6 +1,6 @@
 """`lasptrain plan`: the predicted cost of a recipe."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from lasptrain.cost.gpus import PLANNED, Rates
 from lasptrain.cost.links import ASSUMED, Links
 from lasptrain.errors import SetupError
 from lasptrain.recipe.loading import load
-from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary
+from lasptrain.recipe.resolve import resolve_meshes, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 
 
@@ -81,10 +81,15 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     from data_tools.tokenizer import load_tokenizer
 
     available = hardware.rates.memory if given is None else to_bytes(given)
-    dp, sp = resolve_mesh(recipe, gpus, "--gpus")
+    pairs = resolve_meshes(recipe, gpus, "--gpus")
+    dp, sp = pairs[plan.widest(recipe).number]
     vocab = resolve_vocabulary(recipe.model, load_tokenizer(recipe.data.tokenizer).vocab_size)
     recipe = plan.with_reduction(recipe, vocab, dp, sp, available)
     recipe = plan.with_prefix(recipe, vocab, dp, sp, available)
+    staged, span = recipe, plan.widest(recipe)
+    if staged.stages:
+        yield _stages(staged, vocab, pairs, available, hardware.rates)
+    recipe = span.recipe
     cut = plan.layout(recipe, dp, sp, vocab, available)
     scan = links.with_scan(recipe, sp, cut.segment, hardware.links).mesh.scan
     parts = plan.memory(recipe, vocab, dp, sp, cut.segment)
@@ -92,7 +97,8 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     tokens = cut.tokens_per_step
     step = seconds * tokens / gpus
     sent = plan.state_bytes(recipe.model) * recipe.train.batch // dp * cut.segments * 2 * (sp > 1)
-    table = Table(title=f"{recipe.name}: predicted for {gpus} × {hardware.name}", show_header=False)
+    name = f"{recipe.name}, stages[{span.number}]" if staged.stages else recipe.name
+    table = Table(title=f"{name}: predicted for {gpus} × {hardware.name}", show_header=False)
     for name, size in parts.items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     table.add_section()
@@ -114,11 +120,54 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
     if keys_sent := plan.prefix_sent(recipe, sp, cut.segments) * recipe.train.batch // dp:
         table.add_row("keys sent", f"{keys_sent / 2**30:,.1f} GiB per rank and step, with their gradients")
-    table.add_row("training", f"{tokens * recipe.train.steps:,} tokens, {_lasting(step * recipe.train.steps)}")
+    table.add_row("training", f"{span.tokens:,} tokens, {_lasting(step * span.steps)}")
     yield table
     if gpus > 1:
         yield _sharing(recipe, vocab, cut.slice, gpus, hardware)
-    yield _memory_horizon(recipe)
+    yield _memory_horizon(staged)
+
+
+def _stages(recipe: Recipe, vocab: int, pairs: Sequence[tuple[int, int]], available: int, rates: Rates) -> Table:
+    """Table of memory, time and tokens by stage, and in all."""
+    spans = recipe.spans()
+    table = Table(title=f"{recipe.name}: predicted by stage", show_footer=True)
+    rows, seconds_of, peaks = [], list[float](), list[float]()
+    for span, (dp, sp) in zip(spans, pairs, strict=True):
+        cut = plan.layout(span.recipe, dp, sp, vocab, available)
+        peaks.append(sum(plan.memory(span.recipe, vocab, dp, sp, cut.segment).values()) / 2**30)
+        seconds = plan.seconds_per_token(span.recipe, vocab, cut.segments, rates, sp)
+        seconds_of.append(seconds * span.tokens / (dp * sp))
+        rows.append(
+            (
+                f"stages[{span.number}]",
+                f"{span.steps:,}",
+                f"{dp} × {sp}",
+                f"{span.recipe.train.batch:,} × {span.recipe.data.window:,}",
+                f"{cut.segments:,} × {cut.segment:,}",
+                f"{peaks[-1]:.1f} GiB",
+                f"{1e-3 / seconds:.1f}k",
+                f"{seconds_of[-1] / span.steps:.1f} s",
+                f"{span.tokens:,}",
+                _lasting(seconds_of[-1]),
+            )
+        )
+    total = (
+        f"{recipe.train.steps:,}",
+        "",
+        "",
+        "",
+        f"{max(peaks):.1f} GiB",
+        "",
+        "",
+        f"{sum(s.tokens for s in spans):,}",
+    )
+    names = ("steps", "dp × sp", "windows a step", "segments", "memory", "tokens/s per GPU", "a step", "tokens", "time")
+    table.add_column("stage", "in all")
+    for name, footer in zip(names, (*total, _lasting(sum(seconds_of))), strict=True):
+        table.add_column(name, footer, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _sharing(recipe: Recipe, vocab: int, tokens: int, gpus: int, hardware: Hardware) -> Table:

@@ -55,12 +55,15 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, pari
 def _portable(recipe: Recipe) -> Recipe:
     """The recipe with names instead of paths: a card is for other machines than the one that made it."""
     data = recipe.data
-    source = _name(data.source) if isinstance(data.source, str) else tuple(map(_named, data.source))
-    return recipe.replace(data={"source": source, "tokenizer": _name(data.tokenizer), "cache": None})
+    own = {"source": _named(data.source), "tokenizer": _name(data.tokenizer), "cache": None}
+    stages = [stage.model_copy(update={"source": _named(stage.source)}) for stage in recipe.stages]
+    return recipe.replace(data=own).model_copy(update={"stages": tuple(stages)})
 
 
-def _named(part: Part) -> Part:
-    return part.model_copy(update={"path": _name(part.path)})
+def _named(source: str | tuple[Part, ...] | None) -> str | tuple[Part, ...] | None:
+    if source is None or isinstance(source, str):
+        return source and _name(source)
+    return tuple(part.model_copy(update={"path": _name(part.path)}) for part in source)
 
 
 def _name(path: str) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lasptrain.architectures.base import Architecture, Work
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import ResourceError
-from lasptrain.recipe.schema import Recipe
+from lasptrain.recipe.schema import Recipe, Span
 from lasptrain.recipe.sections import REPLICATED, Parallel
 
 
@@ -247,6 +247,11 @@ def _fitting(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | None
     return [n for n in lengths if sum(memory(recipe, vocab, dp, sp, n * sp).values()) <= room]
 
 
+def widest(recipe: Recipe) -> Span:
+    """The stage whose windows have most tokens at a time, the last of them: what lasts for all stages fits it."""
+    return max(recipe.spans(), key=lambda span: (span.recipe.data.window * span.recipe.train.micro_batch, span.number))
+
+
 PREFIXES = ("gathered", "sharded", "host")  # the fastest first
 
 
@@ -255,8 +260,13 @@ def with_prefix(recipe: Recipe, vocab: int, dp: int, sp: int, available: int | N
     `available` bytes on each rank, or else any; and `parallel.outputs: auto`: kept if all that waits in a rank's host
     memory fits `host` bytes (None: unknown).
 
-    Raises ResourceError where the prefix fits no memory, or where it is told to lie.
+    Of a recipe with stages both are those of the `widest`. Raises ResourceError where the prefix fits no memory, or
+    where it is told to lie.
     """
+    if recipe.stages:
+        return recipe.model_copy(
+            update={"parallel": with_prefix(widest(recipe).recipe, vocab, dp, sp, available, host).parallel}
+        )
     parallel = recipe.parallel
     kinds = PREFIXES if parallel.prefix == "auto" else (parallel.prefix,)
     found = [recipe.replace(parallel={"prefix": kind}) for kind in kinds]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lasptrain.data.manifest import FILE, Manifest
-from lasptrain.data.order import epochs, window_start
+from lasptrain.data.order import Stretch, epoch_of, window_start
 from lasptrain.data.shard import Shard, Tokens
 from lasptrain.errors import DataError
 
@@ -26,12 +26,23 @@ class Split:
         self.name = name
         self.shards = shards
         self.align = align
+        self._stretch: Stretch | None = None
         self._ends = list(accumulate(shard.header.n_tokens for shard in shards))
         self.tokens = self._ends[-1] if shards else 0
 
     def window_start(self, window: int, seed: int, sample: int) -> int:
         """Token at which a sample's window starts."""
-        return window_start(self.tokens, window, self.align, seed, sample)
+        return window_start(self.tokens, window, self.align, seed, sample, self._stretch)
+
+    def counted(self, seed: int, samples: int) -> list[int]:
+        """Return the windows that so many samples read of each of its datasets."""
+        return [samples]
+
+    def reading(self, stretches: Sequence[Stretch]) -> Split:
+        """Return the split as a stage reads it, in the one stretch that is given."""
+        found = copy.copy(self)
+        (found._stretch,) = stretches
+        return found
 
     def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
         """(0, number of the epoch, 2 or more) if a sample begins to read tokens again, else None."""
@@ -40,7 +51,7 @@ class Split:
 
     def epoch(self, window: int, sample: int) -> int:
         """Number of the epoch in which a sample ends; 1 before the first one too."""
-        return max(1, math.ceil(epochs(self.tokens, window, sample + 1)))
+        return epoch_of(self.tokens, window, sample, self._stretch)
 
     def validation_starts(self, window: int) -> Sequence[int]:
         """Starts of windows cut from the start of the split, without shift or shuffle."""

@@ -48,7 +48,10 @@ MicroBatch = tuple[Slice, ...]  # one slice for each segment, in the order of th
 
 
 class SliceLoader:
-    """Reads a split for one rank of a dp × sp mesh: `window` and `segment` are tokens, `batch` windows a step."""
+    """Reads a split for one rank of a dp × sp mesh: `window` and `segment` are tokens, `batch` windows a step.
+
+    `first` and `end`: the steps of a run that it reads, such as a stage's; the split's samples begin with `first`.
+    """
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class SliceLoader:
         bos: int,
         reset: bool,
         repeat: bool = False,
+        first: int = 0,
+        end: int | None = None,
         prefetch: bool = True,
         pin: bool = False,
     ) -> None:
@@ -94,21 +99,23 @@ class SliceLoader:
             )
         self.split, self.window, self.batch, self.micro_batch = split, window, batch, micro_batch
         self.dp, self.dp_rank, self.sp_rank, self.segment = dp, dp_rank, sp_rank, segment
-        self.slice = segment // sp
+        self.slice, self._first, self._end = segment // sp, first, end
         self.seed, self.bos, self.reset, self._pin = seed, bos, reset, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def window_starts(self, step: int) -> list[int]:
         """Places of the global batch's windows of a step."""
-        first = step * self.batch
-        samples = range(first, first + self.batch)
-        return [self.split.window_start(self.window, self.seed, sample) for sample in samples]
+        return [self.split.window_start(self.window, self.seed, sample) for sample in self._samples(step)]
 
     def epochs_begun(self, step: int) -> dict[int, int]:
         """{source: epoch} by number, epochs from 2 on, of the sources whose tokens a step begins to read again."""
-        samples = range(step * self.batch, (step + 1) * self.batch)
-        return dict(filter(None, (self.split.begins(self.window, self.seed, sample) for sample in samples)))
+        begun = (self.split.begins(self.window, self.seed, sample) for sample in self._samples(step))
+        return dict(filter(None, begun))
+
+    def _samples(self, step: int) -> range:
+        first = (step - self._first) * self.batch
+        return range(first, first + self.batch)
 
     def read_step(self, step: int) -> list[MicroBatch]:
         """Read this rank's slices of a step: windows dp_rank, dp_rank + dp, …, `micro_batch` at a time."""
@@ -123,7 +130,8 @@ class SliceLoader:
         ahead = self._ahead.pop(step, None) or self._thread.submit(self.read_step, step)
         for other in self._ahead.values():
             other.cancel()
-        self._ahead = {step + 1: self._thread.submit(self.read_step, step + 1)}
+        last = step + 1 == self._end
+        self._ahead = {} if last else {step + 1: self._thread.submit(self.read_step, step + 1)}
         return ahead.result()
 
     @cached_property

@@ -10,15 +10,17 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 
 from lasptrain.data.dataset import Split, TokenDataset
-from lasptrain.data.order import permute, splitmix64
+from lasptrain.data.order import Stretch, permute, splitmix64
 from lasptrain.errors import DataError
 
 SPAN = 1 << 48  # tokens between the places of one dataset and of the next
@@ -47,11 +49,28 @@ def shares(weights: Sequence[float], block: int) -> list[int]:
     return counts
 
 
-class Mixture:
-    """One split of several datasets. A place is `number of the dataset · SPAN + token of its ring`."""
+@lru_cache(maxsize=16)
+def _dealt(ends: tuple[int, ...], seed: int, block: int, samples: int) -> list[tuple[int, int]]:
+    """Return the datasets of the first samples of a block, each with how many samples of it came before in the block.
 
-    def __init__(self, splits: Sequence[Split], counts: Sequence[int]):
-        self.splits, self.counts = splits, counts
+    `ends`: of the datasets' shares of the block.
+    """
+    slots = (permute(ends[-1], place, splitmix64(seed), block) for place in range(samples))
+    seen, found = Counter[int](), []
+    for number in (bisect_right(ends, slot) for slot in slots):
+        found.append((number, seen[number]))
+        seen[number] += 1
+    return found
+
+
+class Mixture:
+    """One split of several datasets. A place is `number of the dataset · SPAN + token of its ring`.
+
+    `samples`: as many as a stage has. Its last block may not be full; windows are counted there, so none is left out.
+    """
+
+    def __init__(self, splits: Sequence[Split], counts: Sequence[int], samples: int | None = None):
+        self.splits, self.counts, self._samples = splits, counts, samples
         self.name = splits[0].name
         self.tokens = min(split.tokens for split in splits)
         self.align = math.lcm(*(split.align for split in splits))
@@ -60,10 +79,24 @@ class Mixture:
     def sample(self, seed: int, sample: int) -> tuple[int, int]:
         """Map a sample to (number of the dataset, sample of that dataset)."""
         block, place = divmod(sample, self._ends[-1])
+        if self._samples is not None and block == self._samples // self._ends[-1]:
+            number, before = _dealt(tuple(self._ends), seed, block, self._samples % self._ends[-1])[place]
+            return number, block * self.counts[number] + before
         slot = permute(self._ends[-1], place, splitmix64(seed), block)
         number = bisect_right(self._ends, slot)
         first = self._ends[number] - self.counts[number]
         return number, block * self.counts[number] + slot - first
+
+    def counted(self, seed: int, samples: int) -> list[int]:
+        """Return the windows that so many samples read of each of its datasets."""
+        blocks, rest = divmod(samples, self._ends[-1])
+        last = Counter(number for number, _ in _dealt(tuple(self._ends), seed, blocks, rest))
+        return [blocks * count + last[number] for number, count in enumerate(self.counts)]
+
+    def reading(self, stretches: Sequence[Stretch]) -> Mixture:
+        """Return the mixture as a stage reads it, each dataset in its stretch."""
+        splits = [split.reading([stretch]) for split, stretch in zip(self.splits, stretches, strict=True)]
+        return Mixture(splits, self.counts, sum(stretch.windows for stretch in stretches))
 
     def window_start(self, window: int, seed: int, sample: int) -> int:
         """Place of a sample's window."""

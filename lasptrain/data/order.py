@@ -3,14 +3,19 @@
 A split of `total` tokens is a ring: its end joins its start at a document edge. Each epoch cuts it into
 W = total // window windows from a shifted start and visits them in the order of a Feistel permutation, so every window
 is used once an epoch, no token twice, and only total mod window tokens sit out, others in the next epoch.
+
+Stages of a run have windows of several lengths. They divide an epoch into stretches, one behind the other, each of as
+many tokens as its stage reads, and visited in an order of its own: no token twice in an epoch of several stages either.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,15 +91,62 @@ def epochs(total: int, window: int, samples: Fraction | int) -> Fraction:
     return samples * (Fraction(window, total) if window > total else Fraction(1, total // window))
 
 
-def window_start(total: int, window: int, align: int, seed: int, sample: int) -> int:
+class Stretch(NamedTuple):
+    """The part of a ring's epochs that a stage reads: `windows`, behind the `offset` first tokens of an epoch."""
+
+    epoch: int
+    offset: int
+    windows: int
+
+
+class Place(NamedTuple):
+    """The place of a sample: visit `visit` of the `windows` that begin behind the `offset` first tokens of an epoch."""
+
+    epoch: int
+    offset: int
+    windows: int
+    visit: int
+
+
+def locate(total: int, window: int, sample: int, stretch: Stretch | None = None) -> Place:
+    """Return the place of a sample of a stage in its stretch, or in the epochs of a run without stages."""
+    whole = max(total // window, 1)
+    if stretch is None:
+        epoch, visit = divmod(sample, whole)
+        return Place(epoch, 0, whole, visit)
+    begun = min((total - stretch.offset) // window, stretch.windows)
+    if sample < begun:
+        return Place(stretch.epoch, stretch.offset, begun, sample)
+    epoch, visit = divmod(sample - begun, whole)
+    return Place(stretch.epoch + 1 + epoch, 0, min(whole, stretch.windows - begun - epoch * whole), visit)
+
+
+def behind(total: int, window: int, stretch: Stretch) -> tuple[int, int]:
+    """Return the epoch, and the offset in it, at which the stretch behind a stretch begins."""
+    if window > total:
+        return epoch_of(total, window, stretch.windows - 1, stretch), 0
+    last = locate(total, window, stretch.windows - 1, stretch)
+    return last.epoch, last.offset + last.windows * window
+
+
+def epoch_of(total: int, window: int, sample: int, stretch: Stretch | None = None) -> int:
+    """Return the number of the epoch in which a sample ends, from 1 on; of sample -1, in which it begins."""
+    before = 0 if stretch is None else stretch.epoch + (stretch.offset > 0)
+    if sample < 0 or stretch is None or window > total:
+        return max(1, before + math.ceil(epochs(total, window, sample + 1)))
+    return locate(total, window, sample, stretch).epoch + 1
+
+
+def window_start(total: int, window: int, align: int, seed: int, sample: int, stretch: Stretch | None = None) -> int:
     """Token of the ring at which the window of `sample` starts.
 
-    `total` and `window` are tokens and multiples of `align`. Sample s·G + g is window g of step s for G windows a step.
-    A window longer than the ring goes round it more than once.
+    `total` and `window` are tokens and multiples of `align`. Sample s·G + g is window g of step s for G windows a step;
+    of a stage with its `stretch`, both are counted from its first. A window longer than the ring goes round it more
+    than once.
     """
-    windows = max(total // window, 1)
     if total == 0 or total % align or window % align:
         raise ValueError(f"{total} tokens hold no window of {window} tokens on a grid of {align}")
-    epoch, index = divmod(sample, windows)
-    shift = keys(seed, epoch, windows)[ROUNDS] % (total // align) * align
-    return (shift + permute(windows, index, seed, epoch) * window) % total
+    epoch, offset, windows, visit = locate(total, window, sample, stretch)
+    turn = keys(seed, epoch, windows if stretch is None else 0)[ROUNDS]  # the same in all stretches of an epoch
+    shift = turn % (total // align) * align
+    return (shift + offset + permute(windows, visit, seed, epoch) * window) % total

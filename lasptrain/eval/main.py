@@ -10,7 +10,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from data_tools.dataset import open_dataset
+from data_tools.dataset import open_stages
 from lasptrain import __version__
 from lasptrain.console.progress import asking
 from lasptrain.data.dataset import TokenDataset
@@ -122,7 +122,7 @@ def _label(task: str, length: int, index: int) -> str:
 
 def _dataset(trained: Trained, notes: list[str]) -> TokenDataset | None:
     try:
-        return open_dataset(trained.recipe.data, run=trained.path)
+        return open_stages(trained.recipe, run=trained.path).dataset
     except DataError as error:
         notes.append(f"no perplexity: {error}")
         return None

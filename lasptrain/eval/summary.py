@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,13 @@ PROMPT = 48  # tokens of held-out text that the sample continues
 
 
 def summarize(
-    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, run: Path, validation: Validation | None, is_main: bool
+    model: LanguageModel,
+    recipe: Recipe,
+    parts: Sequence[TokenDataset],
+    dataset: TokenDataset,
+    run: Path,
+    validation: Validation | None,
+    is_main: bool,
 ) -> dict[str, Rows]:
     """Print the summary on the main rank; return its tables by name, `losses` and `sample`, as far as there are any.
 
@@ -49,18 +56,21 @@ def summarize(
         tables["sample"] = [sample]
         before, after = map(escape, sample.values())
         Console(soft_wrap=True, highlight=False).print(f"[dim]{before}[/dim][bold]{after}[/bold]\n")
-    data = "".join(f"data       {line}\n" for line in epochs(recipe, dataset))
-    again = f"lasptrain pretrain {run / RECIPE} --run {run} --set train.steps={2 * recipe.train.steps}"
+    data = "".join(f"data       {line}\n" for line in epochs(recipe, parts))
+    again = f"lasptrain pretrain {run / RECIPE} --run {run}"
+    if recipe.stages:
+        again += ", with another stage in the recipe and its steps added to train.steps"
+    else:
+        again += f" --set train.steps={2 * recipe.train.steps}"
     curves = f"curves     tensorboard --logdir {run}\n"
     curves += "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
     show(f"{data}{curves if 'tensorboard' in recipe.track.trackers else ''}continue   {again}{_caution(recipe.optim)}")
     return tables
 
 
-def epochs(recipe: Recipe, dataset: TokenDataset) -> list[str]:
-    """Lines that say how often all steps read each source."""
-    tokens = [part.whole("train").tokens for part in dataset.members]
-    return prepared.epochs(recipe.data, tokens, recipe.train.steps * recipe.train.batch)
+def epochs(recipe: Recipe, parts: Sequence[TokenDataset]) -> list[str]:
+    """Lines that say how often all steps read each source; `parts` are those of `every_source`."""
+    return prepared.epochs(recipe, [part.whole("train").tokens for part in parts])
 
 
 def _caution(cfg: Optim) -> str:

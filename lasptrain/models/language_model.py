@@ -23,6 +23,8 @@ from lasptrain.parallel.place import Place, enter
 from lasptrain.parallel.recurrence import SavedStates, ShardedRecurrence
 from lasptrain.parallel.signals import Signals
 
+GRAPHS = 64  # of a part of a block: one for each shape of slices, in stages and in held-out windows
+
 
 class Output(NamedTuple):
     """`loss`: sum over valid labels, [B·T] per token, or None without labels. `final_state`: one per layer."""
@@ -98,6 +100,9 @@ class Block(nn.Module):
 
         Pointwise results that enter matrix products are recomputed in the backward, not kept: a quarter of all memory.
         """
+        from torch._dynamo import config  # slow to import
+
+        config.recompile_limit = max(config.recompile_limit, GRAPHS)
         functorch.ban_recompute_materialized_backward = False
         for owner, compiled in (
             (self.token_mixer, self.token_mixer.compiled),

@@ -169,6 +169,10 @@ class ShardedRecurrence:
         self.scan: Scan = scan if scan is not None else Ring(None, torch.device("cpu"))
         self.storage = Storage(self.scan, prefix, outputs)
 
+    def share_as(self, other: ShardedRecurrence) -> None:
+        """Share windows from now on over the ranks that another one does."""
+        self.scan, self.storage = other.scan, other.storage
+
     def begin(
         self,
         inputs: Inputs,

@@ -47,7 +47,7 @@ from lasptrain.process.location import DEFAULT, RunLocation, choose, open_run, r
 from lasptrain.process.meeting import connect, meet
 from lasptrain.process.ranks import run_worker
 from lasptrain.process.scratch import scratch
-from lasptrain.recipe.resolve import resolve_mesh
+from lasptrain.recipe.resolve import resolve_meshes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Launch
 from lasptrain.recipe.yaml12 import dump
@@ -83,7 +83,7 @@ def launch(
     if joined is not None:
         _refuse_beside(joined, {"--nproc": nproc, "--nnodes": nodes, "--max-restarts": max_restarts})
         signals.listen(lambda by: _say_stopped(by, joined["RANK"]))
-        resolve_mesh(recipe, int(joined["WORLD_SIZE"]))
+        resolve_meshes(recipe, int(joined["WORLD_SIZE"]))
         os.environ.update(joined)
         run_worker(recipe, target, place=place)
     with _no_signal_lost():

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.dataset import left_out, resume_dataset
+from data_tools.dataset import left_out, resume_stages
+from data_tools.prepared import every_source
 from data_tools.remembered import remember
 from lasptrain.console.progress import preparing
 from lasptrain.console.tables import show
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.errors import CheckpointError
-from lasptrain.recipe.resolve import resolve_mesh, with_vocabulary
+from lasptrain.recipe.resolve import with_meshes, with_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import folder as runs
 from lasptrain.run import origin as origins
@@ -34,21 +35,21 @@ DEFAULT = RunLocation()
 
 
 class Prepared(NamedTuple):
-    """A recipe with its mesh and vocabulary as numbers, and its data."""
+    """A recipe with its mesh and vocabulary as numbers, and the datasets of `every_source`."""
 
     recipe: Recipe
-    dataset: TokenDataset
+    parts: tuple[TokenDataset, ...]
 
 
 def resolve(recipe: Recipe, world: int, run: Path) -> Prepared:
     """Prepare the data, those of `run` where it has trained, and return them with the recipe for `world` ranks."""
-    dp, sp = resolve_mesh(recipe, world)
+    recipe = with_meshes(recipe, world)
     with preparing() as progress:
-        dataset = resume_dataset(recipe.data, progress, run, _say)
-    recipe = with_vocabulary(recipe, dataset.vocab_size)
-    for line in left_out(recipe.data, dataset):
+        opened = resume_stages(recipe, progress, run, _say)
+    recipe = with_vocabulary(recipe, opened.dataset.vocab_size)
+    for line in left_out(every_source(recipe), opened.parts):
         _say(line)
-    return Prepared(recipe.replace(mesh={"dp": dp, "sp": sp}), dataset)
+    return Prepared(recipe, opened.parts)
 
 
 def _say(line: str) -> None:
@@ -71,7 +72,7 @@ def open_run(prepared: Prepared, run: Path, place: RunLocation) -> Iterator[Path
     """Lock the run folder, write recipe and data into it, and yield its path, which is said first and last."""
     with runs.lock(run):
         runs.adopt(run, prepared.recipe)
-        remember(run, prepared.recipe.data, prepared.dataset)
+        remember(run, every_source(prepared.recipe), prepared.parts)
         if place.origin is not None and not runs.committed(run):
             origins.write(run, place.origin)
         (run / runs.RANKS).mkdir(exist_ok=True)

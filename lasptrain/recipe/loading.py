@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from lasptrain import architectures, files
@@ -19,6 +19,7 @@ from lasptrain.errors import RecipeError
 from lasptrain.recipe import synonyms
 from lasptrain.recipe.formats import FORMAT, RENAMED, is_format, upgraded
 from lasptrain.recipe.schema import SECTIONS, Recipe
+from lasptrain.recipe.sections import OVERRIDDEN, Stage
 from lasptrain.recipe.yaml12 import MAX_BYTES, NotYaml, Path_, Reader, dump, shown
 
 
@@ -127,11 +128,26 @@ class _Source:
                 self._invalid(name, section, error.errors(include_url=False), broken)
             else:
                 self._add(sections[name].problems())
-        if len(sections) == len(SECTIONS) + 1:
+        if (stages := self._stages(broken)) is not None:
+            sections["stages"] = stages
+        if len(sections) == len(SECTIONS) + 2:
             self._add(Recipe.model_construct(**sections).problems())
         if self.problems:
             raise RecipeError("\n".join(self._report()))
         return Recipe(**sections)
+
+    def _stages(self, broken: list[Path_]) -> tuple[Stage, ...] | None:
+        """Return the stages, or None where they are none."""
+        raw = self.raw.get("stages", [])
+        if not isinstance(raw, list):
+            found = "keys" if isinstance(raw, dict) else shown(raw, self.written.get(("stages",)))
+            self._add([("stages", f"found {found}; expected a list, such as [{{steps: 1000, window: 4096}}, …]")])
+            return None
+        try:
+            return _STAGES.validate_python(raw)
+        except ValidationError as error:
+            self._invalid("stages", Stage, error.errors(include_url=False), broken)
+            return None
 
     def _classes(self) -> dict[str, type[Section]]:
         """Return the class of each section; of the model that of its architecture, or none where that is unknown."""
@@ -146,7 +162,7 @@ class _Source:
             return {name: section for name, section in SECTIONS.items() if name != "model"}
 
     def _add(self, problems: Iterable[Problem]) -> None:
-        self.problems += [(self._origin(path := tuple(key.split("."))), path, text) for key, text in problems]
+        self.problems += [(self._origin(path := _path(key)), path, text) for key, text in problems]
 
     def _origin(self, path: Path_) -> str:
         while path and path not in self.origins:
@@ -159,12 +175,12 @@ class _Source:
             return problem[0].startswith("--set"), int(line) if line.isdigit() else 0
 
         return [
-            f"{origin}: {'.'.join(map(str, path))}{': ' if path else ''}{text}"
+            f"{origin}: {_key(path)}{': ' if path else ''}{text}"
             for origin, path, text in sorted(self.problems, key=place)
         ]
 
     def _unknown_sections(self) -> None:
-        known = [*SECTIONS, "name"]
+        known = [*SECTIONS, "stages", "name"]
         for key in self.raw:
             if key not in known and key != "<<":
                 inner = [path for path in self.origins if path[:1] == (key,)]  # --set key.name=… has no other origin
@@ -191,7 +207,8 @@ class _Source:
                     key = str(path[-1])
                     text = f"no such key{_instead(section, key, list(fields))}"
                 case "missing":
-                    meaning = fields[str(path[1])].description if len(path) == 2 else None
+                    whole = len(path) == (3 if section == "stages" else 2)  # not a key of a value
+                    meaning = fields[str(path[-1])].description if whole else None
                     text = f"missing; expected {meaning or 'a value'}"
                 case _:
                     text = self._mismatch(path, same)
@@ -207,6 +224,20 @@ class _Source:
         elif any(error["type"] == "int_type" for error in errors) and isinstance(value, float) and value.is_integer():
             text += f", write {int(value)}"
         return text
+
+
+_STAGES = TypeAdapter(tuple[Stage, ...])
+
+
+def _path(key: str) -> Path_:
+    """Path of a key such as data.window or stages[1].window."""
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"[].[]+", key) if part)
+
+
+def _key(path: Path_) -> str:
+    """Key of a path; a stage is stages[1], an item of a list in a section its number."""
+    stage = f"[{path[1]}]" if path[:1] == ("stages",) and len(path) > 1 else ""
+    return ".".join([f"{path[0]}{stage}", *map(str, path[2 if stage else 1 :])]) if path else ""
 
 
 def _location(error: ErrorDetails) -> Path_:
@@ -258,6 +289,8 @@ def _elsewhere(section: str, key: str) -> tuple[str, ...]:
     found = tuple(f"{name}.{key}" for name in _sections_with(key) if name != section)
     if not found and (other := synonyms.ours(key)):
         found = (other.removeprefix(f"{section}."),)
+        if section == "stages":
+            found = tuple(own for own, name in OVERRIDDEN.items() if name == other) or found
     return found
 
 

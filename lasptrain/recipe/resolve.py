@@ -40,6 +40,37 @@ def resolve_mesh(recipe: Recipe, world: int, option: str = "--nproc") -> tuple[i
     )
 
 
+def resolve_meshes(recipe: Recipe, world: int, option: str = "--nproc") -> list[tuple[int, int]]:
+    """Return (dp, sp) of each stage, as `resolve_mesh` does; of all steps where there are none.
+
+    Raises its errors, which name the stage, and RecipeError where stages need the same mesh and have others.
+    """
+    found = []
+    for span in recipe.spans():
+        try:
+            found.append(resolve_mesh(span.recipe, world, option))
+        except RecipeError as error:
+            raise RecipeError(recipe.told(span.number, str(error))) from None
+        except SetupError as error:
+            raise SetupError(f"stages[{span.number}]: {error}" if recipe.stages else str(error)) from None
+    if len(sizes := sorted({sp for _, sp in found})) > 1 and recipe.parallel.data_parallel == "hsdp":
+        found_sp = f"found 'hsdp', which shards over sp, with stages of sp = {' and '.join(map(str, sizes))}"
+        raise RecipeError(f"parallel.data_parallel: {found_sp}; expected zero3, or one mesh.sp for all")
+    return found
+
+
+def with_meshes(recipe: Recipe, world: int) -> Recipe:
+    """Return the recipe with its mesh as numbers, and those of its stages where they differ; see `resolve_meshes`."""
+    found = resolve_meshes(recipe, world)
+    dp, sp = found[recipe.longest.number]
+    recipe, same = recipe.replace(mesh={"dp": dp, "sp": sp}), len(set(found)) == 1
+    if not recipe.stages:
+        return recipe
+    own = [{"dp": None, "sp": None} if same else {"dp": dp, "sp": sp} for dp, sp in found]
+    stages = (stage.model_copy(update=keys) for stage, keys in zip(recipe.stages, own, strict=True))
+    return recipe.model_copy(update={"stages": tuple(stages)})
+
+
 def resolve_vocabulary(model: Architecture, pieces: int) -> int:
     """Return the embedding's rows for a tokenizer of `pieces`; auto rounds up to 64. RecipeError for too few rows."""
     if model.vocab == "auto":

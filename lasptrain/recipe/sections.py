@@ -19,15 +19,18 @@ class Part(Section):
     weight: Annotated[float, Field(gt=0, le=1e9)]
 
 
+Source = Annotated[
+    Annotated[FilePath, Tag("text")] | Annotated[tuple[Part, ...], Tag("parts")],
+    Discriminator(lambda value: "parts" if isinstance(value, tuple) else "text"),
+    BeforeValidator(as_tuple),
+]
+
+
 class Data(Section):
     """The training data: one stream of documents, cut into windows; or several, mixed."""
 
     # the Python library's own source, a prepared folder, or text to prepare; or several, each with path and weight
-    source: Annotated[
-        Annotated[FilePath, Tag("text")] | Annotated[tuple[Part, ...], Tag("parts")],
-        Discriminator(lambda value: "parts" if isinstance(value, tuple) else "text"),
-        BeforeValidator(as_tuple),
-    ] = "python:source"
+    source: Source = "python:source"
     mix_block: Count = 1024  # windows over which several sources have exactly their shares
     field: Text = "text"  # the key, or the.path.of.keys, of JSON lines and parquet that holds the text
     tokenizer: FilePath = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
@@ -93,7 +96,7 @@ class Parallel(Section):
 class Optim(Section):
     """AdamW and its learning rate as a function of step."""
 
-    lr: float = Field(gt=0, le=10, description="a learning rate, such as 5e-4")
+    lr: Annotated[float, Field(gt=0, le=10)] = Field(description="a learning rate, such as 5e-4")
     min_lr: Fraction = 0.0  # at the end, as a fraction of lr
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: Index = 0  # steps
@@ -129,6 +132,37 @@ class Train(Section):
         """Yield a kernel that cannot compute in the precision."""
         if self.kernel == "triton" and self.precision == "fp64":
             yield "train.kernel", "found 'triton' with train.precision = fp64; expected chunked or reference"
+
+
+class Stage(Section):
+    """A number of steps, and keys that have another value in them; the others are as the recipe says."""
+
+    steps: Count = Field(description="the number of optimizer steps of the stage, such as 1000")
+    window: Count | None = None  # in place of data.window, which is that of the longest stage
+    source: Source | None = None  # data.source
+    batch: Count | None = None  # train.batch
+    micro_batch: Count | None = None  # train.micro_batch
+    segment: Count | Literal["auto"] | None = None  # train.segment
+    lr: Annotated[float, Field(gt=0, le=10)] | None = None  # optim.lr; the schedule goes on
+    dp: Count | Literal["auto"] | None = None  # mesh.dp
+    sp: Count | Literal["auto"] | None = None  # mesh.sp; auto: each stage has its own
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys that have another value, by the names that they have in the recipe's sections."""
+        return {name: value for key, name in OVERRIDDEN.items() if (value := getattr(self, key)) is not None}
+
+
+OVERRIDDEN = {  # key of a stage: of the recipe
+    "window": "data.window",
+    "source": "data.source",
+    "batch": "train.batch",
+    "micro_batch": "train.micro_batch",
+    "segment": "train.segment",
+    "lr": "optim.lr",
+    "dp": "mesh.dp",
+    "sp": "mesh.sp",
+}
 
 
 class Checkpoint(Section):

@@ -15,7 +15,10 @@ from lasptrain.recipe.schema import Recipe
 
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML that `load` reads back as the same recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    sections = recipe.model_dump(mode="json")
+    stages = [{key: value for key, value in stage.items() if value is not None} for stage in sections.pop("stages")]
+    sections |= {"stages": stages} if stages else {}
+    return yaml.dump(sections, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 Read = Callable[[str], object]

@@ -22,7 +22,8 @@ FOLDERS = (RANKS, CHECKPOINTS, "tensorboard", "wandb", "profile", "eval")
 FILES = (RECIPE, LOCK, "status.json", "metrics.jsonl", "auto.json", "data.json", "origin.json", "wandb.json")
 
 # Keys that may change where a run goes on: how it is computed, how long, and what a person mends in it, all of the
-# optimizer but its kind. Text and tokenizer are told by their content, where the data are opened.
+# optimizer but its kind. Text and tokenizer are told by their content, where the data are opened; of stages
+# see `_fixed`.
 _FREE = re.compile(
     r"(name|mesh|parallel|guard|checkpoint|eval|track|launch)(\..*)?"
     r"|optim\.(lr|min_lr|schedule|warmup|decay|betas|eps|weight_decay|clip)"
@@ -138,7 +139,7 @@ def adopt(run: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into the run. CheckpointError where the run has checkpoints of a different one."""
     file = run / RECIPE
     if file.exists() and committed(run):
-        changed = differences(recipe_of(run), recipe)
+        changed = differences(recipe_of(run), recipe, committed(run)[0])
         if changed:
             raise CheckpointError(f"{run}: belongs to a different recipe: {'; '.join(changed)}; {ways_out(run)}")
     files.replace(file, dump_saved(recipe))
@@ -160,14 +161,28 @@ def recipe_of(run: Path) -> Recipe:
     return recipe.named(run.resolve().name)
 
 
-def differences(there: Recipe, here: Recipe) -> list[str]:
-    """Return the keys that must not change on resume but did, as `key: VALUE there, VALUE here`. Folders may move."""
-    old, new = _flat(there.model_dump()), _flat(here.model_dump())
+def differences(there: Recipe, here: Recipe, step: int) -> list[str]:
+    """Return the keys that may not change after `step` but did, as `key: VALUE there, VALUE here`. Folders may move."""
+    old, new = _fixed(there, step), _fixed(here, step)
     return [
-        f"{key}: {old[key]} there, {new[key]} here"
-        for key in old
-        if not _FREE.fullmatch(key) and _shares(key, old[key]) != _shares(key, new[key])
+        f"{key}: {old.get(key)} there, {new.get(key)} here"
+        for key in dict.fromkeys((*old, *new))
+        if _shares(key, old.get(key)) != _shares(key, new.get(key))
     ]
+
+
+def _fixed(recipe: Recipe, step: int) -> dict[str, Any]:
+    """Return the keys that must not change after `step`, with their values: of stages what those that have begun read,
+    which says what is left for others.
+    """
+    flat = _flat(recipe.model_dump(exclude={"stages"}))
+    found = {key: value for key, value in flat.items() if not _FREE.fullmatch(key)}
+    for span in recipe.spans() if recipe.stages else ():
+        if span.first < step:
+            data = span.recipe.data.model_dump()
+            read = {"steps": span.steps, "batch": span.recipe.train.batch, **{k: data[k] for k in ("window", "source")}}
+            found |= {f"stages[{span.number}].{key}": value for key, value in read.items()}
+    return found
 
 
 def changes(there: Mapping[str, Any], here: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -184,17 +199,19 @@ def digest(recipe: Recipe) -> str:
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     sections = {name: keys for name, keys in recipe.items() if isinstance(keys, dict)}
+    sections |= {f"stages[{number}]": keys for number, keys in enumerate(recipe.get("stages", ()))}
     return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
 
 
 def _shares(key: str, value: Any) -> Any:
     """The part of a value that its content does not tell: of sources the weights."""
-    if key == "data.source":
-        return None if isinstance(value, str) else [part["weight"] for part in value]
+    if key.endswith(".source"):
+        return value if value is None else isinstance(value, str) or [part["weight"] for part in value]
     return value
 
 
 def _identity(key: str, value: Any) -> Any:
-    if key == "data.source" and not isinstance(value, str):
+    if key.endswith(".source") and isinstance(value, tuple):
         return [{**part, "path": Path(part["path"]).name} for part in value]
-    return Path(value).name if key in ("data.source", "data.tokenizer") else value
+    named = key.endswith(".source") or key == "data.tokenizer"
+    return Path(value).name if named and value is not None else value

@@ -2,9 +2,10 @@
 
 metrics.jsonl is only ever appended to, one object a line: `{"step": 7, "loss": …}` for an update,
 `{"step": 10, "event": "eval", …}`, `{"step": 50, "event": "health", …}`, `{"step": 9, "event": "epoch", "epochs":
-{"SOURCE": 2}}` where a step begins to read tokens again, and `{"step": 4, "event": "resumed"}`, which cancels all
-earlier records of later steps; behind it `{"step": 4, "event": "changed", "keys": {"optim.lr": [0.01, 0.005]}}` where
-the recipe has changed since step 4 was saved. A run made with `--from` begins with `{"step": 0, "event": "origin", …}`.
+{"SOURCE": 2}}` where a step begins to read tokens again, `{"step": 9, "event": "stage", "stage": 1, …}` where one
+begins a stage, whose number its updates have too, and `{"step": 4, "event": "resumed"}`, which cancels all earlier
+records of later steps; behind it `{"step": 4, "event": "changed", "keys": {"optim.lr": [0.01, 0.005]}}` where the
+recipe has changed since step 4 was saved. A run made with `--from` begins with `{"step": 0, "event": "origin", …}`.
 Steps count finished updates. Read it with `read_metrics`.
 """
 
@@ -105,6 +106,12 @@ class Metrics:
         self._write({"step": step, "event": "epoch", "epochs": begun})
         for source, number in begun.items():
             self._say(f"epoch {number} begins at step {step}: {source}")
+
+    def stage(self, step: int, number: int, what: str) -> None:
+        """Report that a stage begins at update `step`, and what it is."""
+        if self._is_main:
+            self._write({"step": step, "event": "stage", "stage": number, "what": what})
+            self._say(f"stages[{number}] begins at step {step}: {what}")
 
     def begun(self, step: int, event: str, **values: Any) -> None:
         """Record an event at the start, after `step`: `changed` keys of the recipe, or the `origin` of the weights."""
@@ -220,7 +227,8 @@ class _Display:
 
 
 def _describe(values: dict[str, Value]) -> str:
-    parts = [
+    parts = [f"stages[{values['stage']}]"] if "stage" in values else []
+    parts += [
         f"loss {_number(values.get('loss'), '.4f')}",
         f"lr {_number(values.get('lr'), '.2e')}",
         f"norm {_number(values.get('grad_norm'), '.3f')}",
