@@ -12,6 +12,7 @@ from lasptrain.console.tables import show
 from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
 from lasptrain.recipe.loading import load
+from lasptrain.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from lasptrain.bench.result import Result, Row
@@ -25,6 +26,11 @@ Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2
 @app.callback()
 def bench() -> None:
     """Measure on this machine."""
+
+
+def _longest(recipe: Path, overrides: list[str] | None = None) -> Recipe:
+    """Load a recipe; of one with stages the longest is measured."""
+    return load(recipe, overrides).longest.recipe
 
 
 def _gpus(otherwise: int = 2) -> int:
@@ -110,7 +116,7 @@ def bench_sp(
 
     if not tokens and not steps:
         raise RecipeError("--tokens, --steps: found neither; expected tokens per rank, such as --steps 32768")
-    one, ranks, names = load(recipe, overrides), nproc or _gpus(), methods or METHODS
+    one, ranks, names = _longest(recipe, overrides), nproc or _gpus(), methods or METHODS
     hardware = None if measured is None else rates.read(measured)
     found = _tell(sp.measure(one, ranks, names, tokens or [], steps or [], hardware, limit), file)
     if plot is not None:
@@ -130,7 +136,7 @@ def bench_prefill(
     from lasptrain.bench import prefill
 
     lengths = tokens or [1 << n for n in (17, 20, 22)]
-    _tell([prefill.measure(load(recipe, overrides), nproc or _gpus(1), lengths, segment)], file)
+    _tell([prefill.measure(_longest(recipe, overrides), nproc or _gpus(1), lengths, segment)], file)
 
 
 @app.command("parity")
@@ -147,7 +153,7 @@ def bench_parity(
     """Train a recipe on every kind of data parallelism, with and without sequence parallelism; compare the losses."""
     from lasptrain.bench import parity
 
-    _tell(parity.measure(load(recipe, overrides), nproc or _gpus(), steps, kinds or parity.KINDS), file)
+    _tell(parity.measure(_longest(recipe, overrides), nproc or _gpus(), steps, kinds or parity.KINDS), file)
 
 
 @app.command("ablation")
@@ -161,7 +167,7 @@ def bench_ablation(
     """Time whole steps with and without fused kernels, with and without keeping states for the backward."""
     from lasptrain.bench import ablation
 
-    _tell([ablation.measure(load(recipe, overrides), nproc or _gpus(), tokens)], file)
+    _tell([ablation.measure(_longest(recipe, overrides), nproc or _gpus(), tokens)], file)
 
 
 @app.command("scale")
@@ -183,8 +189,8 @@ def bench_scale(
     from lasptrain.bench import scale
 
     counts = sorted(gpus) if gpus else [1 << n for n in range(_gpus().bit_length())]
-    one, windows = load(recipe, overrides), long or [4_194_304]
-    models = [one, *([load(large)] if large else [])]
+    one, windows = _longest(recipe, overrides), long or [4_194_304]
+    models = [one, *([_longest(large)] if large else [])]
     listed = scale.cases(
         one, counts, weak or [32_768, 131_072], strong or [262_144], [(m, n) for m in models for n in windows]
     )
@@ -211,7 +217,7 @@ def bench_longest(
     chosen = [form for form in longest.forms() if form.kind in (kinds or longest.KINDS)]
     if not chosen:
         raise RecipeError(f"--kind: found {', '.join(kinds or ())}; expected one of {', '.join(longest.KINDS)}")
-    one, ranks = load(recipe, overrides), nproc or _gpus()
+    one, ranks = _longest(recipe, overrides), nproc or _gpus()
     _tell(longest.measure(one, ranks, most, capacity, 60 * minutes, chosen), file)
 
 
@@ -228,4 +234,4 @@ def bench_mqar(
     """Train a recipe's model to recall pairs of tokens (MQAR) and test it on unseen ones."""
     from lasptrain.bench import mqar
 
-    _tell([mqar.measure(load(recipe, overrides), nproc, tokens, pairs, vocab)], file)
+    _tell([mqar.measure(_longest(recipe, overrides), nproc, tokens, pairs, vocab)], file)

@@ -65,7 +65,7 @@ def bench_saving(
     from lasptrain.bench import saving
 
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
-        loaded = load(recipe, overrides or [])
+        loaded = load(recipe, overrides or []).longest.recipe
         found = saving.measure(loaded, Path(run), nproc or torch.cuda.device_count() or 1, saves)
     show(*found.tables)
 
