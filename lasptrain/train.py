@@ -250,8 +250,9 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
     recipe = span.recipe
     micro_batches = [tuple(piece.to(job.device, non_blocking=True) for piece in m) for m in job.loader.step(step)]
     data_wait = time.perf_counter() - began
-    loss, norm = accumulate(job, micro_batches)
-    found = {"loss": float(loss), "grad_norm": float(norm)}
+    losses, norm = accumulate(job, micro_batches)
+    loss, z_loss = losses.tolist()
+    found = {"loss": loss, "grad_norm": float(norm)}
     lr = learning_rate(recipe.optim, recipe.train.steps, step)
     verdict = job.guard.judge(found["loss"], found["grad_norm"])
     if verdict == "stop":
@@ -273,6 +274,7 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
     return {
         **found,
         **({"stage": span.number} if job.recipe.stages else {}),
+        **({"z_loss": z_loss} if recipe.train.z_loss else {}),
         "lr": lr,
         "tokens": before + (step + 1 - span.first) * tokens,
         "tokens_per_s": tokens / seconds,
@@ -285,14 +287,14 @@ def train_step(job: Job, step: int) -> dict[str, Value]:
 
 
 def accumulate(job: Job, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-    """Compute clipped gradients of the global batch; return mean loss and norm before clipping, on every rank."""
+    """Compute clipped gradients of the global batch; return mean losses and norm before clipping, on every rank."""
     recipe, health = job.recipe, job.health
     layers, parallel = recipe.model.layers, recipe.parallel
     signals = None if health is None else health.signals
-    loss = gradients(job.wrapped, layers, job.mesh, parallel, micro_batches, job.on_segment, signals)
+    losses = gradients(job.wrapped, layers, job.mesh, parallel, micro_batches, job.on_segment, signals)
     if health is not None:
         health.gradients(job.model)
-    return loss, clip_gradients(job.model, recipe.optim.clip)
+    return losses, clip_gradients(job.model, recipe.optim.clip)
 
 
 def gradients(
@@ -304,8 +306,9 @@ def gradients(
     on_segment: Callable[[], None] = lambda: None,
     signals: Sequence[Signals] | None = None,
 ) -> Tensor:
-    """Add the gradients of the global batch's mean loss to the parameters of `wrapped`; return that loss, fp64.
+    """Add the gradients of the global batch's mean loss to the parameters of `wrapped`.
 
+    Returns its two parts, [cross-entropy, z-loss] fp64.
     The loss is the sum over all valid labels of the global batch divided by their number, whatever the layout;
     gradients are averaged over ranks, so each rank scales its part by their number. Collective over all ranks.
     `signals`, of each layer and of the head, are reported to.
@@ -315,15 +318,15 @@ def gradients(
     for piece in (piece for micro_batch in micro_batches for piece in micro_batch):
         valid += (piece.labels != IGNORED).sum()
     total = all_reduce_sum(valid).double()  # an integer divided by an integer would be fp32
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    losses = torch.zeros(2, dtype=torch.float64, device=device)
     always, gathered = parallel.reduce == "segment", parallel.data_parallel == "zero2"
     synchronise = partial(set_gradient_sync, wrapped, always=always, gathered=gathered)
     for number, micro_batch in enumerate(micro_batches):
         synchronise(False)
         last = number == len(micro_batches) - 1
         before_last = (lambda: synchronise(True)) if last else (lambda: None)
-        loss += segments.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment, signals)
-    return all_reduce_sum(loss) / total
+        losses += segments.backward(wrapped, layers, micro_batch, mesh.size / total, before_last, on_segment, signals)
+    return all_reduce_sum(losses) / total
 
 
 def ask(job: Job) -> list[Record]:

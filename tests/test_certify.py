@@ -38,7 +38,7 @@ from lasptrain.data.loader import Slice, SliceLoader
 from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.models import linear
 from lasptrain.models.convolution import ConvWeights
-from lasptrain.ops import chunked, decay_rule, delta_rule
+from lasptrain.ops import chunked, cross_entropy, decay_rule, delta_rule
 from lasptrain.ops.softmax import Documents
 from lasptrain.parallel import block, collectives, halo, shard
 from lasptrain.parallel.mesh import Mesh
@@ -79,6 +79,7 @@ class Case(NamedTuple):
     window: int = 64
     segment: int = 32
     precision: str = "fp32"
+    more: tuple[str, ...] = ()  # other keys
 
 
 CASES = {
@@ -89,6 +90,7 @@ CASES = {
     "rows": Case("ssd", 2, 2, "all_gather", "zero3", 32, 16),
     "zero2": Case("tnl", 2, 2, "all_scan", "zero2", 32, 16),
     "copies": Case("gdn", 2, 2, "ring", "ddp", 32, 16),
+    "z-loss": Case("tnl", 1, 2, "ring", "zero3", more=("train.z_loss=0.01",)),
 }
 
 
@@ -649,6 +651,17 @@ def _(patch: Patch, rank: int) -> None:
     of_weight(patch, torch.zeros_like)
 
 
+@mutant("gradient of the z-loss lost", "z-loss", "update", "gradient along a random direction", part="slope")
+def _(patch: Patch, rank: int) -> None:
+    original = cross_entropy._losses_and_gradient
+
+    def lossy(z_loss: float, *args: Any) -> Any:
+        losses, z_losses, _ = original(z_loss, *args)
+        return losses, z_losses, original(0.0, *args)[2]
+
+    patch.setattr(cross_entropy, "_losses_and_gradient", lossy)
+
+
 LOADED = "weights and moments that are loaded on another mesh"
 ELSEWHERE = {"part": "elsewhere"}
 
@@ -821,7 +834,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trial]:
             text = text.replace(key, value)
         file = folder / f"{name}.yaml"
         file.write_text(text)
-        made[name], _ = fit(load(file), case.dp * case.sp, folder / name)
+        made[name], _ = fit(load(file, list(case.more)), case.dp * case.sp, folder / name)
         assert made[name].recipe.data.window == case.window and made[name].recipe.model.layers == 2
     spawn(1, prepare, made)
     return made

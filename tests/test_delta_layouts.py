@@ -88,7 +88,7 @@ def single(name: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss and its gradients of one process, one segment, from the token-by-token definition."""
     model = made(name, dtype, ShardedRecurrence("reference")).to(dtype)
     fill(model, values(name, model))
-    loss = backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
+    loss, _ = backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
     return loss / (BATCH * WINDOW), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -136,7 +136,7 @@ def distributed(name: str, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, 
         tuple(pieces(tokens[window : window + 1], layout.sp, mesh.rank("sp"), layout.segments))
         for window in range(mesh.rank("dp"), len(tokens), layout.dp)
     ]
-    loss = train.gradients(wrapped, 3, mesh, Parallel.model_validate({"data_parallel": layout.kind}), batch)
+    loss, _ = train.gradients(wrapped, 3, mesh, Parallel.model_validate({"data_parallel": layout.kind}), batch)
     grads = {}
     for part, parameter in model.named_parameters():
         assert parameter.grad is not None, part

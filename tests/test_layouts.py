@@ -111,7 +111,7 @@ def single(arch: Model, dtype: torch.dtype) -> Reference:
     """Mean loss and its gradients of one process, one segment, from the token-by-token reference."""
     model = LanguageModel(config(arch), WINDOW, ShardedRecurrence("reference"), dtype=dtype, loss_chunk=32).to(dtype)
     fill(model, values(model))
-    loss = backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
+    loss, _ = backward(model, 3, pieces(windows(), 1, 0, 1), 1 / (BATCH * WINDOW))
     return loss / (BATCH * WINDOW), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -140,7 +140,7 @@ def distributed(arch: Model, dtype: torch.dtype, layout: Layout) -> tuple[Tensor
     ]
     reduce = "segment" if layout.always else "step"
     parallel = Parallel.model_validate({"data_parallel": layout.kind, "reduce": reduce})
-    loss = train.gradients(called, 3, mesh, parallel, batch)
+    loss, _ = train.gradients(called, 3, mesh, parallel, batch)
     grads = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

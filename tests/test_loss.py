@@ -24,11 +24,15 @@ def _case(dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int = T) -> tup
     return x, weight, labels
 
 
-def _reference(x: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(
+    x: Tensor, weight: Tensor, labels: Tensor, scale: float, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients in float64 of the same values, the weight rounded to x's dtype as the products see it."""
     x64 = x.detach().double().requires_grad_()
     weight64 = weight.detach().to(x.dtype).double().requires_grad_()
-    loss = F.cross_entropy(x64 @ weight64.T, labels, ignore_index=IGNORED, reduction="sum")
+    logits = x64 @ weight64.T
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    loss = loss + z_loss * logits.logsumexp(1)[labels != IGNORED].square().sum()
     dx, dweight = torch.autograd.grad(loss * scale, (x64, weight64))
     return loss.detach(), dx, dweight
 
@@ -37,6 +41,7 @@ def _error(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [1, 8, T, 64])
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype", "loss_error", "grad_error"),
@@ -48,12 +53,12 @@ def _error(a: Tensor, b: Tensor) -> float:
     ],
 )
 def test_equals_float64(
-    dtype: torch.dtype, weight_dtype: torch.dtype, loss_error: float, grad_error: float, chunk: int
+    dtype: torch.dtype, weight_dtype: torch.dtype, loss_error: float, grad_error: float, chunk: int, z_loss: float
 ) -> None:
     x, weight, labels = _case(dtype, weight_dtype)
-    loss = chunked_cross_entropy(x, weight, labels, chunk)
+    loss, part = chunked_cross_entropy(x, weight, labels, chunk, z_loss)
     (loss * 0.3).backward()
-    expected, dx, dweight = _reference(x, weight, labels, 0.3)
+    expected, dx, dweight = _reference(x, weight, labels, 0.3, z_loss)
     assert x.grad is not None
     assert weight.grad is not None
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -62,21 +67,28 @@ def test_equals_float64(
     assert _error(x.grad, dx) < grad_error
     assert _error(weight.grad, dweight) < grad_error
     assert not x.grad[labels == IGNORED].any()
+    with torch.no_grad():
+        assert _error(chunked_cross_entropy(x, weight, labels, chunk, z_loss).total, expected) < loss_error
+    if not z_loss:
+        assert part is None
+        return
+    assert part is not None and not part.requires_grad and loss.requires_grad
+    assert _error(part, expected - _reference(x, weight, labels, 1.0)[0]) < 10 * loss_error
 
 
 def test_weight_gradient_is_accumulated_in_fp32() -> None:
     """In bf16, thousands of chunks would each be rounded into a sum that is much larger than they are."""
     x, weight, labels = _case(torch.bfloat16, torch.float32, tokens=4096)
-    chunked_cross_entropy(x, weight, labels, 2).backward()
+    chunked_cross_entropy(x, weight, labels, 2).total.backward()
     assert weight.grad is not None
     assert _error(weight.grad, _reference(x, weight, labels, 1.0)[2]) < 4e-3
 
 
 def test_large_logits_and_nothing_valid() -> None:
     x, weight, labels = _case(torch.float32, torch.float32)
-    loss = chunked_cross_entropy(x * 1e4, weight, labels, 8)
+    loss = chunked_cross_entropy(x * 1e4, weight, labels, 8).total
     assert _error(loss, _reference(x.detach() * 1e4, weight, labels, 1.0)[0]) < 1e-6
-    nothing = chunked_cross_entropy(x, weight, torch.full_like(labels, IGNORED), 8)
+    nothing = chunked_cross_entropy(x, weight, torch.full_like(labels, IGNORED), 8).total
     nothing.backward()
     assert nothing.item() == 0
     assert x.grad is not None
@@ -92,7 +104,7 @@ def test_token_losses_sum_to_the_loss() -> None:
     assert losses.dtype == torch.float32
     assert not losses.requires_grad
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses.sum(), chunked_cross_entropy(x, weight, labels, 8).detach())
+    torch.testing.assert_close(losses.sum(), chunked_cross_entropy(x, weight, labels, 8).total.detach())
 
 
 class _Largest(TorchDispatchMode):
@@ -115,7 +127,7 @@ class _Largest(TorchDispatchMode):
 def test_logits_of_all_tokens_never_exist() -> None:
     x, weight, labels = _case(torch.float32, torch.float32, tokens=512)
     with _Largest() as largest:
-        chunked_cross_entropy(x, weight, labels, 16).backward()
+        chunked_cross_entropy(x, weight, labels, 16).total.backward()
         token_losses(x, weight, labels, 16)
     assert largest.elements == max(x.numel(), weight.numel())  # 16 x 101 logits are smaller, 512 x 101 are not
 
@@ -127,7 +139,7 @@ def test_gradients_only_where_wanted(mode: str) -> None:
         x.requires_grad_(False)
         weight.requires_grad_(False)
     with torch.set_grad_enabled(mode == "frozen"), _Largest() as counted:
-        loss = chunked_cross_entropy(x, weight, labels, T)
+        loss = chunked_cross_entropy(x, weight, labels, T).total
     assert counted.products == 1
     assert not loss.requires_grad
 
@@ -137,7 +149,7 @@ def test_gradients_only_where_wanted(mode: str) -> None:
 def test_bf16_products_on_the_gpu() -> None:
     x, weight, labels = _case(torch.bfloat16, torch.float32, tokens=4096)
     x_gpu, weight_gpu = x.detach().cuda().requires_grad_(), weight.detach().cuda().requires_grad_()
-    loss = chunked_cross_entropy(x_gpu, weight_gpu, labels.cuda(), 64)
+    loss = chunked_cross_entropy(x_gpu, weight_gpu, labels.cuda(), 64).total
     loss.backward()
     expected, dx, dweight = _reference(x, weight, labels, 1.0)
     assert x_gpu.grad is not None

@@ -80,7 +80,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> tuple[dict[st
     cfg = recipe.model.model_copy(update={"vocab": -(-vocab // 64) * 64})
     kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
     attention = ShardedRecurrence(kernel, SCANS["all_gather"](mesh.sp_group, device))
-    model = on_meta(cfg, length, attention)
+    model = on_meta(cfg, length, attention, z_loss=recipe.train.z_loss)
     values = initial_values(model, recipe.train.seed, device)
     wrapped = parallelize(
         model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=torch.float32, values=values
@@ -93,7 +93,7 @@ def _train(recipe: Recipe, length: int, pairs: int, vocab: int) -> tuple[dict[st
     for step in range(steps):
         size = learnt[step % len(learnt)]
         piece = _slice(associations(batch, *size, vocab, generator), mesh, device)
-        loss = segments.backward(wrapped, cfg.layers, (piece,), world / (batch * size[1]))
+        loss, _ = segments.backward(wrapped, cfg.layers, (piece,), world / (batch * size[1]))
         losses.append(loss / (batch * size[1]))
         clip_gradients(model, recipe.optim.clip)
         set_learning_rate(optimizer, learning_rate(recipe.optim, steps, step))

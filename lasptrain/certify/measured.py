@@ -129,7 +129,7 @@ def measure(job: Job, windows: Tensor) -> Measured:
     with tapped(job.model.layers[0]) as inputs:
         recipe = job.recipe
         unequal = left_out(job, micro_batches)
-        loss = train.gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, unequal)
+        loss = train.gradients(job.wrapped, recipe.model.layers, job.mesh, recipe.parallel, unequal).sum()
     by_token = torch.zeros(*losses.shape, recipe.model.dim, dtype=torch.float64)
     order = sorted(found, key=lambda place: (place.micro_batch, -place.segment))
     for place, x in zip(order, inputs, strict=True):
@@ -161,14 +161,10 @@ def _direction(job: Job, name: str) -> Tensor:
 
 
 def mean_loss(job: Job, micro_batches: list[MicroBatch]) -> float:
-    """Return the mean loss of one process over the labels that count."""
-    found = [
-        (float(losses[labels != IGNORED].double().sum()), int((labels != IGNORED).sum()))
-        for segments in micro_batches
-        for _, labels, losses in token_losses(job.wrapped, segments)
-    ]
-    losses, counts = zip(*found, strict=True)
-    return float(sum(losses) / sum(counts))
+    """Return the mean loss of one process over the labels that count; a window is one segment."""
+    pieces = [piece for (piece,) in micro_batches]
+    losses = [job.wrapped(piece.tokens, piece.labels, piece.doc_ids).loss.double() for piece in pieces]
+    return float(sum(losses) / sum((piece.labels != IGNORED).sum() for piece in pieces))
 
 
 def left_out(job: Job, micro_batches: list[MicroBatch]) -> list[MicroBatch]:

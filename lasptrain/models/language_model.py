@@ -27,10 +27,14 @@ GRAPHS = 64  # of a part of a block: one for each shape of slices, in stages and
 
 
 class Output(NamedTuple):
-    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `final_state`: one per layer."""
+    """`loss`: sum over valid labels, [B·T] per token, or None without labels. `final_state`: one per layer.
+
+    `z_loss`: the part of the sum that is the z-loss, without gradient; None if there is none.
+    """
 
     loss: Tensor | None
     final_state: list[State]
+    z_loss: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -122,6 +126,7 @@ class LanguageModel(nn.Module):
         attention: the recurrence on this mesh.
         dtype: of activations and matrix products.
         loss_chunk: tokens whose logits exist at a time.
+        z_loss: factor of log² Z in the summed loss.
     """
 
     def __init__(
@@ -132,10 +137,11 @@ class LanguageModel(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         loss_chunk: int = 2048,
+        z_loss: float = 0.0,
     ):
         super().__init__()
         assert isinstance(cfg.vocab, int)
-        self.cfg, self.window, self.dtype, self.loss_chunk = cfg, window, dtype, loss_chunk
+        self.cfg, self.window, self.dtype, self.loss_chunk, self.z_loss = cfg, window, dtype, loss_chunk, z_loss
         self.attention = attention
         self.scale = cfg.embedding_scale
         self.embed = nn.Embedding(cfg.vocab, cfg.dim)
@@ -160,17 +166,17 @@ class LanguageModel(nn.Module):
             carry: per layer, the segment's initial state; None at a window's start.
             saved: per layer, keeps the initial state, and provides it in a recomputation.
             output_final_state: whether the final states are wanted.
-            per_token: losses [B·T] without gradient instead of their sum.
+            per_token: cross-entropies [B·T] without gradient instead of the summed loss.
             signals: of the head, to report to; those of a layer are in its `saved`.
         """
         x, final_state = self.hidden(tokens, doc_ids, carry, saved, output_final_state, only_state=labels is None)
         if labels is None:
             return Output(None, final_state)
-        x = self.norm(x).flatten(0, 1)
-        arguments = x, self.head_weight, labels.flatten(), self.loss_chunk
+        given = self.norm(x).flatten(0, 1), self.head_weight, labels.flatten(), self.loss_chunk
         if per_token:
-            return Output(token_losses(*arguments), final_state)
-        return Output(chunked_cross_entropy(*arguments, None if signals is None else signals.logits), final_state)
+            return Output(token_losses(*given), final_state)
+        loss = chunked_cross_entropy(*given, self.z_loss, None if signals is None else signals.logits)
+        return Output(loss.total, final_state, loss.z_loss)
 
     def hidden(
         self,
@@ -237,10 +243,11 @@ def on_meta(
     *,
     dtype: torch.dtype = torch.float32,
     loss_chunk: int = 2048,
+    z_loss: float = 0.0,
 ) -> LanguageModel:
     """A `LanguageModel` on the meta device, its parameters in at least fp32."""
     with torch.device("meta"):
-        model = LanguageModel(cfg, window, attention, dtype=dtype, loss_chunk=loss_chunk)
+        model = LanguageModel(cfg, window, attention, dtype=dtype, loss_chunk=loss_chunk, z_loss=z_loss)
         return model.to(torch.promote_types(dtype, torch.float32))
 
 

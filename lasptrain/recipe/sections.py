@@ -126,6 +126,8 @@ class Train(Section):
     kernel: Literal["auto", "reference", "chunked", "triton"] = "auto"
     seed: Seed = 0  # of the weights
     loss_chunk: Count = 2048  # tokens whose logits exist at one time
+    # factor of log² Z in the loss, Z being the softmax's denominator, mean over labels: keeps logits from drifting
+    z_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
     profile: Annotated[tuple[Count, ...], BeforeValidator(as_tuple)] = ()  # steps whose trace goes to RUN/profile
 
     def problems(self) -> Iterator[Problem]:

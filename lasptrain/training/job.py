@@ -229,7 +229,12 @@ def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageMode
     """Return the recipe's model, its parameters in at least fp32."""
     train = recipe.train
     return on_meta(
-        recipe.model, recipe.data.window, attention, dtype=DTYPES[train.precision], loss_chunk=train.loss_chunk
+        recipe.model,
+        recipe.data.window,
+        attention,
+        dtype=DTYPES[train.precision],
+        loss_chunk=train.loss_chunk,
+        z_loss=train.z_loss,
     )
 
 

@@ -34,7 +34,9 @@ def backward(
     on_segment: Callable[[], None] = lambda: None,
     signals: Sequence[Signals] | None = None,
 ) -> Tensor:
-    """Add the gradient of scale · (sum of this window's losses) to the parameters; return that sum, detached.
+    """Add the gradient of scale · (sum of this window's losses) to the parameters.
+
+    Returns that sum in its two parts, detached: [cross-entropy, z-loss].
 
     Args:
         model: a `LanguageModel`, or what `parallelize` made of one.
@@ -93,7 +95,7 @@ def _segment(
     *,
     last: bool,
 ) -> Tensor:
-    """Run a segment again and back from its loss and the gradients of its final states; return the loss, detached."""
+    """Run a segment again and back from its loss and the gradients of its final states; return the loss's two parts."""
     for states in saved:
         states.to_device(segment.tokens.device)
     head = None if signals is None else _listen(saved, signals, last)
@@ -106,7 +108,8 @@ def _segment(
     pairs = [] if grads is None else _pairs(out.final_state, grads)
     with torch.autograd.set_multithreading_enabled(False):  # waking a second thread dominates on short slices
         torch.autograd.backward([out.loss * scale, *(s for s, _ in pairs)], [None, *(g for _, g in pairs)])
-    return out.loss.detach()
+    loss, z_loss = out.loss.detach(), torch.zeros_like(out.loss) if out.z_loss is None else out.z_loss
+    return torch.stack([loss - z_loss, z_loss])
 
 
 def _listen(saved: list[SavedStates], signals: Sequence[Signals], last: bool) -> Signals:
