@@ -40,7 +40,7 @@ from lasptrain.models import linear
 from lasptrain.models.convolution import ConvWeights
 from lasptrain.ops import chunked, cross_entropy, decay_rule, delta_rule
 from lasptrain.ops.softmax import Documents
-from lasptrain.parallel import block, collectives, halo, shard
+from lasptrain.parallel import block, collectives, halo, shard, turns
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.scan import AllGather, Exchange, Ring, Scanned
 from lasptrain.parallel.transition import FORGET, Transition
@@ -90,7 +90,7 @@ CASES = {
     "rows": Case("ssd", 2, 2, "all_gather", "zero3", 32, 16),
     "zero2": Case("tnl", 2, 2, "all_scan", "zero2", 32, 16),
     "copies": Case("gdn", 2, 2, "ring", "ddp", 32, 16),
-    "z-loss": Case("tnl", 1, 2, "ring", "zero3", more=("train.z_loss=0.01",)),
+    "muon": Case("tnl", 1, 2, "ring", "zero3", more=("optim.kind=muon", "train.z_loss=0.01")),
 }
 
 
@@ -651,7 +651,12 @@ def _(patch: Patch, rank: int) -> None:
     of_weight(patch, torch.zeros_like)
 
 
-@mutant("gradient of the z-loss lost", "z-loss", "update", "gradient along a random direction", part="slope")
+@mutant("a rank orthogonalises its rows only", "muon", "update", "moves of weights", where="weight")
+def _(patch: Patch, rank: int) -> None:
+    patch.setattr(turns._Rows, "of", lambda like: None)
+
+
+@mutant("gradient of the z-loss lost", "muon", "update", "gradient along a random direction", part="slope")
 def _(patch: Patch, rank: int) -> None:
     original = cross_entropy._losses_and_gradient
 

@@ -35,6 +35,7 @@ from lasptrain.eval.runner import EvalConfig
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.recipe import loading
+from lasptrain.training.optimizer import build_optimizer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -148,7 +149,7 @@ def make_run(folder: Path, model: dict[str, Any]) -> Path:
         "dataset": "0" * 64,
         "order": {"seed": 0, "window": 512, "batch": 1, "reset_at_documents": True},
     }
-    single.write(run, 7, empty, tensors.__getitem__, meta)
+    single.write(run, 7, empty, build_optimizer(empty, recipe.optim), tensors.__getitem__, meta)
     (run / "metrics.jsonl").write_text('{"step": 7, "loss": 3.25}\n{"step": 8, "loss": 9}\n', encoding="utf-8")
     return run
 

@@ -15,15 +15,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.optim import Optimizer
 
 from lasptrain.checkpoint.steps import begin, commit, committed, folder_of, problems_of, read_manifest
 from lasptrain.checkpoint.table import Json
-from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer, poison
+from lasptrain.checkpoint.tensors import Planner, Reader, TensorSpec, Writer, poison, tensors_of
 from lasptrain.checkpoint.votes import reason_of
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
 from lasptrain.run.folder import CHECKPOINTS
-from lasptrain.training.optimizer import initial_state
 
 
 class CheckpointReader:
@@ -70,14 +70,15 @@ def without_process_group() -> Iterator[None]:
             raise error.failures[0][0] from None
 
 
-def write(run: Path, step: int, model: nn.Module, read: Callable[[str], Tensor], meta: Json) -> None:
-    """Commit a step from one process: fp32 tensors of `model`, which is on meta, as `read` returns them, zero moments.
+def write(
+    run: Path, step: int, model: nn.Module, optimizer: Optimizer, read: Callable[[str], Tensor], meta: Json
+) -> None:
+    """Commit a step from one process: fp32 tensors of `model`, which is on meta, as `read` returns them, and the
+    optimizer's state before its first step.
 
     Tensors are read one at a time; DCP holds a file's contents until it is whole, so each has a file of its own.
     """
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        tensors |= {f"optimizer.{name}.{part}": value for part, value in initial_state(parameter).items()}
+    tensors = tensors_of(model, optimizer)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def value(name: str) -> Tensor:

@@ -48,15 +48,15 @@ def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tenso
 
 
 def _states(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
-    """Return AdamW's state by parameter; with ZeRO-1 that of most parameters is on other ranks, and here on meta."""
+    """Return the state by parameter; with ZeRO-1 that of most parameters is on other ranks, and here on meta."""
     own = getattr(optimizer, "optim", optimizer)  # a ZeroRedundancyOptimizer's, of the parameters that it updates here
     initialise_state(own)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
         parameter: own.state[parameter]
         if parameter in own.state
-        else initial_state(torch.empty_like(parameter, device="meta"))
-        for parameter in parameters
+        else initial_state(torch.empty_like(parameter, device="meta"), group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
 
 

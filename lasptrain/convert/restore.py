@@ -32,6 +32,7 @@ from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe, recipe_name
 from lasptrain.run import folder as runs
+from lasptrain.training.optimizer import build_optimizer
 
 Slopes = dict[str, list[float]]  # by tensor
 WINDOW = 4096  # tokens of a training window, for a run without a recipe
@@ -87,7 +88,8 @@ def restore(
     meta = origin.meta if origin.meta["dataset"] else origin.meta | {"dataset": _fingerprint(origin.recipe)}
     with atomic_folder(out, force, runs.RECIPE) as new:
         replace(new / runs.RECIPE, dump_saved(origin.recipe))
-        single.write(new, origin.step, weights.empty, weights.read, meta)
+        optimizer = build_optimizer(weights.empty, origin.recipe.optim)
+        single.write(new, origin.step, weights.empty, optimizer, weights.read, meta)
     return out
 
 

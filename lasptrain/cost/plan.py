@@ -82,16 +82,29 @@ def fixed_bytes(recipe: Recipe, vocab: int, dp: int, sp: int) -> dict[str, int]:
     """Bytes per rank that do not depend on the slice, by part."""
     count = sum(parameters(recipe.model, vocab).values())
     wide = max(4, _size(recipe))
-    kind, shards = recipe.parallel.data_parallel, _shards(recipe, dp, sp)
+    shards = _shards(recipe, dp, sp)
     cast = _size(recipe) * count if shards > 1 or _size(recipe) < wide else 0  # weights in compute precision
     whole = count if recipe.parallel.reduce != "segment" else 2 * count // recipe.model.layers
-    states = max(count // (dp * sp), largest(recipe.model, vocab)) if kind == "zero1" else count // shards
     return {
         "parameters": wide * count // shards + cast,
         "gradients": wide * whole + (wide * count // shards if shards > 1 else 0),
-        "optimizer": 2 * wide * states,
+        "optimizer": wide * _optimizer_states(recipe, vocab, dp, sp),
         "loss": recipe.train.loss_chunk * vocab * (wide + _size(recipe)) + 2 * wide * vocab * recipe.model.dim,
     }
+
+
+def _optimizer_states(recipe: Recipe, vocab: int, dp: int, sp: int) -> int:
+    """Numbers that a rank's optimizer keeps: two for each of its parameters, one for those in Muon's matrices.
+
+    With ZeRO-1 it is the rank whose parameters have two, as far as there are enough.
+    """
+    parts = parameters(recipe.model, vocab)
+    count = sum(parts.values())
+    others = count - (_matrices(parts) if recipe.optim.kind == "muon" else 0)
+    if recipe.parallel.data_parallel != "zero1":
+        return (count + others) // _shards(recipe, dp, sp)
+    own = max(count // (dp * sp), largest(recipe.model, vocab))
+    return own + min(own, others)
 
 
 def _shards(recipe: Recipe, dp: int, sp: int) -> int:

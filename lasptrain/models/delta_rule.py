@@ -111,6 +111,7 @@ class DeltaRule(Mixer):
 
     compiled = (*COMPILED, "convolved")
     rule: ClassVar[Recurrence] = delta_rule
+    elementwise: ClassVar[tuple[str, ...]] = ("beta", "decay_proj")  # they steer the state
     erases: ClassVar[bool] = True  # q and k are unit vectors, and beta says how much of what a key holds is replaced
 
     def __init__(self, cfg: GatedByData, key_heads: int, gate: str, attention: ShardedRecurrence):

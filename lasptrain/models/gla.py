@@ -44,6 +44,7 @@ class Bias(nn.Module):
 class GatedLinearAttention(DeltaRule):
     """Nothing is erased; a decay per key channel and token, through a bottleneck."""
 
+    elementwise: ClassVar[tuple[str, ...]] = ("decay_proj",)
     erases: ClassVar[bool] = False
 
     def __init__(self, cfg: Gla, attention: ShardedRecurrence):

@@ -129,6 +129,8 @@ class LanguageModel(nn.Module):
         z_loss: factor of log² Z in the summed loss.
     """
 
+    elementwise = ("embed", "head")
+
     def __init__(
         self,
         cfg: Architecture,

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lasptrain.ops import decay_rule, delta_rule, softmax
@@ -176,7 +176,7 @@ def bump_parameter_versions(optimizer: T) -> T:
     return optimizer
 
 
-def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
+def shard_optimizer(optimizer: Optimizer, mesh: Mesh, kind: str) -> Optimizer:
     """Return the optimizer to use in place of one that has no states yet.
 
     With `zero1` each rank keeps the states of some whole parameters, of about equal size together, updates those and
@@ -190,7 +190,7 @@ def shard_optimizer(optimizer: AdamW, mesh: Mesh, kind: str) -> Optimizer:
     groups = [dict(group) for group in optimizer.param_groups]  # they hold all options, which override any default
     group = mesh.flat.get_group()
     return bump_parameter_versions(
-        ZeroRedundancyOptimizer(groups, AdamW, process_group=group, parameters_as_bucket_view=True)
+        ZeroRedundancyOptimizer(groups, type(optimizer), process_group=group, parameters_as_bucket_view=True)
     )
 
 
@@ -199,6 +199,12 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def local(x: Tensor) -> Tensor:
+    """Return the part of a tensor that is on this rank: all of it unless it is sharded."""
+    part: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return part
 
 
 def full_tensor(x: Tensor) -> Tensor:

@@ -94,8 +94,10 @@ class Parallel(Section):
 
 
 class Optim(Section):
-    """AdamW and its learning rate as a function of step."""
+    """The optimizer and its learning rate as a function of step."""
 
+    # muon: the momentum of each matrix of a layer is orthogonalised, all else has AdamW; for the same learning rates
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0, le=10)] = Field(description="a learning rate, such as 5e-4")
     min_lr: Fraction = 0.0  # at the end, as a fraction of lr
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -105,13 +107,16 @@ class Optim(Section):
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
     ] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95  # muon: of matrices
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
     clip: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0 is off
 
     def problems(self) -> Iterator[Problem]:
-        """Yield a final decay where the schedule has none."""
+        """Yield a final decay where the schedule has none, and a momentum where the optimizer has none."""
         if self.decay is not None and self.schedule != "wsd":
             yield "optim.decay", f"found {self.decay}; only schedule: wsd has a final decay, leave it out"
+        if self.momentum != Optim.model_fields["momentum"].default and self.kind != "muon":
+            yield "optim.momentum", f"found {self.momentum:g}; only kind: muon has one, AdamW has optim.betas"
 
 
 class Train(Section):

@@ -26,7 +26,7 @@ FILES = (RECIPE, LOCK, "status.json", "metrics.jsonl", "auto.json", "data.json",
 # see `_fixed`.
 _FREE = re.compile(
     r"(name|mesh|parallel|guard|checkpoint|eval|track|launch)(\..*)?"
-    r"|optim\.(lr|min_lr|schedule|warmup|decay|betas|eps|weight_decay|clip)"
+    r"|optim\.(lr|min_lr|schedule|warmup|decay|betas|eps|momentum|weight_decay|clip)"
     r"|train\.(segment|compile|kernel|micro_batch|steps|loss_chunk|z_loss|profile)|data\.(cache|tokenizer)"
 )
 

@@ -151,7 +151,7 @@ def build(
         opened.parts,
         model,
         wrapped,
-        shard_optimizer(build_optimizer(model, recipe.optim), mesh, recipe.parallel.data_parallel),
+        shard_optimizer(build_optimizer(model, recipe.optim, model.dtype), mesh, recipe.parallel.data_parallel),
         stages[0],
         stages,
         gpus.of(meshes.device_name()).peak,

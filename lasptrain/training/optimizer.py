@@ -1,50 +1,64 @@
-"""AdamW, the learning rate as a function of the step, and gradient clipping."""
+"""AdamW or Muon, the learning rate as a function of the step, and gradient clipping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lasptrain.parallel.shard import bump_parameter_versions, full_tensor
+from lasptrain.parallel.shard import bump_parameter_versions, full_tensor, local
 from lasptrain.recipe.sections import Optim
+from lasptrain.training.muon import Muon, matrices, muon_groups
 
 FUSED = {"cpu", "cuda"}  # device types that have the fused kernel
 
 
-def build_optimizer(model: nn.Module, cfg: Optim) -> AdamW:
-    """Return AdamW over the trainable parameters of `model`, plain or sharded; call after sharding.
+def build_optimizer(model: nn.Module, cfg: Optim, dtype: torch.dtype = torch.float32) -> AdamW | Muon:
+    """Return the optimizer of the trainable parameters of `model`, plain or sharded; call after sharding.
 
-    Matrices decay. Vectors (norms, biases) and what a module calls `undecayed` (angles, taps) do not: pulling them to
-    zero has no meaning.
+    With Muon `matrices` have groups of their own, and are orthogonalised in `dtype`; all else has AdamW. Matrices
+    decay. Vectors (norms, biases) and what a module calls `undecayed` (angles, taps) do not: pulling them to zero has
+    no meaning.
     """
+    parts = {weight: rows for weight, rows in matrices(model).items() if weight.requires_grad and cfg.kind == "muon"}
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         path, _, part = name.rpartition(".")
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter not in parts:
             free = parameter.ndim < 2 or part in getattr(owners[path], "undecayed", ())
             (others if free else decaying).append(parameter)
-    groups = [{"params": decaying, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = all(parameter.device.type in FUSED for parameter in decaying + others)
+    adamw: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "fused": fused}
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": cfg.weight_decay, **adamw},
+        {"params": others, "weight_decay": 0.0, **adamw},
+    ]
     groups = [group for group in groups if group["params"]]
-    return bump_parameter_versions(AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused))
+    if not parts:
+        return bump_parameter_versions(AdamW(groups, **adamw))
+    options = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "momentum": cfg.momentum, "dtype": dtype}
+    return bump_parameter_versions(Muon([*muon_groups(parts, **options), *groups]))
 
 
 def initialise_state(optimizer: Optimizer) -> None:
-    """Create the state that AdamW would create in its first step, so that a state exists to be saved or loaded into."""
+    """Create the state that the first step would create, so that a state exists to be saved or loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not (state := optimizer.state[parameter]):
-                state.update(initial_state(parameter, step_beside=group["fused"] or group["capturable"]))
+                state.update(initial_state(parameter, group))
 
 
-def initial_state(parameter: Tensor, *, step_beside: bool = True) -> dict[str, Tensor]:
-    """Return AdamW's state of a parameter before its first step; `step_beside` puts the step number on its device."""
+def initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the state of a parameter of the group before its first step."""
+    if "momentum" in group:
+        return {"momentum_buffer": torch.zeros_like(parameter, memory_format=torch.preserve_format)}
+    step_beside = group["fused"] or group["capturable"] or parameter.is_meta
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device if step_beside else "cpu"),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -118,5 +132,5 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     norm = full_tensor(joint_norm(gradients)).to(wide)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], scale)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
