@@ -77,7 +77,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dic
 
 def _build(kind: str, seed: int = 0, **shape: Any) -> tuple[nn.Module, Optimizer]:
     """A model and its optimizer; other seeds give other values, which loading must replace."""
-    optim, kind = ("muon" if kind.startswith("muon") else "adamw"), kind.removeprefix("muon ")
+    optim = Optim(kind="muon" if kind.startswith("muon") else "adamw", lr=0.01)
+    kind = kind.removeprefix("muon ")
     torch.manual_seed(seed)
     net = _Net(**shape)
     if kind == "fsdp":
@@ -85,7 +86,7 @@ def _build(kind: str, seed: int = 0, **shape: Any) -> tuple[nn.Module, Optimizer
         fully_shard(net.block, mesh=mesh)
         fully_shard(net, mesh=mesh)
     model = DistributedDataParallel(net) if kind in ("ddp", "zero1") else net
-    optimizer = build_optimizer(model, Optim(kind=optim, lr=0.01), next(model.parameters()).dtype)
+    optimizer = build_optimizer(model, optim, next(model.parameters()).dtype)
     return model, shard_optimizer(optimizer, meshes.build(1, dist.get_world_size()), kind)
 
 

@@ -18,11 +18,12 @@ from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.ops.orthogonal import COEFFICIENTS, STEPS, orthogonalised
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
-from lasptrain.parallel.shard import full_tensor, parallelize, shard_optimizer
+from lasptrain.parallel.shard import fill, full_tensor, parallelize, shard_optimizer
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.sections import Optim, Parallel
 from lasptrain.training.muon import Muon
 from lasptrain.training.optimizer import build_optimizer, initialise_state
+from lasptrain.training.segments import backward
 from tests import test_delta_layouts, test_layouts
 from tests.gloo import spawn
 from tests.test_layouts import BATCH, CPU, WINDOW, Layout, Model, config, mesh_of, pieces, values, windows
@@ -122,7 +123,7 @@ def test_parts_of_a_packed_matrix_move_each_by_itself() -> None:
     for mine, start, *seeds in zip(
         found.split(rows), begun.split(rows), *(each[index].split(rows) for each in gradients), strict=True
     ):
-        layer = nn.Linear(*reversed(start.shape), bias=False)
+        layer = nn.Linear(start.shape[1], start.shape[0], bias=False)
         optimizer = build_optimizer(layer, CFG)
         with torch.no_grad():
             layer.weight.copy_(start)
@@ -203,7 +204,7 @@ def _model(arch: Model, dtype: torch.dtype, attention: ShardedRecurrence) -> Lan
 def single(arch: Model, dtype: torch.dtype) -> tuple[list[Tensor], list[State]]:
     """The same of one process by definition, weights and momenta only; before them, the weights at the start."""
     model = _model(arch, dtype, ShardedRecurrence("reference"))
-    test_layouts.fill(model, values(model))
+    fill(model, values(model))
     states = [{f"model.{name}": x.detach().clone() for name, x in model.named_parameters()}]
     rest = build_optimizer(model, CFG.model_copy(update={"kind": "adamw"}))
     named = {name: parameter for name, parameter in model.named_parameters() if MATRIX.fullmatch(name)}
@@ -211,14 +212,14 @@ def single(arch: Model, dtype: torch.dtype) -> tuple[list[Tensor], list[State]]:
     losses = []
     for _ in range(UPDATES):
         window = pieces(windows(), 1, 0, 1)
-        losses.append(test_layouts.backward(model, 3, window, 1 / (BATCH * WINDOW)) / (BATCH * WINDOW))
+        losses.append(backward(model, 3, window, 1 / (BATCH * WINDOW)) / (BATCH * WINDOW))
         for name, parameter in named.items():
             assert parameter.grad is not None
             momenta[name] = 0.95 * momenta[name] + 0.05 * parameter.grad
             ahead = 0.05 * parameter.grad + 0.95 * momenta[name]
             with torch.no_grad():
-                parameter *= 1 - CFG.lr * CFG.weight_decay
-                parameter -= (CFG.lr * 0.2 * max(parameter.shape) ** 0.5 * definition(ahead)).to(dtype)
+                parameter.mul_(1 - CFG.lr * CFG.weight_decay)
+                parameter.sub_(CFG.lr * 0.2 * max(parameter.shape) ** 0.5 * definition(ahead))
             parameter.grad = None
         rest.step()
         rest.zero_grad(set_to_none=True)
@@ -231,18 +232,17 @@ def on_ranks(rank: int, world: int, references: Any) -> int:
     for arch, dtype, layout in LAYOUTS[world]:
         want_losses, (begun, *want) = references[arch, dtype]
         losses, found = updates(arch, dtype, layout)
-        for one, other in zip(losses[:1], want_losses[:1], strict=True):
-            assert apart(one, other) < test_layouts.BOUNDS[dtype], layout
-        for number, (one, other) in enumerate(zip(found, want, strict=True)):
-            momenta = {name for name in other if name.endswith("momentum_buffer")}
-            assert layout.kind == "zero1" or momenta == {name for name in one if name.endswith("momentum_buffer")}
-            for name in other.keys() & one.keys():
-                bound = MOVES[dtype]
-                if name in momenta:  # the second update's gradients are of weights that the first has moved
-                    bound, start = bound if number else test_layouts.BOUNDS[dtype], torch.zeros(())
+        bounds = test_layouts.BOUNDS[dtype], MOVES[dtype]  # the second update's gradients are of moved weights
+        for bound, loss, want_loss, state, want_state in zip(bounds, losses, want_losses, found, want, strict=True):
+            assert apart(loss, want_loss) < bound, layout
+            momenta = {name for name in want_state if name.endswith("momentum_buffer")}
+            assert layout.kind == "zero1" or momenta == {name for name in state if name.endswith("momentum_buffer")}
+            for name in want_state.keys() & state.keys():
+                one, other = state[name], want_state[name]
+                if name in momenta:
+                    assert apart(one, other) < bound, (layout, name)
                 else:
-                    start = begun[name]
-                assert apart(one[name] - start, other[name] - start) < bound, (layout, number, name)
+                    assert apart(one - begun[name], other - begun[name]) < MOVES[dtype], (layout, name)
     return len(LAYOUTS[world])
 
 

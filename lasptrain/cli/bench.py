@@ -170,6 +170,19 @@ def bench_ablation(
     _tell([ablation.measure(_longest(recipe, overrides), nproc or _gpus(), tokens)], file)
 
 
+@app.command("optim")
+def bench_optim(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    file: Numbers = None,
+) -> None:
+    """Time an update of a recipe's model by AdamW and by Muon, beside the step that `plan` predicts."""
+    from lasptrain.bench import optim
+
+    _tell([optim.measure(load(recipe, overrides), nproc or _gpus(1))], file)
+
+
 @app.command("scale")
 def bench_scale(
     recipe: RecipeFile,
