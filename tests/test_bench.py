@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lasptrain.bench import ablation, layers, longest, mqar, parity, plot, prefill, scale, sp
+from lasptrain.bench import ablation, layers, longest, mqar, optim, parity, plot, prefill, scale, sp
 from lasptrain.bench.kernels import Row, floors, result
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.steps import repeats_for
@@ -119,6 +119,21 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
     console.print(*results.tables)
     text = console.export_text()
     assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
+
+
+def test_updates_by_both_optimizers_are_timed(group: None) -> None:
+    small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=bf16"]
+    found = optim.result(*optim._rank(load(RECIPES / "quickstart.yaml", small)))
+    adamw, muon = found.rows
+    matrices = 2 * (5 * 16 * 16 + 3 * 16 * 32)
+    assert adamw.seconds > 0 and muon.seconds > 0
+    assert muon.state == adamw.state - 4 * matrices - 4 * 2 * 8  # a number each less, and the step of each of 16
+    assert muon.flops == 5 * 2 * (5 * 6 * 16**3 + 3 * (4 * 16 * 16 * 32 + 2 * 16**3)) and adamw.flops == 0
+    told = optim.result(found.facts | {"step": 2.0}, [optim.Update("muon", 0.5, 1 << 30, 10**12)])
+    console = Console(width=120, record=True)
+    console.print(*found.tables, *told.tables)
+    text = console.export_text()
+    assert "zero3 on 1 × CPU" in text and "25.00%" in text and "a step of 16,384 tokens takes 2.00 s" in text
 
 
 @pytest.mark.slow

@@ -146,12 +146,13 @@ def test_gradients_only_where_wanted(mode: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bf16_products_on_the_gpu() -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_bf16_products_on_the_gpu(z_loss: float) -> None:
     x, weight, labels = _case(torch.bfloat16, torch.float32, tokens=4096)
     x_gpu, weight_gpu = x.detach().cuda().requires_grad_(), weight.detach().cuda().requires_grad_()
-    loss = chunked_cross_entropy(x_gpu, weight_gpu, labels.cuda(), 64).total
+    loss = chunked_cross_entropy(x_gpu, weight_gpu, labels.cuda(), 64, z_loss).total
     loss.backward()
-    expected, dx, dweight = _reference(x, weight, labels, 1.0)
+    expected, dx, dweight = _reference(x, weight, labels, 1.0, z_loss)
     assert x_gpu.grad is not None
     assert weight_gpu.grad is not None
     assert _error(loss.cpu(), expected) < 1e-6

@@ -62,6 +62,16 @@ def test_each_matrix_of_a_stack_is_orthogonalised(shape: tuple[int, int], dtype:
     assert torch.equal(orthogonalised(torch.zeros(2, *shape, dtype=dtype)), torch.zeros(2, *shape, dtype=dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(512, 2048), (2048, 512), (1024, 1024)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_matrices_are_orthogonalised_on_the_gpu(shape: tuple[int, int], dtype: torch.dtype, bound: float) -> None:
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for one, matrix in zip(orthogonalised(x.to("cuda", dtype)).cpu(), x, strict=True):
+        assert apart(one, definition(matrix)) < bound
+
+
 class _Net(nn.Module):
     """Matrices of two shapes, one of which packs three, and what is none."""
 

@@ -241,6 +241,17 @@ def test_what_each_kind_of_data_parallelism_keeps_on_a_rank() -> None:
         assert tight.parallel.reduce == ("step" if kind in ("ddp", "zero1") else "segment")
 
 
+def test_muon_keeps_one_number_less_of_each_matrix() -> None:
+    parts = plan.parameters(load(RECIPES / "1b_4096k.yaml").model, 64000)
+    count, matrices, largest = sum(parts.values()), parts["mixer"] + parts["mlp"], 64000 * 2048
+    states = {"ddp": 2 * count - matrices, "zero3": (2 * count - matrices) // 16, "zero1": 2 * largest}
+    for kind, numbers in states.items():
+        recipe = load(RECIPES / "1b_4096k.yaml", [f"parallel.data_parallel={kind}", "optim.kind=muon"])
+        assert plan.fixed_bytes(recipe, 64000, 2, 8)["optimizer"] == 4 * numbers
+    two = load(RECIPES / "1b_4096k.yaml", ["parallel.data_parallel=zero1", "optim.kind=muon"])
+    assert plan.fixed_bytes(two, 64000, 2, 1)["optimizer"] == 4 * (count // 2 + count - matrices)
+
+
 def test_what_waits_in_host_memory() -> None:
     recipe = load(RECIPES / "1b_4096k.yaml", ["parallel.recompute=offload", "parallel.data_parallel=zero3"])
     count, state = sum(plan.parameters(recipe.model, 64000).values()), plan.state_bytes(recipe.model)

@@ -167,6 +167,7 @@ def test_one_wrong_value(refused: Refused, line: str, by: str, message: str) -> 
          "nearest: 96, 104"),
         (["parallel.data_parallel=zero1", "parallel.reduce=segment"], "parallel.reduce: found 'segment' with "
          "data_parallel: zero1; it saves memory with zero2, zero3 and hsdp"),
+        (["optim.momentum=0.9"], "optim.momentum: found 0.9; only kind: muon has one, AdamW has optim.betas"),
         (["model.heads=5"], "model.heads: 5 heads do not divide model.dim = 256; nearest: 4, 8"),
         (["model.lrpe=[0, 4]"], "model.lrpe: there is no layer 4; the 4 layers are 0 to 3"),
         (["model.lrpe=[1, 0, 1]"], "model.lrpe: found [1, 0, 1]; write [0, 1]"),

@@ -32,6 +32,8 @@ _NAMES = {
     "parallel.data_parallel": "zero_stage sharding_strategy fsdp use_distributed_optimizer",
     "parallel.recompute": "gradient_checkpointing activation_checkpointing activation_checkpoint "
     "recompute_granularity recompute_method recompute_activations",
+    "optim.kind": "optimizer_type optimizer_name optim_type",
+    "optim.momentum": "muon_momentum",
     "optim.lr": "learning_rate max_lr peak_lr",
     "optim.min_lr": "min_lr_ratio min_lr_factor lr_min lr_min_ratio",
     "optim.schedule": "lr_scheduler lr_scheduler_type lr_schedule lr_decay_style decay_type scheduler",
@@ -46,6 +48,7 @@ _NAMES = {
     "train.batch": "global_batch_size train_batch_size batch_size gradient_accumulation_steps",
     "train.micro_batch": "micro_batch_size local_batch_size per_device_train_batch_size device_batch_size",
     "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision mixed_precision_param params_dtype",
+    "train.z_loss": "z_loss_weight z_loss_coef z_loss_multiplier lm_z_loss",
     "train.compile": "torch_compile",
     "train.profile": "enable_profiling profile_freq",
     "checkpoint.every": "save_interval save_steps save_every checkpoint_interval interval",
