@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,7 @@ from lasptrain.console import stdio
 from lasptrain.console.tables import figures
 from lasptrain.data.loader import Slice
 from lasptrain.errors import NumericalError, RecipeError
+from lasptrain.models.language_model import Output
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.recipe.loading import load
@@ -242,8 +242,8 @@ class _Counts(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
 
-    def forward(self, tokens: Tensor, labels: Tensor, *_: Any, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(loss=self.weight * (labels != IGNORED).sum(), final_state=[])
+    def forward(self, tokens: Tensor, labels: Tensor, *_: Any, **__: Any) -> Output:
+        return Output(self.weight * (labels != IGNORED).sum(), [])
 
 
 def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
@@ -252,7 +252,7 @@ def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
         model = _Counts()
         labels = torch.zeros((), dtype=torch.int64).expand(1, count)
         micro_batch = (Slice(labels, labels, None),)
-        loss = train.gradients(model, 0, meshes.build(1, 1), Parallel(data_parallel="ddp"), [micro_batch])
+        loss, _ = train.gradients(model, 0, meshes.build(1, 1), Parallel(data_parallel="ddp"), [micro_batch])
         assert model.weight.grad is not None
         assert [float(loss), float(model.weight.grad)] == pytest.approx([1, 1], rel=1e-15, abs=0), count
 

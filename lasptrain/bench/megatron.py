@@ -23,7 +23,7 @@ from lasptrain.architectures.tnl import Tnl
 from lasptrain.bench.local import Local
 from lasptrain.bench.rivals import Pending, Traffic, begun, exchange, whole_windows
 from lasptrain.data.loader import Slice
-from lasptrain.errors import SetupError
+from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.models.layers import Mlp, Phases
 from lasptrain.models.linear_transformer import LinearTransformer
@@ -185,6 +185,8 @@ class Megatron:
     """
 
     def __init__(self, recipe: Recipe, group: dist.ProcessGroup, local: Local | None = None):
+        if recipe.optim.kind == "muon":
+            raise RecipeError("optim.kind: found 'muon'; Megatron's ranks hold parts of matrices, expected adamw")
         device, self.traffic = meshes.device(), Traffic(group)
         dataset = open_dataset(recipe.data)
         recipe = self.recipe = with_vocabulary(recipe, dataset.vocab_size)

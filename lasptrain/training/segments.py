@@ -95,7 +95,7 @@ def _segment(
     *,
     last: bool,
 ) -> Tensor:
-    """Run a segment again and back from its loss and the gradients of its final states; return the loss's two parts."""
+    """Run a segment again and back from its loss and the gradients of its final states; return the loss's parts."""
     for states in saved:
         states.to_device(segment.tokens.device)
     head = None if signals is None else _listen(saved, signals, last)
