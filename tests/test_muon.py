@@ -176,6 +176,7 @@ LAYOUTS: dict[int, list[tuple[Model, torch.dtype, Layout]]] = {
     4: [
         ("tnl", torch.float32, Layout(2, 2, "ring", "hsdp", segments=2)),
         ("tnl", torch.float64, Layout(1, 4, "ring", "zero3")),
+        ("ssd", torch.float64, Layout(2, 2, "all_gather", "ddp")),
     ],
 }
 MOVES = {torch.float64: 1e-10, torch.float32: 1e-4}  # five iterations multiply small singular values by up to 485

@@ -180,17 +180,22 @@ def shard_optimizer(optimizer: Optimizer, mesh: Mesh, kind: str) -> Optimizer:
     """Return the optimizer to use in place of one that has no states yet.
 
     With `zero1` each rank keeps the states of some whole parameters, of about equal size together, updates those and
-    broadcasts them as one bucket. Where parameters are sharded, so are states; with `ddp` all ranks keep all.
+    broadcasts them as one bucket. Where parameters are sharded, so are states; with `ddp` all ranks keep all, and
+    groups say who the `replicas` are.
     """
+    if kind == "ddp":
+        for group in optimizer.param_groups:
+            group["replicas"] = mesh.flat.get_group()
     if kind != "zero1":
         return optimizer
     with warnings.catch_warnings():  # since torch 2.13 this import runs a deprecated torch.jit.script of torch's own
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.distributed.optim import ZeroRedundancyOptimizer
     groups = [dict(group) for group in optimizer.param_groups]  # they hold all options, which override any default
-    group = mesh.flat.get_group()
     return bump_parameter_versions(
-        ZeroRedundancyOptimizer(groups, type(optimizer), process_group=group, parameters_as_bucket_view=True)
+        ZeroRedundancyOptimizer(
+            groups, type(optimizer), process_group=mesh.flat.get_group(), parameters_as_bucket_view=True
+        )
     )
 
 

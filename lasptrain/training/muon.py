@@ -25,7 +25,8 @@ class Muon(TorchMuon):
 
     Groups, states and updates are those of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, which keeps AdamW's
     learning rates, except that matrices of one shape are updated together, in a group's `dtype`, and that of one that
-    is packed the `parts`, so many rows each, are matrices by themselves. A sharded one is whole on one rank in turn.
+    is packed the `parts`, so many rows each, are matrices by themselves. Ranks that share rows, or are `replicas` of
+    each other, work in turn.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]):
@@ -54,7 +55,7 @@ class Muon(TorchMuon):
         torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
         for same in _by_shape(parameters):
             update, ahead = partial(_orthogonal, group), partial(self._ahead, group)
-            for some, updates in in_turn(update, ahead, same, AT_ONCE):
+            for some, updates in in_turn(update, ahead, same, AT_ONCE, group.get("replicas")):
                 torch._foreach_add_([local(p) for p in some], list(updates.unbind()), alpha=-group["lr"])
 
     def _ahead(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
