@@ -187,7 +187,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("work", " and ".join(f"{work} GFLOP" for work in works) + " per token"),
         ("state", f"{figures(plan.state_bytes(model) / 2**20)} MiB per window over all layers"),
         *_prefix(widest, sp, segment),
-        ("checkpoint", f"{figures(12 * total / 1e9)} GB"),
+        ("checkpoint", f"{figures(plan.host_memory(widest, vocab, 1, 1, segment)['checkpoint'] / 1e9)} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
     ]
 
