@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +49,7 @@ def in_turn(
         gathered, scattered = following, leaving
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """Rows of a matrix by rank of a group."""
 
     group: dist.ProcessGroup
