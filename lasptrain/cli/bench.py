@@ -180,7 +180,7 @@ def bench_optim(
     """Time an update of a recipe's model by AdamW and by Muon, beside the step that `plan` predicts."""
     from lasptrain.bench import optim
 
-    _tell([optim.measure(load(recipe, overrides), nproc or _gpus(1))], file)
+    _tell([optim.measure(_longest(recipe, overrides), nproc or _gpus(1))], file)
 
 
 @app.command("scale")
