@@ -51,14 +51,16 @@ def resume_stages(recipe: Recipe, progress: Progress | None, run: Path, told: To
     data = every_source(recipe)
     kept = remembered.recall(run, data)
     if kept is None:
-        return open_stages(recipe, progress)
-    return _opened(recipe, remembered.checked_folders(data, kept, preparations(data, progress), told))
+        return open_stages(recipe, progress, run)
+    preparing = preparations(data, progress, remembered.revisions(run, data))
+    return _opened(recipe, remembered.checked_folders(data, kept, preparing, told))
 
 
 def _folders(data: Data, progress: Progress | None, run: Path | None) -> list[Path]:
     kept = remembered.recall(run, data)
     folders = None if kept is None else remembered.folders(data, kept)
-    return folders or [ensure_dataset(one, cache_folder(data)) for one in preparations(data, progress)]
+    preparing = preparations(data, progress, remembered.revisions(run, data))
+    return folders or [ensure_dataset(one, cache_folder(data)) for one in preparing]
 
 
 def _opened(recipe: Recipe, folders: list[Path]) -> Opened:

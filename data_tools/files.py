@@ -14,10 +14,11 @@ from pathlib import Path
 from lasptrain.console.stdio import printable
 from lasptrain.errors import DataError
 
-TEXT, TABLE = ".txt", ".parquet"
+TEXT, CSV, PARQUET, ARROW = ".txt", ".csv", ".parquet", ".arrow"
+TABLES = (PARQUET, ARROW)
 JSON = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
-FIT = f"{TEXT}, {', '.join(JSON)}, each also with {', '.join(PACKED)}, and {TABLE}"
+FIT = f"{TEXT}, {', '.join(JSON)}, {CSV}, each also with {', '.join(PACKED)}, and {', '.join(TABLES)}"
 LINKS = "repeated link", "upward link", "dangling link"
 NOUNS = ("dot file", "other file", *LINKS, "FIFO", "socket", "device")  # kinds of what is left out, besides endings
 SHOWN = 12  # of these kinds and endings
@@ -28,14 +29,14 @@ Found = tuple[Path, Path]  # where it really is, and the name under which it was
 
 
 def endings(name: str) -> tuple[str, str] | None:
-    """Parse a file name, in any case, into content (TEXT, TABLE or one of JSON) and compression (one of PACKED or "");
-    None if such a file is not read.
+    """Parse a file name, in any case, into content (TEXT, CSV, or one of JSON or TABLES) and compression (one of PACKED
+    or ""); None if such a file is not read.
     """
     name = name.lower()
     packed = next((ending for ending in PACKED if name.endswith(ending)), "")
     name = name.removesuffix(packed)
-    held = next((ending for ending in (TEXT, *JSON, TABLE) if name.endswith(ending)), None)
-    return None if held is None or (held == TABLE and packed) else (held, packed)
+    held = next((ending for ending in (TEXT, CSV, *JSON, *TABLES) if name.endswith(ending)), None)
+    return None if held is None or (held in TABLES and packed) else (held, packed)
 
 
 def at_once(size: int) -> int:

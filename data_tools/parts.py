@@ -49,6 +49,10 @@ class Part:
         Returns the sources that it reads, each with its number among all. RecipeError where there are more parts than
         files.
         """
+        for source in sources:
+            if source.dataset:
+                fits = "expected one that reads a share, such as hf:NAME@train[:50%], for each, and data merge"
+                raise RecipeError(f"--part: found {self} with {source.name}, which is not read by files; {fits}")
         units = [(i, files) for i, source in enumerate(sources) for files in source.units]
         if len(units) < self.of:
             raise RecipeError(

@@ -46,7 +46,8 @@ class Preparation:
     `validation_ppm` documents in a million are held out, chosen by their content. Documents whose tokens are not within
     `lengths`, both included, are left out. Without `packing` documents stand one after another, wherever windows will
     cut them. With `tokens` the sources hold ids that the tokenizer has made of text, not text. A `part` reads some of
-    the files, and leaves packing to `merge`, which joins the datasets of all parts.
+    the files, and leaves packing to `merge`, which joins the datasets of all parts. A dataset of the Hub is read at
+    `revision`, or else at its newest.
     """
 
     sources: Sequence[str]
@@ -60,6 +61,7 @@ class Preparation:
     progress: Progress | None = None
     tokens: TokenReading | None = None
     part: Part | None = None
+    revision: str | None = None
 
     @property
     def opened(self) -> list[Source]:
@@ -76,7 +78,7 @@ class Preparation:
         """The sources of all parts."""
         if self.tokens:
             return [open_ids(source, self.tokens, self.tokenizer) for source in self.sources]
-        return [open_source(source) for source in self.sources]
+        return [open_source(source, revision=self.revision) for source in self.sources]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -134,7 +136,7 @@ def find_dataset(preparation: Preparation, cache: Path) -> Path | None:
     (source,) = preparation.sources
     if is_dataset(source):
         return Path(source)
-    if preparation.opened[0].bytes > FOUND:
+    if preparation.opened[0].revision is None and preparation.opened[0].bytes > FOUND:
         return None
     final = _kept(preparation, cache)
     return final if (final / FILE).exists() else None
@@ -183,7 +185,13 @@ def _build(folder: Path, preparation: Preparation) -> None:
             token_bytes=tuple(tokenizer.token_bytes),
         )
         entries = (
-            SourceEntry(name=source.name, files=len(source.files), bytes=source.bytes, sha256=source.sha256)
+            SourceEntry(
+                name=source.name,
+                files=len(source.files),
+                bytes=source.bytes,
+                sha256=source.sha256,
+                revision=source.revision,
+            )
             for source in preparation.opened
         )
         writing = Writing(names, made_with, entries, preparation.seed, preparation.packing, preparation.report)

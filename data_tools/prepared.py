@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 
 from data_tools.packing import BestFit
@@ -48,8 +49,10 @@ def every_source(recipe: Recipe) -> Data:
     return recipe.data.model_copy(update={"source": parts})
 
 
-def preparations(data: Data, progress: Progress | None = None) -> list[Preparation]:
-    """Preparation of each source."""
+def preparations(
+    data: Data, progress: Progress | None = None, revisions: Sequence[str | None] = ()
+) -> list[Preparation]:
+    """Preparation of each source; of datasets of the Hub at these revisions, where they are known."""
     packing = BestFit(data.window, data.long_documents) if data.packing == "best_fit" else None
     return [
         Preparation(
@@ -60,8 +63,9 @@ def preparations(data: Data, progress: Progress | None = None) -> list[Preparati
             seed=data.seed,
             packing=packing,
             progress=progress,
+            revision=revision,
         )
-        for name, _ in sources(data)
+        for (name, _), revision in zip_longest(sources(data), revisions)
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools import hub
 from data_tools.prepare import FOUND, Preparation, ensure_dataset, is_dataset
 from data_tools.prepared import cache_folder, sources
 from data_tools.sources import PYTHON_SOURCE, REPOSITORIES, Source
@@ -53,6 +54,8 @@ class Remembered:
         Much text in its old place, of its old size, is taken for the same without reading it all.
         """
         (there,) = self.text
+        if source.revision:
+            return None if source.sha256 == there.sha256 else f"revision {source.revision}, then {there.revision}"
         found, expected = (f"{n:,} files of {size:,} bytes" for n, size in (_size(source), (there.files, there.bytes)))
         if found != expected:
             return f"{found}, then {expected}"
@@ -92,11 +95,21 @@ def recall(run: Path | None, data: Data) -> list[Remembered] | None:
     """Return the datasets that a run with checkpoints reads; None for others, and for a run of other sources."""
     if run is None or not runs.committed(run):
         return None
-    try:
-        kept = TypeAdapter(list[Remembered]).validate_json(files.read(run / FILE, own=True))
-    except (OSError, ValidationError):
-        return None  # a run of before there was such a file
+    kept = _kept(run)
     return kept if len(kept) == len(sources(data)) else None
+
+
+def revisions(run: Path | None, data: Data) -> list[str | None]:
+    """Return the revision of each dataset of the Hub at which a run began, also before its first checkpoint."""
+    kept = {one.source: one.text[0].revision for one in _kept(run) if len(one.text) == 1} if run else {}
+    return [kept.get(name) for name, _ in sources(data)]
+
+
+def _kept(run: Path) -> list[Remembered]:
+    try:
+        return TypeAdapter(list[Remembered]).validate_json(files.read(run / FILE, own=True))
+    except (OSError, ValidationError):
+        return []  # a run of before there was such a file
 
 
 def folders(data: Data, kept: list[Remembered]) -> list[Path] | None:
@@ -123,7 +136,7 @@ def _checked(data: Data, kept: Remembered, preparation: Preparation, told: Told)
             raise CheckpointError(_other(source, "other tokens"))
         return ensure_dataset(preparation, cache_folder(data))
     moved = source != kept.source
-    if not exists(source):
+    if not exists(source, of_hub=moved or any(text.revision for text in kept.text)):
         if folder is None or moved:
             gone = "" if moved else f", and so is {kept.folder}, which was made of it"
             raise DataError(f"data.source: {source} is gone{gone}; expected one of both")
@@ -145,6 +158,6 @@ def _other(source: str, what: str) -> str:
     return f"{found}; use --fresh for a new run, or --from for one that begins with its weights"
 
 
-def exists(source: str) -> bool:
-    """True for a source whose text is there."""
-    return source == PYTHON_SOURCE or Path(source.removeprefix(REPOSITORIES)).exists()
+def exists(source: str, of_hub: bool = True) -> bool:
+    """True for a source whose text is there; `of_hub`: also for a dataset of the Hub, which is not asked."""
+    return source == PYTHON_SOURCE or hub.exists(source, of_hub) or Path(source.removeprefix(REPOSITORIES)).exists()

@@ -1,4 +1,4 @@
-"""Sources of text: the running Python's library, files and folders of text, folders of repositories."""
+"""Sources of text: the running Python's library, files and folders of text, folders of repositories, datasets."""
 
 from __future__ import annotations
 
@@ -19,9 +19,24 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from data_tools import tables
+from data_tools import csv_rows, hub, tables
 from data_tools.fields import as_text, names, told, under
-from data_tools.files import FIT, TABLE, TEXT, at_once, below, check_unpacked, choose, counted, ending, endings, naming
+from data_tools.files import (
+    CSV,
+    FIT,
+    TABLES,
+    TEXT,
+    at_once,
+    below,
+    check_unpacked,
+    choose,
+    counted,
+    ending,
+    endings,
+    naming,
+    one_line,
+)
+from data_tools.hub import HUB, HubDataset
 from data_tools.json_rows import rows
 from data_tools.tokenizer import Cutter
 from lasptrain.errors import DataError, SetupError
@@ -90,7 +105,7 @@ class Source:
     """A named list of files in the order they are read; their names are relative to `root`.
 
     `repositories`: the files of each folder right below `root` are one document. `left_out`: number of files beside
-    them that are not read, by kind.
+    them that are not read, by kind. `dataset`: its rows are read, not its files.
     """
 
     name: str
@@ -98,11 +113,17 @@ class Source:
     files: tuple[Path, ...]
     repositories: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
+    dataset: HubDataset | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of a dataset of the Hub."""
+        return self.dataset.revision if self.dataset else None
 
     @property
     def bytes(self) -> int:
-        """Size of all files as they lie on disk."""
-        return sum(self.sizes)
+        """Size of all files as they lie on disk; of a dataset of the Hub, which it downloads, that of all columns."""
+        return self.dataset.size if self.dataset and self.revision else sum(self.sizes)
 
     @property
     def sizes(self) -> list[int]:
@@ -128,8 +149,11 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over the names and contents of the files."""
-        return digest(zip(self.names, self.contents, strict=True))
+        """SHA-256 over the names and contents of the files; of a dataset also over what is read of it."""
+        found = digest(zip(self.names, self.contents, strict=True))
+        if not self.dataset:
+            return found
+        return hashlib.sha256(f"{self.dataset.identity}\0{self.revision}\0{found}".encode()).hexdigest()
 
     def named(self, name: str) -> str:
         """SHA-256 as `sha256`, of a single file if it had that name."""
@@ -151,9 +175,7 @@ class Source:
     def pieces(self, reading: Reading, dropped: Counter[str]) -> Iterator[Piece]:
         """Read every document piece by piece: of a text file of any size only a few MiB are in memory."""
         cutter, blank = Cutter(), True
-        for place, text, done, last in (
-            self._repositories(dropped) if self.repositories else self._files(reading, dropped)
-        ):
+        for place, text, done, last in self._parts(reading, dropped):
             held = ""
             for piece in cutter.add(text or "", last):
                 if held:
@@ -169,6 +191,13 @@ class Source:
             kept = text is not None and not blank
             yield Piece(place, held if kept else "", done, True, kept)
             blank = True
+
+    def _parts(self, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
+        if self.repositories:
+            return self._repositories(dropped)
+        if self.dataset:
+            return _table(self.name, self.dataset.rows(reading.field), self.bytes, reading, dropped)
+        return self._files(reading, dropped)
 
     def _files(self, reading: Reading, dropped: Counter[str]) -> Iterator[Part]:
         done = 0
@@ -206,13 +235,16 @@ def digest(files: Iterable[tuple[bytes, str]]) -> str:
     return found.hexdigest()
 
 
-def open_source(spec: str, tests: bool = False) -> Source:
+def open_source(spec: str, tests: bool = False, revision: str | None = None) -> Source:
     """Open a source by name: `python:source` (`tests` adds the library's tests), a file, or a folder with all below;
-    `repositories:FOLDER` takes each folder in it as one document.
+    `repositories:FOLDER` takes each folder in it as one document, `hf:NAME` is a dataset (of the Hub at `revision`).
 
     Links are followed; a file that they lead to twice is read once. Raises DataError when there is nothing to read, or
     something that cannot be read.
     """
+    if spec.startswith(HUB):
+        dataset = hub.open_dataset(spec, revision)
+        return Source(dataset.name, dataset.folder, dataset.files, dataset=dataset)
     left_out = Counter[str]()
     if spec == PYTHON_SOURCE:
         root = Path(sysconfig.get_path("stdlib"))
@@ -227,8 +259,11 @@ def open_source(spec: str, tests: bool = False) -> Source:
             is_folder, exists = root.is_dir(), os.path.lexists(root)
         if not spec or not exists:
             raise DataError(
-                f"{spec or 'an empty name'}: no such source; {PYTHON_SOURCE}, or a file or folder of {FIT} fits"
+                f"{spec or 'an empty name'}: no such source; "
+                f"{PYTHON_SOURCE}, {HUB}NAME, or a file or folder of {FIT} fits"
             )
+        if any((root / name).is_file() for name in hub.SAVED):
+            raise DataError(f"{root}: was written by save_to_disk of the package datasets; {HUB}{root} fits")
         files = choose(below(root, (), left_out), lambda path: endings(path.name) is not None, left_out)
         name, root = utf8(root.resolve().name), root if is_folder else root.parent
     if not files:
@@ -239,7 +274,8 @@ def open_source(spec: str, tests: bool = False) -> Source:
 
 def left_out(specs: Iterable[str]) -> dict[str, int]:
     """Count the files of all these sources that are not read, by kind."""
-    return dict(sum((Counter(open_source(spec).left_out) for spec in specs), Counter[str]()))
+    read = (spec for spec in specs if not spec.startswith(HUB))
+    return dict(sum((Counter(open_source(spec).left_out) for spec in read), Counter[str]()))
 
 
 def _open_repositories(root: Path) -> Source:
@@ -296,11 +332,8 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
         return
     held, packed = endings(path.name) or (TEXT, "")
     size = os.fstat(raw.fileno()).st_size
-    if held == TABLE:
-        for number, (content, part) in enumerate(tables.rows(path, reading.field), start=1):
-            text = _decode(content or b"", f"{path}:{number}", reading, dropped)
-            if text is not None:
-                yield f"{path}:{number}", text, int(size * part), True
+    if held in TABLES:
+        yield from _table(str(path), tables.rows(path, reading.field), size, reading, dropped)
         return
     stream = raw
     if packed:
@@ -308,6 +341,10 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
     longest = min(LONGEST_LINE, at_once(size)) if packed else LONGEST_LINE
     if held == TEXT:
         yield from ((str(path), text, raw.tell(), last) for text, last in _plain(path, stream, reading, dropped))
+        return
+    if held == CSV:
+        values = _csv(path, stream, longest, reading, dropped)
+        yield from ((place, text, raw.tell(), True) for place, text in values)
         return
     is_value = held == ".json"
     for number, begin in enumerate(iter(lambda: stream.readline(READ), b""), start=1):
@@ -324,6 +361,32 @@ def _texts(path: Path, raw: BinaryIO, reading: Reading, dropped: Counter[str]) -
             text = _json_text(line, place, reading, dropped)
             if text is not None:
                 yield place, text, raw.tell(), True
+
+
+def _table(
+    name: str, rows: Iterable[tuple[bytes | None, float]], size: int, reading: Reading, dropped: Counter[str]
+) -> Iterator[Part]:
+    """Read the text of each row of a table of `size` bytes."""
+    for number, (content, part) in enumerate(rows, start=1):
+        text = _decode(content or b"", f"{name}:{number}", reading, dropped)
+        if text is not None:
+            yield f"{name}:{number}", text, int(size * part), True
+
+
+def _csv(
+    path: Path, stream: BinaryIO, longest: int, reading: Reading, dropped: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """Read (place, text) of each row. Raises DataError where it is no CSV."""
+    try:
+        for line, row in csv_rows.rows(stream, reading.field, longest):
+            place = f"{path}:{line}"
+            if isinstance(row, str):
+                _malformed(f"{place}: {row}", reading, dropped)
+            elif (text := _row_text(row, place, reading, dropped)) is not None:
+                yield place, text
+    except ValueError as error:
+        fits = 'lines of comma-separated values, with "quotes" where they hold commas, fit'
+        raise DataError(f"{path}: {one_line(error)}; {fits}") from error
 
 
 def _is_no_line(line: bytes) -> bool:

@@ -1,19 +1,20 @@
-"""Rows of parquet files: one column of text, or of bytes, of which little is in memory at a time."""
+"""Rows of parquet and Arrow files: one column of text, or of bytes, of which little is in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_tools.columns import holds_ids
 from data_tools.fields import told
-from data_tools.files import at_once, check_unpacked, one_line
+from data_tools.files import ARROW, at_once, check_unpacked, one_line
 from lasptrain.console.stdio import printable
 from lasptrain.errors import DataError, SetupError
 
 ROWS, FEWEST_ROWS = 256, 16  # in memory at once
 HELD = 1 << 27  # bytes of rows in memory, where they are not certain to be small
+IPC = b"ARROW1"  # begins a file of Arrow, not a stream
 USUAL = 20  # times that text shrinks when it is packed; with more, values may repeat
 
 
@@ -23,37 +24,86 @@ def rows(path: Path, field: str) -> Iterator[tuple[bytes | None, float]]:
     Raises SetupError without pyarrow, DataError for a bad file and for a column that is not there or holds no text.
     """
     try:
-        from pyarrow import ArrowException, compute, parquet
+        from pyarrow import ArrowException
     except ImportError:
         raise SetupError(f"{path}: needs pyarrow: pip install 'lasptrain[data]'") from None
+    size = path.stat().st_size
+    limit, unpacked = at_once(size), 0
+    read = _arrow if path.name.lower().endswith(ARROW) else _parquet
     try:
-        with parquet.ParquetFile(path) as file:
-            keys = _column(path, file.schema_arrow, field)
-            leaves = [leaf for leaf in _leaves(file) if f"{leaf}.".startswith(f"{'.'.join(keys)}.")]
-        size = path.stat().st_size
-        limit = at_once(size)
-        largest, repeats = _sizes(file.metadata, leaves)
-        if largest > limit:
-            raise DataError(f"{path}: {size:,} bytes unpack to {largest:,} at once; expected text, which shrinks less")
-        dictionaries = leaves if repeats else None  # of values that repeat, one of each is in memory
-        with parquet.ParquetFile(path, read_dictionary=dictionaries, buffer_size=1 << 20) as file:
-            total, number, unpacked = max(1, file.metadata.num_rows), 0, 0
-            most = max(FEWEST_ROWS, min(ROWS, HELD // max(1, largest)))
-            for batch in file.iter_batches(most, columns=[".".join(keys)]):
-                column = batch.column(0)
-                for key in keys[1:]:
-                    column = compute.struct_field(column, [key])
-                for value in column:
-                    number += 1
-                    content = _bytes(value, f"{path}:{number}", limit)
-                    unpacked += len(content or b"")
-                    check_unpacked(path, size, unpacked)
-                    yield content, number / total
+        for number, (value, part) in enumerate(read(path, field, size, limit), start=1):
+            found = content(value, f"{path}:{number}", limit)
+            unpacked += len(found or b"")
+            check_unpacked(path, size, unpacked)
+            yield found, part
     except (ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: it cannot be read: {one_line(error)}") from error
 
 
-def _column(path: Path, schema: Any, field: str) -> list[str]:
+def _parquet(path: Path, field: str, size: int, limit: int) -> Iterator[tuple[Any, float]]:
+    """Read each value of a column, and the part of the rows read with it."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        keys = column(path, file.schema_arrow, field)
+        leaves = [leaf for leaf in _leaves(file) if f"{leaf}.".startswith(f"{'.'.join(keys)}.")]
+    largest, repeats = _sizes(file.metadata, leaves)
+    _check_largest(path, size, largest, limit)
+    dictionaries = leaves if repeats else None  # of values that repeat, one of each is in memory
+    with parquet.ParquetFile(path, read_dictionary=dictionaries, buffer_size=1 << 20) as file:
+        total = max(1, file.metadata.num_rows)
+        most = max(FEWEST_ROWS, min(ROWS, HELD // max(1, largest)))
+        batches = file.iter_batches(most, columns=[".".join(keys)])
+        for number, value in enumerate(values(batches, keys), start=1):
+            yield value, number / total
+
+
+def _arrow(path: Path, field: str, size: int, limit: int) -> Iterator[tuple[Any, float]]:
+    """Read each value of a column as `_parquet` does, of either form of Arrow's IPC: a file, or a stream."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(str(path)) as mapped:  # a batch may be as large as the file, and more than memory
+        opened = ipc.open_file if mapped.read(len(IPC)) == IPC else ipc.open_stream
+        mapped.seek(0)
+        schema = opened(mapped).schema
+        keys = column(path, schema, field)
+        mapped.seek(0)
+        file = opened(mapped, options=ipc.IpcReadOptions(included_fields=[schema.get_field_index(keys[0])]))
+        for batch, part in _in_file(file) if opened is ipc.open_file else _in_stream(file, mapped, size):
+            _check_largest(path, size, batch.nbytes, limit)
+            batch.validate(full=True)  # it points into itself as the file says
+            for value in values([batch], keys):
+                yield value, part
+
+
+def _in_file(file: Any) -> Iterator[tuple[Any, float]]:
+    for number in range(file.num_record_batches):
+        yield file.get_batch(number), (number + 1) / file.num_record_batches
+
+
+def _in_stream(stream: Any, mapped: Any, size: int) -> Iterator[tuple[Any, float]]:
+    for batch in stream:
+        yield batch, mapped.tell() / size
+
+
+def values(batches: Iterable[Any], keys: list[str]) -> Iterator[Any]:
+    """Yield the values of the column that `keys` lead to in record batches, or in tables."""
+    from pyarrow import compute
+
+    for batch in batches:
+        found = batch.column(keys[0])
+        for key in keys[1:]:
+            found = compute.struct_field(found, [key])
+        yield from found
+
+
+def _check_largest(path: Path, size: int, largest: int, limit: int) -> None:
+    if largest > limit:
+        raise DataError(f"{path}: {size:,} bytes unpack to {largest:,} at once; expected text, which shrinks less")
+
+
+def column(path: object, schema: Any, field: str) -> list[str]:
     """Find the names that lead to a column of text. Raises DataError where there is none."""
     keys, kind = _found(schema, field)
     if kind is None:
@@ -112,18 +162,18 @@ def _sizes(metadata: Any, leaves: list[str]) -> tuple[int, bool]:
     return largest, repeats
 
 
-def _bytes(value: Any, place: str, most: int) -> bytes | None:
+def content(value: Any, place: str, most: int) -> bytes | None:
     """Return the bytes of a scalar, of a list those of its values with newlines between them."""
     if not value.is_valid:
         return None
     if hasattr(value, "dictionary"):
-        return _bytes(value.value, place, most)
+        return content(value.value, place, most)
     if hasattr(value, "as_buffer"):
-        content: bytes = value.as_buffer().to_pybytes()
-        return content
+        found: bytes = value.as_buffer().to_pybytes()
+        return found
     parts, size = [], 0
     for part in value.values:
-        parts.append(_bytes(part, place, most) or b"")
+        parts.append(content(part, place, most) or b"")
         size += len(parts[-1]) + 1
         if size > most:
             raise DataError(f"{place}: more than {most:,} bytes in a row, of a file that could not hold them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from data_tools.hub import HUB, without_folder
 from lasptrain import __version__
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert.target import Target
@@ -67,7 +68,9 @@ def _named(source: str | tuple[Part, ...] | None) -> str | tuple[Part, ...] | No
 
 
 def _name(path: str) -> str:
-    """The last part of a path, behind `repositories:` too; `python:source` is one already."""
+    """The last part of a path, behind `repositories:` too; `python:source` is one already, as are names of the Hub."""
+    if path.startswith(HUB):
+        return without_folder(path)
     kind, colon, folder = path.rpartition(":")
     return f"{kind}{colon}{Path(folder).name}"
 

@@ -83,12 +83,13 @@ class LengthsEntry(_Entry):
 
 
 class SourceEntry(_Entry):
-    """Source of the text; `sha256` covers the names and contents of its files."""
+    """Source of the text; `sha256` covers the names and contents of its files, or the `revision` of a dataset."""
 
     name: str
     files: Count
     bytes: Count
     sha256: Sha256
+    revision: str | None = None
 
 
 def _few(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -173,7 +174,7 @@ class Manifest(_Entry):
 
     def save(self, folder: Path) -> None:
         """Write `dataset.json` with its fingerprint: one line for each key and each shard."""
-        values = self.model_dump(mode="json") | {"fingerprint": self.computed_fingerprint()}
+        values = self.model_dump(mode="json", exclude_none=True) | {"fingerprint": self.computed_fingerprint()}
         shards = ",\n".join("  " + json.dumps(shard) for shard in values.pop("shards"))
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         text = "{" + ",\n".join([*lines, f'"shards": [\n{shards}\n]']) + "}\n"
