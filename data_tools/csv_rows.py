@@ -20,23 +20,22 @@ def rows(stream: BinaryIO, field: str, largest: int = LARGEST) -> Iterator[tuple
     csv.field_size_limit(largest)
     content = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     lines = csv.reader(_short(content, largest), strict=True)
-    names: list[str] | None = None
     end = 0
     try:
+        names = next(lines, [])
+        if names.count(field) > 1:
+            raise ValueError(f"line 1: two columns {field!r}; expected one")
+        end = lines.line_num
         for values in lines:
             begin, end = end + 1, lines.line_num
-            if not values:
-                continue
-            if names is None:
-                names = values
-                if names.count(field) > 1:
-                    raise ValueError(f"line {begin}: two columns {field!r}; expected one")
-            elif len(values) == len(names):
+            if len(values) == len(names):
                 yield begin, dict(zip(names, values, strict=True))
-            else:
+            elif values:
                 yield begin, f"{len(values)} values for {len(names)} columns"
     except csv.Error as error:
         raise ValueError(f"line {end + 1}: {error}") from None
+    finally:
+        content.detach()
 
 
 def _short(content: io.TextIOWrapper, largest: int) -> Iterator[str]:
