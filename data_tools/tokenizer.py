@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,14 +13,18 @@ from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 
+from data_tools.fields import listed
 from data_tools.files import naming, one_line
-from lasptrain.errors import DataError, RecipeError
+from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.files import read, utf8
 
 BYTES = "bytes"
+MODEL, FAST = "tokenizer.model", "tokenizer.json"  # names in a folder; of sentencepiece first, which is faster
+FIT = f"a {FAST}, a folder that holds one, a sentencepiece .model, or {BYTES}"
 PIECE = 1 << 16  # characters encoded at once: sentencepiece slows down on longer strings
 LONGEST = 1 << 20  # a text without any good place is cut here
 LARGEST = 1 << 26  # bytes of a tokenizer's file
+CONFIG = "tokenizer_config.json"  # beside a tokenizer.json
 MARK = "▁"  # U+2581, by which sentencepiece writes a space
 GOOD_PLACE = re.compile(r"\n|(?<=\S) ")
 
@@ -86,13 +91,16 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise DataError(f"{path}: no sentencepiece model can be read from it; {BYTES!r} needs no file") from error
+            raise DataError(f"{path}: no sentencepiece model can be read from it; {FIT} fits") from error
         self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.vocab_size()
         named: int = self._model.bos_id()
         if named < 0 and bos is None:
-            raise DataError(f"{path}: the model has no BOS piece, and every document starts with one")
+            raise DataError(
+                f"{path}: the model has no BOS piece, and every document starts with one; expected a model that was "
+                f"trained with bos_id, or a {FAST} whose {CONFIG} names another piece as bos_token"
+            )
         self.bos = named if bos is None or named >= 0 else bos
         try:
             self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
@@ -119,13 +127,14 @@ class FastTokenizer:
     """A `tokenizer.json` of Hugging Face's tokenizers; the package `tokenizers` reads it."""
 
     def __init__(self, path: Path, bos: int | None = None) -> None:
-        """Read a tokenizer. Raises DataError without the package, and for a file that is none or, unless `bos` is
-        given, names none.
+        """Read a tokenizer. Raises SetupError without the package, DataError for a file that is none or, unless `bos`
+        is given, has none.
         """
         try:
             from tokenizers import Tokenizer as Reader
         except ImportError:
-            raise DataError(f"{path}: needs the package tokenizers; pip install tokenizers") from None
+            raise SetupError(f"{path}: needs the package tokenizers: pip install tokenizers") from None
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; no threads, we may fork
         content = _content(path)
         try:
             parsed = json.loads(content)
@@ -137,30 +146,48 @@ class FastTokenizer:
         self._model.no_padding()
         self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size: int = self._model.get_vocab_size()
+        self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=0)  # some leave out numbers
+        added = {token["id"]: token for token in parsed.get("added_tokens") or []}
+        special = {number for number, token in added.items() if token["special"]}
         named = _bos_of(path, parsed)
         number = None if named is None else self._model.token_to_id(named)
         number = bos if number is None else number
         if number is None:
+            found = "names no BOS" if named is None else f"names {one_line(named)} as BOS, which it does not have"
+            held = listed(added[number]["content"] for number in sorted(special))
             raise DataError(
-                f"{path}: names no BOS, and every document starts with one; expected bos_token in tokenizer_config.json"
+                f"{path}: {found}, and every document starts with one; expected bos_token in {CONFIG} beside it, the "
+                f'text of a token: {{"bos_token": "…"}}; special tokens there: {held}'
             )
         self.bos: int = number
-        special = {token["id"] for token in parsed.get("added_tokens") or [] if token["special"]}
+        self._bos_text = self._spelled(self._model.id_to_token(number) or "")
         if unknown := parsed["model"].get("unk_token"):
             special.add(self._model.token_to_id(unknown))
         byte_level = "ByteLevel" in json.dumps([parsed.get("decoder"), parsed.get("pre_tokenizer")])
         self._space = MARK if keeps_mark(self) else " "
-        self.token_bytes = [0 if i in special else self._bytes_of(i, byte_level) for i in range(self.vocab_size)]
+        self.token_bytes = [
+            0 if i in special else self._bytes_of(i, byte_level and i not in added) for i in range(self.vocab_size)
+        ]
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        (found,) = self._model.encode_batch_fast([text], add_special_tokens=False)  # without places in the text
+        ids: list[int] = found.ids
+        if self.bos in ids:  # "<s>" was in the text, and a model may know it as a piece
+            return [letter for i in ids for letter in (self._bos_text if i == self.bos else [i])]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in ids if i < self.vocab_size and i != self.bos]
         text: str = self._model.decode(known, skip_special_tokens=False)
         return text
+
+    def _spelled(self, text: str) -> list[int]:
+        """Return the ids of the letters of BOS, or of their bytes; BOS where one has none."""
+        ids: list[int | None] = []
+        for letter in text:
+            whole = self._model.token_to_id(letter)
+            ids += [self._model.token_to_id(f"<0x{i:02X}>") for i in letter.encode()] if whole is None else [whole]
+        return [self.bos if None in ids else i for i in ids if i is not None]
 
     def _bytes_of(self, token: int, byte_level: bool) -> int:
         piece: str = self._model.id_to_token(token) or ""
@@ -177,7 +204,7 @@ def _content(path: Path) -> bytes:
 def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
     """Find BOS: named in the configuration beside a tokenizer, or the first token that it puts before a text."""
     try:
-        named = json.loads(read(path.with_name("tokenizer_config.json"), LARGEST))["bos_token"]
+        named = json.loads(read(path.with_name(CONFIG), LARGEST))["bos_token"]
         named = named["content"] if isinstance(named, dict) else named
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         named = None
@@ -191,21 +218,33 @@ def _bos_of(path: Path, parsed: dict[str, Any]) -> str | None:
 
 
 def load_tokenizer(spec: str | Path, bos: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a path, a sentencepiece model or a tokenizer.json, or the built-in one for "bytes".
+    """Load the tokenizer of a path, a tokenizer.json, a folder that holds one or a sentencepiece model, or the built-in
+    one for "bytes".
 
     `bos` is BOS of one that names none; RecipeError where another is named, or it is no id.
     """
-    path = Path(spec)
     tokenizer: Tokenizer
     if str(spec) == BYTES:
         tokenizer = ByteTokenizer()
     else:
+        path = tokenizer_file(Path(spec))
         tokenizer = FastTokenizer(path, bos) if path.suffix == ".json" else SentencePieceTokenizer(path, bos)
     if bos is not None and tokenizer.bos != bos:
         raise RecipeError(f"--bos: found {bos}; {tokenizer.name} names {tokenizer.bos}, expected that or none")
     if not 0 <= tokenizer.bos < tokenizer.vocab_size:
         raise RecipeError(f"--bos: found {bos}; expected an id of the vocabulary of {tokenizer.vocab_size:,}")
     return tokenizer
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Return a tokenizer's file, where `path` is the folder that holds it. DataError for a folder without one."""
+    with naming(path):
+        if not path.is_dir():
+            return path
+        for name in (MODEL, FAST):
+            if (path / name).is_file():
+                return path / name
+    raise DataError(f"{path}: holds no {MODEL} and no {FAST}; {FIT} fits")
 
 
 def train(texts: Iterable[str], vocab: int) -> bytes:

@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["datasets", "me", "set", "resolve", name, file] if files := self._files(name):
                 if file in files:
                     tag = f'"{_digest(files[file])}"'
-                    self._send(files[file], **{"X-Repo-Commit": self._commit(name), "ETag": tag})
+                    self._send(files[file], {"X-Repo-Commit": self._commit(name), "ETag": tag})
                 else:
                     self._refuse("EntryNotFound")
             case ["api", "datasets", "me", "set", "tree", name, *_] if self._files(name):
@@ -82,11 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.commits.get(self._commit(name))
 
     def _refuse(self, what: str) -> None:
-        self._send(b"", 404, **{"X-Error-Code": what})
+        self._send(b"", {"X-Error-Code": what}, 404)
 
-    def _send(self, content: bytes, code: int = 200, **headers: str) -> None:
+    def _send(self, content: bytes, headers: dict[str, str] | None = None, code: int = 200) -> None:
         self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":

@@ -167,8 +167,8 @@ def test_damaged_arrow_is_named_or_read(tmp_path: Path, form: str) -> None:
         else:
             named += 1
     assert named == 60
-    for content in (b"", b"text\n", whole[: len(whole) // 2]):
-        path.write_bytes(content)
+    for beginning in (b"", b"text\n", whole[: len(whole) // 2]):
+        path.write_bytes(beginning)
         with pytest.raises(DataError, match=r"a\.arrow: it cannot be read: "):
             documents(path)
 

@@ -621,7 +621,7 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
         "none.model": "it cannot be read: No such file",
         "odd.model": "the model has pieces that are not UTF-8",
         "pipe.model": "it cannot be read: it is no regular file",
-        "": "it cannot be read: Is a directory",
+        "": "holds no tokenizer.model and no tokenizer.json; a tokenizer.json, a folder that holds one, a",
     }.items():
         with pytest.raises(DataError, match=f"{name}: {reason}"):
             load_tokenizer(tmp_path / name)

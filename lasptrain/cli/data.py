@@ -28,10 +28,12 @@ Sources = Annotated[
     typer.Argument(
         metavar="SOURCE…",
         callback=spec,
-        help="python:source, repositories:FOLDER for code, or files and folders of text, JSON lines and .parquet.",
+        help="python:source, repositories:FOLDER for code, hf:NAME[:CONFIG][@SPLIT] for datasets, or files and folders "
+        "of text, JSON lines, .csv, .parquet and .arrow.",
     ),
 ]
-Tokenizer = Annotated[str, typer.Argument(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")]
+TOKENIZER = "A tokenizer.json, a folder that holds one, a sentencepiece .model, or bytes."
+Tokenizer = Annotated[str, typer.Argument(metavar="FILE", callback=spec, help=TOKENIZER)]
 Field = Annotated[str, typer.Option(help="The key of rows that holds the text, or a path of keys such as doc.text.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the shuffle of documents.")]
@@ -57,7 +59,7 @@ def _say(result: object) -> None:
 @app.command()
 def prepare(
     sources: Sources,
-    tokenizer: Annotated[str, typer.Option(metavar="FILE", callback=spec, help="A sentencepiece model, or bytes.")],
+    tokenizer: Annotated[str, typer.Option(metavar="FILE", callback=spec, help=TOKENIZER)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The new dataset.")],
     seed: Seed = 0,
     validation: HeldOut = 20_000,
@@ -66,7 +68,7 @@ def prepare(
         Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")
     ] = "fail",
     field: Field = "text",
-    max_bad: Annotated[int, typer.Option(min=0, help="Bad JSON lines that are tolerated.")] = 0,
+    max_bad: Annotated[int, typer.Option(min=0, help="Bad lines of JSON or CSV that are tolerated.")] = 0,
     min_tokens: Shortest = 0,
     max_tokens: Longest = None,
     packing: Packing = "concat",

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import FAST, MODEL, load_tokenizer
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
 from lasptrain.architectures.section import LARGEST
@@ -213,7 +213,7 @@ def described(folder: files.Folder) -> Recipe:
 
 def tokenizer(folder: files.Folder) -> Path:
     """Return the tokenizer's file in a folder. ConvertError where there is none of a known name."""
-    for name in ("tokenizer.model", "tokenizer.json"):
+    for name in (MODEL, FAST):
         if (folder.path / name).is_file():
             return folder.path.absolute() / name
     raise ConvertError(f"{folder.path}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")

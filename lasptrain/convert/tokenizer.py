@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.fast_tokenizer import BYTE, CONTROL, UNKNOWN, protocol, tokenizer_json
-from data_tools.tokenizer import BYTES, load_tokenizer
+from data_tools.tokenizer import BYTES, CONFIG, FAST, load_tokenizer, tokenizer_file
 from lasptrain import files
 from lasptrain.convert.verify import installed
 from lasptrain.errors import DataError
 
 LINES = 10_000
-FAST, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+MAP = "special_tokens_map.json"
 
 DEFAULTS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,7 +61,7 @@ def special(spec: str) -> Special:
     bos = load_tokenizer(spec).bos
     if spec == BYTES:
         return Special(*[(bos, "")] * 3)
-    path = Path(spec)
+    path = tokenizer_file(Path(spec))
     found = _named(path, bos) if path.suffix == ".json" else _of_pieces(path)
     end = found.get("eos", found["bos"])
     return Special(found["bos"], end, found.get("pad") or found.get("unk") or end)
@@ -106,10 +106,11 @@ def _beside(path: Path, name: str) -> Json:
 
 
 def export(path: Path, folder: Path) -> str:
-    """Write the tokenizer at `path`, a sentencepiece model or a tokenizer.json, into `folder`; return a line about it.
+    """Write the tokenizer at `path`, or in a folder there, into `folder`; return a line about it.
 
     A tokenizer.json is copied with the files beside it, which then name BOS, end and padding if they did not.
     """
+    path = tokenizer_file(path)
     if path.suffix == ".json":
         shutil.copyfile(path, folder / FAST)
         _describe(path, folder, _beside(path, CONFIG) or DEFAULTS, _beside(path, MAP))
@@ -148,13 +149,20 @@ def _different(path: Path, text: str) -> str | None:
 
 
 def lines(count: int = LINES, seed: int = 0) -> Iterator[str]:
-    """Yield lines that are hard to tokenize: stray spaces, controls, scripts, emoji, digits, literal special tokens."""
+    """Yield lines that are hard to tokenize: stray spaces, controls, scripts, emoji, digits, literal special tokens,
+    marks that combine, text from right to left, long words, characters beside surrogates, code.
+    """
     yield ""
     random_ = random.Random(seed)
     source = Path(random.__file__).read_text(encoding="utf-8").splitlines()
     hard = [" ", "  ", "\n", "\t", "\r\n", "<s>", "</s>", "<unk>", "<0x0A>", "▁", "0123456789", "3.14", "é", "e\u0301"]
     hard += ["汉字", "かな", "한국어", "Ünï", "🙂", "👩‍👩‍👧"]
-    hard += ["\u200b", "\u00a0", "\ufeff", "\x00", "العربية", "’", "--"]
+    hard += ["\u200b", "\u00a0", "\ufeff", "\x00", "العربية", "’", "--", "<|endoftext|>", "[CLS]", "<pad>"]
+    hard += ["a\u0301\u0323\u0489", "\u0301", "n\u0303o", "ﬁ", "①", "ｆｕｌｌ", "İı", "ß", "नमस्ते", "ภาษาไทย"]
+    hard += ["🇩🇪🇫🇷", "❤\ufe0f", "👍🏽", "שלום", "\u202eabc\u202c", "\u2066x\u2069", "\x1b[0m", "\x7f", "\x85"]
+    hard += ["\u2028", "\v\f", " \t \n\n  \r", "\ud7ff", "\ue000", "\ufffd", "\uffff", "\U00010000", "\U0010ffff"]
+    hard += ["Donaudampfschiff" * 20, "ab" * 400, "=" * 300, " " * 70, "\n" * 9, "0" * 100, "__init__"]
+    hard += ["https://a.b/c?d=%20&e#f", "if (a&&!b) {x[i]+=1;}", "\\frac{1}{2}"]
     for _ in range(count - 1):
         parts = random_.choices(hard, k=random_.randint(0, 4)) + random_.choices(source, k=random_.randint(0, 2))
         random_.shuffle(parts)

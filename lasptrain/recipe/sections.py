@@ -29,11 +29,12 @@ Source = Annotated[
 class Data(Section):
     """The training data: one stream of documents, cut into windows; or several, mixed."""
 
-    # the Python library's own source, a prepared folder, or text to prepare; or several, each with path and weight
+    # the Python library's own source, a prepared folder, or text to prepare, which may be a dataset, hf:NAME; or
+    # several, each with path and weight
     source: Source = "python:source"
     mix_block: Count = 1024  # windows over which several sources have exactly their shares
-    field: Text = "text"  # the key, or the.path.of.keys, of JSON lines and parquet that holds the text
-    tokenizer: FilePath = "tokenizers/python-4k.model"  # a sentencepiece model, or bytes
+    field: Text = "text"  # the key, or the.path.of.keys, of rows that holds the text
+    tokenizer: FilePath = "tokenizers/python-4k.model"  # or a tokenizer.json, a folder that holds one, or bytes
     window: Count = Field(description="tokens of a training sequence, such as 8192")  # `seq_len` elsewhere
     seed: Seed = 0  # of the order of windows
     validation: Annotated[int, Field(ge=0, lt=1_000_000)] = 20_000  # documents held out, per million
