@@ -97,17 +97,17 @@ def open_dataset(text: str, revision: str | None = None) -> HubDataset:
     """Open `hf:NAME[:CONFIG][@SPLIT][#REVISION]`, at `revision` where it names none. Of the Hub no data are read yet,
     and nothing is asked where the revision is a commit.
 
-    Raises SetupError without the package or the Hub, DataError where there is no such dataset, configuration or split.
+    Raises SetupError where the package or the Hub is needed and not there, DataError where there is no such dataset,
+    configuration or split.
     """
-    library = _library(text)
     spec = _parsed(text)
     with _naming(text):
         folder = Path(spec.path)
         if not spec.path or not folder.is_dir():
-            return _of_hub(library, spec._replace(revision=spec.revision or revision))
+            return _of_hub(spec._replace(revision=spec.revision or revision))
         if spec.revision:
             raise DataError(f"{text}: a folder has no revisions; expected none")
-        return (_saved if any((folder / name).is_file() for name in SAVED) else _folder)(library, spec)
+        return (_saved if any((folder / name).is_file() for name in SAVED) else _folder)(spec)
 
 
 def _parsed(text: str) -> _Spec:
@@ -126,37 +126,37 @@ def _library(text: str) -> Any:
     return datasets
 
 
-def _of_hub(library: Any, spec: _Spec) -> HubDataset:
+def _of_hub(spec: _Spec) -> HubDataset:
     """Find the commit of a dataset of the Hub, unless it is known."""
     if not NAME.fullmatch(spec.path):
         raise DataError(f"{spec.text}: no such folder, and no name of the Hub; {FIT}, fits")
     if spec.revision is None or not COMMIT.fullmatch(spec.revision):
-        builder = _builder(library, spec)
+        builder = _builder(spec)
         if builder.repo_id is None:
             raise DataError(f"{spec.text}: names a format of the package datasets; expected a dataset, or a folder")
         _split(spec, builder)
         spec = spec._replace(revision=builder.hash)
     name = spec.text.partition("#")[0]
-    return HubDataset(name, spec.identity(spec.path), lambda: _prepared(library, spec), revision=spec.revision)
+    return HubDataset(name, spec.identity(spec.path), lambda: _prepared(spec), revision=spec.revision)
 
 
-def _folder(library: Any, spec: _Spec) -> HubDataset:
+def _folder(spec: _Spec) -> HubDataset:
     """Find the files of a split in a folder that `load_dataset` takes."""
-    builder = _builder(library, spec)
+    builder = _builder(spec)
     split = _split(spec, builder)
     root = Path(spec.path).resolve()
     held = builder.config.data_files
     files = [str(file) for part in _parts(split) for file in held[part]]
     files += [str(root / card) for card in CARDS if (root / card).is_file()]
     chosen = spec._replace(config=builder.config.name, split=split)
-    return _in_folder(chosen, root, files, lambda: _prepared(library, chosen))
+    return _in_folder(chosen, root, files, lambda: _prepared(chosen))
 
 
-def _saved(library: Any, spec: _Spec) -> HubDataset:
+def _saved(spec: _Spec) -> HubDataset:
     """Open a folder that `save_to_disk` wrote; mapped, not read."""
     if spec.config:
         raise DataError(f"{spec.text}: no configuration {spec.config!r}; a dataset that was saved has none")
-    root = Path(spec.path).resolve()
+    library, root = _library(spec.text), Path(spec.path).resolve()
     found = library.load_from_disk(str(root))
     held = dict(found) if isinstance(found, library.DatasetDict) else {str(found.split or "train"): found}
     split = _chosen(spec, held)
@@ -175,18 +175,20 @@ def _in_folder(spec: _Spec, root: Path, files: Iterable[str], load: Callable[[],
     return HubDataset(of, spec.identity(""), load, root, tuple(paths))
 
 
-def _prepared(library: Any, spec: _Spec) -> Any:
-    """Download a split, unless it is in the caches, and open it."""
-    builder = _builder(library, spec)
+def _prepared(spec: _Spec) -> Any:
+    """Download a split, unless it is in the caches, and open it. This may take hours, which a log is told."""
+    builder = _builder(spec)
     split = _split(spec, builder)
+    if not sys.stderr.isatty() and not Path(builder.cache_dir).is_dir():
+        sys.stderr.write(f"{spec.text}: is read into {builder.cache_dir}\n")
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
-def _builder(library: Any, spec: _Spec) -> Any:
+def _builder(spec: _Spec) -> Any:
     path = str(Path(spec.path).resolve()) if Path(spec.path).is_dir() else spec.path
     try:
-        builder = library.load_dataset_builder(path, spec.config, revision=spec.revision)
+        builder = _library(spec.text).load_dataset_builder(path, spec.config, revision=spec.revision)
         return _cached(spec, builder) if builder.name == "cache" and spec.revision else builder
     except ValueError as error:
         held = re.findall(r"'([^']*)'", str(error).partition("vailable")[2].partition("]")[0])

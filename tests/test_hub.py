@@ -239,7 +239,8 @@ def test_a_dataset_of_the_hub_is_read_at_one_commit(folder: Path, hub: FakeHub) 
     """It is in the manifest; a newer one is read when it is there, an older one by its name, and offline the caches."""
     user = Session(folder, hub)
     old = committed(hub, "old")
-    assert user.prepare(f"hf:{NAME}", "one").returncode == 0
+    done = user.prepare(f"hf:{NAME}", "one")
+    assert done.returncode == 0 and re.match(rf"hf:{NAME}: is read into .*/{old}\n", done.stderr), done.stderr
     new = committed(hub, "new")
     for source, out in ((f"hf:{NAME}", "two"), (f"hf:{NAME}@train#{old}", "three")):
         done = user.prepare(source, out)
@@ -284,8 +285,10 @@ def test_a_run_goes_on_at_the_commit_that_it_began_with(folder: Path, hub: FakeH
     made = fingerprints(folder / "run")
     new = committed(hub, "new")
     asked = len(hub.asked)
+    Path("datasets.py").write_text("raise ImportError")
     assert user("pretrain", "one.yaml", "--run", "run", "--set", "train.steps=3").returncode == 0
-    assert len(hub.asked) == asked  # what was prepared is there, so there is nothing to ask
+    assert len(hub.asked) == asked  # what was prepared is there, so there is nothing to ask, and nothing to ask with
+    Path("datasets.py").unlink()
     shutil.rmtree("cache")
     done = user("pretrain", "one.yaml", "--run", "run", "--set", "train.steps=4")
     assert done.returncode == 0 and "has changed" not in done.stderr, done.stderr

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -153,7 +154,7 @@ def test_what_a_tokenizer_without_bos_needs_is_said(tmp_path: Path) -> None:
 
 def test_a_model_without_bos_says_what_it_needs(tmp_path: Path) -> None:
     model = io.BytesIO()
-    settings = {"vocab_size": 700, "bos_id": -1, "minloglevel": 2, "hard_vocab_limit": False}
+    settings: dict[str, Any] = {"vocab_size": 700, "bos_id": -1, "minloglevel": 2, "hard_vocab_limit": False}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **settings)
     (tmp_path / "a.model").write_bytes(model.getvalue())
     said = "a.model: the model has no BOS piece, and every document starts with one; expected a model that was trained "
