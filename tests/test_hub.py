@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +15,18 @@ from pathlib import Path
 import datasets
 import pytest
 
+from data_tools import commands
 from data_tools.hub import without_folder
+from data_tools.prepare import Preparation, prepare
 from data_tools.sources import Reading, open_source
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
-from lasptrain.errors import DataError, LaspError, SetupError
+from lasptrain.errors import CheckpointError, DataError, LaspError
+from lasptrain.process.location import resolve
+from lasptrain.recipe.loading import load
 from tests.fake_hub import NAME, FakeHub, serving
-from tests.test_cli import Done, lasptrain, refused
+from tests.program import ROOT
+from tests.test_cli import lasptrain, refused
 
 CARD = """---
 configs:
@@ -172,33 +180,30 @@ def tokens(out: Path, split: str) -> list[int]:
 def test_the_commands_take_them_as_they_take_files(folder: Path, tmp_path: Path) -> None:
     """The same shards but for the name in them, and the same tokenizer, as of the file that the dataset is made of."""
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    for source, out in (("hf:set:a", "one"), ("set/a/train.jsonl", "two")):
-        options = ("--tokenizer", "bytes", "--validation", "200000", "--out", out)
-        done = lasptrain("data", "prepare", source, *options, cwd=folder, **home)
-        assert done.returncode == 0 and "example" not in done.stderr, done.stderr  # no bars where it is no terminal
-        made = lasptrain(
-            "data", "tokenizer", "train", source, "--vocab", "320", "--out", f"{out}.model", cwd=folder, **home
-        )
-        assert made.returncode == 0, made.stderr
+    options = ("--tokenizer", "bytes", "--validation", "200000", "--out", "one")
+    done = lasptrain("data", "prepare", "hf:set:a", *options, cwd=folder, **home)
+    assert done.returncode == 0 and "example" not in done.stderr, done.stderr  # no bars where it is no terminal
+    train = ("data", "tokenizer", "train", "hf:set:a", "--vocab", "320", "--out", "one.model")
+    done = lasptrain(*train, cwd=folder, **home)
+    assert done.returncode == 0, done.stderr
+    prepare(Preparation(["set/a/train.jsonl"], "bytes", validation_ppm=200_000), folder / "two")
+    commands.train_tokenizer(["set/a/train.jsonl"], 320, folder / "two.model")
     for split in ("train", "validation"):
         assert tokens(folder / "one", split) == tokens(folder / "two", split) != []
     assert Path("one.model").read_bytes() == Path("two.model").read_bytes()
     assert [source.name for source in Manifest.load(folder / "one").sources] == ["hf:set:a@train"]
-    why = re.escape("hf:set:c: no configuration 'c'; expected one of a, b: hf:NAME:a")
-    refused(3, why, "data", "prepare", "hf:set:c", "--tokenizer", "bytes", "--out", "three", cwd=folder, **home)
-    Path("mixed.yaml").write_text(
-        RECIPE.replace("SOURCE", '[{path: "hf:set:a", weight: 3}, {path: set/b.jsonl, weight: 1}]') + "\n"
-    )
+    parts = '[{path: "hf:set:a", weight: 3}, {path: set/b.jsonl, weight: 1}]'
+    Path("mixed.yaml").write_text(RECIPE.replace("SOURCE", parts))
     mixed = lasptrain("data", "mix", "mixed.yaml", "--set", "data.window=16", cwd=folder, **home)
     assert mixed.returncode == 0 and "hf-set-a-train-" in mixed.stdout and "768 of 1,024 windows" in mixed.stdout
+    why = re.escape("hf:set:c: no configuration 'c'; expected one of a, b: hf:NAME:a")
+    refused(3, why, "check", "mixed.yaml", "--set", "data.source=hf:set:c", cwd=folder, **home)
 
 
 def test_the_extra_is_named_where_it_is_missing(folder: Path) -> None:
     Path("datasets.py").write_text("raise ImportError")
     message = re.escape("hf:me/set: needs the package datasets: pip install 'lasptrain[hf]'")
     refused(5, message, "data", "prepare", "hf:me/set", "--tokenizer", "bytes", "--out", "x", cwd=folder)
-    Path("one.yaml").write_text(RECIPE.replace("SOURCE", "hf:me/set"))
-    refused(5, message, "check", "one.yaml", cwd=folder)
 
 
 # The Hub
@@ -216,88 +221,99 @@ def committed(hub: FakeHub, first: str) -> str:
     return hub.commit({"train.jsonl": content.encode(), "README.md": b"---\nlicense: mit\n---\n"})
 
 
-class Session:
-    """Commands of one user of a hub, who has a home."""
+READ = """
+import sys
+from collections import Counter
+from data_tools.sources import Reading, open_source
+from lasptrain.errors import LaspError
 
-    def __init__(self, folder: Path, hub: FakeHub) -> None:
-        self.folder = folder
-        self.variables = {"HF_HOME": str(folder.parent / "home"), "HF_ENDPOINT": hub.url}
-
-    def __call__(self, *arguments: str, **more: str) -> Done:
-        return lasptrain(*arguments, cwd=self.folder, **self.variables, **more)
-
-    def prepare(self, source: str, out: str, **more: str) -> Done:
-        return self("data", "prepare", source, "--tokenizer", "bytes", "--validation", "0", "--out", out, **more)
+for name in sys.argv[1:]:
+    try:
+        source = open_source(name)
+        print(source.revision, next(source.documents(Reading(), Counter())).text.split()[0])
+    except LaspError as error:
+        print(error.code, error)
+"""
 
 
-def revision(folder: Path) -> str | None:
-    (source,) = Manifest.load(folder).sources
-    return source.revision
+def home(folder: Path, hub: FakeHub) -> dict[str, str]:
+    """Variables of a user of the Hub."""
+    return {"HF_HOME": str(folder.parent / "home"), "HF_ENDPOINT": hub.url}
+
+
+def read(folder: Path, hub: FakeHub, wanted: dict[str, str], **more: str) -> None:
+    """Asserts revision and first word of datasets, or code and beginning of the error, for a user of the Hub."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **home(folder, hub), **more}
+    command = [sys.executable, "-c", READ, *wanted]
+    done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, check=True)
+    for found, want in zip(done.stdout.splitlines(), wanted.values(), strict=True):
+        assert found.startswith(want), found
 
 
 def test_a_dataset_of_the_hub_is_read_at_one_commit(folder: Path, hub: FakeHub) -> None:
-    """It is in the manifest; a newer one is read when it is there, an older one by its name, and offline the caches."""
-    user = Session(folder, hub)
-    old = committed(hub, "old")
-    done = user.prepare(f"hf:{NAME}", "one")
-    assert done.returncode == 0 and re.match(rf"hf:{NAME}: is read into .*/{old}\n", done.stderr), done.stderr
-    new = committed(hub, "new")
-    for source, out in ((f"hf:{NAME}", "two"), (f"hf:{NAME}@train#{old}", "three")):
-        done = user.prepare(source, out)
-        assert done.returncode == 0, done.stderr
-    assert [revision(folder / out) for out in ("one", "two", "three")] == [old, new, old]
-    assert tokens(folder / "one", "train") == tokens(folder / "three", "train") != tokens(folder / "two", "train")
+    """Its newest, or the one that is named; offline what the caches hold."""
+    name = f"hf:{NAME}"
+    old = committed(hub, "Old")
+    read(folder, hub, {name: f"{old} Old"})
+    new = committed(hub, "New")
+    online = {
+        name: f"{new} New",
+        f"{name}@train#{old}": f"{old} Old",
+        f"{name}#main": f"{new} New",
+        f"{name}@dev": f"3 {name}@dev: no split 'dev'; it has train: hf:NAME@SPLIT",
+        f"{name}#v1": f"3 {name}#v1: it cannot be read: Revision 'v1' doesn't exist for dataset 'me/set' on the Hub",
+        "hf:me/no": "3 hf:me/no: it cannot be read: Dataset 'me/no' doesn't exist on the Hub or cannot be accessed",
+    }
+    read(folder, hub, online)
     asked = len(hub.asked)
-    for switch, source, out, want in (
-        ("HF_DATASETS_OFFLINE", f"hf:{NAME}", "four", new),
-        ("HF_HUB_OFFLINE", f"hf:{NAME}#{old}", "five", old),
-    ):
-        done = user.prepare(source, out, **{switch: "1"})
-        assert done.returncode == 0 and revision(folder / out) == want, done.stderr
-    for source, why in (
-        (f"hf:{NAME}#v1", "the Hub knows which commit v1 is, and cannot be reached"),
-        (f"hf:{NAME}#{'0' * 40}", f"the Hub cannot be reached, and the caches have no revision {'0' * 40}"),
-        ("hf:me/none", "the Hub cannot be reached: "),
-    ):
-        done = user.prepare(source, "six", HF_HUB_OFFLINE="1")
-        assert done.returncode == SetupError.code and f"error: {source}: {why}" in done.stderr, done.stderr
+    none = "0" * 40
+    offline = {
+        name: f"{new} New",
+        f"{name}#{old}": f"{old} Old",
+        f"{name}@dev": f"3 {name}@dev: no split 'dev'; it has train: hf:NAME@SPLIT",
+        f"{name}#v1": f"5 {name}#v1: the Hub knows which commit v1 is, and cannot be reached",
+        f"{name}#{none}": f"5 {name}#{none}: the Hub cannot be reached, and the caches have no revision {none}",
+        "hf:me/no": "5 hf:me/no: the Hub cannot be reached: ",
+    }
+    read(folder, hub, offline, HF_HUB_OFFLINE="1")
+    read(folder, hub, {name: f"{new} New"}, HF_DATASETS_OFFLINE="1")
     assert len(hub.asked) == asked
-    for source, why in (
-        ("hf:me/none", "it cannot be read: Dataset 'me/none' doesn't exist on the Hub or cannot be accessed"),
-        (f"hf:{NAME}#v1", "it cannot be read: Revision 'v1' doesn't exist for dataset 'me/set' on the Hub"),
-        (f"hf:{NAME}@dev", "no split 'dev'; it has train: hf:NAME@SPLIT"),
-    ):
-        done = user.prepare(source, "six")
-        assert done.returncode == DataError.code and done.stderr.startswith(f"error: {source}: {why}"), done.stderr
 
 
 def fingerprints(run: Path) -> list[str]:
     return [one["fingerprint"] for one in json.loads((run / "data.json").read_text())]
 
 
-def test_a_run_goes_on_at_the_commit_that_it_began_with(folder: Path, hub: FakeHub) -> None:
+def test_a_run_goes_on_at_the_commit_that_it_began_with(
+    folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after the Hub has moved on and what was prepared is gone."""
-    user = Session(folder, hub)
+    old = committed(hub, "Old")
     Path("one.yaml").write_text(RECIPE.replace("SOURCE", f"hf:{NAME}"))
-    old = committed(hub, "old")
-    begun = user("pretrain", "one.yaml", "--run", "run")
-    assert begun.returncode == 0, begun.stderr
-    made = fingerprints(folder / "run")
-    new = committed(hub, "new")
-    asked = len(hub.asked)
-    Path("datasets.py").write_text("raise ImportError")
-    assert user("pretrain", "one.yaml", "--run", "run", "--set", "train.steps=3").returncode == 0
-    assert len(hub.asked) == asked  # what was prepared is there, so there is nothing to ask, and nothing to ask with
-    Path("datasets.py").unlink()
+
+    def pretrain(steps: int) -> str:
+        options = ("--run", "run", "--set", f"train.steps={steps}")
+        done = lasptrain("pretrain", "one.yaml", *options, cwd=folder, **home(folder, hub))
+        assert done.returncode == 0 and "has changed" not in done.stderr, done.stderr
+        return done.stderr
+
+    assert re.search(rf"hf:{NAME}: is read into .*/{old}\n", pretrain(2))
+    made, new, asked = fingerprints(folder / "run"), committed(hub, "New"), len(hub.asked)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)  # not installed; what was prepared is there
+        assert resolve(load("one.yaml"), 1, folder / "run").dataset.fingerprint == made[0] and len(hub.asked) == asked
     shutil.rmtree("cache")
-    done = user("pretrain", "one.yaml", "--run", "run", "--set", "train.steps=4")
-    assert done.returncode == 0 and "has changed" not in done.stderr, done.stderr
-    assert fingerprints(folder / "run") == made
-    (kept,) = json.loads((folder / "run" / "data.json").read_text())
-    assert [text["revision"] for text in kept["text"]] == [old] and old in str(hub.asked[asked:])
-    refused(4, f"data.source: hf:{NAME}#{new} is not what this run was trained on: revision {new}, then {old}; .*",
-            "pretrain", "one.yaml", "--run", "run", "--set", f"data.source=hf:{NAME}#{new}", "--set", "train.steps=5",
-            cwd=folder, **user.variables)  # fmt: skip
+    pretrain(3)
+    assert fingerprints(folder / "run") == made and old in str(hub.asked[asked:])
+    (kept,) = json.loads(Path("run/data.json").read_text())
+    (dataset,) = Path("cache/datasets").glob("*/dataset.json")
+    for text in (*kept["text"], *json.loads(dataset.read_text())["sources"]):
+        assert text["name"] == f"hf:{NAME}" and text["revision"] == old
+    recipe = load("one.yaml", [f"data.source=hf:{NAME}#{new}"])
+    with pytest.raises(
+        CheckpointError, match=f"#{new} is not what this run .*: revision {new}, then {old}; use --fresh"
+    ):
+        resolve(recipe, 1, folder / "run")
 
 
 def test_every_error_is_one_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

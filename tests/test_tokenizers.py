@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from data_tools.fast_tokenizer import tokenizer_json
 from data_tools.tokenizer import load_tokenizer
 from lasptrain.convert.tokenizer import lines, special
+from lasptrain.errors import DataError
 from tests.test_cli import lasptrain, refused
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -112,19 +113,16 @@ def test_numbers_may_be_left_out(tmp_path: Path) -> None:
     assert found.encode("a b") == [0, 3] and found.token_bytes[3] == 1 and found.token_bytes[4] == 0
 
 
-def test_the_commands_take_every_kind(tmp_path: Path, folder: Path) -> None:
-    shutil.copytree(folder, tmp_path / "mine")
+def test_the_commands_take_a_folder(tmp_path: Path) -> None:
+    """And a text with "<s>" in it, also where that is a piece; the check of equal tokenizers says that they are."""
+    metaspace().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXTS if line.strip()))
     options = ("--validation", "0", "--out", "out")
-    done = lasptrain("data", "prepare", "a.jsonl", "--tokenizer", "mine", *options, cwd=tmp_path)
-    assert done.returncode == 0 and "  tokenizer    tokenizer.json, 90" in done.stdout, done.stderr
-
-
-def test_the_check_compares_a_model_with_its_tokenizer_json(tmp_path: Path) -> None:
+    done = lasptrain("data", "prepare", "a.jsonl", "--tokenizer", ".", *options, cwd=tmp_path)
+    assert done.returncode == 0 and "  tokenizer    tokenizer.json, 900 pieces" in done.stdout, done.stderr
     (tmp_path / "same").mkdir()
     (tmp_path / "same" / "tokenizer.json").write_text(tokenizer_json(MODEL))
-    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
-    done = lasptrain("data", "tokenizer", "check", "same", "a.txt", "--against", str(MODEL), cwd=tmp_path)
+    done = lasptrain("data", "tokenizer", "check", "same", "a.jsonl", "--against", str(MODEL), cwd=tmp_path)
     assert done.returncode == 0 and f"0 texts have other ids than {MODEL} gives them" in done.stdout, done
 
 
@@ -138,18 +136,16 @@ def test_what_a_tokenizer_without_bos_needs_is_said(tmp_path: Path) -> None:
     made = tmp_path / "mine"
     made.mkdir()
     byte_level().save(str(made / "tokenizer.json"))
-    inspect = ("data", "tokenizer", "inspect", "mine")
-    refused(3, NO_BOS.format("names no BOS"), *inspect, cwd=tmp_path)
+    refused(3, NO_BOS.format("names no BOS"), "data", "tokenizer", "inspect", "mine", cwd=tmp_path)
     (made / "tokenizer_config.json").write_text('{"bos_token": "[BOS]"}')
-    refused(3, NO_BOS.format(r"names \[BOS\] as BOS, which it does not have"), *inspect, cwd=tmp_path)
+    with pytest.raises(DataError, match=NO_BOS.format(r"names \[BOS\] as BOS, which it does not have")):
+        load_tokenizer(made)
     (made / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
-    done = lasptrain(*inspect, "--text", "a b", cwd=tmp_path)
-    assert done.returncode == 0 and "BOS 1, " in done.stdout, done.stderr
+    assert load_tokenizer(made).bos == 1
     (made / "tokenizer.json").unlink()
-    fits = (
-        r"holds no tokenizer\.model and no tokenizer\.json; a tokenizer\.json, a folder that holds one, a sentencepiece"
-    )
-    refused(3, f"mine: {fits} .model, or bytes fits", *inspect, cwd=tmp_path)
+    fits = "a tokenizer.json, a folder that holds one, a sentencepiece .model, or bytes fits"
+    with pytest.raises(DataError, match=f"mine: holds no tokenizer.model and no tokenizer.json; {fits}"):
+        load_tokenizer(made)
 
 
 def test_a_model_without_bos_says_what_it_needs(tmp_path: Path) -> None:
@@ -159,4 +155,5 @@ def test_a_model_without_bos_says_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "a.model").write_bytes(model.getvalue())
     said = "a.model: the model has no BOS piece, and every document starts with one; expected a model that was trained "
     said += "with bos_id, or a tokenizer.json whose tokenizer_config.json names another piece as bos_token"
-    refused(3, said, "data", "tokenizer", "inspect", "a.model", cwd=tmp_path)
+    with pytest.raises(DataError, match=said):
+        load_tokenizer(tmp_path / "a.model")
