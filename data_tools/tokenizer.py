@@ -23,6 +23,7 @@ MODEL, FAST = "tokenizer.model", "tokenizer.json"  # names in a folder; of sente
 FIT = f"a {FAST}, a folder that holds one, a sentencepiece .model, or {BYTES}"
 PIECE = 1 << 16  # characters encoded at once: sentencepiece slows down on longer strings
 LONGEST = 1 << 20  # a text without any good place is cut here
+SPARE = 1 << 12  # numbers of tokens that any tokenizer may leave out
 LARGEST = 1 << 26  # bytes of a tokenizer's file
 CONFIG = "tokenizer_config.json"  # beside a tokenizer.json
 MARK = "▁"  # U+2581, by which sentencepiece writes a space
@@ -146,7 +147,11 @@ class FastTokenizer:
         self._model.no_padding()
         self.name = utf8(path.name)
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=0)  # some leave out numbers
+        numbers = self._model.get_vocab().values()
+        self.vocab_size: int = 1 + max(numbers, default=0)
+        if self.vocab_size > 2 * len(numbers) + SPARE:  # some leave out a few
+            found = f"{len(numbers):,} tokens with numbers up to {self.vocab_size - 1:,}"
+            raise DataError(f"{path}: {found}; expected numbers with few left out")
         added = {token["id"]: token for token in parsed.get("added_tokens") or []}
         special = {number for number, token in added.items() if token["special"]}
         named = _bos_of(path, parsed)
