@@ -182,7 +182,7 @@ def open_ids(spec: str, reading: TokenReading, tokenizer: Tokenizer) -> TokenSou
         raise DataError(f"{spec}: 0 files to read; {FIT} fit; left out: {counted(left_out) or 'nothing'}")
     files = tuple(part for path in found if not _is_indexed(path) for part in _unit(path))
     name = utf8(root.resolve().name)
-    source = TokenSource(name, base, files, False, left_out, reading, tokenizer.vocab_size, tokenizer.bos)
+    source = TokenSource(name, base, files, False, left_out, None, reading, tokenizer.vocab_size, tokenizer.bos)
     _check_options(source)
     return source
 

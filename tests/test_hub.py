@@ -17,11 +17,13 @@ import pytest
 
 from data_tools import commands
 from data_tools.hub import without_folder
+from data_tools.merge import merge
+from data_tools.parts import Part
 from data_tools.prepare import Preparation, prepare
 from data_tools.sources import Reading, open_source
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
-from lasptrain.errors import CheckpointError, DataError, LaspError
+from lasptrain.errors import CheckpointError, DataError, LaspError, RecipeError
 from lasptrain.process.location import resolve
 from lasptrain.recipe.loading import load
 from tests.fake_hub import NAME, FakeHub, serving
@@ -301,7 +303,7 @@ def test_a_run_goes_on_at_the_commit_that_it_began_with(
     made, new, asked = fingerprints(folder / "run"), committed(hub, "New"), len(hub.asked)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "datasets", None)  # not installed; what was prepared is there
-        assert resolve(load("one.yaml"), 1, folder / "run").dataset.fingerprint == made[0] and len(hub.asked) == asked
+        assert resolve(load("one.yaml"), 1, folder / "run").parts[0].fingerprint == made[0] and len(hub.asked) == asked
     shutil.rmtree("cache")
     pretrain(3)
     assert fingerprints(folder / "run") == made and old in str(hub.asked[asked:])
@@ -328,3 +330,16 @@ def test_every_error_is_one_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatc
     ) as found:
         texts("hf:set:a")
     assert found.value.code == 8
+
+
+def test_parts_of_a_preparation_share_datasets_by_splits(folder: Path) -> None:
+    preparation = Preparation(["hf:set:a"], "bytes", part=Part(1, 2))
+    with pytest.raises(RecipeError, match=r"--part: found 1/2 with hf:set:a@train, which is not read by files; .*50%"):
+        prepare(preparation, folder / "out")
+    for number, cut in enumerate(("[:50%]", "[50%:]")):
+        prepare(Preparation([f"hf:set:a@train{cut}"], "bytes", validation_ppm=0), folder / f"{number}")
+    merge([folder / "0", folder / "1"], folder / "all")
+    made = prepare(
+        Preparation(["hf:set:a@train[:50%]", "hf:set:a@train[50%:]"], "bytes", validation_ppm=0), folder / "x"
+    )
+    assert Manifest.load(folder / "all").fingerprint == Manifest.load(made).fingerprint

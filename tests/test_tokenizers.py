@@ -113,9 +113,7 @@ def test_numbers_may_be_left_out(tmp_path: Path) -> None:
     assert found.encode("a b") == [0, 3] and found.token_bytes[3] == 1 and found.token_bytes[4] == 0
     many = (tmp_path / "tokenizer.json").read_text().replace("500", "4000000000")
     (tmp_path / "tokenizer.json").write_text(many)
-    with pytest.raises(
-        DataError, match="3 tokens with numbers up to 4,000,000,000; expected numbers with few"
-    ):
+    with pytest.raises(DataError, match="3 tokens with numbers up to 4,000,000,000; expected numbers with few"):
         load_tokenizer(tmp_path)
 
 
