@@ -69,7 +69,7 @@ class HubDataset:
 
 
 class _Spec(NamedTuple):
-    """What a source names."""
+    """Parts of the name of a source."""
 
     text: str
     path: str

@@ -1,4 +1,4 @@
-"""A Hub of datasets on this machine, of which any client sees what it would of the real one, as far as it is asked."""
+"""A Hub of datasets on this machine: a client sees what it would see of the real one, as far as it asks."""
 
 from __future__ import annotations
 
