@@ -164,10 +164,10 @@ def check(
 def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
     from data_tools.tokenizer import load_tokenizer
 
-    model = recipe.model
+    model, tokenizer = recipe.model, recipe.data.tokenizer
     pairs = resolve_meshes(recipe, world)
     dp, sp = pairs[plan.widest(recipe).number]
-    vocab = resolve_vocabulary(model, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    vocab = resolve_vocabulary(model, load_tokenizer(tokenizer).vocab_size)
     widest = plan.widest(recipe).recipe
     segment = plan.layout(widest, dp, sp).segment
     scan = links.with_scan(widest, sp, segment).mesh.scan
@@ -189,6 +189,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         *_prefix(widest, sp, segment),
         ("checkpoint", f"{figures(plan.host_memory(widest, vocab, 1, 1, segment)['checkpoint'] / 1e9)} GB"),
         *(("convert --to", line) for line in targets.lines(model)),
+        *(("serve in", line) for line in targets.servers(model.model_copy(update={"vocab": vocab}), tokenizer)),
     ]
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.hub import HUB, without_folder
-from lasptrain import __version__
+from lasptrain import __version__, architectures
 from lasptrain.checkpoint.single import CheckpointReader
-from lasptrain.convert.target import Target
+from lasptrain.convert.libraries.servers import SOURCES
+from lasptrain.convert.target import Json, Target
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Part
 from lasptrain.recipe.yaml12 import dump
+from lasptrain.run import base
 
 
-def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, parity: str) -> str:
-    """Return the README.md of the export of `step`."""
+def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, parity: str, folder: str) -> str:
+    """Return the README.md of the export of `step` in a folder of this name."""
     order = step.meta["order"]
     tokens = step.step * order["batch"] * order["window"]
     library = "transformers" if "transformers" in target.runs_in else "lasptrain"
@@ -33,6 +37,7 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, pari
             "---",
             f"library_name: {library}",
             "pipeline_tag: text-generation",
+            *(f"{key}: {_yaml(value)}" for key, value in base.read(run)[0].items()),
             "---",
             f"# {recipe.name}",
             "",
@@ -45,12 +50,30 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, pari
             "Every document of the training data began with BOS, so a prompt should too. BOS ends a text as "
             "well: the next document would begin there.",
             "",
+            *_serving(target, step.meta["model"], recipe.data.tokenizer, folder),
             "```yaml",
             dump(_portable(recipe)).rstrip(),
             "```",
             "",
         ]
     )
+
+
+def _serving(target: Target, model: Json, tokenizer: str, folder: str) -> Iterator[str]:
+    """Yield how to serve the export by each server that the target names, or why that cannot be."""
+    for service in target.services:
+        reason = next(service.reasons(architectures.model(model), tokenizer), None)
+        if reason is not None:
+            yield from (f"{service.server}: no, {reason}.", "")
+            continue
+        needs = ", ".join(filter(None, (SOURCES[service.server], service.proviso(tokenizer))))
+        yield from (f"{service.server} ({needs}). {service.remark}", "")
+        yield from ("```sh", *service.commands(folder, tokenizer), "```", "")
+
+
+def _yaml(text: str) -> str:
+    """Quote a text where it might be read as something else."""
+    return text if re.fullmatch(r"[A-Za-z][\w./-]+", text) else json.dumps(text)
 
 
 def _portable(recipe: Recipe) -> Recipe:

@@ -23,6 +23,7 @@ from lasptrain.ops.precision import DTYPES
 from lasptrain.recipe.formats import FORMAT
 from lasptrain.recipe.loading import dump_saved
 from lasptrain.recipe.schema import Recipe
+from lasptrain.run import base
 from lasptrain.run.folder import recipe_of
 
 RECORD = "lasptrain_export.json"
@@ -86,8 +87,9 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
         _json(folder / "generation_config.json", special.ids() | configs.generation(target))
         told = BYTES if recipe.data.tokenizer == BYTES else tokenizer.export(Path(recipe.data.tokenizer), folder)
         parity = _verify(folder, run, target, dtype) if check else "not compared: --no-verify"
+        base.write_terms(run, folder)
         _json(folder / RECORD, _record(step, recipe, target.name, dtype, parity))
-        (folder / "README.md").write_text(card.text(run, recipe, step, target, str(parity)), encoding="utf-8")
+        (folder / "README.md").write_text(card.text(run, recipe, step, target, str(parity), out.name), encoding="utf-8")
     return Exported(out, target, len(forms), sum(form.bytes for form in forms.values()), told, parity)
 
 

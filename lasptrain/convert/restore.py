@@ -31,6 +31,7 @@ from lasptrain.recipe.formats import FORMAT, is_format, upgraded
 from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe, recipe_name
+from lasptrain.run import base
 from lasptrain.run import folder as runs
 from lasptrain.training.optimizer import build_optimizer
 
@@ -60,8 +61,11 @@ class Origin:
 
     def table(self, shapes: Shapes) -> list[Rule]:
         """Return the rules that make our tensors of these shapes from the folder's."""
-        table = self.target.rules(self.model, shapes)
+        table = [rule for rule in self.target.rules(self.model, shapes) if not self._computed(rule)]
         return table if self.theirs is None else self.target.reading(table, self.theirs, self.model)
+
+    def _computed(self, rule: Rule) -> bool:
+        return bool(rule.targets) and all(name.endswith(self.target.computed) for name in rule.targets)
 
 
 def restore(
@@ -90,6 +94,9 @@ def restore(
         replace(new / runs.RECIPE, dump_saved(origin.recipe))
         optimizer = build_optimizer(weights.empty, origin.recipe.optim)
         single.write(new, origin.step, weights.empty, optimizer, weights.read, meta)
+        ours = (source / RECORD).is_file()
+        kept = base.keep(source, new, own=ours)
+        tell(_told(kept, ours))
     return out
 
 
@@ -207,16 +214,16 @@ def described(folder: files.Folder) -> Recipe:
     if not isinstance(positions, int) or positions < 1:
         raise ConvertError(f"{where}: max_position_embeddings is {positions!r}; expected a number of tokens")
     text = {"name": recipe_name(folder.path.name), "model": model.model_dump(mode="json")}
-    text |= {"data": {"tokenizer": str(tokenizer(folder)), "window": min(WINDOW, positions)}}
+    text |= {"data": {"tokenizer": str(tokenizer_of(folder.path)), "window": min(WINDOW, positions)}}
     return _loaded(json.dumps(text | {"optim": {"lr": 1e-4}, "train": {"steps": 1000}}))
 
 
-def tokenizer(folder: files.Folder) -> Path:
+def tokenizer_of(folder: Path) -> Path:
     """Return the tokenizer's file in a folder. ConvertError where there is none of a known name."""
     for name in (MODEL, FAST):
-        if (folder.path / name).is_file():
-            return folder.path.absolute() / name
-    raise ConvertError(f"{folder.path}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")
+        if (folder / name).is_file():
+            return folder.absolute() / name
+    raise ConvertError(f"{folder}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")
 
 
 def _loaded(text: str, written: int = FORMAT) -> Recipe:
@@ -250,6 +257,14 @@ def _fingerprint(recipe: Recipe) -> str:
     from data_tools.dataset import open_dataset
 
     return open_dataset(recipe.data).fingerprint
+
+
+def _told(kept: base.Base, ours: bool) -> str:
+    """Return what is said of a base: its name and its licence."""
+    if ours and not kept:
+        return "base: none, it is an export without one"
+    license_ = kept.get("license", "unknown: no file and no card beside the weights names one")
+    return f"base: {kept.get('base_model', 'none')}, license {license_}"
 
 
 class _Reader:

@@ -30,6 +30,18 @@ class Library:
         return self.module.split(".")[0]
 
 
+@dataclass(frozen=True)
+class Service:
+    """A program that serves a target's exports: how, and which not. Tokenizers are named as recipes name them."""
+
+    server: str
+    commands: Callable[[str, str], list[str]]  # of a shell, for an export's folder and its tokenizer
+    reasons: Callable[[Any, str], Iterator[str]]  # why a model of the target, with its tokenizer, is not served
+    remark: str = ""  # for who serves it
+    flags: tuple[str, ...] = ()  # of its converter, where it has one
+    proviso: Callable[[str], str] = lambda tokenizer: ""  # what else must hold, known only there
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A format that models leave in and come back from; each is one file in `targets/`."""
@@ -59,7 +71,8 @@ class Target:
     reading: Callable[[list[Rule], Json, Any], list[Rule]] = lambda table, config, model: table  # others' tensors
     computed: tuple[str, ...] = ()  # ends of names of tensors that follow from config.json, but are saved by some
 
-    # An export is verified.
+    # An export is served, or verified.
+    services: tuple[Service, ...] = ()
     library: Library | None
     reaches: tuple[str, ...] = ()  # keys of config.json, in tokens: windows, convolutions, chunks
 

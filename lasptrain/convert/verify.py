@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lasptrain import architectures
+from lasptrain.architectures.base import Architecture
 from lasptrain.checkpoint import single
 from lasptrain.convert.targets import MODEL_TYPES
 from lasptrain.errors import ConvertError
@@ -93,10 +94,15 @@ def reference(run: Path) -> Reference:
     """Return our model's logits as a function: float64, token by token."""
     step = single.CheckpointReader(run)
     cfg = architectures.model(step.meta["model"])
-    model = on_meta(cfg, step.meta["order"]["window"], ShardedRecurrence("reference"), dtype=torch.float64)
+    return logits_of(cfg, step.meta["order"]["window"], step.shapes, step.read)
+
+
+def logits_of(cfg: Architecture, window: int, names: Collection[str], read: Callable[[str], Tensor]) -> Reference:
+    """Return the logits of a model, of tensors read by name, as `reference` does."""
+    model = on_meta(cfg, window, ShardedRecurrence("reference"), dtype=torch.float64)
     model.to_empty(device="cpu")
     with torch.no_grad():
-        fill(model, ((name, step.read(name)) for name in step.shapes))
+        fill(model, ((name, read(name)) for name in names))
 
     @torch.no_grad()
     def logits(tokens: Tensor, keep: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from lasptrain.recipe.loading import dump_saved, load
 from lasptrain.recipe.schema import Recipe
 
 RECIPE, LOCK, RANKS, CHECKPOINTS = "recipe.yaml", "run.lock", "ranks", "checkpoints"
-FOLDERS = (RANKS, CHECKPOINTS, "tensorboard", "wandb", "profile", "eval")
+FOLDERS = (RANKS, CHECKPOINTS, "tensorboard", "wandb", "profile", "eval", "base")
 FILES = (RECIPE, LOCK, "status.json", "metrics.jsonl", "auto.json", "data.json", "origin.json", "wandb.json")
 
 # Keys that may change where a run goes on: how it is computed, how long, and what a person mends in it, all of the

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lasptrain import files
 from lasptrain.errors import CheckpointError
+from lasptrain.run import base
 from lasptrain.run import folder as runs
 
 FILE = "origin.json"
@@ -44,7 +45,8 @@ def parse(text: str, optimizer: bool = False) -> Origin:
 
 
 def write(run: Path, origin: Origin) -> None:
-    """Write what a new run begins with, its step as a number."""
+    """Write what a new run begins with, its step as a number, and the base of that."""
+    base.carry(origin.run, run)
     step = runs.committed(origin.run)[0] if origin.step is None else origin.step
     files.replace(run / FILE, json.dumps({"run": str(origin.run), "step": step, "optimizer": origin.optimizer}))
 

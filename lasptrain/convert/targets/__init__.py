@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from importlib import import_module
 
 from lasptrain.architectures.base import Architecture
-from lasptrain.convert.target import Target
+from lasptrain.convert.libraries.servers import SOURCES
+from lasptrain.convert.target import Service, Target
 from lasptrain.errors import ConvertError, RecipeError
 
 NAMES = (
@@ -33,18 +34,15 @@ def resolve(name: str, model: Architecture) -> Target:
     """Return the target of `--to name` for this model. RecipeError for an unknown name, ConvertError with the reason
     where the model cannot be expressed there.
     """
-    hf = _candidates(model)
     target = _hf(model) if name == "hf" else TARGETS.get(name)
     possible = ", ".join(target for target, reason in refusals(model).items() if reason is None)
     if target is None and name == "hf":
         raise ConvertError(f"--to hf: arch {model.arch} has no class there without custom code; expected {possible}")
     if target is None:
         raise RecipeError(f"--to {name}: unknown; expected {possible}")
-    found = refusals(model)
-    reason = found[target.name]
+    reason = refusals(model)[target.name]
     if reason is not None:
-        if name == "hf" and len(hf) > 1:
-            reason = "; ".join(f"{candidate.name}: {found[candidate.name]}" for candidate in hf)
+        reason = _unfit(model) if name == "hf" else reason
         raise ConvertError(f"--to {name}: {reason}; expected {possible}")
     return target
 
@@ -55,6 +53,39 @@ def lines(model: Architecture) -> Iterator[str]:
         target = TARGETS[name]
         shown = f"{name} (hf)" if target is _hf(model) else name
         yield f"{shown}: {target.runs_in if reason is None else f'no, {reason}'}"
+
+
+def served(model: Architecture, tokenizer: str) -> dict[str, Service | str]:
+    """Return for each server how it serves this model's export to `hf`, or the reason why it does not."""
+    return {server: _service(server, model, tokenizer) for server in SOURCES}
+
+
+def servers(model: Architecture, tokenizer: str) -> Iterator[str]:
+    """Yield a line for each server: the class as which it serves the model, or the reason why not."""
+    target = _hf(model)
+    for server, found in served(model, tokenizer).items():
+        if isinstance(found, str) or target is None:
+            yield f"{server}: no, {found}"
+        else:
+            yield ", ".join(filter(None, (f"{server}: yes", f"as {target.loads_as}", found.proviso(tokenizer))))
+
+
+def _service(server: str, model: Architecture, tokenizer: str) -> Service | str:
+    target = _hf(model)
+    services = {service.server: service for service in target.services} if target else {}
+    if target is None or server not in services:
+        return f"it has no class for arch {model.arch}"
+    if target.refusal(model) is not None:
+        return f"--to hf: {_unfit(model)}"
+    return next(services[server].reasons(model, tokenizer), services[server])
+
+
+def _unfit(model: Architecture) -> str:
+    """Return why each class of transformers for this architecture cannot express the model."""
+    found = {target.name: target.refusal(model) for target in _candidates(model)}
+    if len(found) == 1:
+        return str(*found.values())
+    return "; ".join(f"{name}: {reason}" for name, reason in found.items())
 
 
 def refusals(model: Architecture) -> dict[str, str | None]:

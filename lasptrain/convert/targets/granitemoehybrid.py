@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lasptrain.architectures.ssd import Ssd
+from lasptrain.convert.libraries.servers import llama_cpp, sglang, vllm
 from lasptrain.convert.libraries.transformers import EMBEDDING, NORM, NORMS, SOFTMAX, TRANSFORMERS, rope, softmax_keys
 from lasptrain.convert.rules import Rule, constant, ends, fixed, logarithm, renamed, rows, rows_above_zeros, shaped
 from lasptrain.convert.target import Demands, Json, Target, demand, unlike_plain_softmax
@@ -26,6 +27,7 @@ DEMANDS: Demands = {
 }
 FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 UNIT_STEP = math.log(math.e - 1)  # softplus of it is 1
+ROUNDED = "`dt_bias` is rounded"
 TAPS = 4  # of a convolution that passes its last tap only
 
 
@@ -81,6 +83,16 @@ def _positions(model: Ssd) -> Json:
     if not model.softmax or model.rotary is None:
         return {"position_embedding_type": None}
     return {"position_embedding_type": "rope"} | rope(model.rotary)
+
+
+def _llama_cpp(model: Ssd, tokenizer: str) -> Iterator[str]:
+    """Yield what its class, and its converter for such classes, have not."""
+    if model.heads * model.V != 2 * model.dim:
+        yield f"model.heads × value dim must be 2 × model.dim = {2 * model.dim}, not {model.heads * model.V}"
+    if model.softmax and model.rotary is not None:
+        yield "its softmax layers have no positions, model.rotary is not null"
+    if isinstance(model.vocab, int) and model.vocab % 8:
+        yield f"its converter pads vocabularies to multiples of 8, model.vocab is {model.vocab}"
 
 
 def keys(config: Json, where: str) -> Json:
@@ -225,7 +237,8 @@ TARGET = Target(
     name="granitemoehybrid",
     arch="ssd",
     hf=True,
-    runs_in="transformers; not tried: vLLM, SGLang, llama.cpp",
+    runs_in="transformers",
+    services=(vllm(ROUNDED), sglang(ROUNDED), llama_cpp(_llama_cpp, pieces=True)),
     advice="Needs transformers 5 or later. For long contexts load it in fp32, or keep `A_log` and "
     "`dt_bias` fp32: in bf16 the decays are off by up to 6 %.",
     reasons=reasons,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from lasptrain.architectures.kda import Kda
+from lasptrain.convert.libraries.servers import llama_cpp, nothing, sglang, vllm
 from lasptrain.convert.libraries.transformers import (
     EMBEDDING,
     FULL,
@@ -37,6 +38,14 @@ LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }  # of the silent layer
+ROUNDED = "matrices are rounded, `A_log` and `dt_bias` are not"
+GATED_EPS = 1e-5  # of vLLM, whatever the configuration says
+NO_EXPERTS = {  # llama.cpp asks for these even where there are none
+    "moe_intermediate_size": 1,
+    "num_shared_experts": 0,
+    "routed_scaling_factor": 1.0,
+    "moe_router_activation_func": "sigmoid",
+}
 FLAT = {"linear_head_dim": "head_dim", "linear_num_heads": "num_heads"}
 FLAT["linear_conv_kernel_dim"] = "short_conv_kernel_size"
 NESTED = ("kda_layers", "full_attn_layers", *FLAT.values())
@@ -103,11 +112,18 @@ def config(model: Kda) -> Json:
         "head_dim": LATENT["qk_nope_head_dim"] + LATENT["qk_rope_head_dim"],
         "first_k_dense_replace": len(layers),
         "moe_layer_freq": 1,
+        **NO_EXPERTS,
         "attention_bias": False,
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
+
+
+def _vllm(model: Kda, tokenizer: str) -> Iterator[str]:
+    """Yield an eps that its gated norm has not."""
+    if model.norm_eps != GATED_EPS:
+        yield f"its gated norm has an eps of {GATED_EPS:g}, model.norm_eps is {model.norm_eps:g}"
 
 
 def keys(config: Json, where: str) -> Json:
@@ -199,9 +215,10 @@ TARGET = Target(
     name="kimi_linear",
     arch="kda",
     hf=True,
-    runs_in="transformers; not tried: vLLM, SGLang, llama.cpp",
-    advice="Needs transformers 5.24 or later. Load it in fp32: in bf16 decays are rounded, which moves logits by about "
-    "1 %. vLLM takes 1e-5 for the eps of the gated norm, whatever `rms_norm_eps` says.",
+    runs_in="transformers",
+    services=(vllm(ROUNDED, _vllm), sglang(ROUNDED), llama_cpp(nothing)),
+    advice="Needs transformers 5.24 or later. Load it in fp32: in bf16 decays are rounded, which moves logits by "
+    "about 1 %.",
     reasons=reasons,
     model_type="kimi_linear",
     loads_as="KimiLinearForCausalLM",

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lasptrain.architectures.minimax import MiniMax
+from lasptrain.convert.libraries.servers import LLAMA_CPP, SGLANG, VLLM, unserved
 from lasptrain.convert.libraries.transformers import EMBEDDING, NORM, NORMS, SOFTMAX, TRANSFORMERS, rope, softmax_keys
-from lasptrain.convert.rules import Rule, constant, ends, halves, implied, renamed, rows, rows_by_head
+from lasptrain.convert.rules import Rule, constant, ends, fixed, halves, implied, renamed, rows, rows_by_head
 from lasptrain.convert.target import Demands, Json, Target, demand, unlike_plain_softmax
 from lasptrain.errors import ConvertError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DEMANDS: Demands = {"hidden_act": ("silu", "silu"), "rms_norm_eps": (1e-5, 1e-5)}
+IN_VLLM = "it has no MiniMaxForCausalLM since 0.24, and 0.23 cannot load the decays that transformers keeps in the file"
+IN_SGLANG = "it has no MiniMaxForCausalLM"
+IN_LLAMA_CPP = "it has no MiniMaxForCausalLM; its MiniMaxText01ForCausalLM is another layout"
+BLOCK = 256  # tokens
+COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 LINEAR = {
     "self_attn.output_gate.weight": "mixer.gate.weight",
     "self_attn.out_proj.weight": "mixer.out.weight",
@@ -56,7 +66,7 @@ def config(model: MiniMax) -> Json:
         "num_local_experts": 2,
         "num_experts_per_tok": 2,
         "sliding_window": model.sliding_window,
-        "block_size": 256,
+        "block_size": BLOCK,
         "postnorm": True,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
@@ -115,9 +125,32 @@ def rules(model: MiniMax, names: Collection[str]) -> list[Rule]:
         else:
             qkv = [f"{own}mixer.{part}.weight" for part in "qkv"]
             table.append(rows_by_head(f"{to}self_attn.qkv_proj.weight", qkv, model.heads))
-            table += [*renamed(LINEAR, to, own), implied(f"{own}mixer.slope")]
+            table += [*renamed(LINEAR, to, own), implied(f"{own}mixer.slope"), *_buffers(model, i, to)]
         table += renamed(NORMS, to, own) + _experts(model, f"{to}block_sparse_moe.", f"{own}mlp.")
     return table
+
+
+def _buffers(model: MiniMax, layer: int, to: str) -> list[Rule]:
+    """Make what transformers computes as well, and keeps beside weights: where it is missing, a warning says so."""
+
+    def value(name: str) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            import torch
+
+            slope = torch.tensor(model.decays(1)[layer])[:, None, None]
+            token = torch.arange(1, BLOCK + 1)
+            match name:
+                case "query_decay":
+                    return (-slope * token[:, None]).exp()
+                case "key_decay":
+                    return (-slope * (BLOCK - token[:, None])).exp()
+                case "diagonal_decay":
+                    return (-slope * (token[:, None] - token)).exp().tril()[None]
+            return slope
+
+        return make
+
+    return [fixed(f"{to}self_attn.{name}", value(name), full_precision=True) for name in COMPUTED]
 
 
 def _experts(model: MiniMax, to: str, own: str) -> list[Rule]:
@@ -150,9 +183,9 @@ TARGET = Target(
     name="minimax",
     arch="minimax",
     hf=True,
-    runs_in="transformers; not tried: vLLM, SGLang",
-    advice="Needs transformers 5 or later. For long contexts load it in fp32: in bf16 the decays are rounded. "
-    "vLLM sees no sliding window, and decays the last layer by other numbers unless it is softmax.",
+    runs_in="transformers",
+    services=(unserved(VLLM, IN_VLLM), unserved(SGLANG, IN_SGLANG), unserved(LLAMA_CPP, IN_LLAMA_CPP)),
+    advice="Needs transformers 5 or later. For long contexts load it in fp32: in bf16 the decays are rounded.",
     reasons=reasons,
     model_type="minimax",
     loads_as="MiniMaxForCausalLM",
@@ -162,7 +195,7 @@ TARGET = Target(
     embedding=EMBEDDING,
     keys=keys,
     reading=reading,
-    computed=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
+    computed=COMPUTED,
     library=TRANSFORMERS,
     reaches=("sliding_window", "block_size"),
 )

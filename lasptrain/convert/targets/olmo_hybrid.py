@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from lasptrain.architectures.gdn import Gdn
+from lasptrain.convert.libraries.servers import LLAMA_CPP, SGLANG, unserved, vllm
 from lasptrain.convert.libraries.transformers import (
     EMBEDDING,
     FULL,
@@ -34,6 +35,7 @@ SOFTMAX_IS = {
     "rotary_fraction": 1.0,
     "sliding_window": None,
 }
+UNKNOWN = "it has no OlmoHybridForCausalLM; one with the keys of Qwen3.5 it has"
 OUTPUT_EPS = 1e-5  # of the gated norm, whatever the configuration says
 READ = (*SIZES, *DEMANDS, "linear_allow_neg_eigval")
 FREE = ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor")
@@ -196,7 +198,8 @@ TARGET = Target(
     name="olmo_hybrid",
     arch="gdn",
     hf=True,
-    runs_in="transformers; not tried: vLLM",
+    runs_in="transformers",
+    services=(vllm("`A_log` and `dt_bias` are rounded"), unserved(SGLANG, UNKNOWN), unserved(LLAMA_CPP, UNKNOWN)),
     advice="Needs transformers 5 or later. Load it in fp32: bf16 rounds its decays, which moves logits by about 1 %.",
     reasons=reasons,
     model_type="olmo_hybrid",

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from lasptrain.architectures.gdn import Gdn
+from lasptrain.convert.libraries.servers import llama_cpp, sglang, vllm
 from lasptrain.convert.libraries.transformers import (
     EMBEDDING,
     FULL,
@@ -37,6 +38,7 @@ OUTER = (
     *("text_config", "vision_config", "image_token_id", "video_token_id"),
     *("vision_start_token_id", "vision_end_token_id", "language_model_only"),
 )
+ROUNDED = "`dt_bias` is rounded"
 PART = 0.25  # of a head's channels that are rotated, where a configuration does not say
 SILENT = {"head_dim": 64, "num_key_value_heads": 1}
 LINEAR_NAMES = {
@@ -102,11 +104,25 @@ def config(model: Gdn) -> Json:
         "partial_rotary_factor": fraction,
         "attention_bias": False,
         "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",  # of states, in vLLM and SGLang
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
     }
     found |= {"full_attention_interval": step} if full == list(range(step - 1, len(layers), step)) else {}
     return found if model.softmax else found | SILENT
+
+
+def _positions(model: Gdn, tokenizer: str) -> Iterator[str]:
+    """Yield softmax layers without positions, whose form transformers alone reads."""
+    if model.softmax and model.rotary is None:
+        yield "its softmax layers are rotary, model.rotary is null"
+
+
+def _llama_cpp(model: Gdn, tokenizer: str) -> Iterator[str]:
+    """Yield what its class has not."""
+    yield from _positions(model, tokenizer)
+    if model.K != model.V:
+        yield f"key dim {model.K} and value dim {model.V} differ"
 
 
 def keys(config: Json, where: str) -> Json:
@@ -212,7 +228,8 @@ TARGET = Target(
     name="qwen3_5",
     arch="gdn",
     hf=True,
-    runs_in="transformers; not tried: vLLM, SGLang, llama.cpp",
+    runs_in="transformers",
+    services=(vllm(ROUNDED, _positions), sglang(ROUNDED, _positions), llama_cpp(_llama_cpp, flags=" --no-mtp")),
     advice="Needs transformers 5 or later. Load it in fp32: the class takes bf16 for all of its tensors, `A_log` and "
     "`dt_bias` too, which alone moves logits by about 1 %.",
     reasons=reasons,
