@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -81,10 +82,12 @@ def write(
     tensors = tensors_of(model, optimizer)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
+    zeros = lru_cache(1)(torch.zeros)  # both moments of a parameter are one tensor: DCP holds the last one and the next
+
     def value(name: str) -> Tensor:
         if name.startswith("model."):
             return read(name.removeprefix("model.")).to(tensors[name].dtype)
-        return torch.zeros(tensors[name].shape, dtype=tensors[name].dtype)
+        return zeros(tensors[name].shape, dtype=tensors[name].dtype)
 
     folder = run / CHECKPOINTS / begin(run, step, size)
     try:

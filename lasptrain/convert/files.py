@@ -110,14 +110,14 @@ class Folder:
         self.shapes = {new: self.shapes[name] for new, name in found.items()}
         self.stored = found
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor, into memory of its own."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor, into memory of its own, as what it is stored or as `dtype`."""
         file, name = self.files[name], self.stored[name]
         if file.suffix == ".bin":
-            return _mapped(file)[name].clone()
+            return _mapped(file)[name].to(dtype, copy=True)
         with _open(file) as opened:
             tensor: Tensor = opened.get_tensor(name)
-            return tensor.clone()
+            return tensor.to(dtype, copy=True)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON object from a file of the folder; None if there is no such file."""

@@ -282,7 +282,7 @@ class _Reader:
         """Return one of our tensors by name, in fp32."""
         if name not in self.made:
             rule = self.rules[name]
-            found = [self.folder.read(target).float() for target in rule.targets]
+            found = [self.folder.read(target, torch.float32) for target in rule.targets]
             made = rule.back(found, [self.shapes[source] for source in rule.sources])
             self.made = dict(zip(rule.sources, made, strict=True))
         tensor = self.made.pop(name)
