@@ -166,7 +166,8 @@ def test_a_released_model_that_sees_and_drafts_becomes_a_text_model(
     want = theirs(TOKENS, use_cache=False).logits
     told: list[str] = []
     run = restore(folder, tmp_path / "run", tell=told.append)
-    (line,) = told
+    line, base = told
+    assert base == "base: Qwen, license unknown: no file and no card beside the weights names one"
     assert re.fullmatch(r"left out: \d+ tensors that our model has not: model\.visual \(\d+\), mtp\.fc \(1\)", line)
     assert loading.load(run / "recipe.yaml").model.tie
     out = export(run, tmp_path / "out", "hf", check=False).folder

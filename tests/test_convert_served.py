@@ -117,7 +117,8 @@ def test_a_card_has_the_commands_that_keep_states_and_steps_exact(tmp_path: Path
     card = (export(run, tmp_path / "out", "hf", check=False).folder / "README.md").read_text(encoding="utf-8")
     assert "python -m lasptrain.convert.gguf out llama.cpp --out out.gguf\n" in card
     (service,) = (one for one in targets.TARGETS["qwen3_5"].services if one.server == "llama.cpp")
-    assert service.commands("out", "tokenizer.json")[0].endswith("--outfile out.gguf --no-mtp")
+    convert, serve = service.commands("out", "tokenizer.json")
+    assert convert.endswith("--outfile out.gguf --no-mtp") and serve.endswith("add_bos_token=bool:true")
 
 
 def foreign(folder: Path, export: Path) -> Path:

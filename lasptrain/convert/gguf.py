@@ -31,6 +31,7 @@ from lasptrain.errors import ConvertError, LaspError
 
 CONVERTER, PACKAGE = "convert_hf_to_gguf.py", "llama-cpp-python"
 PIECES, GREEDY, LINES = (70, 1, 29), 24, 300  # tokens read at once, then chosen one by one; lines for the tokenizer
+BEGINS = {"tokenizer.ggml.add_bos_token": True}  # a prompt, as documents do; tokenizers of others may not say so
 FP32 = 0  # GGML_TYPE_F32
 SENTENCEPIECE = """
 import runpy, sys
@@ -92,7 +93,15 @@ def compare(export: Path, weights: restore.Weights, file: Path) -> Comparison:
 
     ours = verify.logits_of(weights.origin.model, weights.origin.window, weights.empty.state_dict(), weights.read)
     length = sum(PIECES)
-    theirs = Llama(str(file), n_ctx=length + GREEDY, logits_all=True, type_k=FP32, type_v=FP32, verbose=False)
+    theirs = Llama(
+        str(file),
+        kv_overrides=BEGINS,
+        n_ctx=length + GREEDY,
+        logits_all=True,
+        type_k=FP32,
+        type_v=FP32,
+        verbose=False,
+    )
     rows = len(weights.empty.embed.weight)
     text = torch.randint(rows, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     for piece in torch.tensor(text).split(list(PIECES)):

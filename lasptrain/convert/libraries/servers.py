@@ -61,7 +61,7 @@ def llama_cpp(reasons: Reasons, *, flags: str = "", pieces: bool = False) -> Ser
         convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outtype f32 --outfile {file}{flags}"
         serve = f"llama-server -m {file} --cache-type-k f32 --cache-type-v f32"
         if not tokenizer.endswith(PIECES):
-            return [convert, serve]
+            return [convert, f"{serve} --override-kv tokenizer.ggml.add_bos_token=bool:true"]
         if pieces:
             return [convert, f"{serve} --override-kv tokenizer.ggml.add_space_prefix=bool:false"]
         return [f"python -m lasptrain.convert.gguf {folder} llama.cpp --out {file}", serve]
