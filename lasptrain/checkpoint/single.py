@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +50,46 @@ class CheckpointReader:
         table = self._reader.table.state_dict_metadata
         ours = {key.removeprefix("model."): entry for key, entry in table.items() if key.startswith("model.")}
         self._specs = {name: TensorSpec.of(entry) for name, entry in ours.items()}
+        chunks = {name: getattr(entry, "chunks", ()) for name, entry in ours.items()}
+        self._whole = {name for name, pieces in chunks.items() if len(pieces) == 1}
         self.shapes = {name: spec.shape for name, spec in self._specs.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor of the model by its name there."""
-        tensor = torch.empty(self._specs[name].shape, dtype=self._specs[name].dtype)
-        poison([tensor])
+        spec = self._specs[name]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        planner = WholePlanner() if name in self._whole else Planner()
+        if name not in self._whole:
+            poison([tensor])
         with without_process_group():
-            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=Planner(), no_dist=True)
-        return tensor
+            load_state({f"model.{name}": tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
+        return planner.found.to(spec.dtype) if isinstance(planner, WholePlanner) else tensor
+
+
+class WholePlanner(Planner):
+    """DCP's planner for one tensor that is stored as one: it is kept as it was read, not copied into a second one.
+
+    What DCP takes for that second one is this object itself. `found`: the tensor.
+    """
+
+    found: Tensor
+    shape: torch.Size
+
+    def resolve_tensor(self, read_item: Any) -> Any:
+        self.shape = super().resolve_tensor(read_item).shape
+        return self
+
+    def detach(self) -> WholePlanner:
+        """Return itself."""
+        return self
+
+    def size(self) -> torch.Size:
+        """Return the tensor's size."""
+        return self.shape
+
+    def copy_(self, tensor: Tensor) -> None:
+        """Keep a tensor that was read."""
+        self.found = tensor
 
 
 @contextlib.contextmanager
