@@ -142,4 +142,4 @@ def test_an_architecture_is_named_in_its_two_files_and_hardly_anywhere_else() ->
         if path not in own and not path.startswith("convert/targets/") and words.search(file.read_text()):
             naming.add(path)
     operators = {"bench/kernels.py", "cli/bench.py"}  # of that name, which are timed without a model
-    assert naming - operators <= {"architectures/__init__.py", "architectures/decay.py", "bench/megatron.py"}
+    assert naming - operators <= {"architectures/__init__.py", "architectures/decay.py", "bench/rivals/megatron.py"}

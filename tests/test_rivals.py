@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasptrain.bench.local import LeftProduct, Local, softmax
-from lasptrain.bench.megatron import reduce_gradients, share, shares, split_model
-from lasptrain.bench.ring_attention import RingAttention
-from lasptrain.bench.rivals import Traffic
-from lasptrain.bench.ulysses import Ulysses
+from lasptrain.bench.rivals.local import LeftProduct, Local, softmax
+from lasptrain.bench.rivals.megatron import reduce_gradients, share, shares, split_model
+from lasptrain.bench.rivals.ring_attention import RingAttention
+from lasptrain.bench.rivals.traffic import Traffic
+from lasptrain.bench.rivals.ulysses import Ulysses
 from lasptrain.errors import SetupError
 from lasptrain.models.language_model import initial_values
 from lasptrain.parallel.recurrence import ShardedRecurrence

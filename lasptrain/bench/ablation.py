@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasptrain import ops
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.rivals import begun
+from lasptrain.bench.rivals.pending import begun
 from lasptrain.bench.steps import repeats_for, shared, trained
 from lasptrain.parallel import mesh
 from lasptrain.parallel.mesh import Mesh, device_name

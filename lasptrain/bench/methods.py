@@ -8,9 +8,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from lasptrain.bench.local import LeftProduct, Local, softmax
-from lasptrain.bench.ring_attention import RingAttention
-from lasptrain.bench.ulysses import Ulysses
+from lasptrain.bench.rivals.local import LeftProduct, Local, softmax
+from lasptrain.bench.rivals.ring_attention import RingAttention
+from lasptrain.bench.rivals.ulysses import Ulysses
 from lasptrain.errors import RecipeError
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from lasptrain.bench import layers, methods
 from lasptrain.bench.layers import Layer
-from lasptrain.bench.megatron import Megatron
 from lasptrain.bench.methods import NONE, RIVALS, SPLIT
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.rivals import Traffic
+from lasptrain.bench.rivals.megatron import Megatron
+from lasptrain.bench.rivals.traffic import Traffic
 from lasptrain.bench.steps import repeats_for, reset, shared, timed, unshared, update, vocabulary
 from lasptrain.cost import gpus, links, plan
 from lasptrain.cost.rates import MeasuredHardware

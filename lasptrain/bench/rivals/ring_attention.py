@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lasptrain.bench.local import LeftProduct
-from lasptrain.bench.rivals import Pending, Traffic, begun, rotated
+from lasptrain.bench.rivals.local import LeftProduct
+from lasptrain.bench.rivals.pending import Pending, begun, rotated
+from lasptrain.bench.rivals.traffic import Traffic
 from lasptrain.ops import state_dtype
 from lasptrain.parallel.recurrence import ShardedRecurrence
 

@@ -20,8 +20,9 @@ from data_tools.dataset import open_dataset
 from lasptrain import ops
 from lasptrain.architectures.linear_transformer import LinearTransformer as Undecayed
 from lasptrain.architectures.tnl import Tnl
-from lasptrain.bench.local import Local
-from lasptrain.bench.rivals import Pending, Traffic, begun, exchange, whole_windows
+from lasptrain.bench.rivals.local import Local
+from lasptrain.bench.rivals.pending import Pending, begun, whole_windows
+from lasptrain.bench.rivals.traffic import Traffic, exchange
 from lasptrain.data.loader import Slice
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.models.language_model import LanguageModel, initial_values

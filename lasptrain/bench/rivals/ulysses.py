@@ -12,8 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lasptrain.bench.local import Local
-from lasptrain.bench.rivals import Pending, Traffic, begun, exchange, rotated
+from lasptrain.bench.rivals.local import Local
+from lasptrain.bench.rivals.pending import Pending, begun, rotated
+from lasptrain.bench.rivals.traffic import Traffic, exchange
 from lasptrain.errors import SetupError
 from lasptrain.parallel.recurrence import ShardedRecurrence
 

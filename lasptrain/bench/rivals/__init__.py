@@ -1,0 +1,1 @@
+"""Other ways to share a window, to compare with."""
