@@ -53,10 +53,15 @@ def measure(
     return result(torch.cuda.get_device_name(), rows, rates, heads, dim, dtype, decay, op)
 
 
-def measure_rates(dtype: str) -> Rates:
-    """Measure the current GPU's rates, products in `dtype`; SetupError without a GPU."""
+def check_gpu() -> None:
+    """Raise SetupError without a GPU."""
     if not torch.cuda.is_available():
         raise SetupError("found no CUDA device to measure")
+
+
+def measure_rates(dtype: str) -> Rates:
+    """Measure the current GPU's rates, products in `dtype`; SetupError without a GPU."""
+    check_gpu()
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     a, b = torch.randn(2, SIDE, SIDE, device="cuda").to(DTYPES[dtype])
     product = median_ms(lambda: a @ b, warmup=100, rep=300)

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import ops
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.steps import elapsed, reset
+from lasptrain.bench.steps import median_seconds, model_of, reset
 from lasptrain.cost import gpus, links, plan
-from lasptrain.models.language_model import initial_values
 from lasptrain.ops.orthogonal import STEPS
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
-from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.parallel.shard import local, parallelize, shard_optimizer
+from lasptrain.parallel.shard import local, shard_optimizer
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.resolve import resolve_mesh, resolve_vocabulary, with_vocabulary
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training import job
 from lasptrain.training.muon import matrices
 from lasptrain.training.optimizer import build_optimizer
 
 KINDS = ("adamw", "muon")
-WARM, TURNS, EACH = 2, 5, 3  # updates before, and turns of so many in a row, of which the median counts
+WARM, EACH = 2, 3  # updates before, and in a row in a turn
 GRADIENT = 1e-3  # standard deviation
 
 
@@ -69,20 +64,17 @@ def _predicted(recipe: Recipe, vocab: int, ranks: int) -> float | None:
 
 
 def _timed(recipe: Recipe) -> Update:
-    device = meshes.device()
-    reset(device)
+    reset(meshes.device())
     mesh = meshes.build(*resolve_mesh(recipe, meshes.world_size()))
-    kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
-    model, kind = job.language_model(recipe, ShardedRecurrence(kernel)), recipe.parallel.data_parallel
-    values = initial_values(model, recipe.train.seed, device)
-    parallelize(model, model.blocks, mesh, device, kind=kind, mode="none", dtype=model.dtype, values=values)
+    kind = recipe.parallel.data_parallel
+    model = model_of(recipe, mesh, kind)
     optimizer = shard_optimizer(build_optimizer(model, recipe.optim, model.dtype), mesh, kind)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
         local(parameter.grad).normal_(0.0, GRADIENT)
     for _ in range(WARM):
         optimizer.step()
-    seconds = median(elapsed(optimizer.step, EACH)[0] for _ in range(TURNS))
+    seconds = median_seconds(optimizer.step, EACH)
     kept = [x for state in getattr(optimizer, "optim", optimizer).state.values() for x in state.values()]
     state = all_reduce_max(sum(local(x).numel() * x.element_size() for x in kept))
     work = [(min(x.shape), max(x.shape)) for x in matrices(model)] if recipe.optim.kind == "muon" else []

@@ -86,14 +86,10 @@ def _laid_out(recipe: Recipe, layout: Layout, ranks: int) -> Recipe:
 
 def _curve(recipe: Recipe, steps: int) -> tuple[str, list[float]]:
     reset(mesh.device())
-    return device_name(), _losses(recipe, steps)
-
-
-def _losses(recipe: Recipe, steps: int) -> list[float]:
     job = build(recipe)
     losses = [float(train.train_step(job, step)["loss"] or 0.0) for step in range(steps)]
     job.loader.close()
-    return losses
+    return device_name(), losses
 
 
 def differences(curves: list[Curve]) -> list[float]:

@@ -1,18 +1,21 @@
-"""Plots of whole steps of `bench sp`: speed and memory by length of the window (the LASP paper's figures 3, 4)."""
+"""Plots of whole steps: of `bench sp` by window (the LASP paper's figures 3, 4), of `bench scale` by GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lasptrain.bench.methods import METHODS, NONE
 from lasptrain.bench.result import Result
+from lasptrain.bench.scale import Row, compared
 from lasptrain.bench.sp import Step
 from lasptrain.console.figures import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAMES = {
     NONE: "no sharing",
@@ -30,10 +33,9 @@ COLOURS = ("#555555", "#d62728", "#ff7f0e", "#b8860b", "#1f77b4", "#2ca02c", "#9
 
 
 def draw(found: Result[Step], file: Path) -> None:
-    """Draw a PNG 1,050 pixels wide; SetupError without matplotlib."""
+    """Draw speed and memory by window, as a PNG 1,050 pixels wide; SetupError without matplotlib."""
     ranks = found.facts["ranks"]
-    figure = figure_class()(figsize=(7, 3.9), layout="constrained")
-    speed, memory = figure.subplots(1, 2)
+    figure, speed, memory = _two()
     for method in METHODS:
         rows = sorted((row for row in found.rows if row.method == method), key=lambda row: row.tokens)
         if rows:
@@ -41,16 +43,50 @@ def draw(found: Result[Step], file: Path) -> None:
             _line(speed, method, rows, whole, ranks)
             _line(memory, method, rows, [row.memory and row.memory / 2**30 for row in rows], ranks)
     windows = sorted({row.tokens * ranks for row in found.rows})
-    named = dict(zip(windows, map(length, windows), strict=True))
+    named = dict(zip(windows, map(_length, windows), strict=True))
     for axes, label in ((speed, "thousand tokens/s, all GPUs"), (memory, "peak memory per GPU, GiB")):
-        dress(axes, label, "tokens of the window", named)
+        _dress(axes, label, "tokens of the window", named)
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
     figure.suptitle(f"Whole training steps on {ranks} × {found.facts['device']}", fontsize=10)
     figure.savefig(file, dpi=150)
 
 
-def dress(axes: Axes, title: str, across: str, named: Mapping[int, str]) -> None:
+def draw_scaling(found: Result[Row], file: Path) -> None:
+    """Draw weak scaling as tokens/s per GPU and strong scaling as a multiple, by GPUs, as PNG; SetupError without
+    matplotlib.
+    """
+    figure, weak, strong = _two()
+    rows, colours = [row for row in found.rows if row.kind == "weak"], dict(zip(NAMES, COLOURS, strict=True))
+    sizes = sorted({row.tokens // row.ranks for row in rows})
+    for tokens, method in product(sizes, NAMES):
+        done = [row for row in rows if (row.tokens // row.ranks, row.method) == (tokens, method) and row.speed]
+        if done:
+            label = f"{NAMES[method]}, {_length(tokens)} per GPU"
+            values = [1e-3 * (row.speed or 0) / row.ranks for row in done]
+            style = ("-", "--", ":", "-.")[sizes.index(tokens) % 4]
+            weak.plot([row.ranks for row in done], values, style, marker="o", color=colours[method], label=label)
+    rows = [row for row in found.rows if row.kind == "strong"]
+    for window in dict.fromkeys(row.window for row in rows):
+        done = [row for row in rows if row.window == window and row.speed]
+        strong.plot([r.ranks for r in done], [compared(r, rows) or 0 for r in done], marker="o", label=_length(window))
+    counts = sorted({row.ranks for row in found.rows})
+    strong.plot(counts, [n / counts[0] for n in counts], ":", color="gray", label="in proportion")
+    for axes, label in ((weak, "thousand tokens/s per GPU"), (strong, "speed of one window, × that on the fewest")):
+        _dress(axes, label, "GPUs", {n: str(n) for n in counts})
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
+    figure.suptitle(found.facts["device"], fontsize=10)
+    figure.savefig(file, dpi=150)
+
+
+def _two() -> tuple[Figure, Axes, Axes]:
+    """Make a figure of two plots side by side."""
+    figure = figure_class()(figsize=(7, 3.9), layout="constrained")
+    return figure, *figure.subplots(1, 2)
+
+
+def _dress(axes: Axes, title: str, across: str, named: Mapping[int, str]) -> None:
     """Format axes: from zero up, over powers of two with these labels."""
     axes.set_xscale("log", base=2)
     axes.set_xticks([*named], [*named.values()], fontsize=8)
@@ -78,7 +114,7 @@ def _line(axes: Axes, method: str, rows: Sequence[Step], values: Sequence[float 
         axes.annotate("OOM", last, (4, -3), textcoords="offset points", fontsize=7, color=style["color"])
 
 
-def length(tokens: int) -> str:
+def _length(tokens: int) -> str:
     """Format a number of tokens: 64K, 2M, or the number."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
         if tokens % size == 0:

@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 from data_tools.tokenizer import load_tokenizer
-from lasptrain import ops
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.bench.steps import elapsed
+from lasptrain.bench.steps import elapsed, median_seconds, model_of
 from lasptrain.eval.inference import Reader
-from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import Mesh, device_name
-from lasptrain.parallel.recurrence import ShardedRecurrence
-from lasptrain.parallel.scan import SCANS
-from lasptrain.parallel.shard import parallelize
 from lasptrain.process.local_ranks import on_ranks
 from lasptrain.recipe.resolve import with_vocabulary
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training import job
 
 SCAN = "all_gather"
 TURNS = 3
@@ -56,30 +49,17 @@ def _rank(recipe: Recipe, tokens: Sequence[int], segment: int) -> tuple[dict[str
     fused = recipe.train.compile and meshes.device().type == "cuda"
     facts = {"device": device_name(), "ranks": meshes.world_size(), "segment": segment, "fused": fused}
     facts["training"] = _training(recipe, mesh, segment, fused)
-    model = _model(recipe, mesh, fused=False, scan=None)
+    model = model_of(recipe, mesh, "ddp").requires_grad_(False)
     reader = Reader(model, mesh, segment, SCAN, fused)
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     return facts, [_read(reader, count) for count in tokens]
 
 
-def _model(recipe: Recipe, mesh: Mesh, *, fused: bool, scan: str | None) -> LanguageModel:
-    """Return the model with initial weights, whole on every rank."""
-    device = meshes.device()
-    kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
-    attention = ShardedRecurrence(kernel, None if scan is None else SCANS[scan](mesh.sp_group, device))
-    model = job.language_model(recipe, attention)
-    values = initial_values(model, recipe.train.seed, device)
-    parallelize(
-        model, model.blocks, mesh, device, kind="ddp", mode="none", dtype=model.dtype, fuse=fused, values=values
-    )
-    return model.requires_grad_(False)
-
-
 @torch.no_grad()
 def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
     """Tokens/s, over all ranks, of the training forward over a window of SEGMENTS segments."""
-    model, device = _model(recipe, mesh, fused=fused, scan=SCAN), meshes.device()
-    piece = torch.randint(64, (1, segment), device=device)
+    model = model_of(recipe, mesh, "ddp", scan=SCAN, fused=fused).requires_grad_(False)
+    piece = torch.randint(64, (1, segment), device=meshes.device())
 
     def forward() -> None:
         carry = None
@@ -88,8 +68,7 @@ def _training(recipe: Recipe, mesh: Mesh, segment: int, fused: bool) -> float:
 
     for _ in range(2):  # compiles, allocates and tunes
         forward()
-    seconds = median(elapsed(forward)[0] for _ in range(TURNS))
-    return SEGMENTS * segment * meshes.world_size() / seconds
+    return SEGMENTS * segment * meshes.world_size() / median_seconds(forward, turns=TURNS)
 
 
 def _read(reader: Reader, tokens: int) -> Read:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasptrain.bench.kernels import measure_rates
-from lasptrain.bench.steps import elapsed
+from lasptrain.bench.steps import elapsed, median_seconds
 from lasptrain.cost.gpus import Rates
 from lasptrain.cost.links import Link
 from lasptrain.cost.rates import MeasuredHardware
@@ -24,7 +23,6 @@ from lasptrain.process.local_ranks import on_ranks
 
 SMALL = 1 << 10  # bytes of a message whose time is latency
 COUNT = 20  # messages in a row
-TURNS = 5
 
 
 def measure(ranks: int) -> MeasuredHardware:
@@ -52,13 +50,8 @@ def _cpu_rates() -> Rates:
     source = torch.zeros(1 << 24, dtype=torch.uint8)
     target = torch.empty_like(source)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    product, copy = _seconds(lambda: a @ b), _seconds(lambda: target.copy_(source))
+    product, copy = median_seconds(lambda: a @ b), median_seconds(lambda: target.copy_(source))
     return Rates(2 * 512**3 / product, 2 * source.numel() / copy, memory)
-
-
-def _seconds(call: Callable[[], object], count: int = 1) -> float:
-    """Seconds of a call on the slowest rank: median over TURNS."""
-    return median(elapsed(call, count)[0] for _ in range(TURNS))
 
 
 def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, volumes: int) -> Link:
@@ -73,7 +66,7 @@ def _link(send: Callable[[Tensor], None], device: torch.device, latencies: int, 
 def _message(send: Callable[[Tensor], None], x: Tensor) -> float:
     """Seconds of one message, after some that are not timed."""
     elapsed(lambda: send(x), COUNT)
-    return _seconds(lambda: send(x), COUNT)
+    return median_seconds(lambda: send(x), COUNT)
 
 
 def _there_and_back(x: Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.table import Table
 
+from lasptrain.console.tables import number, show
+
 Row = TypeVar("Row")
 Column = tuple[str, Callable[[Row], object], str]  # header, value of a row, format: `<` for text
 
@@ -26,6 +28,10 @@ class Result(Generic[Row]):
     tables: list[Table]
     facts: dict[str, Any]
     name: str = "rows"
+
+    def show(self) -> None:
+        """Print the tables."""
+        show(*self.tables)
 
     def write(self, file: Path) -> None:
         """Write facts, rows and the version of torch as JSON."""
@@ -54,7 +60,5 @@ def table(title: str, rows: Iterable[Row], columns: Sequence[Column[Row]], capti
     return made
 
 
-def _cell(value: object, form: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return format(value, form)
+def _cell(value: Any, form: str) -> str:
+    return value if isinstance(value, str) else number(value, form)

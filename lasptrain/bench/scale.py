@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import product
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rich.table import Table
 
 from lasptrain.bench.methods import NONE
-from lasptrain.bench.plot import COLOURS, NAMES, dress, length
 from lasptrain.bench.result import Column, Result, table
 from lasptrain.bench.steps import Repeats, repeats_for, shared, trained, unshared
-from lasptrain.console.figures import figure_class
 from lasptrain.cost import gpus, links, plan
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import device_name
@@ -163,32 +159,3 @@ def compared(row: Row, rows: Sequence[Row]) -> float | None:
         peers = [one for one in rows if one.window == row.window and one.speed]
     base = min(peers, key=lambda one: one.ranks).speed if peers else None
     return None if base is None or row.speed is None else row.speed / base
-
-
-def plot(found: Result[Row], file: Path) -> None:
-    """Draw weak scaling as tokens/s per GPU and strong scaling as a multiple, by GPUs, as PNG; SetupError without
-    matplotlib.
-    """
-    figure = figure_class()(figsize=(7, 3.9), layout="constrained")
-    weak, strong = figure.subplots(1, 2)
-    rows, colours = [row for row in found.rows if row.kind == "weak"], dict(zip(NAMES, COLOURS, strict=True))
-    sizes = sorted({row.tokens // row.ranks for row in rows})
-    for tokens, method in product(sizes, NAMES):
-        done = [row for row in rows if (row.tokens // row.ranks, row.method) == (tokens, method) and row.speed]
-        if done:
-            label = f"{NAMES[method]}, {length(tokens)} per GPU"
-            values = [1e-3 * (row.speed or 0) / row.ranks for row in done]
-            style = ("-", "--", ":", "-.")[sizes.index(tokens) % 4]
-            weak.plot([row.ranks for row in done], values, style, marker="o", color=colours[method], label=label)
-    rows = [row for row in found.rows if row.kind == "strong"]
-    for window in dict.fromkeys(row.window for row in rows):
-        done = [row for row in rows if row.window == window and row.speed]
-        strong.plot([r.ranks for r in done], [compared(r, rows) for r in done], marker="o", label=length(window))
-    counts = sorted({row.ranks for row in found.rows})
-    strong.plot(counts, [n / counts[0] for n in counts], ":", color="gray", label="in proportion")
-    for axes, label in ((weak, "thousand tokens/s per GPU"), (strong, "speed of one window, × that on the fewest")):
-        dress(axes, label, "GPUs", {n: str(n) for n in counts})
-        if axes.lines:
-            axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(found.facts["device"], fontsize=10)
-    figure.savefig(file, dpi=150)

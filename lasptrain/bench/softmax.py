@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from lasptrain.bench.kernels import median_ms
+from lasptrain.bench.kernels import check_gpu, median_ms
 from lasptrain.bench.result import Column, Result, table
-from lasptrain.errors import SetupError
 from lasptrain.ops import softmax, softmax_reference
 from lasptrain.ops.precision import DTYPES
 from lasptrain.ops.softmax import Documents
@@ -80,8 +79,7 @@ def measure(tokens: int, sizes: Sizes, dtype: str, alone: bool = False) -> Resul
 
     Errors are against the definition in fp64, on a slice of a quarter as many.
     """
-    if not torch.cuda.is_available():
-        raise SetupError("found no CUDA device to measure")
+    check_gpu()
     rows = []
     smaller = {case.name: case for case in cases(tokens // SMALLER)}
     with torch.autograd.set_multithreading_enabled(False):  # as in training

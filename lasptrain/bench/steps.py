@@ -1,4 +1,4 @@
-"""Whole steps of a model, laid out and timed for a comparison."""
+"""Models and their whole steps, laid out and timed for a comparison."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 
 from data_tools.dataset import open_dataset
-from lasptrain import train
+from lasptrain import ops, train
+from lasptrain.models.language_model import LanguageModel, initial_values
 from lasptrain.parallel import mesh
 from lasptrain.parallel.collectives import all_reduce_max
 from lasptrain.parallel.mesh import Mesh
 from lasptrain.parallel.recurrence import ShardedRecurrence
+from lasptrain.parallel.scan import SCANS
+from lasptrain.parallel.shard import parallelize
 from lasptrain.recipe.resolve import resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
-from lasptrain.training.job import Job, build
+from lasptrain.training.job import Job, build, language_model
 
 SHORT = 65_536  # tokens per rank; fewer of longer steps are timed
 
@@ -51,6 +54,17 @@ def shared(recipe: Recipe, tokens: int, ranks: int, scan: str, **data: Any) -> R
 def vocabulary(recipe: Recipe) -> int:
     """Return the size of the model's vocabulary; prepares the dataset if need be."""
     return resolve_vocabulary(recipe.model, open_dataset(recipe.data).vocab_size)
+
+
+def model_of(recipe: Recipe, of: Mesh, kind: str, *, scan: str | None = None, fused: bool = False) -> LanguageModel:
+    """Return the recipe's model with initial weights, spread over the mesh by a kind of data parallelism."""
+    device = mesh.device()
+    kernel = ops.select(recipe.train.kernel, device, recipe.model.kernels)
+    exchange = None if scan is None else SCANS[scan](of.sp_group, device)
+    model = language_model(recipe, ShardedRecurrence(kernel, exchange))
+    values = initial_values(model, recipe.train.seed, device)
+    parallelize(model, model.blocks, of, device, kind=kind, mode="none", dtype=model.dtype, fuse=fused, values=values)
+    return model
 
 
 def reset(device: torch.device) -> None:
@@ -85,6 +99,11 @@ def elapsed(call: Callable[[], object], count: int = 1) -> tuple[float, float]:
     mesh.synchronize(device)
     done = time.perf_counter()
     return all_reduce_max((done - began) / count), all_reduce_max((launched - began) / count)
+
+
+def median_seconds(call: Callable[[], object], count: int = 1, turns: int = 5) -> float:
+    """Return the median over `turns` of the seconds per call of `count` calls in a row on the slowest rank."""
+    return median(elapsed(call, count)[0] for _ in range(turns))
 
 
 def update(job: Job, step: int) -> float:

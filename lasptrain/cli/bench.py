@@ -1,14 +1,13 @@
 """`lasptrain bench`: measurements on this machine."""
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lasptrain.cli import checkpoint
 from lasptrain.cli.options import App, Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
-from lasptrain.console.tables import show
 from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
 from lasptrain.recipe.loading import load
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     from lasptrain.bench.result import Result, Row
 
 app = App("Measure on this machine.")
-app.command("saving")(checkpoint.bench_saving)
 
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 2 without any.")]
+RanksOrOne = Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.", callback=in_a_folder)]
 
 
 @app.callback()
@@ -45,7 +45,7 @@ def _tell(results: "Iterable[Result[Row]]", file: Path | None) -> "Result[Row]":
     for found in results:
         if file is not None:
             found.write(file)
-    show(*found.tables)
+    found.show()
     return found
 
 
@@ -101,9 +101,7 @@ def bench_sp(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of one attention layer.")] = None,
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Per rank, of whole steps of the model.")] = None,
     file: Numbers = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw whole steps as PNG.", callback=in_a_folder)
-    ] = None,
+    plot: Plot = None,
     measured: Annotated[
         Path | None, typer.Option("--rates", metavar="FILE", help="Of plan --measure, to predict steps from.")
     ] = None,
@@ -127,7 +125,7 @@ def bench_sp(
 def bench_prefill(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    nproc: RanksOrOne = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Of a text; 128K, 1M and 4M if not given.")] = None,
     segment: Annotated[int, typer.Option(min=1, help="Tokens that each rank has in work at a time.")] = 32_768,
     file: Numbers = None,
@@ -174,13 +172,30 @@ def bench_ablation(
 def bench_optim(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
+    nproc: RanksOrOne = None,
     file: Numbers = None,
 ) -> None:
     """Time an update of a recipe's model by AdamW and by Muon, beside the step that `plan` predicts."""
     from lasptrain.bench import optim
 
     _tell([optim.measure(_longest(recipe, overrides), nproc or _gpus(1))], file)
+
+
+@app.command("saving")
+def bench_saving(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: RanksOrOne = None,
+    saves: Annotated[int, typer.Option(min=1, help="Checkpoints to write.")] = 3,
+    folder: Annotated[Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: here.")] = None,
+    file: Numbers = None,
+) -> None:
+    """Measure how long saving checkpoints stops training, and how much slower it makes steps."""
+    from lasptrain.bench import saving
+
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
+        found = saving.measure(_longest(recipe, overrides), Path(run), nproc or _gpus(1), saves)
+    _tell([found], file)
 
 
 @app.command("scale")
@@ -196,10 +211,11 @@ def bench_scale(
     large: Annotated[Path | None, typer.Option(metavar="RECIPE", help="A larger model for the long windows.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="What does not fit into them is left out.")] = 9.0,
     file: Numbers = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them as PNG.", callback=in_a_folder)] = None,
+    plot: Plot = None,
 ) -> None:
     """Time one recipe on ever more GPUs of this machine: weak and strong scaling, long windows, beside `plan`."""
     from lasptrain.bench import scale
+    from lasptrain.bench.plot import draw_scaling
 
     counts = sorted(gpus) if gpus else [1 << n for n in range(_gpus().bit_length())]
     one, windows = _longest(recipe, overrides), long or [4_194_304]
@@ -209,7 +225,7 @@ def bench_scale(
     )
     found = _tell(scale.measure(listed, 60 * minutes), file)
     if plot is not None:
-        scale.plot(found, plot)
+        draw_scaling(found, plot)
 
 
 @app.command("longest")

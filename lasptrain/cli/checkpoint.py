@@ -1,6 +1,5 @@
-"""`lasptrain ckpt`: the checkpoints of a run, listed, verified, pruned, by one process. `lasptrain bench saving`."""
+"""`lasptrain ckpt`: the checkpoints of a run, listed, verified, pruned, by one process."""
 
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +7,7 @@ from typing import Annotated
 import typer
 
 from lasptrain.cli.options import App
-from lasptrain.console.tables import show
 from lasptrain.errors import CheckpointError
-from lasptrain.recipe.loading import load
 from lasptrain.run import folder as runs
 
 app = App("Checkpoints of a run.")
@@ -50,24 +47,6 @@ def prune(
             checkpoint.delete(run, doomed)
     verb = "deleted" if really else "would delete"
     typer.echo(f"{verb} {', '.join(f'step-{step}' for step in doomed) or 'nothing'}")
-
-
-def bench_saving(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="What is trained and saved.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks; one per GPU, or 1 without any.")] = None,
-    saves: Annotated[int, typer.Option(min=1, help="Checkpoints to write.")] = 3,
-    folder: Annotated[Path | None, typer.Option(metavar="DIR", help="On the disk to measure; default: here.")] = None,
-) -> None:
-    """Measure how long saving checkpoints stops training, and how much slower it makes steps."""
-    import torch
-
-    from lasptrain.bench import saving
-
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder or Path.cwd()) as run:
-        loaded = load(recipe, overrides or []).longest.recipe
-        found = saving.measure(loaded, Path(run), nproc or torch.cuda.device_count() or 1, saves)
-    show(*found.tables)
 
 
 def _existing(run: Path) -> Path:
