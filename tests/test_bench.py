@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from lasptrain.bench import ablation, layers, longest, mqar, optim, parity, plot, prefill, scale, sp
 from lasptrain.bench.kernels import Row, floors, result
@@ -27,6 +26,7 @@ from lasptrain.parallel.scan import Ring
 from lasptrain.process import local_ranks
 from lasptrain.recipe.loading import load
 from tests.gloo import PATIENCE, spawn
+from tests.tables import cells
 from tests.test_recipe import RECIPES
 from tests.trial import trial
 
@@ -46,11 +46,11 @@ def test_the_report_compares_with_the_fastest_and_says_what_failed() -> None:
         Row("another", 4096, 3.0, 5.0, 1.5, 4.0),
         Row("broken", 4096, 4.0, None, None, failure="will not run"),
     ]
-    console = Console(width=150, record=True)
-    console.print(*result("GPU", rows, RATES, 16, 128, "bf16", "head").tables)
-    text = console.export_text()
-    ours, *_, broken = (line for line in text.splitlines() if "lasptrain" in line or "broken" in line)
-    assert "2.50" in ours and "3.50" in ours and "4.000" in broken and "will not run" in text
+    (table,) = result("GPU", rows, RATES, 16, 128, "bf16", "head").tables
+    ours, other, _, broken, *_ = cells(table)
+    assert ours[:3] == ["4,096", "lasptrain", "1.000"] and ours[6:9] == ["2.50", "1.000", "3.50"]
+    assert other[6:9] == ["", "3.500", ""] and broken[4:9] == [""] * 5
+    assert broken[2] == "4.000" and table.caption == "will not run"
 
 
 @pytest.mark.slow
@@ -66,9 +66,7 @@ def test_shared_windows_are_compared_on_ranks_of_this_machine() -> None:
     assert all(row.sent == row.formula for row in layered)
     assert layered[0].ratio == 1.0 and all(row.ratio for row in layered)
     assert all((row.sent > 0) == (row.method != NONE) for row in layered)
-    console = Console(width=120, record=True)
-    console.print(*found.tables)
-    assert console.export_text().count("all_gather") == 2
+    assert [[row[1] for row in cells(table)] for table in found.tables] == [methods, [*methods, "megatron"]]
 
 
 def test_results_are_written_with_their_facts_as_objects(tmp_path: Path) -> None:
@@ -115,10 +113,14 @@ def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> 
     results = sp.result("GPU", 2, [], steps)
     plot.draw(results, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes()[16:20] == (1050).to_bytes(4, "big")
-    console = Console(width=120, record=True)
-    console.print(*results.tables)
-    text = console.export_text()
-    assert "OOM" in text and "megatron_left, 65,536: no" in text and "19,000" in text and "2.000" in text
+    (table,) = results.tables
+    assert [row[1:5] for row in cells(table)] == [
+        ["none", "20,000", "19,000", "1.000"],
+        ["none", "20,000", "", "1.000"],
+        ["megatron_left", "10,000", "", "2.000"],
+        ["megatron_left", "OOM", "", ""],
+    ]
+    assert table.caption == "megatron_left, 65,536: no"
 
 
 def test_updates_by_both_optimizers_are_timed(group: None) -> None:
@@ -130,10 +132,10 @@ def test_updates_by_both_optimizers_are_timed(group: None) -> None:
     assert muon.state == adamw.state - 4 * matrices - 4 * 2 * 8  # a number each less, and the step of each of 16
     assert muon.flops == 5 * 2 * (5 * 6 * 16**3 + 3 * (4 * 16 * 16 * 32 + 2 * 16**3)) and adamw.flops == 0
     told = optim.result(found.facts | {"step": 2.0}, [optim.Update("muon", 0.5, 1 << 30, 10**12)])
-    console = Console(width=120, record=True)
-    console.print(*found.tables, *told.tables)
-    text = console.export_text()
-    assert "zero3 on 1 × CPU" in text and "25.00%" in text and "a step of 16,384 tokens takes 2.00 s" in text
+    ((table,), (beside,)) = found.tables, told.tables
+    assert str(table.title).endswith("zero3 on 1 × CPU") and [row[2] for row in cells(table)] == ["", ""]
+    assert cells(beside) == [["muon", "500.0", "25.00%", "1.00", "2.0"]]
+    assert str(beside.caption).startswith("a step of 16,384 tokens takes 2.00 s")
 
 
 @pytest.mark.slow
@@ -143,9 +145,8 @@ def test_texts_are_read_beside_the_forward_of_training() -> None:
         found = prefill.result(*prefill._rank(load(RECIPES / "quickstart.yaml", small), [100, 600], 64))
     assert [row.tokens for row in found.rows] == [100, 600] and not found.facts["fused"]
     assert found.facts["training"] > 0 and all(row.tokens_per_s > 0 and row.memory > 0 for row in found.rows)
-    console = Console(width=120, record=True)
-    console.print(*found.tables)
-    assert "segments of 64 tokens" in console.export_text()
+    (table,) = found.tables
+    assert "segments of 64 tokens" in str(table.title) and [row[0] for row in cells(table)] == ["100", "600"]
 
 
 @pytest.mark.slow
@@ -164,12 +165,9 @@ def test_the_longest_window_of_each_form_is_the_longest_that_fits(monkeypatch: p
     laid, window = longest.laid_out(recipe, chosen[0], vocab, 2, 1.0, 4096, capacity)
     assert window <= fits[1] < window + 2048 and laid.train.segment == window == laid.data.window
     assert (streaming.window, streaming.failed) == (4096, False)
-    console = Console(width=120, record=True)
-    console.print(*found.tables)
-    assert f" {on.window:,} │ " in (text := console.export_text()) and "≥ 4,096" in text
+    assert cells(found.tables[0]) == [["ddp", "none", "", f"{on.window:,}", "≥ 4,096"]]
     *_, found = longest.measure(recipe, 2, 4096, capacity, 0, chosen[1:])
-    console.print(*found.tables)
-    assert found.rows[0].window == 2048 and "no time was left" in console.export_text()
+    assert found.rows[0].window == 2048 and "no time was left" in str(found.tables[0].caption)
 
 
 @pytest.mark.slow
@@ -180,9 +178,8 @@ def test_states_that_are_not_kept_are_made_again() -> None:
     assert [(row.kernel, row.kept) for row in found.rows] == [
         (k, s) for k in ("reference", "chunked") for s in (False, True)
     ]
-    console = Console(width=120, record=True)
-    console.print(*found.tables)
-    assert console.export_text().count("chunked") == 2
+    (table,) = found.tables
+    assert [row[:2] for row in cells(table)] == [[row.kernel, "yes" if row.kept else "no"] for row in found.rows]
 
 
 def forgotten(rank: int, world: int) -> float:
@@ -209,9 +206,8 @@ def test_every_layout_trains_alike() -> None:
     assert len(found.rows) == 11 and len({curve.layout for curve in found.rows}) == 11
     assert all(len(set(curve.losses)) == 4 for curve in found.rows)
     assert max(parity.differences(found.rows)) < 1e-4
-    console = Console(width=120, record=True)
-    console.print(*found.tables)
-    assert "zero2, sp 2" in console.export_text()
+    assert [row[0] for row in cells(found.tables[0])] == [curve.layout for curve in found.rows]
+    assert "zero2, sp 2" in {curve.layout for curve in found.rows}
 
 
 def test_layouts_are_chosen_by_kind() -> None:
@@ -237,7 +233,7 @@ def test_what_a_rank_refuses_is_said_once() -> None:
 
 
 @pytest.mark.slow
-def test_ever_more_ranks_share_the_work() -> None:
+def test_ever_more_ranks_share_the_work(tmp_path: Path) -> None:
     small = ["model.dim=16", "model.layers=2", "model.heads=2", "model.mlp=32", "train.precision=fp32"]
     recipe = load(RECIPES / "quickstart.yaml", small)
     listed = scale.cases(recipe, [1, 2], [32], [64, 63], [(recipe, 128)])
@@ -249,12 +245,12 @@ def test_ever_more_ranks_share_the_work() -> None:
     one, odd, two, uneven = (row for row in found.rows if row.kind == "strong")
     assert one.speed and two.speed and odd.speed and uneven.failure == "2 ranks cannot share it"
     assert scale.compared(two, found.rows) == pytest.approx(two.speed / one.speed)
-    console = Console(width=160, record=True)
-    console.print(*found.tables)
-    text = console.export_text()
-    assert all(
-        words in text for words in ("weak scaling", "strong scaling", "long windows", "–: 2 ranks cannot share it")
-    )
+    named = [str(table.title).split(",")[0] for table in found.tables]
+    assert named == ["weak scaling", "strong scaling", "long windows"]
+    assert [table.caption for table in found.tables] == [None, "–: 2 ranks cannot share it", None]
+    assert [row[4] == "–" for row in cells(found.tables[1])] == [False, False, False, True]
+    plot.draw_scaling(found, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes()[16:20] == (1050).to_bytes(4, "big")
 
 
 def test_what_time_does_not_allow_is_not_run() -> None:
@@ -274,8 +270,7 @@ def test_recall_is_learnt_alike_by_ranks_that_share_sequences() -> None:
     assert shared.facts["losses"] == pytest.approx(alone.facts["losses"], rel=1e-4)
     assert alone.facts["losses"][0] == pytest.approx(math.log(64), rel=0.1)  # rows of the vocabulary
     assert [size[:2] for size in alone.facts["harder"]] == [[64, 8], [64, 16]]
-    shown = "\n".join(str(cell) for table in alone.tables for column in table.columns for cell in column.cells)
-    assert shown.split()[0] == "12"
+    assert [[row[0] for row in cells(table)] for table in alone.tables] == [["12"], [""]]
 
 
 def test_what_cannot_be_recalled_is_refused_before_training() -> None:

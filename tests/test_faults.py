@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from typer.testing import CliRunner
 
 from data_tools import windows
@@ -47,6 +46,7 @@ from lasptrain.training.guard import ENOUGH, Guard
 from lasptrain.training.job import Job
 from tests.clock import Clock
 from tests.gloo import PATIENCE, spawn
+from tests.tables import cells
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -421,9 +421,9 @@ def test_what_saving_costs_is_told(group: None, recipe: Path, tmp_path: Path) ->
     facts, rows = saving._rank(one, tmp_path / "bench", 2)
     assert checkpoint.committed(tmp_path / "bench")[1] == saving.WARM + saving.QUIET
     assert all(0 < stall < written for stall, written, _ in rows) and len(rows) == 2
-    console = Console(width=120, record=True)
-    console.print(*saving.result(facts | {"step": 2.0, "every": 50}, [saving.Save(0.5, 3.0, 1.5)]).tables)
-    assert "0.50%" in (text := console.export_text()) and "2.00%" in text and f"{facts['size']:,} bytes" in text
+    (table,) = saving.result(facts | {"step": 2.0, "every": 50}, [saving.Save(0.5, 3.0, 1.5)]).tables
+    assert cells(table) == [["0.500", "0.50%", "3.00", "1.50", "2.00%"]]
+    assert str(table.title).startswith(f"{facts['size']:,} bytes")
     trained(recipe, tmp_path / "run", "train.steps=7")
     stalls = {record["step"]: record["checkpoint_stall"] for record in read_metrics(tmp_path / "run")}
     assert {step for step, stall in stalls.items() if stall > 0} == {4, 7}

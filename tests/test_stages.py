@@ -40,6 +40,7 @@ from lasptrain.run.metrics import read_metrics
 from lasptrain.training.job import Job, build
 from lasptrain.training.optimizer import build_optimizer
 from tests.gloo import spawn
+from tests.tables import cells, printed
 from tests.test_faults import bytes_of
 from tests.test_recipe import RECIPES
 
@@ -397,11 +398,18 @@ def test_the_shipped_recipe_is_checked_and_planned_by_stage() -> None:
     assert "stages[0] steps 1 to 9,000: 256 windows of 4,096 tokens on dp 8 × sp 1," in checked
     assert "stages[2] steps 9,451 to 9,650: 1 window of 1,048,576 tokens on dp 1 × sp 8," in checked
     assert "209,715,200 tokens, 2.1%" in checked and "training 9,650 steps, 10,118,758,400 tokens" in checked
-    planned = told("plan", file, "--gpus", "8", "--gpu", "h200")
-    rows = [[cell.strip() for cell in row.split("│")] for row in planned.split("│ stages[")[1:]]
-    assert [row[:3] for row in rows] == [["0]", "9,000", "8 × 1"], ["1]", "450", "8 × 1"], ["2]", "200", "1 × 8"]]
-    peak = max(rows, key=lambda row: float(row[5].split()[0]))[5]
-    assert f"in all │ 9,650 │ │ │ │ {peak} │ │ │ 10,118,758,400 │" in planned
+    with printed() as tables:
+        told("plan", file, "--gpus", "8", "--gpu", "h200")
+    (stages,) = (table for table in tables if table.columns[0].header == "stage")
+    rows = cells(stages)
+    assert [row[:3] for row in rows] == [
+        ["stages[0]", "9,000", "8 × 1"],
+        ["stages[1]", "450", "8 × 1"],
+        ["stages[2]", "200", "1 × 8"],
+    ]
+    peak = max((row[5] for row in rows), key=lambda cell: float(cell.split()[0]))
+    footer = [str(column.footer) for column in stages.columns]
+    assert footer[:-1] == ["in all", "9,650", "", "", "", peak, "", "", "10,118,758,400"]
 
 
 def test_certify_takes_the_longest_stage_or_the_one_that_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
