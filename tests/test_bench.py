@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from typer.main import get_command
 
-from lasptrain import bench
 from lasptrain.bench import ablation, layers, longest, mqar, optim, parity, plot, prefill, scale, sp
 from lasptrain.bench.kernels import Row, floors, result
 from lasptrain.bench.methods import NONE
 from lasptrain.bench.steps import repeats_for
-from lasptrain.cli.main import app
 from lasptrain.cost.gpus import Rates
 from lasptrain.errors import RecipeError, SetupError
 from lasptrain.parallel import mesh as meshes
@@ -224,23 +219,6 @@ def test_layouts_are_chosen_by_kind() -> None:
     ]
     with pytest.raises(RecipeError, match="--kind: found 'zero4'; expected one of ddp, zero1"):
         next(parity.measure(load(RECIPES / "tnl_0.4b_16k.yaml"), 2, 1, ["zero4"]))
-
-
-def test_commands_of_the_page_can_be_given() -> None:
-    """Of each the options are read, and the recipe with what it overrides."""
-    text = " ".join((Path(bench.__file__).parent / "README.md").read_text(encoding="utf-8").split())
-    commands = re.findall(r"`lasptrain (\w[^`]*)`", text)
-    for words in map(str.split, commands):
-        command: Any = get_command(app)
-        while words and words[0] in getattr(command, "commands", ()):
-            command, words = command.commands[words[0]], words[1:]
-        if words and words != ["--help"]:
-            assert not hasattr(command, "commands"), words
-            words = [str(RECIPES / "quickstart.yaml") if word == "RECIPE" else word for word in words]
-            given = command.make_context("lasptrain", words).params
-            if "recipe" in given:
-                load(given["recipe"], given["overrides"])
-    assert len(commands) > 20
 
 
 def test_a_method_that_does_not_exist_is_named() -> None:
