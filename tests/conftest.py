@@ -26,8 +26,7 @@ settings.load_profile("shared")
 if not torch.cuda.is_available():
     local_ranks.START = "forkserver"  # whose server has imported torch
     get_temp_dir()  # of its socket, which outlives the temporary folders of tests
-if "PYTEST_XDIST_WORKER" in os.environ:
-    gloo.serve()
+gloo.serve()  # now: a server that starts inside of a temporary folder gives it to all that it forks, after its end too
 
 
 @pytest.fixture(scope="module")
