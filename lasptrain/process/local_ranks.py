@@ -167,7 +167,7 @@ def _rank(rank: int, ranks: int, folder: Path, measure: Callable[..., Any], give
             _refuse(error, folder / f"{rank}.refusal")
         if rank == 0:
             files.replace(folder / f"{number}.result", json.dumps(result))
-    dist.barrier()
+        dist.barrier()  # a rank that then fails in the next call does not end rank 0 before it has written this result
     dist.destroy_process_group()
 
 
