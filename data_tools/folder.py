@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lasptrain import files
 from lasptrain.data.manifest import FILE
 from lasptrain.errors import DataError, ResourceError, SetupError
 
@@ -69,7 +69,7 @@ def _locked(lock: Path, final: Path, wait: bool) -> Iterator[None]:
     while True:
         with lock.open("w") as held:
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                files.lock(held.fileno(), wait=wait)
             except BlockingIOError as error:
                 raise SetupError(f"{final}: another process is writing it") from error
             if not _is_there(lock, held.fileno()):

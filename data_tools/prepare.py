@@ -329,7 +329,8 @@ def _workers(asked: int | None, source_bytes: int) -> int:
     """Number of workers: as asked, else one for each CPU that has enough to do; one where no process can be started."""
     if multiprocessing.current_process().daemon:
         return 1
-    return asked or max(1, min(len(os.sched_getaffinity(0)), source_bytes >> 22))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or max(1, min(cores, source_bytes >> 22))
 
 
 def _in_order(

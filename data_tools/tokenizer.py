@@ -17,6 +17,7 @@ from data_tools.fields import listed
 from data_tools.files import naming, one_line
 from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.files import read, utf8
+from lasptrain.recipe.loading import find_file
 
 BYTES = "bytes"
 MODEL, FAST = "tokenizer.model", "tokenizer.json"  # names in a folder; of sentencepiece first, which is faster
@@ -242,8 +243,12 @@ def load_tokenizer(spec: str | Path, bos: int | None = None) -> Tokenizer:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """Return a tokenizer's file, where `path` is the folder that holds it. DataError for a folder without one."""
+    """Return a tokenizer's file, where `path` is the folder that holds it, or the name of one that is shipped.
+
+    DataError for a folder without one.
+    """
     with naming(path):
+        path = find_file(path) or path
         if not path.is_dir():
             return path
         for name in (MODEL, FAST):

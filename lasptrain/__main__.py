@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from lasptrain.errors import INTERRUPTED, STOPPED
 
-STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]  # not on Windows
 
 
 def main() -> NoReturn:

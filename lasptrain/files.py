@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -26,13 +27,15 @@ def at_home(path: str) -> str:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, or of a quota, without room
 BROKEN = (errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE)  # of a disk, or of the limit of files
 SMALL = 1 << 24  # bytes that a file which is read whole may have
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # where there are
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _HIDDEN = re.compile(r"\.[a-z]+\.(json|yaml)\.\d+")  # names that `whole` gives to small files
 
 
 def descriptor(path: Path, flags: int) -> int:
     """Open a file of our own. Raises OSError for a link, which is not followed, a FIFO, not waited for, or a device."""
     try:
-        found = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        found = os.open(path, flags | _NO_LINK | _NO_WAIT, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise OSError(errno.EINVAL, "it is no regular file", str(path)) from None
@@ -56,9 +59,20 @@ def regular(path: Path, *, own: bool = False) -> Iterator[BufferedReader]:
     if own:
         found = descriptor(path, os.O_RDONLY)
     else:
-        found = _checked(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
+        found = _checked(os.open(path, os.O_RDONLY | _NO_WAIT), path)
     with open(found, "rb") as stream:  # noqa: PTH123
         yield stream
+
+
+def lock(file: int, *, shared: bool = False, wait: bool = False) -> None:
+    """Lock an open file until it is closed. Raises BlockingIOError where another process holds it, unless told to wait,
+    OSError on a disk without locks, SetupError on a system without them.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise SetupError(f"found {sys.platform}, where this command does not run; expected Linux or macOS") from None
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
 
 def read(path: Path, most: int = SMALL, *, own: bool = False) -> bytes:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import BeforeValidator
 
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Count, Index, Problem, as_tuple
+from lasptrain.architectures.section import Count, Index, Problem, as_tuple, optional
 from lasptrain.architectures.stack import Recompute, Stack
 
 Layers = Annotated[tuple[Index, ...], BeforeValidator(as_tuple)]  # their indices
@@ -46,8 +46,8 @@ class Architecture(Stack):
     gated_mlp: ClassVar[bool] = True  # silu on the gate of the MLP
     kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")  # of its recurrence, the fastest first
 
-    key_dim: Count | None = None  # K, per head; dim / heads if not given
-    value_dim: Count | None = None  # V, per head; dim / heads if not given (some: twice that)
+    key_dim: Count | None = optional(None, "K, per head; dim / heads if not given")
+    value_dim: Count | None = optional(None, "V, per head; dim / heads if not given (some: twice that)")
 
     @property
     def K(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lasptrain.architectures.base import Architecture
+from lasptrain.architectures.section import optional
 
 Schedule = Literal["tnl", "minimax_hf", "tnl_paper", "alibi", "retnet", "window", "none"]
 
@@ -55,7 +56,7 @@ def slopes(schedule: str, layers: int, heads: int, window: int) -> list[list[flo
 class Decaying(Architecture):
     """An architecture whose decays follow a schedule, constant or not."""
 
-    decay: Schedule = "tnl"
+    decay: Schedule = optional("tnl", "schedule of the decays by layer and head")
 
     def decays(self, window: int) -> list[list[float]]:
         """Return the schedule's slopes by layer and head."""

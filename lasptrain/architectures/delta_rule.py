@@ -7,7 +7,7 @@ from pydantic import Field
 
 from lasptrain.architectures.base import Architecture, Norm, State, Work
 from lasptrain.architectures.decay import slopes
-from lasptrain.architectures.section import Eps, Problem
+from lasptrain.architectures.section import Eps, Problem, optional
 from lasptrain.architectures.stack import Recompute
 
 # FLOPs of a chunk of 64 tokens in the form with blocks, per key and value channel of a head: forward, and both
@@ -22,10 +22,12 @@ class GatedByData(Architecture):
 
     kernels: ClassVar[tuple[str, ...]] = ("chunked", "reference")
 
-    conv: Annotated[int, Field(ge=0, le=16)] = 4  # tokens seen by convolutions of q, k and v; 0: none
-    # decays at the start: window, the slowest head keeps 1/1000 over the whole window; paper, as the papers start
-    decay: Literal["window", "paper"] = "window"
-    norm_eps: Eps = 1e-6  # of all norms
+    conv: Annotated[int, Field(ge=0, le=16)] = optional(4, "tokens seen by convolutions of q, k and v; 0: none")
+    decay: Literal["window", "paper"] = optional(
+        "window",
+        "decays at the start: window, the slowest head keeps 1/1000 over the whole window; paper, as the papers start",
+    )
+    norm_eps: Eps = optional(1e-6, "eps of all norms")
 
     @property
     def norm(self) -> Norm:

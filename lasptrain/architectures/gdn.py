@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from lasptrain.architectures.base import Norm
 from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Eps, Few, Problem
+from lasptrain.architectures.section import Eps, Few, Problem, optional
 
 
 class Gdn(GatedByData):
@@ -16,11 +16,13 @@ class Gdn(GatedByData):
     kernels: ClassVar[tuple[str, ...]] = ("triton", "chunked", "reference")
 
     arch: Literal["gdn"] = "gdn"
-    key_heads: Few | None = None  # heads of q and k, each shared by neighbouring value heads; `heads` if not given
-    negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
-    gate: Literal["silu", "sigmoid"] = "silu"  # on the output
-    output_norm_eps: Eps | None = None  # of the gated norm on the output; norm_eps if not given
-    centred_norms: bool = False  # all norms but the gated one multiply by 1 + weight, which starts at zero
+    key_heads: Few | None = optional(
+        None, "heads of q and k, each shared by neighbouring value heads; `heads` if not given"
+    )
+    negative_eigenvalues: bool = optional(False, "beta in (0, 2) instead of (0, 1)")
+    gate: Literal["silu", "sigmoid"] = optional("silu", "function of the gate on the output")
+    output_norm_eps: Eps | None = optional(None, "eps of the gated norm on the output; norm_eps if not given")
+    centred_norms: bool = optional(False, "all norms but the gated one multiply by 1 + weight, which starts at zero")
 
     @property
     def norm(self) -> Norm:

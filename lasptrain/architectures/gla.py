@@ -7,7 +7,7 @@ from pydantic import Field
 
 from lasptrain.architectures.base import State
 from lasptrain.architectures.delta_rule import GatedByData
-from lasptrain.architectures.section import Count
+from lasptrain.architectures.section import Count, optional
 
 TEMPER = 16  # ln a = ln sigmoid(x) / TEMPER
 
@@ -18,9 +18,9 @@ class Gla(GatedByData):
     implementation: ClassVar[str] = "lasptrain.models.gla"
 
     arch: Literal["gla"] = "gla"
-    conv: Annotated[int, Field(ge=0, le=16)] = 0  # tokens seen by convolutions of q, k and v; 0: none
-    decay_rank: Count = 16  # of the bottleneck through which the decay comes
-    gate: Literal["silu", "sigmoid"] = "silu"  # on the output
+    conv: Annotated[int, Field(ge=0, le=16)] = optional(0, "tokens seen by convolutions of q, k and v; 0: none")
+    decay_rank: Count = optional(16, "channels of the bottleneck through which the decay comes")
+    gate: Literal["silu", "sigmoid"] = optional("silu", "function of the gate on the output")
 
     def mixer_parameters(self, layer: int) -> dict[str, int]:
         """Return the common parts, and the bottleneck and bias of the decay."""

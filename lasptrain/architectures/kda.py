@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 from lasptrain.architectures.delta_rule import STEP, GatedByData
+from lasptrain.architectures.section import optional
 
 
 class Kda(GatedByData):
@@ -11,7 +12,7 @@ class Kda(GatedByData):
     implementation: ClassVar[str] = "lasptrain.models.kda"
 
     arch: Literal["kda"] = "kda"
-    gate: Literal["silu", "sigmoid"] = "sigmoid"  # on the output
+    gate: Literal["silu", "sigmoid"] = optional("sigmoid", "function of the gate on the output")
 
     def mixer_parameters(self, layer: int) -> dict[str, int]:
         """Return the common parts with bottlenecks of width V and K for gate and decay, beta, biases and slopes."""

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 from lasptrain.architectures.base import Architecture
+from lasptrain.architectures.section import optional
 
 
 class LinearTransformer(Architecture):
@@ -11,8 +12,8 @@ class LinearTransformer(Architecture):
     implementation: ClassVar[str] = "lasptrain.models.linear_transformer"
 
     arch: Literal["linear_transformer"] = "linear_transformer"
-    decay: Literal["none"] = "none"
-    normalizer: bool = False  # divide by q · Σk
+    decay: Literal["none"] = optional("none", "it has none")
+    normalizer: bool = optional(False, "divide by q · Σk")
 
     def mixer_parameters(self, layer: int) -> dict[str, int]:
         """Return the matrices for q, k, v and output, and the norm over the V of a head."""

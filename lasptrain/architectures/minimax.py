@@ -6,6 +6,7 @@ from pydantic import Field
 
 from lasptrain.architectures.base import Norm
 from lasptrain.architectures.decay import Decaying, Schedule
+from lasptrain.architectures.section import optional
 
 
 class MiniMax(Decaying):
@@ -14,8 +15,10 @@ class MiniMax(Decaying):
     implementation: ClassVar[str] = "lasptrain.models.minimax"
 
     arch: Literal["minimax"] = "minimax"
-    decay: Schedule = "minimax_hf"
-    alpha: Annotated[float, Field(gt=0, le=1e3)] | None = None  # factor of the residual; (2·layers)^¼ if not given
+    decay: Schedule = optional("minimax_hf", "schedule of the decays by layer and head")
+    alpha: Annotated[float, Field(gt=0, le=1e3)] | None = optional(
+        None, "factor of the residual; (2·layers)^¼ if not given"
+    )
 
     @property
     def norm(self) -> Norm:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from lasptrain.architectures.decay import Decaying, Schedule
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Problem
+from lasptrain.architectures.section import Problem, optional
 
 
 class RetNet(Decaying):
@@ -14,7 +14,7 @@ class RetNet(Decaying):
     implementation: ClassVar[str] = "lasptrain.models.retnet"
 
     arch: Literal["retnet"] = "retnet"
-    decay: Schedule = "retnet"
+    decay: Schedule = optional("retnet", "schedule of the decays by layer and head")
 
     @property
     def V(self) -> int:

@@ -1,7 +1,7 @@
 """Base of every section of a recipe, and the types of its values."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 Problem = tuple[str, str]
 """A key such as `data.window`, and what is wrong with it."""
+
+
+T = TypeVar("T")
+
+
+def optional(default: T, meaning: str) -> T:
+    """A key that may be left out: its default, and its meaning as `lasptrain recipe keys` has it."""
+    return Field(default, description=meaning)
 
 
 def as_tuple(value: object) -> object:

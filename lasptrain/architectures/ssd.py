@@ -7,7 +7,7 @@ from pydantic import Field
 
 from lasptrain.architectures.base import Norm, State
 from lasptrain.architectures.decay import Decaying, Schedule
-from lasptrain.architectures.section import Problem
+from lasptrain.architectures.section import Problem, optional
 
 
 class Ssd(Decaying):
@@ -16,9 +16,12 @@ class Ssd(Decaying):
     implementation: ClassVar[str] = "lasptrain.models.ssd"
 
     arch: Literal["ssd"] = "ssd"
-    decay: Schedule | Literal["learned"] = "window"  # type: ignore[assignment]  # learned: starts as window
-    data_dependent: bool = False  # step and decay depend on the input
-    conv: Annotated[int, Field(ge=0, le=16)] = 0  # tokens seen by a convolution of q, k and v; 0: none
+    decay: Schedule | Literal["learned"] = optional(  # type: ignore[assignment]
+        "window",
+        "schedule of the decays by layer and head; learned: trained, starts as window",
+    )
+    data_dependent: bool = optional(False, "step and decay depend on the input")
+    conv: Annotated[int, Field(ge=0, le=16)] = optional(0, "tokens seen by a convolution of q, k and v; 0: none")
 
     @property
     def norm(self) -> Norm:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from lasptrain.architectures.nearest import nearest_fits
-from lasptrain.architectures.section import Count, Few, Index, Problem, Section
+from lasptrain.architectures.section import Count, Few, Index, Problem, Section, optional
 from lasptrain.console.tables import figures
 
 Recompute = Literal["none", "full", "selective", "offload"]
@@ -53,18 +53,37 @@ class Stack(Section):
     layers: Few = Field(description="the number of layers, such as 4")
     heads: Few = Field(description="the number of heads, such as 4")
     mlp: Count = Field(description="the width of the MLP, such as 704")
-    vocab: Count | Literal["auto"] = "auto"  # rows of the embedding; auto: the tokenizer's, up to a multiple of 64
-    tie: bool = True  # the output head is the embedding
-    softmax: Annotated[tuple[Index, ...], BeforeValidator(_spelled_out)] = ()  # layers of it, or every 4th
-    softmax_heads: Few | None = None  # softmax: heads of q; `heads` if not given
-    softmax_dim: Count | None = None  # softmax: channels of a head; dim / heads of q if not given
-    kv_heads: Few | None = None  # softmax: heads of k and v; as many as of q if not given
-    sliding_window: Count | None = None  # softmax: tokens that a token sees, itself included; none: all before it
-    rotary: Annotated[float, Field(gt=1, le=1e12)] | None = 10000.0  # softmax: base of rotary positions; none: without
-    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # softmax: the part of a head's channels that is rotated
-    qk_norm: Literal["none", "head", "whole"] = "none"  # softmax: norms of q and k, each head's or all heads' channels
-    softmax_gate: bool = False  # softmax: o is multiplied by sigmoid(W h)
-    softmax_norm: Literal["before", "after"] = "before"  # softmax: norms of a block stand before, or after its parts
+    vocab: Count | Literal["auto"] = optional(
+        "auto", "rows of the embedding; auto: the tokenizer's, up to a multiple of 64"
+    )
+    tie: bool = optional(True, "the output head is the embedding")
+    softmax: Annotated[tuple[Index, ...], BeforeValidator(_spelled_out)] = optional(
+        (),
+        "indices of the layers that are softmax attention, or every 4th",
+    )
+    softmax_heads: Few | None = optional(None, "softmax: heads of q; `heads` if not given")
+    softmax_dim: Count | None = optional(None, "softmax: channels of a head; dim / heads of q if not given")
+    kv_heads: Few | None = optional(None, "softmax: heads of k and v; as many as of q if not given")
+    sliding_window: Count | None = optional(
+        None, "softmax: tokens that a token sees, itself included; none: all before it"
+    )
+    rotary: Annotated[float, Field(gt=1, le=1e12)] | None = optional(
+        10000.0,
+        "softmax: base of rotary positions; none: without",
+    )
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = optional(
+        1.0,
+        "softmax: the part of a head's channels that is rotated",
+    )
+    qk_norm: Literal["none", "head", "whole"] = optional(
+        "none",
+        "softmax: norms of q and k, each head's or all heads' channels",
+    )
+    softmax_gate: bool = optional(False, "softmax: o is multiplied by sigmoid(W h)")
+    softmax_norm: Literal["before", "after"] = optional(
+        "before",
+        "softmax: norms of a block stand before, or after its parts",
+    )
 
     @property
     def query_heads(self) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from lasptrain.architectures.base import Layers, Norm, State
 from lasptrain.architectures.decay import Decaying
-from lasptrain.architectures.section import Problem
+from lasptrain.architectures.section import Problem, optional
 
 
 class Tnl(Decaying):
@@ -16,7 +16,7 @@ class Tnl(Decaying):
     gated_mlp: ClassVar[bool] = False
 
     arch: Literal["tnl"] = "tnl"
-    lrpe: Layers = (0,)  # indices of the layers with LRPE
+    lrpe: Layers = optional((0,), "indices of the layers with LRPE")
 
     @property
     def norm(self) -> Norm:

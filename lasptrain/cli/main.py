@@ -13,6 +13,7 @@ from rich.table import Table
 from lasptrain import __version__
 from lasptrain.cli import bench, checkpoint, data
 from lasptrain.cli import eval as eval_commands
+from lasptrain.cli import recipe as recipe_commands
 from lasptrain.cli.certify import certify
 from lasptrain.cli.convert import convert
 from lasptrain.cli.options import App, Overrides, RecipeFile
@@ -30,6 +31,8 @@ from lasptrain.recipe.resolve import resolve_meshes, resolve_vocabulary
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import origin as origins
 from lasptrain.run import trackers
+
+POSIX = ("fcntl", "resource")  # modules that Windows lacks, and that `check`, `plan` and `recipe` do without
 
 app = App("Pretrain linear-attention language models on sequences of millions of tokens.", add_completion=True)
 
@@ -67,6 +70,15 @@ def main() -> NoReturn:
             code = INTERNAL
         else:  # a file that cannot be written or read, where no better message exists
             typer.echo(f"error: {_name(error)}: {error.strerror}", err=True)
+            code = SetupError.code
+    except ModuleNotFoundError as error:
+        if error.name not in POSIX:
+            traceback.print_exc()
+            code = INTERNAL
+        else:
+            typer.echo(
+                f"error: found {sys.platform}, where this command does not run; expected Linux or macOS", err=True
+            )
             code = SetupError.code
     except Exception:
         traceback.print_exc()
@@ -247,6 +259,7 @@ app.command()(certify)
 app.command()(runs)
 eval_commands.register(app)
 app.command()(convert)
+app.add_typer(recipe_commands.app, name="recipe")
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoint.app, name="ckpt")

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from lasptrain.errors import INTERRUPTED, STOPPED, TERMINATED, Stopped
+from lasptrain.errors import INTERRUPTED, STOPPED, TERMINATED, SetupError, Stopped
 
-CODES = {
-    signal.SIGTERM: STOPPED,
-    signal.SIGUSR1: STOPPED,  # Slurm's warning before the time limit
-    signal.SIGHUP: STOPPED,
-    signal.SIGINT: INTERRUPTED,
+_BY_NAME = {
+    "SIGTERM": STOPPED,
+    "SIGUSR1": STOPPED,  # Slurm's warning before the time limit
+    "SIGHUP": STOPPED,
+    "SIGINT": INTERRUPTED,
 }
+CODES = {signal.Signals[name]: code for name, code in _BY_NAME.items() if hasattr(signal, name)}  # some: not on Windows
 ALL_SAVED = "every step is saved"
 ECHO = 0.5  # seconds within which a signal that comes both directly and through the launcher counts once
 
@@ -47,9 +48,14 @@ def interrupt() -> None:
 
 
 def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[], float] = time.monotonic) -> None:
-    """Install the handlers. `leave` gets the number of the signal by which this process then ends, nothing unsaved."""
+    """Install the handlers. `leave` gets the number of the signal by which this process then ends, nothing unsaved.
+
+    SetupError on a system without these signals.
+    """
 
     global _leave
+    if len(CODES) < len(_BY_NAME):
+        raise SetupError(f"found {sys.platform}, where this command does not run; expected Linux or macOS")
     _leave = leave
 
     def hear(number: int, frame: FrameType | None) -> None:

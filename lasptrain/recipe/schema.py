@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, SerializeAsAny, model_validator
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
 from lasptrain.architectures.nearest import multiples, nearest_fits
-from lasptrain.architectures.section import Name, Problem, Section, as_tuple
+from lasptrain.architectures.section import Name, Problem, Section, as_tuple, optional
 from lasptrain.recipe.sections import (
     Checkpoint,
     Data,
@@ -59,7 +59,7 @@ class Span(NamedTuple):
 class Recipe(Section):
     """A whole run. `name` is the file's stem unless written out; it names the run folder."""
 
-    name: Name = "run"
+    name: Name = optional("run", "names the run folder; the file's stem if not given")
     model: Annotated[SerializeAsAny[Architecture], BeforeValidator(_model)]
     data: Data
     mesh: Mesh = Mesh()
@@ -71,7 +71,9 @@ class Recipe(Section):
     eval: Eval = Eval()
     track: Track = Track()
     launch: Launch = Launch()
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(as_tuple)] = ()  # one after another; none: all steps are alike
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(as_tuple)] = optional(
+        (), "one after another; none: all steps are alike"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Yield keys of different sections that do not fit each other."""

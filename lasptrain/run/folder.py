@@ -1,7 +1,6 @@
 """The run folder: its path, its lock, and the recipe it belongs to. No torch."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -60,7 +59,7 @@ def lock(run: Path) -> Iterator[None]:
         file = files.descriptor(run / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(file)
         except OSError:
             raise SetupError(f"{run}: in use by {_holder(run)}; expected it free, or use --fresh or --run") from None
         with _writable(run):
@@ -109,7 +108,7 @@ def in_use(run: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        files.lock(file, shared=True)
     except BlockingIOError:
         return True
     finally:
