@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from lasptrain.cli.options import App
 from lasptrain.console.tables import show
@@ -34,7 +34,8 @@ def keys_command(
     if form == "markdown":
         typer.echo(keys.markdown(found))
         return
-    table = Table(*keys.COLUMNS)
+    name, *others = keys.COLUMNS
+    table = Table(Column(name, no_wrap=True), *(Column(other, overflow="fold") for other in others))
     for key, after in zip(found, [*found[1:], None], strict=True):
         table.add_row(*key, end_section=after is not None and after.section != key.section)
     show(table)
