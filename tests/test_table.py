@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, ChunkStorageMetadata, Metadata, MetadataIndex
 from typer.testing import CliRunner
 
 from lasptrain.checkpoint import steps, tensors
@@ -87,6 +87,32 @@ def test_an_honest_table_is_read_as_torch_reads_it(run: Path) -> None:
     ours, theirs = read_table(folder, manifest["files"]), table_of(folder)
     assert ours.state_dict_metadata == theirs.state_dict_metadata and ours.storage_data == theirs.storage_data
     assert loaded(run) == (2, 2.0)
+
+
+def test_a_table_of_python_3_11_2_is_read_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run / "checkpoints" / "step-2"
+    table = table_of(folder)
+    with monkeypatch.context() as older:  # enumerations are pickled so by Python before 3.11.4
+        older.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+        write(folder, table)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    rewrite(folder)
+    manifest, _ = steps.read_manifest(folder, 2)
+    assert read_table(folder, manifest["files"]).state_dict_metadata == table.state_dict_metadata
+    assert loaded(run) == (2, 2.0)
+
+
+@pytest.mark.parametrize("name", ["__class__", "mro", "TORCH_NOTHING"])
+def test_no_other_attribute_is_read(run: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = run / "checkpoints" / "step-2"
+    table = table_of(folder)
+    with monkeypatch.context() as older:
+        older.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), name)))
+        write(folder, table)
+    rewrite(folder)
+    manifest, _ = steps.read_manifest(folder, 2)
+    with pytest.raises(CheckpointError, match="refused"):
+        read_table(folder, manifest["files"])
 
 
 def chunks(table: Any) -> Any:

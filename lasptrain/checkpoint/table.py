@@ -37,6 +37,11 @@ DIMENSIONS = 8  # of a tensor, at most
 BYTES = 8  # of a table per object in it, at least
 SPARE = 64  # objects more, for a small one
 
+MEMBER = ("builtins", "getattr")  # of an enumeration; here a name, like all that a pickle refers to
+ENCODINGS = {
+    (metadata._MEM_FORMAT_ENCODING.__name__, member.name): member.value for member in metadata._MEM_FORMAT_ENCODING
+}
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes of a chunk
 Json = dict[str, Any]
 
@@ -76,6 +81,14 @@ class _Class:
         self.name = name
 
 
+def _member(arguments: tuple[object, ...]) -> _Record:
+    """Return the member of the one enumeration that a table has, named as Python before 3.11.4 does, as if by value."""
+    match arguments:
+        case (_Class(name=enumeration), str(name)) if (enumeration, name) in ENCODINGS:
+            return _Record(enumeration, (ENCODINGS[enumeration, name],))
+    raise CheckpointError(f"{METADATA} refers to an attribute, which no checkpoint needs; refused")
+
+
 class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from allocating
     """Unpickler of numbers, strings, containers and records of the classes that a table consists of."""
 
@@ -104,7 +117,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from allocat
         self._left = len(data) // BYTES + SPARE
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in self.KNOWN:
+        if (module, name) in self.KNOWN or (module, name) == MEMBER:
             return _Class(name)
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
@@ -120,7 +133,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from allocat
         arguments, cls = self.stack.pop(), self.stack.pop()
         if type(cls) is not _Class or type(arguments) is not tuple:
             raise CheckpointError(f"{METADATA} calls what is no class; refused")
-        self.append(_Record(cls.name, arguments))
+        self.append(_member(arguments) if cls.name == MEMBER[1] else _Record(cls.name, arguments))
 
     def give_state(self) -> None:
         """BUILD."""
