@@ -17,6 +17,7 @@ from data_tools.shards import Progress
 from data_tools.sources import Reading, left_out, open_source
 from data_tools.synthetic import Kind
 from lasptrain.console.tables import figures
+from lasptrain.console.words import times
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, SetupError
 
@@ -64,16 +65,16 @@ class Inspection:
         ]
         for name, split in manifest.splits.items():
             rate = split.bytes / max(1, split.tokens)
-            fits = f", {split.tokens // self.window:,} windows of {self.window:,}" if self.window else ""
+            fits = f", {times(split.tokens // self.window, 'window')} of {self.window:,}" if self.window else ""
             lines.append(
-                f"  {name:<12} {split.tokens:,} tokens, {split.documents:,} documents ({split.duplicates:,} twice), "
-                f"{rate:.2f} bytes per token{fits}"
+                f"  {name:<12} {split.tokens:,} tokens, {times(split.documents, 'document')} "
+                f"({split.duplicates:,} twice), {rate:.2f} bytes per token{fits}"
             )
         lines.append(f"  dropped      {', '.join(f'{n:,} {why}' for why, n in manifest.dropped.items()) or 'nothing'}")
         if self.left_out is not None:
             lines.append(f"  left out     {counted(self.left_out) or 'nothing'}")
         lines += [
-            f"  {1 << i:>10,} tokens or more: {documents:,} documents with {tokens:,} tokens"
+            f"  {1 << i:>10,} tokens or more: {times(documents, 'document')} with {tokens:,} tokens"
             for i, (documents, tokens) in enumerate(
                 zip(manifest.lengths.documents, manifest.lengths.tokens, strict=True)
             )

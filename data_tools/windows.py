@@ -12,6 +12,7 @@ from pathlib import Path
 from data_tools.dataset import left_out, open_stages
 from data_tools.prepared import every_source
 from data_tools.tokenizer import load_tokenizer
+from lasptrain.console.words import times
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, MixedDataset
@@ -30,7 +31,7 @@ class WindowText:
     documents: tuple[tuple[int, int, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"window at token {self.place:,} of {self.folder}: {len(self.documents):,} documents"]
+        lines = [f"window at token {self.place:,} of {self.folder}: {times(len(self.documents), 'document')}"]
         for first, end, text in self.documents:
             lines.append(f"  {first:>10,} to {end:,}  {_ends(text)}")
         return "\n".join(lines)

@@ -21,6 +21,7 @@ from lasptrain.cli.plan import plan_command
 from lasptrain.cli.runs import runs
 from lasptrain.console import stdio
 from lasptrain.console.tables import figures, show
+from lasptrain.console.words import times
 from lasptrain.convert import targets
 from lasptrain.cost import links, plan
 from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeError, ResourceError, SetupError
@@ -192,7 +193,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
         *model.description(),
-        ("mesh", f"dp {dp} × sp {sp}, {_times(world, 'process', 'es')}, {recipe.parallel.data_parallel}, scan {scan}"),
+        ("mesh", f"dp {dp} × sp {sp}, {times(world, 'process', 'es')}, {recipe.parallel.data_parallel}, scan {scan}"),
         *(_stages(recipe, pairs) if recipe.stages else _steps(recipe, dp, sp)),
         ("training", f"{recipe.train.steps:,} steps, {sum(span.tokens for span in recipe.spans()):,} tokens"),
         *(("data", line) for line in _epochs(recipe)),
@@ -208,12 +209,12 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
 def _steps(recipe: Recipe, dp: int, sp: int) -> Iterator[tuple[str, str]]:
     """Yield lines on the steps of a run without stages."""
     layout, train = plan.layout(recipe, dp, sp), recipe.train
-    yield "window", f"{recipe.data.window:,} tokens: {_times(layout.segments, 'segment')} of {layout.segment:,}"
+    yield "window", f"{recipe.data.window:,} tokens: {times(layout.segments, 'segment')} of {layout.segment:,}"
     yield "slice", f"{layout.slice:,} tokens per rank and segment"
     yield (
         "step",
-        f"{layout.tokens_per_step:,} tokens: {_times(train.batch, 'window')}, "
-        f"{_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
+        f"{layout.tokens_per_step:,} tokens: {times(train.batch, 'window')}, "
+        f"{times(layout.micro_batches, 'micro-batch', 'es')} per rank, {train.precision}",
     )
 
 
@@ -223,8 +224,8 @@ def _stages(recipe: Recipe, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[
     total = sum(span.tokens for span in spans)
     for span, (dp, sp) in zip(spans, pairs, strict=True):
         layout, train = plan.layout(span.recipe, dp, sp), span.recipe.train
-        windows = f"{_times(train.batch, 'window')} of {span.recipe.data.window:,} tokens on dp {dp} × sp {sp}"
-        each = f"in {_times(layout.micro_batches, 'micro-batch', 'es')} per rank, {_times(layout.segments, 'segment')}"
+        windows = f"{times(train.batch, 'window')} of {span.recipe.data.window:,} tokens on dp {dp} × sp {sp}"
+        each = f"in {times(layout.micro_batches, 'micro-batch', 'es')} per rank, {times(layout.segments, 'segment')}"
         tokens = f"{span.tokens:,} tokens, {span.tokens / total:.1%}"
         yield (
             f"stages[{span.number}]",
@@ -248,10 +249,6 @@ def _epochs(recipe: Recipe) -> list[str]:
     if tokens is None:
         return ["how many epochs is told once it is prepared, by training or lasptrain data mix"]
     return prepared.epochs(recipe, tokens)
-
-
-def _times(count: int, word: str, plural: str = "s") -> str:
-    return f"{count:,} {word}{plural if count != 1 else ''}"
 
 
 app.command("plan")(plan_command)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
 from lasptrain.console.tables import show
+from lasptrain.console.words import times
 from lasptrain.cost import links, plan, rates
 from lasptrain.cost.gpus import PLANNED, Rates
 from lasptrain.cost.links import ASSUMED, Links
@@ -114,7 +115,7 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
         table.add_row("prefix", f"{recipe.parallel.prefix}: keys and values {keys:.2f}, gradients {gradients:.2f} GiB")
         share = plan.softmax_share(recipe, vocab, cut.segments, hardware.rates, sp)
         last = f"; the last of {sp} ranks has {plan.uneven(sp, cut.segments):.2f} times the mean" if sp > 1 else ""
-        table.add_row("", f"{share:.0%} of the time goes to {unbounded} layers that see all of it{last}")
+        table.add_row("", f"{share:.0%} of the time goes to {times(unbounded, 'layer')} seeing all of it{last}")
     if "triton" not in recipe.model.kernels:
         table.add_row("", f"with a Triton kernel, which {recipe.model.arch} does not have yet: it will be slower")
     table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
