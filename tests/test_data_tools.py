@@ -18,6 +18,7 @@ import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -508,7 +509,9 @@ def test_a_window_is_shown_as_text(corpus: Path, tmp_path: Path) -> None:
     spans = [(first, end) for first, end, _ in shown.documents]
     assert spans[0][0] == 0 and spans[-1][1] == 512 and all(a[1] == b[0] for a, b in pairwise(spans))
     assert [first for first, _ in spans[1:]] == [i for i in (tokens == 256).nonzero().flatten().tolist() if i]
-    assert f"window at token {shown.place:,} of {folder}: {len(spans):,} documents" in str(shown)
+    title = f"window at token {shown.place:,} of {folder}"
+    assert len(spans) > 1 and f"{title}: {len(spans):,} documents\n" in str(shown)
+    assert f"{title}: 1 document\n" in str(replace(shown, documents=shown.documents[:1]))
     assert windows.show_window(folder, "bytes", 512, 0, 0, "train", at=shown.place) == shown
     with pytest.raises(DataError, match=rf"--at: found {split.tokens}, .* where a recipe mixes sources, name the run"):
         windows.show_window(folder, "bytes", 512, 0, 0, "train", at=split.tokens)

@@ -160,6 +160,19 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_as_itself(group: N
     assert pretrain(still, "train.steps=3", "train.seed=5", "optim.weight_decay=0") == new  # needs its origin no more
 
 
+@pytest.mark.parametrize(("arch", "kept"), [("tnl", False), ("gdn", True)])
+def test_decays_of_another_window_come_with_the_weights_if_they_are_learned(
+    group: None, folder: Path, caplog: pytest.LogCaptureFixture, arch: str, kept: bool
+) -> None:
+    model = (f"model.arch={arch}", "model.decay=window")
+    old = pretrain(*model, "optim.lr=1", "train.steps=2")  # decays that are learned move
+    still = ("data.window=32", "optim.lr=1e-30", "optim.weight_decay=0", "train.steps=1")
+    new = pretrain(*model, *still, place=RunLocation(Path("new"), origin=origins.parse(str(old))))
+    kinds = [name for name in weights(old) if name.endswith("slope")]
+    assert kinds and all(torch.equal(weights(old)[name], weights(new)[name]) is kept for name in kinds)
+    assert ("has other decays than the recipe" in caplog.text) is not kept
+
+
 def test_with_the_optimizer_the_new_run_is_the_old_one_continued(group: None, folder: Path) -> None:
     """On the same windows: one step more of the old run, and the first of a new one whose order begins there."""
     whole = pretrain("train.steps=4", "train.batch=2")

@@ -21,12 +21,16 @@ from typer.testing import CliRunner
 from data_tools import windows
 from lasptrain import train
 from lasptrain.certify import proof
+from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.checkpoint.steps import committed
 from lasptrain.cli.main import app
+from lasptrain.convert.export import export
+from lasptrain.convert.restore import restore
 from lasptrain.data import order
 from lasptrain.data.mixture import Mixture
 from lasptrain.data.order import Stretch
 from lasptrain.errors import CheckpointError, RecipeError, SetupError
+from lasptrain.eval.load import load_model
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.process import location
 from lasptrain.process.location import RunLocation
@@ -271,6 +275,19 @@ def test_a_run_is_the_chain_of_its_stages(here: Path, whole: Path) -> None:
     pretrain("one", *own, f"stages=[{FIRST}]", "train.steps=3", "data.window=48")
     two = pretrain("two", *own, f"stages=[{second}]", "train.steps=2", "data.window=96", origin=str(here / "one"))
     assert course(here / "one") + course(two) == course(both)
+
+
+def test_a_run_with_stages_leaves_comes_back_and_goes_on(here: Path, whole: Path) -> None:
+    run = whole.with_name(after(whole, 4, "leaves"))  # in the second of three
+    out = export(run, here / "out", "safetensors", check=False).folder
+    read = 3 * 8 * 48 + 1 * 2 * 96
+    assert f"| tokens seen | {read:,}, in windows of 48, 96 |" in (out / "README.md").read_text()
+    assert load_model(out).model.window == load_model(run).model.window == 192
+    back = restore(out, here / "back")
+    left, came = CheckpointReader(run), CheckpointReader(back)
+    assert (came.step, came.meta) == (4, left.meta)
+    assert all(torch.equal(left.read(name), came.read(name)) for name in left.shapes)
+    assert committed(pretrain("back"))[0] == 8
 
 
 def test_what_a_stage_that_has_begun_reads_may_not_change(here: Path, whole: Path) -> None:

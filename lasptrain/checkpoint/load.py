@@ -66,8 +66,9 @@ def load(
 def load_origin(run: Path, model: nn.Module, optimizer: Optimizer, expect: Json, group: Group = None) -> Origin | None:
     """Load what a new run begins with (RUN/origin.json) into `model`, maybe `optimizer`, on any mesh; None if nothing.
 
-    Collective. Where its decays are not the `decays` of `expect`, the recipe's stay, and a warning says so. Raises
-    CheckpointError where that step is gone or damaged, or names, shapes or dtypes of tensors differ.
+    Collective. Where its decays are not the `decays` of `expect`, those that are not learned stay the recipe's, and a
+    warning says so. Raises CheckpointError where that step is gone or damaged, or names, shapes or dtypes of tensors
+    differ.
     """
     begun = vote_of_first(f"{run}: cannot begin", lambda: origin.read(run), group)
     if begun is None:
@@ -78,7 +79,8 @@ def load_origin(run: Path, model: nn.Module, optimizer: Optimizer, expect: Json,
     if reader is None:
         raise CheckpointError(f"{folder}, with which {run} begins: {'; '.join(problems)}; expected it whole")
     same = bool(manifest["meta"].get("decays") == expect.get("decays"))
-    if not same and dist.get_rank(group) == 0:
+    fixed = any(True for _ in model.buffers())  # decays that are learned are parameters, and come with the weights
+    if not same and fixed and dist.get_rank(group) == 0:
         log.warning("%s has other decays than the recipe, whose own are taken", folder)
     restore(reader, model, optimizer if begun.optimizer else None, group, buffers=same)
     return begun

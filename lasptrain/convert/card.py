@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_tools.hub import HUB, without_folder
 from lasptrain import __version__, architectures
+from lasptrain.checkpoint import order
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert.libraries.servers import SOURCES
 from lasptrain.convert.target import Json, Target
@@ -20,13 +21,12 @@ from lasptrain.run import base
 
 def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, parity: str, folder: str) -> str:
     """Return the README.md of the export of `step` in a folder of this name."""
-    order = step.meta["order"]
-    tokens = step.step * order["batch"] * order["window"]
+    read = order.tokens(step.meta, step.step)
     library = "transformers" if "transformers" in target.runs_in else "lasptrain"
     rows = {
         "architecture": recipe.model.arch,
         "steps": f"{step.step:,}",
-        "tokens seen": f"{tokens:,}, in windows of {order['window']:,}",
+        "tokens seen": f"{sum(read.values()):,}, in windows of {', '.join(f'{window:,}' for window in read)}",
         "data fingerprint": f"`{step.meta['dataset']}`",
         **_losses(run, step.step),
         "format": f"{target.name}, for {target.runs_in}",

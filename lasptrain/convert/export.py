@@ -13,7 +13,7 @@ import torch
 
 from data_tools.tokenizer import BYTES
 from lasptrain import __version__, architectures
-from lasptrain.checkpoint import steps
+from lasptrain.checkpoint import order, steps
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.convert import card, configs, files, tables, targets, tokenizer, verify
 from lasptrain.convert.target import Target
@@ -80,7 +80,7 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
         files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
         special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
-        config = configs.config(target, model, special.ids(), name, step.meta["order"]["window"])
+        config = configs.config(target, model, special.ids(), name, order.window(step.meta))
         if target.code:
             shutil.copy(Path(__file__).with_name(target.code), folder)
         _json(folder / "config.json", config)

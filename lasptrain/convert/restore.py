@@ -17,7 +17,7 @@ from data_tools.tokenizer import FAST, MODEL, load_tokenizer
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
 from lasptrain.architectures.section import LARGEST
-from lasptrain.checkpoint import single
+from lasptrain.checkpoint import order, single
 from lasptrain.convert import configs, files, tables
 from lasptrain.convert.export import RECORD
 from lasptrain.convert.rules import Rule, Shapes
@@ -56,8 +56,7 @@ class Origin:
 
     @property
     def window(self) -> int:
-        window: int = self.meta["order"]["window"]
-        return window
+        return order.window(self.meta)
 
     def table(self, shapes: Shapes) -> list[Rule]:
         """Return the rules that make our tensors of these shapes from the folder's."""
@@ -175,7 +174,7 @@ def foreign(source: Path) -> files.Folder:
 
 def _check_record(record: Json, where: Path) -> None:
     """Raise ConvertError for a step, an order or slopes that no run has."""
-    step, window, slopes = record["step"], record["meta"]["order"]["window"], record["slopes"]
+    step, window, slopes = record["step"], order.window(record["meta"]), record["slopes"]
     for key, number, least in (("step", step, 0), ("meta.order.window", window, 1)):
         if type(number) is not int or not least <= number <= LARGEST:
             raise ConvertError(f"{where}: {key}: found {number!r:.99}; expected a number from {least} on")
@@ -199,10 +198,10 @@ def foreign_folder(folder: files.Folder, recipe: Recipe | None) -> Origin:
             raise ConvertError(f"{where}: describes a model of arch {theirs.arch}, the recipe's is {recipe.model.arch}")
         configs.check_compatible(target, theirs, recipe.model, where)
     model = on_meta(recipe.model, recipe.data.window, ShardedRecurrence("reference"))
-    order: Json = {"seed": recipe.data.seed, "window": recipe.data.window, "batch": recipe.train.batch}
-    order |= {"reset_at_documents": recipe.data.reset_at_documents}
+    read: Json = {"seed": recipe.data.seed, "window": recipe.data.window, "batch": recipe.train.batch}
+    read |= {"reset_at_documents": recipe.data.reset_at_documents}
     decays = model.decays().tolist()
-    meta = {"model": recipe.model.model_dump(mode="json"), "decays": decays, "dataset": None, "order": order}
+    meta = {"model": recipe.model.model_dump(mode="json"), "decays": decays, "dataset": None, "order": read}
     return Origin(target, recipe, 0, meta, slopes=None, theirs=config)
 
 

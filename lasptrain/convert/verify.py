@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lasptrain import architectures
 from lasptrain.architectures.base import Architecture
-from lasptrain.checkpoint import single
+from lasptrain.checkpoint import order, single
 from lasptrain.convert.targets import MODEL_TYPES
 from lasptrain.errors import ConvertError
 from lasptrain.models.language_model import on_meta
@@ -94,7 +94,7 @@ def reference(run: Path) -> Reference:
     """Return our model's logits as a function: float64, token by token."""
     step = single.CheckpointReader(run)
     cfg = architectures.model(step.meta["model"])
-    return logits_of(cfg, step.meta["order"]["window"], step.shapes, step.read)
+    return logits_of(cfg, order.window(step.meta), step.shapes, step.read)
 
 
 def logits_of(cfg: Architecture, window: int, names: Collection[str], read: Callable[[str], Tensor]) -> Reference:

@@ -48,11 +48,19 @@ def resolve(name: str, model: Architecture) -> Target:
 
 
 def lines(model: Architecture) -> Iterator[str]:
-    """Yield a line for each target: its library, or the reason why the model does not fit; `hf` beside its target."""
+    """Yield a line for each target of the arch: its library, or the reason why not; the others in one line.
+
+    `hf` stands beside its target.
+    """
+    others = [name for name, target in TARGETS.items() if not target.expresses(model.arch)]
     for name, reason in refusals(model).items():
+        if name in others:
+            continue
         target = TARGETS[name]
         shown = f"{name} (hf)" if target is _hf(model) else name
         yield f"{shown}: {target.runs_in if reason is None else f'no, {reason}'}"
+    if others:
+        yield f"of another arch than {model.arch}: {', '.join(others)}"
 
 
 def served(model: Architecture, tokenizer: str) -> dict[str, Service | str]:
