@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,36 @@ def test_the_example_of_a_recipe_is_one(tmp_path: Path) -> None:
     assert load(file).model.unbounded == (3, 7, 11)
 
 
+def give(words: list[str]) -> None:
+    """Read a command's options, and the recipe that it names with what it overrides."""
+    command: Any = get_command(app)
+    while words and words[0] in getattr(command, "commands", ()):
+        command, words = command.commands[words[0]], words[1:]
+    if words and words != ["--help"]:
+        assert not hasattr(command, "commands"), words
+        given = command.make_context("lasptrain", words).params
+        if "overrides" in given:
+            load(given["recipe"], given["overrides"])
+
+
 def test_commands_of_the_page_of_measurements_can_be_given() -> None:
-    """Of each the options are read, and the recipe with what it overrides."""
     text = " ".join((ROOT / "lasptrain/bench/README.md").read_text(encoding="utf-8").split())
     commands = re.findall(r"`lasptrain (\w[^`]*)`", text)
     for words in map(str.split, commands):
-        command: Any = get_command(app)
-        while words and words[0] in getattr(command, "commands", ()):
-            command, words = command.commands[words[0]], words[1:]
-        if words and words != ["--help"]:
-            assert not hasattr(command, "commands"), words
-            words = ["recipes/quickstart.yaml" if word == "RECIPE" else word for word in words]
-            given = command.make_context("lasptrain", words).params
-            if "recipe" in given:
-                load(given["recipe"], given["overrides"])
+        give(["recipes/quickstart.yaml" if word == "RECIPE" else word for word in words])
     assert len(commands) > 20
+
+
+def test_commands_from_a_corpus_to_a_server_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    text = re.split(r"\n## (?=From your corpus)", page)[1].partition("\n## ")[0]
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for file in ("my_recipe.yaml", "runs/theirs/recipe.yaml"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(recipe, encoding="utf-8")
+    commands = re.findall(r"^    \$ lasptrain (.*)", text.replace("\\\n", ""), re.MULTILINE)
+    for command in commands:
+        give(shlex.split(command, comments=True))
+    assert len(commands) > 15
+    assert not [line for line in text.splitlines() if len(line) > 120]
