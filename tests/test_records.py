@@ -13,6 +13,9 @@ from tests.records import LAYOUTS, MODELS, RECORD, Program
 
 RECORDS = json.loads((Path(__file__).parent / "records.json").read_text())
 EXACT = 1e-9  # relative, of fp64 on another processor
+# Since then exports of minimax hold the decays that its class keeps beside its weights, and their index names them.
+ADDED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -33,8 +36,13 @@ def test_runs_are_those_on_record(program: Program, number: int) -> None:
 @pytest.mark.parametrize("arch", ["tnl", "minimax"])
 def test_exports_and_codes_are_those_on_record(program: Program, arch: str) -> None:
     near(program.train(arch, 1, 1), RECORDS["runs"][f"{arch}, 1 ranks, 1 segments"])
-    want = RECORDS["exports"][arch]
-    near(program.export(arch), want | {"files": {name: d for name, d in want["files"].items() if name != RECORD}})
+    found, want = program.export(arch), RECORDS["exports"][arch]
+    if arch == "minimax":
+        assert len(found["weights"]) == len(want["weights"]) + 2 * len(ADDED) and INDEX in found["files"]
+        found["weights"] = {name: w for name, w in found["weights"].items() if not name.endswith(ADDED)}
+    unknown = (RECORD, INDEX) if arch == "minimax" else (RECORD,)
+    files, recorded = ({n: d for n, d in made["files"].items() if n not in unknown} for made in (found, want))
+    near(found | {"files": files}, want | {"files": recorded})
     if arch == "tnl":
         assert program.codes() == RECORDS["codes"]
 
