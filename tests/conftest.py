@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from lasptrain.process import local_ranks
 from lasptrain.process import signals as stop
-from tests import gloo
+from tests.support import gloo
 
 # What is computed here is small: more threads would wait for each other, and for those of the tests that run beside.
 torch.set_num_threads(1)

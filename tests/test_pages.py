@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from lasptrain.cli.main import app
 from lasptrain.recipe.loading import load
-from tests.program import ROOT
+from tests.support.program import ROOT
 
 FOLDERS = ("", "lasptrain", "data_tools", "recipes", "tests", "tokenizers")
 PAGES = sorted(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.records import LAYOUTS, MODELS, RECORD, Program
+from tests.support.records import LAYOUTS, MODELS, RECORD, Program
 
 RECORDS = json.loads((Path(__file__).parent / "records.json").read_text())
 EXACT = 1e-9  # relative, of fp64 on another processor
