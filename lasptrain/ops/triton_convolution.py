@@ -35,12 +35,16 @@ def _channels(WIDTH: tl.constexpr, POWER: tl.constexpr, C):
 
 
 @triton.jit
-def _weights(W, c, inside, C):
-    """Load the weights [1, channels] of the tokens t, t − 1, t − 2, t − 3."""
+def _weights(W, BIAS, c, inside, C):
+    """Load the weights [1, channels] of the tokens t, t − 1, t − 2, t − 3, and the bias."""
     w0 = tl.load(W + 3 * C + c, mask=inside, other=0.0)[None, :]
     w1 = tl.load(W + 2 * C + c, mask=inside, other=0.0)[None, :]
     w2 = tl.load(W + C + c, mask=inside, other=0.0)[None, :]
-    return w0, w1, w2, tl.load(W + c, mask=inside, other=0.0)[None, :]
+    w3 = tl.load(W + c, mask=inside, other=0.0)[None, :]
+    bias = tl.zeros_like(w0)
+    if BIAS is not None:
+        bias += tl.load(BIAS + c, mask=inside, other=0.0)[None, :]
+    return w0, w1, w2, w3, bias
 
 
 @triton.jit
@@ -61,6 +65,15 @@ def _earlier(X, BEFORE, DOC, t, c, inside, T, C, ROW, N, own, DOCS: tl.constexpr
     return x.to(tl.float32) + rows.to(tl.float32)
 
 
+@triton.jit
+def _carried(X, BEFORE, DOC, start, c, inside, T, C, ROW, N, DOCS: tl.constexpr):
+    """Load what is carried to the tokens `start`: the document of the one before, and x of the three before."""
+    own = _document(DOC, start - 1, T) if DOCS else start
+    x1 = _earlier(X, BEFORE, DOC, start - 1, c, inside, T, C, ROW, N, own, DOCS)
+    x2 = _earlier(X, BEFORE, DOC, start - 2, c, inside, T, C, ROW, N, own, DOCS)
+    return own, x1, x2, _earlier(X, BEFORE, DOC, start - 3, c, inside, T, C, ROW, N, own, DOCS)
+
+
 @triton.jit(do_not_specialize=["T"])
 def convolve(
     X, BEFORE, W, BIAS, DOC, Y, SCALE, T, C, ROW, BATCH, N,
@@ -76,14 +89,8 @@ def convolve(
         DOC += batch * T
     start = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * LENGTH
     c, inside = _channels(WIDTH, POWER, C)
-    w0, w1, w2, w3 = _weights(W, c, inside, C)
-    bias = tl.zeros([1, POWER], tl.float32)
-    if BIAS is not None:
-        bias += tl.load(BIAS + c, mask=inside, other=0.0)[None, :]
-    own = _document(DOC, start - 1, T) if DOCS else start
-    x1 = _earlier(X, BEFORE, DOC, start - 1, c, inside, T, C, ROW, N, own, DOCS)
-    x2 = _earlier(X, BEFORE, DOC, start - 2, c, inside, T, C, ROW, N, own, DOCS)
-    x3 = _earlier(X, BEFORE, DOC, start - 3, c, inside, T, C, ROW, N, own, DOCS)
+    w0, w1, w2, w3, bias = _weights(W, BIAS, c, inside, C)
+    own, x1, x2, x3 = _carried(X, BEFORE, DOC, start, c, inside, T, C, ROW, N, DOCS)
     reads = X + start[:, None] * ROW + c[None, :]
     writes = Y + start[:, None] * C + c[None, :]
     for step in tl.range(LENGTH, num_stages=STAGES):
@@ -128,14 +135,8 @@ def convolve_back(
         DOC += batch * T
     start = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * LENGTH
     c, inside = _channels(WIDTH, POWER, C)
-    w0, w1, w2, w3 = _weights(W, c, inside, C)
-    bias = tl.zeros([1, POWER], tl.float32)
-    if BIAS is not None:
-        bias += tl.load(BIAS + c, mask=inside, other=0.0)[None, :]
-    own = _document(DOC, start - 1, T) if DOCS else start
-    x1 = _earlier(X, BEFORE, DOC, start - 1, c, inside, T, C, ROW, N, own, DOCS)
-    x2 = _earlier(X, BEFORE, DOC, start - 2, c, inside, T, C, ROW, N, own, DOCS)
-    x3 = _earlier(X, BEFORE, DOC, start - 3, c, inside, T, C, ROW, N, own, DOCS)
+    w0, w1, w2, w3, bias = _weights(W, BIAS, c, inside, C)
+    own, x1, x2, x3 = _carried(X, BEFORE, DOC, start, c, inside, T, C, ROW, N, DOCS)
     age = tl.full([ROWS], 3, tl.int32)  # tokens of its document before t, at most three
     d1, d2 = tl.zeros([ROWS, POWER], tl.float32), tl.zeros([ROWS, POWER], tl.float32)
     d3 = tl.zeros([ROWS, POWER], tl.float32)
