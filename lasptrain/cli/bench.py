@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lasptrain.cli.options import App, Numbers, Overrides, RecipeFile, in_a_folder, to_bytes
+from lasptrain.console.figures import figure_class
 from lasptrain.cost import rates
 from lasptrain.errors import RecipeError
 from lasptrain.recipe.loading import load
@@ -114,6 +115,8 @@ def bench_sp(
 
     if not tokens and not steps:
         raise RecipeError("--tokens, --steps: found neither; expected tokens per rank, such as --steps 32768")
+    if plot is not None:
+        figure_class()  # a missing matplotlib is told before measuring, not after it
     one, ranks, names = _longest(recipe, overrides), nproc or _gpus(), methods or METHODS
     hardware = None if measured is None else rates.read(measured)
     found = _tell(sp.measure(one, ranks, names, tokens or [], steps or [], hardware, limit), file)
@@ -217,6 +220,8 @@ def bench_scale(
     from lasptrain.bench import scale
     from lasptrain.bench.plot import draw_scaling
 
+    if plot is not None:
+        figure_class()
     counts = sorted(gpus) if gpus else [1 << n for n in range(_gpus().bit_length())]
     one, windows = _longest(recipe, overrides), long or [4_194_304]
     models = [one, *([_longest(large)] if large else [])]

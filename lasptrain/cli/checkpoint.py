@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lasptrain.cli.options import App
+from lasptrain.console.words import times
 from lasptrain.errors import CheckpointError
 from lasptrain.run import folder as runs
 
@@ -63,8 +64,9 @@ def _show(run: Path, *, thorough: bool) -> bool:
     for step in checkpoint.inspect(_existing(run), thorough=thorough):
         good = good and not step.problems
         verdict = "; ".join(step.problems) or ("intact" if thorough else "complete")
+        ranks = times(step.world, "rank") if step.world else "? ranks"
         when = datetime.fromtimestamp(step.time).isoformat(" ", "seconds")
-        typer.echo(f"step-{step.step}  {step.size:,} bytes  {step.world or '?'} ranks  {when}  {verdict}")
+        typer.echo(f"step-{step.step}  {step.size:,} bytes  {ranks}  {when}  {verdict}")
     if aside := checkpoint.put_aside(run):
         typer.echo(f"put aside as damaged, {len(aside)}: {', '.join(path.name for path in aside)}")
     return good

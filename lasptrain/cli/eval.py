@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lasptrain.console.figures import figure_class
 from lasptrain.console.stdio import argument, escape_controls
 from lasptrain.console.tables import show
 from lasptrain.errors import RecipeError
@@ -57,6 +58,8 @@ def evaluate(
     from lasptrain.eval.tasks import TASKS
     from lasptrain.eval.tasks.files import open_files
 
+    if plot:
+        figure_class()  # a missing matplotlib is told before the questions, not after them
     chosen = DEFAULT if tasks is None else tuple(part.strip() for part in tasks.split(",") if part.strip())
     if tasks == "all":
         chosen = (*TASKS, *PERPLEXITY)
