@@ -99,7 +99,7 @@ def _cut(manifest: Manifest) -> str:
     shares = {int(window): share for window, share in manifest.lengths.cut.items()}
     if manifest.order.packing == "best_fit":
         shares = {window: share for window, share in shares.items() if window % manifest.order.align == 0}
-    found = ", ".join(f"{figures(100 * share, 2)} % at {window >> 10}Ki" for window, share in list(shares.items())[::2])
+    found = ", ".join(f"{figures(100 * share, 2)} % at {window >> 10}K" for window, share in list(shares.items())[::2])
     align = manifest.order.align
     return (f"windows of a multiple of {align:,}; " if align > 1 else "") + f"documents cut: {found or 'not counted'}"
 

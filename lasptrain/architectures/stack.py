@@ -154,7 +154,8 @@ class Stack(Section):
         more += [f"q and k normed per {self.qk_norm}"] if self.qk_norm != "none" else []
         more += ["an output gate"] * self.softmax_gate + ["norms after"] * (self.softmax_norm == "after")
         heads = f"{self.kv_heads or self.query_heads} key heads"
-        return f"layers {', '.join(map(str, self.softmax))}: {heads}, over {seen}, {', '.join([turned, *more])}"
+        layers = f"layer{'s' * (len(self.softmax) > 1)} {', '.join(map(str, self.softmax))}"
+        return f"{layers}: {heads}, over {seen}, {', '.join([turned, *more])}"
 
     def softmax_parameters(self) -> dict[str, int]:
         """Return a layer's parameters: matrices as `softmax`, norms of q and k as `norms`."""

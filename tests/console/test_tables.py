@@ -34,4 +34,4 @@ def test_figures_are_written_out(value: float, count: int, text: str) -> None:
 def test_documents_that_all_are_cut_are_100_percent(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 20_000)
     found = prepare(Preparation([str(tmp_path / "long.txt")], "bytes", validation_ppm=0, workers=1), tmp_path / "set")
-    assert "documents cut: 100 % at 2Ki, " in str(commands.inspect(found))
+    assert "documents cut: 100 % at 2K, " in str(commands.inspect(found))

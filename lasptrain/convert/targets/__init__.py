@@ -69,13 +69,16 @@ def served(model: Architecture, tokenizer: str) -> dict[str, Service | str]:
 
 
 def servers(model: Architecture, tokenizer: str) -> Iterator[str]:
-    """Yield a line for each server: the class as which it serves the model, or the reason why not."""
-    target = _hf(model)
+    """Yield a line for servers: the class as which they serve the model, or the reason why not."""
+    target, told = _hf(model), dict[str, list[str]]()
     for server, found in served(model, tokenizer).items():
         if isinstance(found, str) or target is None:
-            yield f"{server}: no, {found}"
+            line = f"no, {found}"
         else:
-            yield ", ".join(filter(None, (f"{server}: yes", f"as {target.loads_as}", found.proviso(tokenizer))))
+            line = ", ".join(filter(None, ("yes", f"as {target.loads_as}", found.proviso(tokenizer))))
+        told.setdefault(line, []).append(server)
+    for line, names in told.items():
+        yield f"{', '.join(names)}: {line}"
 
 
 def _service(server: str, model: Architecture, tokenizer: str) -> Service | str:
