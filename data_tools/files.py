@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lasptrain.console.stdio import printable
+from lasptrain.console.words import times
 from lasptrain.errors import DataError
 
 TEXT, CSV, PARQUET, ARROW = ".txt", ".csv", ".parquet", ".arrow"
@@ -126,7 +127,7 @@ def counted(left_out: Mapping[str, int]) -> str:
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
     rest = sum(count for _, count in kinds[SHOWN:])
     kinds = kinds[:SHOWN] + ([("of other endings", rest)] if rest else [])
-    return ", ".join(f"{count:,} {kind}{'s' if count > 1 and kind in NOUNS else ''}" for kind, count in kinds)
+    return ", ".join(times(count, kind, "s" if kind in NOUNS else "") for kind, count in kinds)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lasptrain.checkpoint.load import load, load_origin
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import remove_partial
 from lasptrain.console.tables import show
+from lasptrain.console.words import times
 from lasptrain.cost import plan
 from lasptrain.data.loader import MicroBatch
 from lasptrain.errors import NumericalError, ReplicasError, ResourceError, Stopped
@@ -190,8 +191,7 @@ def enter_stage(job: Job, step: int, metrics: Metrics) -> Job:
     span = there.stage.span
     if job.recipe.stages and step == span.first:
         recipe = span.recipe
-        count = recipe.train.batch
-        what = f"{count:,} window{'s' * (count > 1)} of {recipe.data.window:,} tokens a step"
+        what = f"{times(recipe.train.batch, 'window')} of {recipe.data.window:,} tokens a step"
         metrics.stage(step + 1, span.number, f"{what}, learning rate {recipe.optim.lr:g} by its schedule")
     if there is job:
         return job
