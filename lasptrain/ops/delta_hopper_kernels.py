@@ -365,10 +365,13 @@ def summarize_delta(
         phase ^= stage
         stage ^= 1
     here = (line * NB + block) * (D * D)
-    if mapping == 1:
-        gl.store(MAPS + here + cols[None, :] * D + rows[:, None], state)
+    added, maps = rows[:, None] * D + cols[None, :], cols[None, :] * D + rows[:, None]
+    if TILES == 1:  # Triton 3.6 does not compile the branch where it knows that it is never taken
+        gl.store(ADDED + here + added, state)
+    elif mapping == 1:
+        gl.store(MAPS + here + maps, state)
     else:
-        gl.store(ADDED + here + rows[:, None] * D + cols[None, :], state)
+        gl.store(ADDED + here + added, state)
 
 
 @gluon.jit

@@ -32,7 +32,7 @@ Arguments common to the programs, beside those of `triton_kernels`:
 import triton
 import triton.language as tl
 
-from lasptrain.ops.triton_kernels import LOG2_E, PRECISION, _place, _rows, _store_rows
+from lasptrain.ops.triton_kernels import LOG2_E, PRECISION, _place, _rows, _store_rows, restarted
 
 SIZES = ["T", "H", "NB", "L"]  # one compilation serves every length
 NOTHING_LOG2 = tl.constexpr(-40.0)  # what this leaves of a state is invisible in fp32
@@ -74,15 +74,16 @@ def _gates(each):
     """Compute the decays of a chunk from their log2 [C].
 
     Returns `inside` [C], the cumulative log2 of the decay up to and including each token, in whole steps: a sum without
-    rounding, however strong the decays; `rest` [C], its small remainder; `lead` [C], the decay from the chunk's start
-    to a token; `fold` [C], that from a token to the chunk's end; `total`, the log2 of that over the chunk.
+    rounding, however strong the decays; `rest` [C], its small remainder, since the last decay of zero: no document's
+    rounding depends on another's; `lead` [C], the decay from the chunk's start to a token; `fold` [C], that from a
+    token to the chunk's end; `total`, the log2 of that over the chunk.
     """
+    C: tl.constexpr = each.shape[0]
     whole = tl.floor(each * STEPS) / STEPS
-    part = each - whole
     inside = tl.cumsum(whole, 0)
-    rest = tl.cumsum(part, 0)
+    rest, _ = tl.associative_scan((each - whole, (each <= CUT_LOG2).to(tl.int32)), 0, restarted)
     total = tl.sum(whole, 0)
-    remaining = tl.sum(part, 0)
+    remaining = tl.sum(tl.where(tl.arange(0, C) == C - 1, rest, 0.0), 0)
     lead = tl.exp2(inside + rest)
     fold = tl.exp2((total - inside) + (remaining - rest))
     return inside, rest, lead, fold, total + remaining

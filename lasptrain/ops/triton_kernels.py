@@ -93,7 +93,29 @@ def _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.c
 
 
 @triton.jit
-def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
+def restarted(sum, ended, following, ends):
+    """Join two sums of a scan that starts again wherever `ends` is not 0, and whether it did in either."""
+    return tl.where(ends != 0, following, sum + following), ended | ends
+
+
+@triton.jit
+def _begins(DOC, batch, t, T, C: tl.constexpr, DOCS: tl.constexpr):
+    """Return 1 for the first tokens of documents in the chunk at token t, else 0, [C] int32."""
+    token = t + tl.arange(0, C)
+    begins = tl.zeros([C], tl.int32)
+    if DOCS:
+        at = DOC + batch.to(tl.int64) * T + token
+        doc_ids = tl.load(at, mask=token < T, other=0)
+        previous = tl.load(at - 1, mask=(token > 0) & (token < T), other=0)
+        begins = (doc_ids != previous).to(tl.int32)
+    return begins
+
+
+@triton.jit
+def _gates(
+    each, counts, log2, DOC, batch, t, T,
+    C: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Compute the decays of the chunk that starts at token t, from its marks.
 
     Returns `inside` [C], the cumulative log2 of the decay up to and including each token, and `rest` [C], its remainder
@@ -102,7 +124,7 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT
     log2.
 
     EXACT, for fp32 inputs with decays per token: `inside` is a sum of whole steps without rounding, however strong the
-    decays, and `rest` is small.
+    decays; `rest` is small, and starts again with each document, so that none depends on another's roundings.
     """
     i = tl.arange(0, C)
     n = tl.minimum(C, T - t)
@@ -125,8 +147,8 @@ def _gates(each, counts, log2, t, T, C: tl.constexpr, DECAY: tl.constexpr, EXACT
     passing = tl.where(continuing == n, total, float("-inf"))
     rest = inside
     if EXACT:
-        rest = tl.cumsum(part, 0)
-        remaining = tl.sum(part, 0)
+        rest, _ = tl.associative_scan((part, _begins(DOC, batch, t, T, C, DOCS)), 0, restarted)
+        remaining = tl.sum(tl.where(i == C - 1, rest, 0.0), 0)
         lead *= tl.exp2(rest)
         fold *= tl.exp2(remaining - rest)
         through *= tl.exp2(remaining)
@@ -211,7 +233,7 @@ def _store_rows(desc, batch, head, t, column, x, C: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def summarize_blocks(
-    x, y, LOG_DECAY, COUNTS, BLOCKS, T, H, NB, L,
+    x, y, LOG_DECAY, DOC, COUNTS, BLOCKS, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, DOCS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +255,7 @@ def summarize_blocks(
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
         a = _rows(x, batch, head, t, 0, C, K)
         b = _rows(y, batch, head, t, tile * TILE, C, TILE)
-        _, _, lead, fold, through, passing = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        _, _, lead, fold, through, passing = _gates(each, counts, log2, DOC, batch, t, T, C, DECAY, DOCS, EXACT)
         state = _update(state, a, b, lead if REVERSE else fold, through, DECAY == 2)
         decay += passing  # a product would accumulate a rounding error per chunk
         t = ahead
@@ -342,7 +364,7 @@ def walk(
     for _ in range(chunks):
         ahead = t - C if REVERSE else t + C
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, ahead, T, H, C, DECAY, DOCS)
-        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, DOC, batch, t, T, C, DECAY, DOCS, EXACT)
         if REVERSE:
             lead, fold = fold, lead
         a = _rows(x, batch, head, t, 0, C, DEPTH)
@@ -382,7 +404,7 @@ def walk_key_value(
     each, counts = _marks(LOG_DECAY, COUNTS, batch, head, t, T, H, C, DECAY, DOCS)
     for _ in range(chunks):
         next_each, next_counts = _marks(LOG_DECAY, COUNTS, batch, head, t - C, T, H, C, DECAY, DOCS)
-        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, t, T, C, DECAY, EXACT)
+        inside, rest, lead, fold, through, _ = _gates(each, counts, log2, DOC, batch, t, T, C, DECAY, DOCS, EXACT)
         weights = _weights(inside, rest, counts, C, True, EXACT)
         cq = _rows(q, batch, head, t, 0, C, K)
         ck = _rows(k, batch, head, t, 0, C, K)

@@ -267,6 +267,7 @@ def _blocks(x: Tensor, y: Tensor, log_decay: Tensor | None, doc_ids: Tensor | No
         _rows(x, launch.chunk, s.keys),
         _rows(y, launch.chunk, launch.tile),
         gates.log_decay,
+        gates.doc_ids,
         gates.counts,
         blocks,
         *s.sizes,

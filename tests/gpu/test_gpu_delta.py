@@ -7,11 +7,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lasptrain.ops import delta_chunked
+from lasptrain.ops import delta_chunked, delta_rule
 from lasptrain.ops.delta_triton_forward import LAUNCHES
 from lasptrain.ops.delta_triton_slice import cut
 from tests.ops.test_delta import Case, low, make, measured
 from tests.ops.test_delta_triton import Scene, error, forward
+from tests.support.apart import leaks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,15 +90,22 @@ def test_sixty_four_thousand_tokens(beta: float, half: str) -> None:
     compare(half, x._replace(log_decay=0.01 * x.log_decay), torch.bfloat16)
 
 
-@pytest.mark.parametrize("start", [1, 64, 100, 256, 500])
-def test_documents_do_not_see_each_other(start: int) -> None:
-    x = on_gpu(make("gdn", 512, begins=(start,), sizes=(1, 1, 2, 64, 64)), torch.bfloat16)
-    before = found("forward", "triton", x, False)["o"]
-    other = x.map(torch.clone)
-    for y in (other.q, other.k, other.v):
-        y[:, start - 1] += 1
-    after = found("forward", "triton", other, False)["o"]
-    assert torch.equal(before[:, start:], after[:, start:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_documents_do_not_see_each_other(dim: int, dtype: torch.dtype) -> None:
+    begins = (1, 64, 100, 120, 256, 500)
+    x = on_gpu(make("gdn", 512, begins=begins, sizes=(1, 1, 2, dim, dim)), dtype)
+    assert not leaks(lambda given: measured("triton", given), x, begins)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("tokens", [64, 500, 20_000])
+def test_a_state_is_the_same_without_its_map(tokens: int, dim: int) -> None:
+    """Of slices of one block and of several."""
+    x = on_gpu(make("gdn", tokens, begins=(30,), sizes=(1, 1, 2, dim, dim)), torch.bfloat16)
+    inputs = (x.k, x.v, x.beta, x.log_decay)
+    alone, with_map = (delta_rule.summarize("triton", inputs, x.doc_ids, wanted)[0] for wanted in (1, 2))
+    assert torch.equal(alone, with_map)
 
 
 def test_more_than_two_to_the_31_elements() -> None:

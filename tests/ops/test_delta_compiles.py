@@ -117,15 +117,17 @@ def test_compiles(
     assert {name.partition(".")[0] for name in launched} == {"delta_triton_kernels", "delta_triton_back_kernels"}
 
 
-@pytest.mark.parametrize("of,heads", [("gdn", (1, 1, 2)), ("gdn_head", (1, 2, 4))], ids=str)
+@pytest.mark.parametrize(
+    "of,heads,tokens", [("gdn", (1, 1, 2), 600), ("gdn", (1, 1, 1), 64), ("gdn_head", (1, 2, 4), 600)], ids=str
+)
 def test_compiles_for_hopper(
-    of: str, heads: tuple[int, int, int], launched: set[str], monkeypatch: pytest.MonkeyPatch
+    of: str, heads: tuple[int, int, int], tokens: int, launched: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The programs that a Hopper GPU takes instead: all of them, and none that they replace."""
+    """The programs that a Hopper GPU takes instead: all of them, and none that they replace; of one block, too."""
     from lasptrain.ops import delta_hopper
 
     monkeypatch.setattr(delta_hopper, "fits", lambda s, like: True)
-    both_halves(slice_of(of, torch.bfloat16, 128, 128, heads, 600))
+    both_halves(slice_of(of, torch.bfloat16, 128, 128, heads, tokens))
     programs = [
         "invert_chunks",
         "summarize_delta",
