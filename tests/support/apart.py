@@ -17,7 +17,7 @@ def leaks(
 ) -> set[tuple[str, int, int]]:
     """Results of tokens, that changed in another document than that whose `inputs` did: name, that document, token.
 
-    `x` is a named tuple of inputs [1, T, ...] with documents at `begins`. The outputs of the one that changes must change.
+    `x` is a named tuple of inputs [1, T, ...] with documents at `begins`. Outputs of the changed one must move.
     """
     length = x.q.shape[1]
     before, found = compute(x), set()
