@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,7 +18,7 @@ from data_tools.sources import Reading
 from lasptrain.console.tables import figures
 from lasptrain.data import order
 from lasptrain.data.manifest import Manifest
-from lasptrain.errors import SetupError
+from lasptrain.errors import DataError, SetupError
 from lasptrain.files import at_home
 from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.sections import Data, Part
@@ -69,15 +71,36 @@ def preparations(
     ]
 
 
-def training_tokens(data: Data) -> list[int] | None:
-    """Tokens to train on of each source; None where one is not prepared yet. Reads no more text than `find_dataset`."""
+def manifests(data: Data) -> list[Manifest] | None:
+    """Manifest of each source; None where one is not prepared yet. Reads no more text than `find_dataset`."""
     try:
         cache = cache_folder(data)
     except SetupError:  # so nothing has been prepared there
         return None
     folders = [find_dataset(preparation, cache) for preparation in preparations(data)]
-    found = [Manifest.load(folder).splits["train"].tokens for folder in folders if folder is not None]
+    found = [Manifest.load(folder) for folder in folders if folder is not None]
     return found if len(found) == len(folders) else None
+
+
+def check_held_out(recipe: Recipe, manifests: Sequence[Manifest]) -> None:
+    """Raise DataError where `eval.windows` are more than fit into held-out text; manifests are of `every_source`."""
+    named = dict(zip((name for name, _ in sources(every_source(recipe))), manifests, strict=True))
+    held = {name: named[name].splits["validation"].tokens for name, _ in sources(recipe.data)}
+    asked, window = recipe.eval.windows, recipe.eval.window or recipe.data.window
+    short = {name: tokens for name, tokens in held.items() if tokens < window}  # each source gives a window or more
+    fit = 0 if short else sum(tokens // window for tokens in held.values())
+    if asked <= fit:
+        return
+    split = [span.recipe.mesh.sp for span in recipe.spans() if span.recipe.mesh.sp != "auto"]
+    grid = math.lcm(*split, *(named[name].order.align for name in held))
+    lengths = range(grid, min(held.values()) + 1, grid)
+    longest = grid * bisect_right(lengths, -asked, key=lambda n: -sum(tokens // n for tokens in held.values()))
+    there = " and ".join(f"{tokens:,} tokens of {name}" for name, tokens in (short or held).items())
+    raise DataError(
+        f"eval.windows: found {asked:,} of {window:,} tokens, but {fit:,} fit into the {there} that are held out; "
+        f"expected eval.windows: {fit}{f' or eval.window: {longest}' if longest else ''} at most, or more held out by "
+        "data.validation (prepare --validation)"
+    )
 
 
 def epochs(recipe: Recipe, tokens: Sequence[int]) -> list[str]:

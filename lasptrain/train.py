@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_tools.prepared import sources
+from data_tools.prepared import check_held_out, sources
 from lasptrain.checkpoint.load import load, load_origin
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import remove_partial
@@ -66,10 +66,11 @@ def train(recipe: Recipe, run: Path) -> None:
         choices |= {"segment": segments if recipe.stages else segments[0], "scan": job.recipe.mesh.scan}
         auto.store(recipe, run, place, choices)
     recipe = job.recipe
-    # Too little held-out text is refused now, not after the last step.
+    # Held-out text that does not fit is refused now, not after the last step.
+    check_held_out(recipe, [part.manifest for part in job.parts])
     if recipe.eval.windows:
         for stage in job.stages:
-            validation_loader(replace(job, stage=stage)).validation_rounds(recipe.eval.windows)
+            validation_loader(replace(job, stage=stage))
     if is_main:
         remove_partial(run)
     loaded = load(run, job.model, job.optimizer, partial(fingerprint_of, job))

@@ -28,7 +28,7 @@ from lasptrain.errors import INTERNAL, INTERRUPTED, STOPPED, LaspError, RecipeEr
 from lasptrain.files import BROKEN, FULL
 from lasptrain.process import signals
 from lasptrain.recipe.loading import load
-from lasptrain.recipe.resolve import resolve_meshes, resolve_vocabulary
+from lasptrain.recipe.resolve import resolve_meshes, resolve_vocabulary, with_meshes
 from lasptrain.recipe.schema import Recipe
 from lasptrain.run import origin as origins
 from lasptrain.run import trackers
@@ -196,7 +196,7 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
         ("mesh", f"dp {dp} × sp {sp}, {times(world, 'process', 'es')}, {recipe.parallel.data_parallel}, scan {scan}"),
         *(_stages(recipe, pairs) if recipe.stages else _steps(recipe, dp, sp)),
         ("training", f"{recipe.train.steps:,} steps, {sum(span.tokens for span in recipe.spans()):,} tokens"),
-        *(("data", line) for line in _epochs(recipe)),
+        *(("data", line) for line in _epochs(with_meshes(recipe, world))),
         ("work", " and ".join(f"{work} GFLOP" for work in works) + " per token"),
         ("state", f"{figures(plan.state_bytes(model) / 2**20)} MiB per window over all layers"),
         *_prefix(widest, sp, segment),
@@ -245,10 +245,11 @@ def _prefix(recipe: Recipe, sp: int, segment: int) -> list[tuple[str, str]]:
 def _epochs(recipe: Recipe) -> list[str]:
     from data_tools import prepared
 
-    tokens = prepared.training_tokens(prepared.every_source(recipe))
-    if tokens is None:
+    found = prepared.manifests(prepared.every_source(recipe))
+    if found is None:
         return ["how many epochs is told once it is prepared, by training or lasptrain data mix"]
-    return prepared.epochs(recipe, tokens)
+    prepared.check_held_out(recipe, found)
+    return prepared.epochs(recipe, [manifest.splits["train"].tokens for manifest in found])
 
 
 app.command("plan")(plan_command)

@@ -86,12 +86,6 @@ class SliceLoader:
         _check_divides("train.batch", batch, "mesh.dp × train.micro_batch", dp * micro_batch)
         if split.tokens < window and not repeat:
             fits = split.tokens // sp * sp
-            if split.name == "validation":
-                raise DataError(
-                    f"eval.window: {window:,} tokens do not fit into the {split.tokens:,} of split validation; lower "
-                    "it, hold out more documents per million with data.validation (prepare --validation), or measure "
-                    "none with eval.windows: 0"
-                )
             raise DataError(
                 f"{split.tokens // 1024:,} windows of 1,024 would fit, 0 of {window:,}: "
                 f"split {split.name} has {split.tokens:,} tokens; longest window that fits: {fits:,}; "
@@ -140,13 +134,6 @@ class SliceLoader:
 
     def validation_rounds(self, windows: int) -> int:
         """Number of calls of `validation_slices`, by every rank, that cover the first `windows` windows."""
-        fit = len(self._held_out)
-        if windows > fit:
-            raise DataError(
-                f"{windows} validation windows of {self.window:,} tokens asked, {fit} fit: split {self.split.name} has "
-                f"{self.split.tokens:,} tokens; lower eval.windows, or hold "
-                "out more with data.validation (prepare --validation)"
-            )
         return -(-windows // (self.dp * self.micro_batch))
 
     def validation_slices(self, index: int, windows: int) -> MicroBatch:

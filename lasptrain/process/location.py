@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.dataset import left_out, resume_stages
-from data_tools.prepared import every_source
+from data_tools.prepared import check_held_out, every_source
 from data_tools.remembered import remember
 from lasptrain.console.progress import preparing
 from lasptrain.console.tables import show
@@ -49,6 +49,7 @@ def resolve(recipe: Recipe, world: int, run: Path) -> Prepared:
     recipe = with_vocabulary(recipe, opened.dataset.vocab_size)
     for line in left_out(every_source(recipe), opened.parts):
         _say(line)
+    check_held_out(recipe, [part.manifest for part in opened.parts])
     return Prepared(recipe, opened.parts)
 
 

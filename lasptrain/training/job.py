@@ -273,10 +273,7 @@ def _read(stage: JobStage) -> dict[str, Any]:
 
 
 def validation_loader(job: Job) -> SliceLoader:
-    """Open this rank's slices of held-out text, in all stages the same, and read as the longest one reads its windows.
-
-    Raises DataError where it is shorter than a window.
-    """
+    """Open this rank's slices of held-out text, the same in all stages, read as the longest one reads its windows."""
     longest = job.stages[job.recipe.longest.number]
     recipe, segment = longest.span.recipe, longest.loader.segment
     window = recipe.eval.window or recipe.data.window

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from data_tools import windows
 from data_tools.dataset import open_dataset
 from data_tools.prepare import Preparation, prepare
+from data_tools.prepared import check_held_out
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.loader import SliceLoader
 from lasptrain.data.mixture import SPAN, Mixture, mix, shares
 from lasptrain.errors import DataError, RecipeError
 from lasptrain.recipe.loading import load
+from lasptrain.recipe.sections import Part
 from lasptrain.recipe.yaml12 import dump
 from tests.recipe.test_recipe import RECIPES
 
@@ -109,8 +111,27 @@ def test_held_out_windows_come_from_every_source_in_turn(parts: list[TokenDatase
     windows = sum(len(part.whole("validation").validation_starts(WINDOW)) for part in parts)
     found = [kind(validation_starts.validation_slices(i, windows)[0].tokens) for i in range(windows)]
     assert found[:3] == [0, 1, 2] and validation_starts.validation_rounds(windows) == windows
-    with pytest.raises(DataError, match=f"{windows + 1} validation windows"):
-        validation_starts.validation_rounds(windows + 1)
+
+
+def test_held_out_windows_that_do_not_fit_are_refused(parts: list[TokenDataset]) -> None:
+    """Of every source one at least; the source that is too short is named."""
+    held = [part.whole("validation").tokens for part in parts]
+    shortest = min(range(3), key=lambda k: held[k])
+    mixed = {"source": tuple(Part(path=str(part.folder), weight=1) for part in parts)}
+    recipe = load(RECIPES / "quickstart.yaml").replace(data=mixed)
+
+    def check(windows: int, window: int) -> None:
+        asked = recipe.replace(eval={"windows": windows, "window": window})
+        check_held_out(asked, [part.manifest for part in parts])
+
+    fit = sum(tokens // WINDOW for tokens in held)
+    check(fit, WINDOW)
+    with pytest.raises(DataError, match=f"found {fit + 1} of {WINDOW} tokens, but {fit} fit into the {held[0]:,} tok"):
+        check(fit + 1, WINDOW)
+    check(3, held[shortest])
+    told = f"but 0 fit into the {held[shortest]:,} tokens of {parts[shortest].folder} that are held out; expected "
+    with pytest.raises(DataError, match=f"{told}eval.windows: 0 or eval.window: {held[shortest]} at most"):
+        check(3, held[shortest] + 1)
 
 
 @settings(deadline=None)

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._C._distributed_c10d import HashStore
 
-from data_tools.prepared import cache_folder, training_tokens
+from data_tools.prepared import cache_folder, manifests
 from lasptrain.errors import CheckpointError, LaspError, NumericalError, SetupError, Stopped
 from lasptrain.process import meeting
 from lasptrain.process.environment import first_host, joined_ranks
@@ -44,6 +44,7 @@ model: {arch: tnl, dim: 8, layers: 1, heads: 1, mlp: 8}
 data: {source: text.txt, tokenizer: bytes, window: 64, cache: cache, validation: 0}
 optim: {lr: 1e-3}
 train: {steps: 2, batch: 2, precision: fp32}
+eval: {windows: 0}
 launch: {timeout: 20}
 """
 
@@ -535,7 +536,7 @@ def test_a_user_without_home_is_told_what_to_set(folder: Path, monkeypatch: pyte
     data = load(folder / "tiny.yaml").data.model_copy(update={"cache": None})
     with pytest.raises(SetupError, match=r"data.cache: user \d+ has no account and HOME is not set.*XDG_CACHE_HOME"):
         cache_folder(data)
-    assert training_tokens(data) is None  # so `check` needs none
+    assert manifests(data) is None  # so `check` needs none
     assert cache_folder(data.model_copy(update={"cache": "there"})) == Path("there")
 
 

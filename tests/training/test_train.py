@@ -98,20 +98,31 @@ def test_training_outlives_the_reader_of_its_output(folder: Path, reader: str) -
     assert json.loads((folder / reader / "status.json").read_text())["state"] == "finished"
 
 
-@pytest.mark.slow
-def test_too_little_held_out_text_is_refused_before_the_first_step(folder: Path) -> None:
-    code, _, said = start(folder, "--run", "short", "--set", "eval.window=24000").end()
-    assert code == 3 and said.startswith("error: eval.window: 24,000 tokens do not fit into the ")
-    code, _, said = start(folder, "--run", "short", "--set", "eval.windows=100").end()
-    assert code == 3 and said.startswith("error: 100 validation windows of 240 tokens asked, ")
-    assert read_metrics(folder / "short") == []
+def test_too_little_held_out_text_is_refused_before_the_run_begins(folder: Path) -> None:
+    """By `check` too, in the same words."""
+    text, tokens = folder / "text", open_dataset(load(folder / "tiny.yaml").data).split("validation").tokens
+    for asked, window in ((2, 24000), (100, 240)):
+        changes = ("mesh.sp=8", f"eval.windows={asked}", f"eval.window={window}")
+        options = ["--nproc", "8", *(part for change in changes for part in ("--set", change))]
+        code, _, said = start(folder, "--run", "short", *options).end()
+        fit, longest = tokens // window, max(n for n in range(8, tokens, 8) if tokens // n >= asked)
+        assert code == 3 and said == (
+            f"error: eval.windows: found {asked} of {window:,} tokens, but {fit} fit into the {tokens:,} tokens of "
+            f"{text} that are held out; expected eval.windows: {fit} or eval.window: {longest} at most, or more held "
+            "out by data.validation (prepare --validation)\n"
+        )
+        assert not (folder / "short").exists()
+        checked = program.start("lasptrain", "check", "tiny.yaml", *options, folder=folder, logs=folder / "logs").end()
+        assert checked == (3, "", said)
 
 
 def test_a_text_of_one_document_trains_without_a_held_out_loss(folder: Path) -> None:
     (folder / "one.txt").write_text("One document counts: " + " ".join(map(str, range(2000))))
     one = ["--set", "data.source=one.txt", "--set", "data.validation=0", "--set", "train.steps=2"]
     code, _, said = start(folder, "--run", "one", *one).end()
-    assert code == 3 and "measure none with eval.windows: 0" in said
+    assert (
+        code == 3 and "0 fit into the 0 tokens of one.txt that are held out; expected eval.windows: 0 at most" in said
+    )
     pretrain(folder, "one", *one, "--set", "eval.windows=0")
     assert [record.get("event") for record in read_metrics(folder / "one")] == [None, None]
 
