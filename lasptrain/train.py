@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.prepared import check_held_out, sources
+from lasptrain.checkpoint import order
 from lasptrain.checkpoint.load import load, load_origin
 from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import remove_partial
@@ -76,12 +77,15 @@ def train(recipe: Recipe, run: Path) -> None:
     loaded = load(run, job.model, job.optimizer, partial(fingerprint_of, job))
     start, there, changed, origin = 0, recipe.train.steps, {}, None
     if loaded is None:
-        origin = load_origin(run, job.model, job.optimizer, fingerprint_of(job, 0))
+        if (begun := load_origin(run, job.model, job.optimizer, fingerprint_of(job, 0))) is not None:
+            origin, tokens = begun
+            job = replace(job, before=tokens)
     else:
         start = loaded.step
         there = known if isinstance(known := loaded.meta.get("steps"), int) else there
         changed = changes(loaded.meta.get("recipe", {}), given)
         job.guard.restore(loaded.meta.get("guard", {}))
+        job = replace(job, before=order.before(run, loaded.meta))
     saver = Saver(run, job.model, job.optimizer, recipe.checkpoint, start if loaded else None)
     steps = recipe.train.steps
     if is_main:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lasptrain.checkpoint import order
 from lasptrain.checkpoint.steps import committed, compare_meta, folder_of, log, problems_of, survey, wait_visible
 from lasptrain.checkpoint.table import Json
 from lasptrain.checkpoint.tensors import Reader, restore
@@ -63,8 +64,11 @@ def load(
     return None
 
 
-def load_origin(run: Path, model: nn.Module, optimizer: Optimizer, expect: Json, group: Group = None) -> Origin | None:
+def load_origin(
+    run: Path, model: nn.Module, optimizer: Optimizer, expect: Json, group: Group = None
+) -> tuple[Origin, int | None] | None:
     """Load what a new run begins with (RUN/origin.json) into `model`, maybe `optimizer`, on any mesh; None if nothing.
+    Returns it with the tokens that it has seen, None where they are not known.
 
     Collective. Where its decays are not the `decays` of `expect`, those that are not learned stay the recipe's, and a
     warning says so. Raises CheckpointError where that step is gone or damaged, or names, shapes or dtypes of tensors
@@ -83,7 +87,8 @@ def load_origin(run: Path, model: nn.Module, optimizer: Optimizer, expect: Json,
     if not same and fixed and dist.get_rank(group) == 0:
         log.warning("%s has other decays than the recipe, whose own are taken", folder)
     restore(reader, model, optimizer if begun.optimizer else None, group, buffers=same)
-    return begun
+    earlier = order.before(begun.run, manifest["meta"])
+    return begun, None if earlier is None else earlier + sum(order.tokens(manifest["meta"], begun.step).values())
 
 
 def _verify(folder: Path, step: int, group: Group) -> tuple[Json, Reader | None, list[str]]:

@@ -1,6 +1,11 @@
-"""The `order` of a checkpoint's meta: which windows its steps have read, of one length, or of several in stages."""
+"""The tokens that a checkpoint's meta says its model has seen: `order`, the windows of its own steps, of one length or
+of several in stages, and `before`, those of the runs that it began with.
+"""
+
+from pathlib import Path
 
 from lasptrain.checkpoint.table import Json
+from lasptrain.run import origin
 
 
 def window(meta: Json) -> int:
@@ -19,3 +24,11 @@ def tokens(meta: Json, step: int) -> dict[int, int]:
         step -= steps
         found[stage["window"]] = found.get(stage["window"], 0) + steps * stage["batch"] * stage["window"]
     return found
+
+
+def before(run: Path, meta: Json) -> int | None:
+    """Return the tokens that the runs before have read; None where a run began with another and they were not kept."""
+    if "before" in meta:
+        found: int | None = meta["before"]
+        return found
+    return None if origin.read(run) else 0

@@ -21,12 +21,11 @@ from lasptrain.run import base
 
 def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, parity: str, folder: str) -> str:
     """Return the README.md of the export of `step` in a folder of this name."""
-    read = order.tokens(step.meta, step.step)
     library = "transformers" if "transformers" in target.runs_in else "lasptrain"
     rows = {
         "architecture": recipe.model.arch,
         "steps": f"{step.step:,}",
-        "tokens seen": f"{sum(read.values()):,}, in windows of {', '.join(f'{window:,}' for window in read)}",
+        "tokens seen": "; ".join(_seen(run, step)),
         "data fingerprint": f"`{step.meta['dataset']}`",
         **_losses(run, step.step),
         "format": f"{target.name}, for {target.runs_in}",
@@ -57,6 +56,16 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, pari
             "",
         ]
     )
+
+
+def _seen(run: Path, step: CheckpointReader) -> Iterator[str]:
+    """Yield the tokens that the run has read, the runs that it began with, and those who made its first weights."""
+    read, before = order.tokens(step.meta, step.step), order.before(run, step.meta)
+    yield f"{sum(read.values()):,}, in windows of {', '.join(f'{window:,}' for window in read)}"
+    if before != 0:
+        yield f"{'an unknown number' if before is None else f'{before:,}'} before, by the runs that it began with"
+    if name := base.read(run)[0].get("base_model"):
+        yield f"an unknown number before, by {name}, whose weights were imported"
 
 
 def _serving(target: Target, model: Json, tokenizer: str, folder: str) -> Iterator[str]:

@@ -175,7 +175,8 @@ def foreign(source: Path) -> files.Folder:
 def _check_record(record: Json, where: Path) -> None:
     """Raise ConvertError for a step, an order or slopes that no run has."""
     step, window, slopes = record["step"], order.window(record["meta"]), record["slopes"]
-    for key, number, least in (("step", step, 0), ("meta.order.window", window, 1)):
+    before = record["meta"].get("before") or 0
+    for key, number, least in (("step", step, 0), ("meta.order.window", window, 1), ("meta.before", before, 0)):
         if type(number) is not int or not least <= number <= LARGEST:
             raise ConvertError(f"{where}: {key}: found {number!r:.99}; expected a number from {least} on")
     if slopes is not None and not (isinstance(slopes, dict) and all(map(_are_numbers, slopes.values()))):

@@ -60,6 +60,7 @@ class Job:
     peak: float | None  # FLOP/s of this device in bf16 by its data sheet, where it is known
     guard: Guard
     health: Health | None = None  # to take signals in a step, where they are due
+    before: int | None = 0  # tokens that the runs it began with have read; None: not known
     given: Recipe | None = None  # the recipe before `auto` was decided, where it was another
     on_segment: Callable[[], None] = lambda: None  # called at every segment, by all ranks equally often; may raise
 
@@ -239,9 +240,10 @@ def language_model(recipe: Recipe, attention: ShardedRecurrence) -> LanguageMode
 
 
 def checkpoint_meta(job: Job, step: int) -> dict[str, Any]:
-    """Return JSON saved beside tensors: fingerprint, guard state, and the recipe by which the step was trained."""
+    """Return JSON saved beside tensors: fingerprint, guard state, tokens before, and the recipe of the step."""
     recipe = (job.given or job.recipe).model_dump(mode="json")
-    return fingerprint_of(job, step) | {"guard": job.guard.state(), "steps": job.recipe.train.steps, "recipe": recipe}
+    state = {"guard": job.guard.state(), "before": job.before, "steps": job.recipe.train.steps, "recipe": recipe}
+    return fingerprint_of(job, step) | state
 
 
 def fingerprint_of(job: Job, step: int) -> dict[str, Any]:

@@ -161,6 +161,10 @@ def test_the_terms_of_weights_travel_into_a_run_and_into_what_leaves_it(
         assert (out / "LICENSE.txt").read_text() + (out / "NOTICE").read_text() == "Terms.\nNames.\n"
         front = (out / "README.md").read_text().split("---\n")[1]
         assert f"license: other\nlicense_name: some-1.0\nbase_model: {RELEASED}\n" in front
+        imported = (
+            f"| tokens seen | 0, in windows of 4,096; an unknown number before, by {RELEASED}, whose weights were"
+        )
+        assert imported in (out / "README.md").read_text()
     (run / "base/base.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"base\.json: not what lasptrain writes"):
         export(run, tmp_path / "damaged", "safetensors", check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from data_tools import windows
 from lasptrain import train
 from lasptrain.certify import proof
+from lasptrain.checkpoint import order as checkpoint_order
 from lasptrain.checkpoint.single import CheckpointReader
 from lasptrain.checkpoint.steps import committed
 from lasptrain.cli.main import app
@@ -288,6 +290,27 @@ def test_a_run_with_stages_leaves_comes_back_and_goes_on(here: Path, whole: Path
     assert (came.step, came.meta) == (4, left.meta)
     assert all(torch.equal(left.read(name), came.read(name)) for name in left.shapes)
     assert committed(pretrain("back"))[0] == 8
+
+
+def test_a_card_counts_the_tokens_of_the_runs_before(here: Path, whole: Path) -> None:
+    """Also of a run that has gone on, or left and come back, and without what it began with."""
+    own = (f"stages=[{FIRST}]", "train.steps=3", "data.window=48")
+
+    def seen(run: Path) -> str:
+        out = export(run, here / "seen", "safetensors", check=False, force=True).folder
+        (found,) = re.findall(r"\| tokens seen \| (.*) \|", (out / "README.md").read_text())
+        return str(found)
+
+    pretrain("later", *own, origin=str(whole))
+    pretrain(after(here / "later", 2, "seen"), *own)
+    last = pretrain("latest", *own, origin=str(here / "seen-2"))
+    shutil.rmtree(here / "seen-2")
+    read = 3 * 8 * 48
+    before = read + 2 * 2 * 96 + 3 * 192 + read
+    assert seen(last) == f"{read:,}, in windows of 48; {before:,} before, by the runs that it began with"
+    assert seen(restore(here / "seen", here / "came")) == seen(last)
+    of_old = [checkpoint_order.before(run, {}) for run in (last, whole)]
+    assert of_old == [None, 0]
 
 
 def test_what_a_stage_that_has_begun_reads_may_not_change(here: Path, whole: Path) -> None:
