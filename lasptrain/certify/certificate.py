@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.padding import Padding
 from rich.table import Table
 
 import lasptrain
@@ -25,6 +26,7 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.recipe.yaml12 import dump
 
 FORMAT = 1
+WIDEST = 84  # of a column, for a table of 120 columns
 PACKAGES = ("lasptrain", "torch", "triton", "numpy", "safetensors", "transformers", "flash-linear-attention")
 
 
@@ -73,26 +75,21 @@ class Certificate:
         mesh, kind = self.trial.recipe.mesh, self.trial.recipe.parallel.data_parallel
         scan = f", {mesh.scan}" if mesh.sp != 1 else ""
         where = f"{self.ranks} × {device_name()}, dp {mesh.dp} × sp {mesh.sp}{scan}, {kind}"
-        title = f"{self.recipe.name}: {where}; {'; '.join(map(str, self.sizes))}"
-        table = Table(title=title)
-        for column in ("check", "compared", "with"):
-            table.add_column(column)
+        table = Table(title=f"{self.recipe.name}: {where};\n{'; '.join(map(str, self.sizes))}")
+        table.add_column("compared", max_width=WIDEST, overflow="fold")  # nothing of a parameter's name is lost
         for column in ("error", "tolerance"):
             table.add_column(column, justify="right")
-        for column in ("where", "verdict"):
-            table.add_column(column)
-        last = None
+        table.add_column("verdict")
+        last, beside = None, None
         for one in self.checks:
-            table.add_row(
-                "" if one.check == last else one.check,
-                one.compared,
-                one.reference,
-                number(one.error, ".1e"),
-                number(one.tolerance, ".1e"),
-                one.note if one.verdict == "not run" else _place(one),
-                one.verdict,
-            )
-            last = one.check
+            if one.check != last:
+                table.add_section()
+            if (one.check, one.reference) != (last, beside):
+                table.add_row(f"{one.check}, with: {one.reference}")
+            place = one.note if one.verdict == "not run" else _place(one)
+            told = Padding("; ".join(filter(None, (one.compared, place))), (0, 0, 0, 2))
+            table.add_row(told, number(one.error, ".1e"), number(one.tolerance, ".1e"), one.verdict)
+            last, beside = one.check, one.reference
         return table
 
     def write(self, file: Path) -> None:

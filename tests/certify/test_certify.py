@@ -32,6 +32,7 @@ from lasptrain.certify.check import Check, not_run, of_parameters, ratio
 from lasptrain.certify.proof import NAMES, prove, reduced
 from lasptrain.certify.trial import WEIGHTS, WORK, Limits, Trial, fit
 from lasptrain.checkpoint import tensors
+from lasptrain.console.tables import show
 from lasptrain.convert import files, tables, targets
 from lasptrain.convert.rules import Rule
 from lasptrain.data.loader import Slice, SliceLoader
@@ -1023,4 +1024,20 @@ def test_a_failure_is_no_certificate(trials: dict[str, Trial], tmp_path: Path) -
         written = json.loads((tmp_path / "c.json").read_text())
         assert made.holds is good and written["verdict"] == ("holds" if good else "fails")
         assert made.lines()[0].startswith("CERTIFIED" if good else "NOT CERTIFIED")
-        assert made.table().row_count == len(checks)
+        assert made.table().row_count == 1 + len(checks)
+
+
+def test_a_table_has_120_columns_and_all_of_every_name(
+    trials: dict[str, Trial], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a failure on every rank, where there is no terminal."""
+    name = f"optimizer.layers.1.mixer.{'decay.' * 12}log_slope.exp_avg_sq"
+    unit, note = "one process, one segment, fp64; in roundings of one process", "from window 0 token 3 to token 4093"
+    fails = Check("layout", "gradient of every parameter, fp32", unit, "fails", 7.0, 4.0, 3, name, 0, 3, note)
+    checks = [fails._replace(verdict="holds", note=""), fails, not_run("export", "logits", "ours", "nothing [there]")]
+    show(Certificate(trials["ring"].recipe, trials["ring"], 2, [], checks, {}, 1.0, 1 << 30).table())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 120
+    cells = [line.strip("│").split("│")[0].strip() for line in lines if line.startswith("│")]
+    assert cells[0] == f"layout, with: {unit}" and "export, with: ours logits; nothing [there]" in " ".join(cells)
+    assert "".join(cells).count(name) == 2 and note in " ".join(cells)
