@@ -23,10 +23,11 @@ class Card(NamedTuple):
     sustained: Rates | None = None
 
 
-H200 = Rates(products=685e12, copies=4.2e12, memory=140 * 2**30)  # measured
-H100 = Rates(products=650e12, copies=3.0e12, memory=79 * 2**30)  # assumed
-A100 = Rates(products=250e12, copies=1.6e12, memory=79 * 2**30)  # assumed
+H200 = Rates(products=685e12, copies=4.2e12, memory=140 * 2**30)
+H100 = Rates(products=650e12, copies=3.0e12, memory=79 * 2**30)
+A100 = Rates(products=250e12, copies=1.6e12, memory=79 * 2**30)
 PLANNED = {"h200": H200, "h100": H100, "a100": A100}  # by the names of `plan --gpu`
+MEASURED = {H200: "NVIDIA H200"}  # and on which card; the others are assumed
 
 CARDS = {
     "NVIDIA B200": Card(2250e12),

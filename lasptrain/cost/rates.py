@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lasptrain.console.tables import figures
-from lasptrain.cost.gpus import Rates
+from lasptrain.cost.gpus import MEASURED, Rates
 from lasptrain.cost.links import ASSUMED, Link, Links
 from lasptrain.errors import RecipeError
 
@@ -51,7 +51,8 @@ def read(file: Path) -> MeasuredHardware:
 
 def provenance(rates: Rates, links: Links, measured: MeasuredHardware | None) -> list[tuple[str, str, str]]:
     """Provenance of predictions: the name and value of each number, and `measured` or `assumed`."""
-    gpu = "assumed" if measured is None else f"measured, {measured.device}"
+    device = MEASURED.get(rates) if measured is None else measured.device
+    gpu = "assumed" if device is None else f"measured, {device}"
     hop = "assumed" if measured is None or measured.hop is None else f"measured, {measured.device}"
     gather = "as a hop" if links.gather is None else f"measured, {measured.device if measured else ''}"
     return [

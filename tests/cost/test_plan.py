@@ -217,6 +217,9 @@ def test_measured_rates_are_kept_in_a_file_and_predicted_from(tmp_path: Path) ->
     assert measured.links.between == links.ASSUMED.between
     known = [row[2] for row in rates.provenance(measured.rates, measured.links, measured)]
     assert known == ["measured, CPU"] * 5 + ["assumed"]
+    for gpu, told in (("h200", "measured, NVIDIA H200"), ("h100", "assumed"), ("a100", "assumed")):
+        planned = [row[2] for row in rates.provenance(gpus.PLANNED[gpu], links.ASSUMED, None)]
+        assert planned == [told] * 3 + ["assumed", "as a hop", "assumed"]
     for text, told in (("{}", "holds no rates"), ("no", "holds no rates")):
         file.write_text(text)
         with pytest.raises(RecipeError, match=f"--rates: .*{told}; expected a file of plan --measure"):
