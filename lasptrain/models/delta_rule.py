@@ -14,7 +14,7 @@ from lasptrain.architectures.delta_rule import STEP, GatedByData
 from lasptrain.models.convolution import Convolution, ConvWeights, Form
 from lasptrain.models.layers import srms, unit, wide
 from lasptrain.models.linear import HasWeight, Linear, multi_linear
-from lasptrain.models.mixer import COMPILED, Context, Mixer, State, split_heads
+from lasptrain.models.mixer import COMPILED, Context, Kinds, Mixer, State, split_heads
 from lasptrain.models.start import UNIT_STEP, Start
 from lasptrain.ops import delta_rule
 from lasptrain.ops.recurrence import Inputs, Recurrence
@@ -111,7 +111,7 @@ class DeltaRule(Mixer):
 
     compiled = (*COMPILED, "convolved")
     rule: ClassVar[Recurrence] = delta_rule
-    elementwise: ClassVar[tuple[str, ...]] = ("beta", "decay_proj")  # they steer the state
+    elementwise: ClassVar[Kinds] = {"beta": "betas", "decay_proj": "decays", "decay": "decays"}  # they steer the state
     erases: ClassVar[bool] = True  # q and k are unit vectors, and beta says how much of what a key holds is replaced
 
     def __init__(self, cfg: GatedByData, key_heads: int, gate: str, attention: ShardedRecurrence):

@@ -12,6 +12,7 @@ from lasptrain.architectures.gla import TEMPER, Gla
 from lasptrain.models.delta_rule import DeltaRule, LowRank
 from lasptrain.models.layers import wide
 from lasptrain.models.linear import HasWeight, Linear
+from lasptrain.models.mixer import Kinds
 from lasptrain.models.start import Start
 from lasptrain.parallel.recurrence import ShardedRecurrence
 
@@ -44,7 +45,7 @@ class Bias(nn.Module):
 class GatedLinearAttention(DeltaRule):
     """Nothing is erased; a decay per key channel and token, through a bottleneck."""
 
-    elementwise: ClassVar[tuple[str, ...]] = ("decay_proj",)
+    elementwise: ClassVar[Kinds] = {"decay_proj": "decays", "decay": "decays"}
     erases: ClassVar[bool] = False
 
     def __init__(self, cfg: Gla, attention: ShardedRecurrence):

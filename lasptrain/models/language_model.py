@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from lasptrain.errors import RecipeError
 from lasptrain.models import softmax
 from lasptrain.models.layers import Mlp, norm
 from lasptrain.models.linear import Linear
-from lasptrain.models.mixer import Context, Mixer, State
+from lasptrain.models.mixer import Context, Kinds, Mixer, State
 from lasptrain.models.start import Start, generator, initial
 from lasptrain.ops.cross_entropy import chunked_cross_entropy, token_losses
 from lasptrain.parallel.place import Place, enter
@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
         z_loss: factor of log² Z in the summed loss.
     """
 
-    elementwise = ("embed", "head")
+    elementwise: ClassVar[Kinds] = {"embed": "embedding", "head": "head"}
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from lasptrain.ops.recurrence import Inputs, Recurrence
 from lasptrain.parallel.place import Place
 from lasptrain.parallel.recurrence import Pending, SavedStates, ShardedRecurrence
 
+Kinds = dict[str, str]  # of a module's submodules by name: those that Muon does not move, and the kind of their weights
 State = tuple[Any, ...]  # carried by a mixer from segment to segment, tensors or not; private to the mixer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from lasptrain.architectures.ssd import Ssd
 from lasptrain.models.convolution import Convolution, ConvWeights
 from lasptrain.models.layers import srms
 from lasptrain.models.linear import Linear, multi_linear
-from lasptrain.models.mixer import COMPILED, Context, Mixer, State, split_heads
+from lasptrain.models.mixer import COMPILED, Context, Kinds, Mixer, State, split_heads
 from lasptrain.models.start import UNIT_STEP, Start
 from lasptrain.parallel.halo import halo
 from lasptrain.parallel.recurrence import Pending, ShardedRecurrence
@@ -99,6 +99,7 @@ class StateSpace(Mixer):
     """
 
     compiled = (*COMPILED, "convolved")
+    elementwise: ClassVar[Kinds] = {"dt": "decays"}
 
     def __init__(
         self,

@@ -14,16 +14,13 @@ from lasptrain.parallel import signals
 from lasptrain.parallel.shard import full_tensor
 from lasptrain.parallel.signals import Signals
 from lasptrain.recipe.schema import Recipe
+from lasptrain.training.muon import elementwise
 from lasptrain.training.optimizer import joint_norm
 
-# The kind of a parameter by the parts of its name, the first that fits; what is left are a mixer's matrices.
+# The kind of a parameter that no `elementwise` names, by the parts of its name; what is left are a mixer's matrices.
 KINDS = {
-    "embedding": {"embed"},
-    "head": {"head"},
     "norms": {"norm", "norm1", "norm2", "q_norm", "k_norm"},
     "mlp": {"mlp"},
-    "decays": {"decay", "decay_proj", "dt", "slope"},
-    "betas": {"beta"},
     "convolutions": {"conv"},
     "positions": {"lrpe", "rotary"},
 }
@@ -40,11 +37,11 @@ class Health:
     @torch.no_grad()
     def gradients(self, model: nn.Module) -> None:
         """Take the norms of the gradients by kind of parameter, before they are clipped."""
-        kinds: dict[str, list[Tensor]] = {}
-        for name, parameter in model.named_parameters():
+        found: dict[str, list[Tensor]] = {}
+        for parameter, kind in kinds(model).items():
             if parameter.grad is not None:
-                kinds.setdefault(kind_of(name), []).append(parameter.grad)
-        self._norms = {kind: full_tensor(joint_norm(found)) for kind, found in kinds.items()}
+                found.setdefault(kind, []).append(parameter.grad)
+        self._norms = {kind: full_tensor(joint_norm(gradients)) for kind, gradients in found.items()}
 
     def read(self) -> dict[str, float]:
         """Return all signals by name. Collective."""
@@ -65,10 +62,11 @@ def due(recipe: Recipe, step: int) -> Health | None:
     return Health(recipe.model.layers) if every and step % every == 0 else None
 
 
-def kind_of(name: str) -> str:
-    """Return the kind of a parameter of this name."""
-    parts = set(name.split("."))
-    return next((kind for kind, words in KINDS.items() if parts & words), REST)
+def kinds(model: nn.Module) -> dict[Tensor, str]:
+    """Return the kind of each parameter."""
+    named = ((set(name.split(".")), parameter) for name, parameter in model.named_parameters())
+    found = {x: next((kind for kind, words in KINDS.items() if parts & words), REST) for parts, x in named}
+    return found | elementwise(model)
 
 
 def _of_layer(layer: Signals) -> Iterator[tuple[str, Tensor]]:

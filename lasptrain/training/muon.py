@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim import Muon as TorchMuon
 
+from lasptrain.errors import SetupError
 from lasptrain.ops.orthogonal import orthogonalised
 from lasptrain.parallel.shard import local
 from lasptrain.parallel.turns import in_turn
@@ -79,19 +80,30 @@ def _orthogonal(group: dict[str, Any], whole: Tensor) -> Tensor:
     return updates[0] if len(updates) == 1 else torch.cat(updates, dim=1)
 
 
+def elementwise(model: nn.Module) -> dict[Tensor, str]:
+    """Return the kinds of the parameters in the submodules that a module calls `elementwise`.
+
+    Raises SetupError where a module names no kinds.
+    """
+    found: dict[Tensor, str] = {}
+    for owner in model.modules():
+        named = getattr(owner, "elementwise", {})
+        if not isinstance(named, dict):
+            told = f"{type(owner).__name__}.elementwise: found {named!r}"
+            raise SetupError(
+                f"{told}; expected submodules with the kinds of their weights, such as {{'decay': 'decays'}}"
+            )
+        parts = ((getattr(owner, name), kind) for name, kind in named.items())
+        found |= {parameter: kind for part, kind in parts if part is not None for parameter in part.parameters()}
+    return found
+
+
 def matrices(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     """Return the weights that are matrices, each with the rows of its `parts`; () for one that is a single matrix.
 
-    They are those of linear layers, but for the parts of a module that it calls `elementwise`: embedding and head, and
-    what steers decays and beta.
+    They are those of linear layers, but for what is `elementwise`: embedding and head, and what steers decays and beta.
     """
-    apart = {
-        parameter
-        for owner in model.modules()
-        for name in getattr(owner, "elementwise", ())
-        if (part := getattr(owner, name)) is not None
-        for parameter in part.parameters()
-    }
+    apart = elementwise(model)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return {module.weight: getattr(module, "parts", ()) for module in linear if module.weight not in apart}
 

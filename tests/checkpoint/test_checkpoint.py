@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ from lasptrain.checkpoint.saver import Saver
 from lasptrain.checkpoint.steps import committed, remove_partial
 from lasptrain.errors import CheckpointError
 from lasptrain.files import sha256
+from lasptrain.models.mixer import Kinds
 from lasptrain.parallel import mesh as meshes
 from lasptrain.parallel.shard import shard_optimizer
 from lasptrain.recipe.formats import FORMAT
@@ -54,7 +55,7 @@ META = {"recipe": {"name": "small", "optim": {"lr": 0.01}}, "windows": 4}
 class _Net(nn.Module):
     """Tied matrices whose rows do not divide by 2 or 4, vectors, a buffer, and fewer rows than ranks."""
 
-    elementwise = ("embed",)
+    elementwise: ClassVar[Kinds] = {"embed": "embedding"}
 
     def __init__(self, width: int = 6, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

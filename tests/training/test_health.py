@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasptrain import train
+from lasptrain.errors import SetupError
 from lasptrain.models.language_model import LanguageModel
+from lasptrain.models.mixer import Kinds
 from lasptrain.models.softmax import Softmax
 from lasptrain.ops import decay_rule, delta_rule
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
 from lasptrain.parallel.shard import fill, parallelize
 from lasptrain.recipe.sections import Parallel
-from lasptrain.training.health import Health, kind_of
+from lasptrain.training.health import Health, kinds
+from lasptrain.training.muon import matrices
 from lasptrain.training.segments import backward
 from tests.laws import test_delta_layouts, test_layouts
 from tests.laws.test_layouts import BATCH, CPU, WINDOW, Layout, mesh_of, pieces, windows
@@ -105,9 +108,9 @@ def plain(name: str) -> dict[str, float]:
             (rule, inputs, doc_ids), recurrences = recurrences[0], recurrences[1:]
             found |= {f"{key}/{i}": value for key, value in by_definition(rule, inputs, doc_ids)}
     groups: dict[str, list[Tensor]] = {}
-    for parameter, value in model.named_parameters():
+    for value, one in kinds(model).items():
         assert value.grad is not None
-        groups.setdefault(kind_of(parameter), []).append(value.grad.flatten())
+        groups.setdefault(one, []).append(value.grad.flatten())
     return found | {f"grad_norm/{kind}": float(torch.cat(parts).norm()) for kind, parts in groups.items()}
 
 
@@ -153,6 +156,27 @@ def check(rank: int, world: int, wanted: dict[str, dict[str, float]]) -> int:
 def test_every_mesh_takes_the_signals_of_a_plain_computation(world: int) -> None:
     wanted = {name: plain(name) for name in MODELS}
     assert spawn(world, check, wanted) == [len(wanted)] * world
+
+
+def test_what_steers_the_state_is_declared_once() -> None:
+    """A mixer of others says its kind, and is apart from Muon's matrices."""
+
+    class Forgetful(nn.Module):
+        elementwise: ClassVar[Kinds] = {"forget": "decays"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.forget, self.out = nn.Linear(4, 2), nn.Linear(4, 4, bias=False)
+
+    mixer = Forgetful()
+    found = kinds(nn.ModuleDict({"mixer": mixer}))
+    assert found == {mixer.forget.weight: "decays", mixer.forget.bias: "decays", mixer.out.weight: "attention"}
+    assert matrices(mixer) == {mixer.out.weight: ()}
+    setattr(mixer, "elementwise", ("forget",))  # noqa: B010  as packages of 0.1.0 had it
+    with pytest.raises(
+        SetupError, match=r"Forgetful.elementwise: found \('forget',\); expected submodules with the kinds"
+    ):
+        matrices(mixer)
 
 
 def test_every_kind_of_signal_is_among_them() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from lasptrain import train
 from lasptrain.checkpoint.tensors import present, tensors_of
 from lasptrain.cost import plan
 from lasptrain.models.language_model import LanguageModel, on_meta
+from lasptrain.models.mixer import Kinds
 from lasptrain.ops.orthogonal import COEFFICIENTS, STEPS, orthogonalised
 from lasptrain.parallel.recurrence import ShardedRecurrence
 from lasptrain.parallel.scan import SCANS
@@ -75,7 +76,7 @@ def test_matrices_are_orthogonalised_on_the_gpu(shape: tuple[int, int], dtype: t
 class _Net(nn.Module):
     """Matrices of two shapes, one of which packs three, and what is none."""
 
-    elementwise = ("head",)
+    elementwise: ClassVar[Kinds] = {"head": "head"}
 
     def __init__(self, parts: tuple[int, ...] = ()) -> None:
         super().__init__()
