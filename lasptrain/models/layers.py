@@ -12,8 +12,7 @@ from lasptrain.architectures.base import Norm
 from lasptrain.models.linear import Linear, multi_linear
 from lasptrain.models.start import Start
 from lasptrain.ops import state_dtype
-
-UNIT_EPS = 1e-6  # inside of the root of a vector's length
+from lasptrain.ops.precision import UNIT_EPS
 
 
 def wide(x: Tensor) -> Tensor:
@@ -156,6 +155,6 @@ class Lrpe(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return x / √(|x|² + 1e-6) over the last axis, in at least fp32."""
+    """Return x / √(|x|² + UNIT_EPS) over the last axis, in at least fp32."""
     x = wide(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

@@ -77,7 +77,7 @@ def short_convolution(
 ) -> Tensor:
     """Return y = silu(b + Σ_j w_j x_{t−j}) over tokens of the same document, [B, T, C] in x's dtype.
 
-    Times `scale`, and with `head` channels in one, y / √(|y|² + 1e-6) of each head. Sums are in fp32.
+    Times `scale`, and with `head` channels in one, y / √(|y|² + UNIT_EPS) of each head. Sums are in fp32.
 
     Args:
         x: [B, T, C], on a GPU.

@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasptrain.ops.precision import UNIT_EPS
 from lasptrain.ops.triton_launch import _device
 
 WIDTH, TILE = 128, 1024  # channels of a program without heads; and times its rows, eight for each of its threads
 LENGTH = 128  # tokens that a row walks over
 STAGES = 5  # tokens that are loaded ahead, and the present one
 REGISTERS = 168  # of a thread of the backward, so that three programs share a multiprocessor
-EPS = tl.constexpr(1e-6)
+EPS = tl.constexpr(UNIT_EPS)
 
 
 @triton.jit

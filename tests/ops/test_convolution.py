@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lasptrain.models import layers
 from lasptrain.models.convolution import ConvWeights, Form
+from lasptrain.ops.precision import UNIT_EPS
 from tests.support.interpreted import inside, interpreted
 
 
@@ -68,6 +70,12 @@ def alike(scene: Scene, device: str, dtype: torch.dtype, bound: float) -> None:
     for got, want in zip(results(scene, True, given, doc_ids), results(scene, False, exact, doc_ids), strict=True):
         assert got.shape == want.shape
         assert float((got.detach() - want.detach()).norm()) <= bound * float(want.detach().norm())
+
+
+def test_lengths_have_one_eps() -> None:
+    from lasptrain.ops import triton_convolution
+
+    assert triton_convolution.EPS.value is UNIT_EPS is vars(layers)["UNIT_EPS"]
 
 
 def test_in_the_interpreter() -> None:
