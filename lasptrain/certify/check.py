@@ -47,6 +47,7 @@ class Error(NamedTuple):
     last: tuple[int, int] | None = None
 
 
+FLOOR = 1e-6  # of the largest norm: smaller ones are measured against it
 PART = 1 << 22  # numbers of a tensor that are compared at once
 
 
@@ -116,11 +117,11 @@ def _norms(found: Tensor, want: Tensor) -> tuple[float, float]:
     return float((found - want).norm()), float(want.norm())
 
 
-def relative(apart: Mapping[str, Distance], floor: float) -> dict[str, float]:
-    """Return differences relative to norms, of which the smallest counts as `floor` times the largest: what is zero has
+def relative(apart: Mapping[str, Distance]) -> dict[str, float]:
+    """Return differences relative to norms, of which the smallest counts as FLOOR times the largest: what is zero has
     no relative error.
     """
-    least = max(floor * max((one.norm for one in apart.values()), default=0.0), 1e-300)
+    least = max(FLOOR * max((one.norm for one in apart.values()), default=0.0), 1e-300)
     return {name: finite(one.difference / max(one.norm, least)) for name, one in apart.items()}
 
 
@@ -130,9 +131,9 @@ def largest(errors: Mapping[str, float]) -> Error:
     return Error(0.0) if worst is None else Error(errors[worst], worst)
 
 
-def of_parameters(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], floor: float) -> Error:
+def of_parameters(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Error:
     """Return the largest relative difference over tensors by name; of one that is missing or NaN it is ∞."""
-    return largest(relative(distances(found, wanted), floor))
+    return largest(relative(distances(found, wanted)))
 
 
 def finite(error: float) -> float:

@@ -26,7 +26,6 @@ NAME, DEFINITION = "kernel", "token by token, fp64"
 TOKENS = 200  # several chunks, and no whole number of them; a shorter slice is repeated
 LAYERS = 4
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
-FLOOR = 1e-6
 NAMES = {3: ("k", "v", "log_decay"), 4: ("k", "v", "beta", "log_decay")}  # by number of inputs
 
 
@@ -130,7 +129,7 @@ def _compared(call: Call, kernel: str) -> Error:
     for doc_ids in [None] if call.doc_ids is None else [None, call.doc_ids]:
         given = Given.of(call, doc_ids)
         want = given.wide().run("reference")
-        found.append(of_parameters(given.run(kernel), want, FLOOR))
+        found.append(of_parameters(given.run(kernel), want))
     worst = max(found, key=lambda error: error.size)
     return worst._replace(parameter=f"layer {call.layer} {worst.parameter}")
 

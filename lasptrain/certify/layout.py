@@ -21,7 +21,6 @@ from lasptrain.recipe.schema import Recipe
 from lasptrain.training.job import Job
 
 NAME, ONE = "layout", "one process, one segment"
-FLOOR = 1e-6  # of the largest gradient: smaller ones are measured against it
 FP32 = float(torch.finfo(torch.float32).eps)
 SPREAD = 4.0  # times the rounding of one process
 MOST = 0.9 / SPREAD  # of rounding: a gradient that is lost is 1 off
@@ -91,7 +90,7 @@ def deviation(found: Measured, want: Measured) -> Deviation:
     losses = (found.token_losses - want.token_losses).abs() / want.token_losses.abs().max()
     sizes = want.token_gradients.norm(dim=-1)
     tokens = (found.token_gradients - want.token_gradients).norm(dim=-1) / sizes.max()
-    parameters = relative(distances(found.gradients, want.gradients), FLOOR)
+    parameters = relative(distances(found.gradients, want.gradients))
     return Deviation(ratio(float(found.loss), float(want.loss)), losses, tokens, parameters)
 
 

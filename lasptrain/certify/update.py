@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lasptrain import files, train
 from lasptrain.certify.check import (
+    FLOOR,
     Check,
     Error,
     distance,
@@ -34,7 +35,6 @@ from lasptrain.training.job import Job
 UPDATES = 2  # the second reads what the first has written
 LOOSER = 10  # times the tolerance of one pass
 MOVES = {"fp64": 1e-6, "fp32": 5e-3}  # AdamW divides by the size of a gradient, however small, and so moves the next
-FLOOR = 1e-6
 SLOPE_PRECISION, LENGTH, SLOPE = "fp64", 1e-6, 1e-5  # of a difference of losses; its tolerance
 TENSORS, NUMBERS = "update", "update.json"
 NAME, OTHERS, ONE = "update", "those on other ranks", f"{UPDATES} updates of one process"
@@ -122,7 +122,7 @@ def compared(trial: Trial, recipe: Recipe) -> list[Check]:
     loss, norm = (
         max(map(ratio, *pair)) for pair in ((found.losses, numbers["losses"]), (found.norms, numbers["norms"]))
     )
-    moments = relative({name: one for name, one in apart.items() if name.startswith("optimizer.")}, FLOOR)
+    moments = relative({name: one for name, one in apart.items() if name.startswith("optimizer.")})
     least, moved = FLOOR * max(numbers["moved"].values()), numbers["moved"]
     weights = {name: one.difference for name, one in apart.items() if name.startswith("model.")}
     moves = {name: finite(difference / max(moved.get(name, 0.0), least)) for name, difference in weights.items()}
