@@ -16,7 +16,6 @@ from lasptrain.run.folder import RECIPE
 
 if TYPE_CHECKING:
     from data_tools.packing import BestFit
-    from data_tools.parts import Part
     from data_tools.prepare import Preparation
 
 app = App("Text, tokenizers and token shards.")
@@ -80,18 +79,8 @@ def prepare(
     from data_tools.prepare import Preparation
     from data_tools.sources import Reading
 
-    preparation = Preparation(
-        sources,
-        tokenizer,
-        reading=Reading(errors, field, max_bad),
-        validation_ppm=validation,
-        seed=seed,
-        lengths=(min_tokens, max_tokens or 1 << 62),
-        packing=_best_fit(packing, window, long_documents),
-        workers=workers,
-        part=_part(part, packing),
-    )
-    _prepared(preparation, out)
+    given = Preparation(sources, tokenizer, reading=Reading(errors, field, max_bad), workers=workers)
+    _prepare(given, out, seed, validation, min_tokens, max_tokens, packing, window, long_documents, part)
 
 
 @app.command("import")
@@ -128,17 +117,9 @@ def import_ids(
     from data_tools.ids import TokenReading, find_tokenizer
     from data_tools.prepare import Preparation
 
-    preparation = Preparation(
-        sources,
-        tokenizer or find_tokenizer(sources),
-        validation_ppm=validation,
-        seed=seed,
-        lengths=(min_tokens, max_tokens or 1 << 62),
-        packing=_best_fit(packing, window, long_documents),
-        tokens=TokenReading(column, document_mark, dtype, bos),
-        part=_part(part, packing),
-    )
-    _prepared(preparation, out)
+    reading = TokenReading(column, document_mark, dtype, bos)
+    given = Preparation(sources, tokenizer or find_tokenizer(sources), tokens=reading)
+    _prepare(given, out, seed, validation, min_tokens, max_tokens, packing, window, long_documents, part)
 
 
 @app.command()
@@ -176,25 +157,38 @@ def _best_fit(
     return None if window is None else BestFit(window, long_documents)
 
 
-def _part(part: str | None, packing: str) -> Part | None:
-    """Parse the part that is asked for. Raises RecipeError for packing, which is done when parts are joined."""
-    from data_tools.parts import Part
+def _prepare(
+    given: Preparation,
+    out: Path,
+    seed: int,
+    validation: int,
+    min_tokens: int,
+    max_tokens: int | None,
+    packing: Literal["concat", "best_fit"],
+    window: int | None,
+    long_documents: Literal["continue", "cut"],
+    part: str | None,
+) -> None:
+    """Prepare a dataset with the options of `prepare` and `import`, and say what is in it.
 
-    if part is not None and packing != "concat":
-        raise RecipeError(f"--part: found {part} with --packing {packing}; expected --packing of lasptrain data merge")
-    return None if part is None else Part.parse(part)
-
-
-def _prepared(preparation: Preparation, out: Path) -> None:
-    """Prepare a dataset, and say what is in it."""
+    Raises RecipeError for a part with packing, which is done when parts are joined.
+    """
     import time
 
     from data_tools import commands
+    from data_tools.parts import Part
+    from data_tools.prepare import ANY_LENGTH
     from lasptrain.console.progress import preparing
 
+    fit = _best_fit(packing, window, long_documents)
+    if part is not None and fit is not None:
+        raise RecipeError(f"--part: found {part} with --packing {packing}; expected --packing of lasptrain data merge")
+    lengths = min_tokens, max_tokens or ANY_LENGTH[1]
+    share = None if part is None else Part.parse(part)
+    asked = replace(given, validation_ppm=validation, seed=seed, lengths=lengths, packing=fit, part=share)
     began = time.monotonic()
     with preparing() as progress:
-        prepared = commands.prepare(replace(preparation, progress=progress), out)
+        prepared = commands.prepare(replace(asked, progress=progress), out)
     _say(prepared)
     typer.echo(f"  {prepared.rate(time.monotonic() - began)}")
 

@@ -13,8 +13,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from data_tools.commands import Inspection
+from data_tools.packing import BestFit
+from data_tools.parts import Part
+from data_tools.prepare import Preparation
 from lasptrain import __version__
 from lasptrain.cli.main import app
+from lasptrain.errors import DataError
 from tests.support.program import ROOT, start
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -257,6 +262,31 @@ def test_data_commands_make_inspect_and_verify_a_dataset(tmp_path: Path) -> None
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert lasptrain("data", "verify", "set", cwd=tmp_path).returncode == 3
+
+
+@pytest.mark.parametrize("command", ["prepare", "import"])
+def test_options_of_a_dataset_are_those_of_text_and_of_ids(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Preparation] = []
+
+    def prepare(preparation: Preparation, out: Path) -> Inspection:
+        found.append(preparation)
+        raise DataError("enough")
+
+    monkeypatch.setattr("data_tools.commands.prepare", prepare)
+    given = ["data", command, "a", "--tokenizer", "bytes", "--out", "set", "--seed", "3", "--validation", "7"]
+    given += ["--min-tokens", "2", "--max-tokens", "9"]
+    fit = ["--packing", "best_fit", "--window", "64", "--long-documents", "cut"]
+    for more in (fit, ["--part", "1/2"]):
+        assert str(CliRunner().invoke(app, [*given, *more]).exception) == "enough"
+    packed, part = found
+    for one in found:
+        assert (one.seed, one.validation_ppm, one.lengths) == (3, 7, (2, 9))
+    assert packed.packing == BestFit(64, "cut") and packed.part is None and part.packing is None
+    assert part.part == Part.parse("1/2")
+    refused = CliRunner().invoke(app, [*given, *fit, "--part", "1/2"]).exception
+    assert str(refused).startswith(
+        "--part: found 1/2 with --packing best_fit; expected --packing of lasptrain data merge"
+    )
 
 
 def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None:
