@@ -18,11 +18,9 @@ from lasptrain.ops.delta_triton_slice import (
     Given,
     flow_like,
     inverse_rows,
-    pairs_like,
     readable,
     sent_like,
     states_like,
-    writes_like,
 )
 from lasptrain.ops.triton_launch import Launch, run
 
@@ -30,7 +28,6 @@ DIM = 128  # of keys and values
 WALK = Launch(CHUNK, DIM, 8, 1)
 CHUNKWISE = Launch(CHUNK, DIM, 4, 1)
 FINISH = Launch(CHUNK, 0, 1, 1)
-PARTS = 2  # programs per chunk that compute gradients of inputs
 
 
 def fits(s: Cut, like: Tensor) -> bool:
@@ -143,39 +140,32 @@ def walk(x: Given, q: Tensor, inverse: Tensor, gates: Tensor, prefix: Tensor) ->
     return out
 
 
-def walk_back(
-    s: Cut, q: Tensor, k: Tensor, do: Tensor, inverse: Tensor, gates: Tensor, last: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Return what each block's outputs send to its initial state; or, from the gradients `last` of what leaves blocks,
-    those of what leaves chunks, and dv [B, T, H, V].
-    """
-    first, made = None, tuple[Tensor, ...]()
-    if last is None:
-        first = sent_like(k, s)
-    else:
-        made = states_like(k, s), do.new_empty(do.shape)
+def sent_back(s: Cut, q: Tensor, k: Tensor, do: Tensor, inverse: Tensor, gates: Tensor) -> Tensor:
+    """Return what each block's outputs send to its initial state."""
+    first = sent_like(k, s)
     run(
         _programs().walk_gradients,
         k,
         s.grid(),
         WALK,
-        {"GROUP": s.group, "KEEP": last is not None},
+        {"GROUP": s.group},
         _rows(readable(q)),
         _rows(k),
         _rows(do),
         _inverse(inverse),
-        *((None, None) if last is None else (_flat(made[0], DIM, DIM), _rows(made[1]))),
         gates,
-        last,
         first,
         *s.sizes,
     )
-    return made if first is None else (first,)
+    return first
 
 
-def halves_like(like: Tensor, s: Cut) -> Tensor:
-    """An empty Σ q·dq of each half of the channels, by chunk."""
-    return like.new_empty((s.batch, s.heads, s.chunks, 2, CHUNK), dtype=torch.float32)
+def rest_like(like: Tensor, s: Cut, flows: bool) -> list[Tensor]:
+    """`rest` of `grad_query`: the state that enters each chunk, and where the decay `flows` Σ q·dq of each half of the
+    channels, [B, H, n, 2, C] fp32.
+    """
+    halves = [like.new_empty((s.batch, s.heads, s.chunks, 2, CHUNK), dtype=torch.float32)] if flows else []
+    return [states_like(like, s), *halves]
 
 
 def query_gradients(
@@ -189,11 +179,8 @@ def query_gradients(
     prefix: Tensor,
     flows: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return dq by value head, [B, T, H, K], and `rest`: of every chunk its initial state, U, the gradient of Q Kᵀ, and
-    where the decay `flows` Σ q·dq of each half of the channels, [B, H, n, 2, C] fp32.
-    """
-    dq, flow = _by_head(q, s), [halves_like(k, s)] if flows else []
-    states, wrote, dscores = states_like(k, s), writes_like(k, s), pairs_like(k, s)
+    """Return dq by value head, [B, T, H, K], and `rest`."""
+    dq, (states, *flow) = _by_head(q, s), rest_like(k, s, flows)
     run(
         _programs().query_gradients,
         k,
@@ -206,15 +193,13 @@ def query_gradients(
         _rows(do),
         _inverse(inverse),
         _flat(states, DIM, DIM),
-        _flat(wrote, DIM, CHUNK),
         _rows(dq),
-        _flat(dscores, CHUNK, CHUNK),
         gates,
         prefix,
         flow[0] if flow else gates,
         *s.sizes,
     )
-    return dq, [states, wrote, dscores, *flow]
+    return dq, [states, *flow]
 
 
 def input_gradients(
@@ -222,32 +207,35 @@ def input_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: Tensor,
-    dstates: Tensor,
-    dv: Tensor,
+    do: Tensor,
+    kept: list[Tensor],
+    last: Tensor,
     rest: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return dk by value head, [B, T, H, K], and the gradients [B, T, H] fp32 of β and, if it has one, of the decay."""
-    states, wrote, dscores, *flow = rest
-    dk, dbeta, dlog = _by_head(k, s), flow_like(k, s), flow_like(k, s) if flow else None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dk by value head, [B, T, H, K], dv [B, T, H, V], and the gradients [B, T, H] fp32 of β and, if it has one,
+    of the decay; from those of what leaves blocks, `last`.
+    """
+    (inverse, prefix, _, gates), (states, *flow) = kept, rest
+    dk, dv, dbeta, dlog = _by_head(k, s), v.new_empty(v.shape), flow_like(k, s), flow_like(k, s) if flow else None
     rows = _programs().ROWS_OF_SUMS.value
-    sums = k.new_empty((s.batch, s.heads, s.chunks, PARTS, rows, CHUNK), dtype=torch.float32)
+    sums = k.new_empty((s.batch, s.heads, s.chunks, rows, CHUNK), dtype=torch.float32)
     run(
         _programs().input_gradients,
         k,
-        (s.batch * s.chunks * s.heads * PARTS, 1, 1),
-        CHUNKWISE,
+        s.grid(),
+        WALK,
         {"GROUP": s.group, "FLOWS": bool(flow)},
-        _rows(readable(q), CHUNK),
-        _rows(k, CHUNK),
-        _rows(v, CHUNK),
+        _rows(readable(q)),
+        _rows(k),
+        _rows(v),
+        _rows(do),
+        _inverse(inverse),
+        _flat(states, DIM, DIM),
+        _rows(dk),
         _rows(dv),
-        _flat(states, DIM, CHUNK),
-        _flat(wrote, DIM, CHUNK),
-        _flat(dstates, DIM, CHUNK),
-        _flat(dscores, CHUNK, CHUNK),
-        _rows(dk, CHUNK),
         gates,
+        prefix,
+        last,
         sums,
         *s.sizes,
     )
@@ -256,7 +244,7 @@ def input_gradients(
         k,
         (s.batch * s.chunks * s.heads, 1, 1),
         FINISH,
-        {"C": CHUNK, "PARTS": PARTS, "SUMS_EACH": rows, "FLOWS": bool(flow)},
+        {"C": CHUNK, "SUMS_EACH": rows, "FLOWS": bool(flow)},
         sums,
         flow[0] if flow else gates,
         gates,
@@ -265,7 +253,7 @@ def input_gradients(
         s.tokens,
         s.heads,
     )
-    return dk, dbeta, dlog
+    return dk, dv, dbeta, dlog
 
 
 def _by_head(x: Tensor, s: Cut) -> Tensor:

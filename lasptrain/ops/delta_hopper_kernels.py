@@ -34,7 +34,7 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 C = gl.constexpr(64)
 D = gl.constexpr(128)  # K and V
 NUMBERS = gl.constexpr(6)  # of each token, from `measure_decays`
-ROWS_OF_SUMS = gl.constexpr(9)  # of a part of a chunk, in `input_gradients`
+ROWS_OF_SUMS = gl.constexpr(6)  # of a chunk, from `input_gradients`
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16]))
 TALL = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 16]))
@@ -48,7 +48,6 @@ COLUMNS = gl.constexpr(gl.BlockedLayout([16, 1, 1], [1, 2, 16], [1, 2, 2], [2, 1
 SPREAD = gl.constexpr(gl.BlockedLayout([1, 4, 8], [16, 1, 2], [4, 1, 1], [2, 1, 0]))
 EACH = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))  # [C, K] by 8 warps
 EACH_PAIR = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))  # [C, C] by 8 warps
-EACH_QUARTER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # [·, C] by 4 warps
 VECTOR = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
@@ -475,10 +474,10 @@ def _fetch_own(q, query, bar, batch, key_head, t):
 
 @gluon.jit(do_not_specialize=SIZES)
 def query_gradients(
-    q, k, v, do, inverse, states, wrote, dq, dscores, GATES, PREFIX, FLOW, T, H, NB, L,
+    q, k, v, do, inverse, states, dq, GATES, PREFIX, FLOW, T, H, NB, L,
     GROUP: gl.constexpr, FLOWS: gl.constexpr,
 ):  # fmt: skip
-    """Write what enters every chunk, what it writes, dq [B, T, H, K] and the gradient of Q Kᵀ; grid B·NB·H.
+    """Write what enters every chunk, and dq [B, T, H, K]; grid B·NB·H.
 
     FLOW [B, H, n, 2, C] fp32 gets Σ q·dq, of each half of the channels.
     """
@@ -547,14 +546,12 @@ def query_gradients(
         _barrier()
         pairs = warpgroup_mma(sdo, su, _zeros(C, C, PAIRS), is_async=True)
         state = warpgroup_mma(folded, sk, state, is_async=True)
-        _store(wrote, [at * D, 0], su)
         gradient, pairs = warpgroup_mma_wait(1, deps=[gradient, pairs])
         ds.store((pairs * weights).to(gl.bfloat16))
         fence_async_shared()
         gradient = gradient * _down(lines, 2, ROWS)
         _barrier()
         gradient = warpgroup_mma(ds, sk, gradient, is_async=True)
-        _store(dscores, [at * C, 0], ds)
         if FLOWS:
             mbarrier.wait(bars.index(2), turn)
             own = query.load(ROWS)
@@ -579,24 +576,15 @@ def query_gradients(
 
 @gluon.jit(do_not_specialize=SIZES)
 def walk_gradients(
-    q, k, do, inverse, dstates, dv, GATES, LAST, FIRST, T, H, NB, L, GROUP: gl.constexpr, KEEP: gl.constexpr
+    q, k, do, inverse, GATES, FIRST, T, H, NB, L, GROUP: gl.constexpr
 ):  # fmt: skip
-    """Walk the gradients of the states of a block against time; grid B·NB·H.
-
-    KEEP starts from LAST [B, H, NB, V, K] fp32, the gradient of what leaves the block, and writes that of what leaves
-    every chunk, and dv [B, T, H, V]: β times the gradient of R. Else it starts from zero and writes what the block's
-    outputs alone send to its initial state to FIRST [B, H, NB, V, K] fp32.
-    """
+    """Write what a block's outputs alone send to its initial state to FIRST [B, H, NB, V, K] fp32; grid B·NB·H."""
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
     line = (batch * H + head).to(gl.int64)
     first, last, base = _chunks(block, line, T, L)
-    chunk = last
-    if KEEP:
-        state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
-    else:
-        state = _zeros(D, D, WIDE)
-        chunk = first + _reach(GATES, base + first, last - first + 1) - 1
+    state = _zeros(D, D, WIDE)
+    chunk = first + _reach(GATES, base + first, last - first + 1) - 1
     queries = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     dos = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
@@ -606,7 +594,6 @@ def walk_gradients(
     scores = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     leads = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
-    dvs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
         if chunk - stage >= first:
@@ -624,19 +611,13 @@ def walk_gradients(
         score = scores.index(zero)
         leading = leads.index(zero)
         low = lows.index(zero)
-        sdv = dvs.index(zero)
-        _keep(lines, inside, rest, lead, fold, _nonzero(beta))
+        _keep(lines, inside, rest, lead, fold, beta)
         over = through
-        if KEEP:
-            tma.store_wait(0)
-            _barrier()
         low.store(state.to(gl.bfloat16))
         mbarrier.wait(bars.index(stage), phase)
         products = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         _published()
         du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        if KEEP:
-            _store(dstates, [(base + chunk) * D, 0], low)
         inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
         weights = _transformed(inverses.index(stage), lines, transform)
         leading.store((sq.load(EACH).to(gl.float32) * _down(lines, 2, EACH)).to(gl.bfloat16))
@@ -651,12 +632,8 @@ def walk_gradients(
         du = gl.convert_layout(du.to(gl.bfloat16), OF_TALL)
         dx = warpgroup_mma(du, transform, _zeros(D, C, TALL), is_async=True)
         dx, state = warpgroup_mma_wait(0, deps=[dx, state])
-        sent = gl.convert_layout((dx * -_across(lines, 2, TALL)).to(gl.bfloat16), OF_WIDE)
-        state = warpgroup_mma(sent, sk, state, is_async=True)
-        if KEEP:
-            sdv.permute((1, 0)).store(dx.to(gl.bfloat16))
-            _published()
-            _store(dv, [batch, head, chunk * C, 0], sdv)
+        back = gl.convert_layout((dx * -_across(lines, 2, TALL)).to(gl.bfloat16), OF_WIDE)
+        state = warpgroup_mma(back, sk, state, is_async=True)
         state = warpgroup_mma_wait(0, deps=[state])
         _barrier()
         if chunk - 2 >= first:
@@ -665,103 +642,165 @@ def walk_gradients(
         chunk -= 1
         phase ^= stage
         stage ^= 1
-    if KEEP:
-        tma.store_wait(0)
-    else:
-        gl.store(FIRST + (line * NB + block) * (D * D) + _offset(), state)
+    gl.store(FIRST + (line * NB + block) * (D * D) + _offset(), state)
+
+
+@gluon.jit
+def _edges(OUT, states, state, known):
+    """Store the sums of the rows of a state times its gradient to the last of the sums of a chunk, if it is `known`."""
+    rows = gl.arange(0, D, layout=gl.SliceLayout(1, WIDE))
+    gl.store(OUT + 4 * C + rows, gl.sum(states * state, 1), mask=(rows >= 0) & known)
+
+
+@gluon.jit
+def _fetch(x, at, bar, buffer, BYTES: gl.constexpr, known):
+    """Load one input, where it is `known`, without a branch: products may be under way."""
+    mbarrier.expect(bar, BYTES, pred=known)
+    _load(x, at, bar, buffer, pred=known)
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def input_gradients(
-    q, k, v, dv, states, wrote, dstates, dscores, dk, GATES, SUMS, T, H, NB, L,
+    q, k, v, do, inverse, states, dk, dv, GATES, PREFIX, LAST, SUMS, T, H, NB, L,
     GROUP: gl.constexpr, FLOWS: gl.constexpr,
 ):  # fmt: skip
-    """Compute dk [B, T, H, K] of a chunk, and what the gradients of β and of decays are summed from; grid B·n·H·2.
+    """Walk the gradients of the states of a block against time, and write dk [B, T, H, K] and dv; grid B·NB·H.
 
-    A program has half of the columns of keys, and of v. SUMS [B, H, n, 2, 9, C] fp32 gets, of each: Σ v·dv; two rows of
-    Σ k·dk through what k reads, two of that less what is sent through what it writes, two of Σ k·dk through the next
-    state; and two of the product of states and their gradients. `finish_gradients` sums them.
+    LAST [B, H, NB, V, K] fp32 is the gradient of what leaves blocks. U and the gradient of Q Kᵀ are computed again,
+    from the states that enter chunks: to write and read them would take longer. SUMS [B, H, n, 6, C] fp32 gets two rows
+    each, to be added, of ⟨u, dv⟩, which is β² times the gradient of β; of Σ k·dk through what k reads, less that through
+    what is written under it; and of the product of the state that leaves the chunk and its gradient.
+    `finish_gradients` does that.
     """
-    total = (T + C - 1) // C
-    place, head, batch = _place(total * 2, H)
-    part, chunk = place % 2, place // 2
+    block, head, batch = _place(NB, H)
     key_head = head // GROUP
     line = (batch * H + head).to(gl.int64)
+    first, chunk, base = _chunks(block, line, T, L)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
+    queries = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
+    values = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
+    inverses = gl.allocate_shared_memory(gl.float16, [1, C, C], TILE)
+    dos = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
+    befores = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
+    lines = gl.allocate_shared_memory(gl.float32, [5, C], LINE)
+    transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
+    nears = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)  # Q Kᵀ, then the gradient of A
+    pairs = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
+    lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
+    us = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)  # U, then dk
+    dvs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
+    bars = _barriers(8)
+    for stage in gl.static_range(2):
+        t = (chunk - stage) * C
+        known = chunk - stage >= first
+        _fetch(k, (batch, key_head, t, 0), bars.index(stage), keys.index(stage), C * D * 2, known)
+        _fetch(q, (batch, key_head, t, 0), bars.index(2 + stage), queries.index(stage), C * D * 2, known)
     t = chunk * C
-    at = (line * total + chunk).to(gl.int32)
-    column = part * C
-    su = gl.allocate_shared_memory(gl.bfloat16, [D, C], TILE)
-    sdv = gl.allocate_shared_memory(gl.bfloat16, [C, D], TILE)
-    state = gl.allocate_shared_memory(gl.bfloat16, [D, C], TILE)
-    dstate = gl.allocate_shared_memory(gl.bfloat16, [D, C], TILE)
-    sq = gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE)
-    sk = gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE)
-    sv = gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE)
-    ds = gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE)
-    bars = _barriers(3)
-    mbarrier.expect(bars.index(0), 2 * C * D * 2)
-    _load(wrote, [at * D, 0], bars.index(0), su)
-    _load(dv, [batch, head, t, 0], bars.index(0), sdv)
-    mbarrier.expect(bars.index(1), (2 * D * C + C * C) * 2)
-    _load(states, [at * D, column], bars.index(1), state)
-    _load(dstates, [at * D, column], bars.index(1), dstate)
-    _load(v, [batch, head, t, column], bars.index(1), sv)
-    mbarrier.expect(bars.index(2), 3 * C * C * 2)
-    _load(dscores, [at * C, 0], bars.index(2), ds)
-    _load(q, [batch, key_head, t, column], bars.index(2), sq)
-    _load(k, [batch, key_head, t, column], bars.index(2), sk)
-
-    i = gl.arange(0, C, layout=gl.SliceLayout(1, QUARTER))
-    j = gl.arange(0, C, layout=gl.SliceLayout(0, QUARTER))
-    here = GATES + at.to(gl.int64) * (NUMBERS * C)
-    through = gl.load(here + 3 * C - 1)
-    lead = gl.load(here + 2 * C + i)
-    fold = gl.load(here + 3 * C + i)
-    weights = _weights(
-        gl.load(here + i)[:, None], gl.load(here + j)[None, :],
-        gl.load(here + C + i)[:, None], gl.load(here + C + j)[None, :], QUARTER,
-    )  # fmt: skip
-    mbarrier.wait(bars.index(0), 0)
-    da = warpgroup_mma(sdv, su, _zeros(C, C, QUARTER), is_async=True)
-    mbarrier.wait(bars.index(1), 0)
-    row = warpgroup_mma(sdv, state, _zeros(C, C, QUARTER), is_async=True)
-    sent = warpgroup_mma(su.permute((1, 0)), dstate, _zeros(C, C, QUARTER), is_async=True)
-    if part == 0:
-        own = sdv.slice(0, C, dim=1).load(EACH_QUARTER)
-    else:
-        own = sdv.slice(C, C, dim=1).load(EACH_QUARTER)
-    out = SUMS + (at.to(gl.int64) * 2 + part) * (ROWS_OF_SUMS * C)
-    values = sv.load(EACH_QUARTER).to(gl.float32)
-    token = gl.arange(0, C, layout=gl.SliceLayout(1, EACH_QUARTER))
-    gl.store(out + token, gl.sum(own.to(gl.float32) * values, 1))
+    _fetch(states, ((base + chunk) * D, 0), bars.index(4), befores.index(0), D * D * 2, True)
+    _fetch(inverse, (batch, head, t, 0), bars.index(5), inverses.index(0), C * C * 2, True)
+    _fetch(v, (batch, head, t, 0), bars.index(6), values.index(0), C * D * 2, True)
+    _fetch(do, (batch, head, t, 0), bars.index(7), dos.index(0), C * D * 2, True)
+    state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
     if FLOWS:
-        edges = gl.sum(state.load(EACH_QUARTER).to(gl.float32) * dstate.load(EACH_QUARTER).to(gl.float32), 1)
-        gl.store(out + 7 * C + gl.arange(0, D, layout=gl.SliceLayout(1, EACH_QUARTER)), edges * through)
-    da = warpgroup_mma_wait(2, deps=[da])
-    da = gl.where(i[:, None] > j[None, :], da * -weights, 0.0).to(gl.bfloat16)
-    row, sent = warpgroup_mma_wait(0, deps=[row, sent])
-    _barrier()
-    below = sdv.slice(0, C, dim=1)
-    below.store(da)
-    _published()
-    mbarrier.wait(bars.index(2), 0)
-    row = row * -lead[:, None]
-    sent = sent * fold[:, None]
-    keys = sk.load(QUARTER).to(gl.float32)
-    passed = keys * sent
-    row = warpgroup_mma(below, sk, row, is_async=True)
-    sent = warpgroup_mma(ds.permute((1, 0)), sq, sent, is_async=True)
-    sent = warpgroup_mma(below.permute((1, 0)), sk, sent, is_async=True)
-    if FLOWS:
-        _row_sums(out + 5 * C, passed, C)
-    row, sent = warpgroup_mma_wait(0, deps=[row, sent])
-    _barrier()
-    sdk = su.slice(0, C, dim=0)
-    sdk.store((row + sent).to(gl.bfloat16))
-    _published()
-    _store(dk, [batch, head, t, column], sdk)
-    read = keys * row
-    _row_sums(out + C, read, C)
-    if FLOWS:
-        _row_sums(out + 3 * C, read - keys * sent, C)
+        leaving = gl.load(PREFIX + (line * (NB + 1) + block + 1) * (D * D) + _offset())
+        _edges(SUMS + (base + chunk).to(gl.int64) * (ROWS_OF_SUMS * C), leaving, state, True)
+    inside, rest, lead, fold, beta, through = _numbers(GATES, base + chunk)
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, PAIRS))
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, PAIRS))
+    stage = 0
+    phase = 0
+    turn = 0
+    while chunk >= first:
+        zero = chunk >> 24
+        at = base + chunk
+        t = chunk * C
+        more = chunk > first
+        sk = keys.index(stage)
+        sq = queries.index(stage)
+        sdo = dos.index(zero)
+        before = befores.index(zero)
+        transform = transforms.index(zero)
+        near = nears.index(zero)
+        ds = pairs.index(zero)
+        low = lows.index(zero)
+        su = us.index(zero)
+        sdv = dvs.index(zero)
+        out = SUMS + at.to(gl.int64) * (ROWS_OF_SUMS * C)
+        _keep(lines, inside, rest, lead, fold, _nonzero(beta))
+        over = through
+        rounded = state.to(gl.bfloat16)
+        low.store(rounded)
+        _published()
+        mbarrier.wait(bars.index(stage), phase)
+        mbarrier.wait(bars.index(2 + stage), phase)
+        scores = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
+        rounded = gl.convert_layout(rounded, OF_TALL)
+        du = warpgroup_mma(rounded, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
+        mbarrier.wait(bars.index(4), turn)
+        read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
+        inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
+        mbarrier.wait(bars.index(5), turn)
+        weights = _transformed(inverses.index(zero), lines, transform)
+        state = state * over
+        scores = warpgroup_mma_wait(2, deps=[scores])
+        near.store((scores * weights).to(gl.bfloat16))
+        mbarrier.wait(bars.index(6), turn)
+        value = values.index(zero).permute((1, 0)).load(TALL).to(gl.float32)
+        tma.store_wait(0)  # of dk and dv, into whose buffers the next are written after the barrier
+        du, read = warpgroup_mma_wait(0, deps=[du, read])
+        missing = gl.convert_layout((value - read * _across(lines, 2, TALL)).to(gl.bfloat16), OF_TALL)
+        _published()
+        _fetch(inverse, (batch, head, t - C, 0), bars.index(5), inverses.index(zero), C * C * 2, more)
+        _fetch(v, (batch, head, t - C, 0), bars.index(6), values.index(zero), C * D * 2, more)
+        mbarrier.wait(bars.index(7), turn)
+        du = warpgroup_mma(sdo.permute((1, 0)), near, du * _across(lines, 3, TALL), is_async=True)
+        u = warpgroup_mma(missing, transform.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
+        leading = sdo.permute((1, 0)).load(TALL).to(gl.float32) * _across(lines, 2, TALL)
+        state = warpgroup_mma(gl.convert_layout(leading.to(gl.bfloat16), OF_WIDE), sq, state, is_async=True)
+        du = warpgroup_mma_wait(2, deps=[du])
+        du = gl.convert_layout(du.to(gl.bfloat16), OF_TALL)
+        dx = warpgroup_mma(du, transform, _zeros(D, C, TALL), is_async=True)
+        u = warpgroup_mma_wait(2, deps=[u])
+        su.permute((1, 0)).store(u.to(gl.bfloat16))
+        _published()
+        dscores = warpgroup_mma(sdo, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
+        sent = warpgroup_mma(su, low, _zeros(C, D, ROWS), is_async=True)
+        state, dx = warpgroup_mma_wait(2, deps=[state, dx])
+        back = gl.convert_layout((dx * -_across(lines, 2, TALL)).to(gl.bfloat16), OF_WIDE)
+        state = warpgroup_mma(back, sk, state, is_async=True)
+        sdv.permute((1, 0)).store(dx.to(gl.bfloat16))
+        dscores = warpgroup_mma_wait(2, deps=[dscores])
+        ds.store((dscores * weights).to(gl.bfloat16))
+        _published()
+        _store(dv, [batch, head, t, 0], sdv)
+        _fetch(do, (batch, head, t - C, 0), bars.index(7), dos.index(zero), C * D * 2, more)
+        da = warpgroup_mma(sdv, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
+        row = warpgroup_mma(sdv, before, _zeros(C, D, ROWS), is_async=True)
+        sent = warpgroup_mma_wait(3, deps=[sent])
+        sent = warpgroup_mma(ds.permute((1, 0)), sq, sent * _down(lines, 3, ROWS), is_async=True)
+        state, da = warpgroup_mma_wait(2, deps=[state, da])
+        near.store(gl.where(i[:, None] > j[None, :], da * -weights, 0.0).to(gl.bfloat16))
+        _row_sums(out, gl.where(i[:, None] == j[None, :], da, 0.0), C)
+        if FLOWS:
+            _edges(out - ROWS_OF_SUMS * C, before.load(WIDE).to(gl.float32), state, more)
+        row = warpgroup_mma_wait(1, deps=[row])
+        row = row * -_down(lines, 2, ROWS)
+        _published()
+        _fetch(states, ((at - 1) * D, 0), bars.index(4), before, D * D * 2, more)
+        row = warpgroup_mma(near, sk, row, is_async=True)
+        sent = warpgroup_mma(near.permute((1, 0)), sk, sent, is_async=True)
+        if FLOWS:
+            own = sk.load(ROWS)
+        row, sent = warpgroup_mma_wait(0, deps=[row, sent])
+        su.store((row + sent).to(gl.bfloat16))
+        _published()
+        _store(dk, [batch, head, t, 0], su)
+        _fetch(k, (batch, key_head, t - 2 * C, 0), bars.index(stage), sk, C * D * 2, chunk - 2 >= first)
+        _fetch(q, (batch, key_head, t - 2 * C, 0), bars.index(2 + stage), sq, C * D * 2, chunk - 2 >= first)
+        if FLOWS:
+            _row_sums(out + 2 * C, own.to(gl.float32) * (row - sent), D)
+        chunk -= 1
+        phase ^= stage
+        stage ^= 1
+        turn ^= 1
     tma.store_wait(0)

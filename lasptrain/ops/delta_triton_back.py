@@ -135,9 +135,8 @@ class _Slice(NamedTuple):
         """Return what each block's outputs send to its initial state; or, from the gradients of what leaves blocks,
         those of what leaves chunks and those of R.
         """
-        if delta_hopper.fits(self.cut, self.k):
-            do = readable(do)
-            return delta_hopper.walk_back(self.cut, q, self.k, do, self.inverse, self.gates, last)
+        if last is None and delta_hopper.fits(self.cut, self.k):
+            return (delta_hopper.sent_back(self.cut, q, self.k, readable(do), self.inverse, self.gates),)
         keys, _ = padded(self.cut)
         launch = _launch("walk_gradients", self.cut, self.k)
         first, made = None, tuple[Tensor, ...]()
@@ -214,10 +213,10 @@ def dblocks_like(q: Tensor, do: Tensor, beta: Tensor | None, log_decay: Tensor |
 def rest_like(q: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
     """`rest` of `grad_query`."""
     s = cut(q, v)
-    made = [states_like(q, s), writes_like(q, s), pairs_like(q, s)]
-    if per_token(log_decay):
-        made.append(delta_hopper.halves_like(q, s) if delta_hopper.fits(s, q) else flow_like(q, s))
-    return made
+    if delta_hopper.fits(s, q):
+        return delta_hopper.rest_like(q, s, per_token(log_decay))
+    flow = [flow_like(q, s)] if per_token(log_decay) else []
+    return [states_like(q, s), writes_like(q, s), pairs_like(q, s), *flow]
 
 
 def grad_initial_state(
@@ -332,12 +331,12 @@ def grad_inputs(
     assert beta is not None
     x = _Slice.of(k, v, log_decay, kept)
     s, (keys, _), do = x.cut, padded(x.cut), _as(do, q.dtype)
-    dstates, dread = x.walk_gradients(q, do, _leaving(x, q, do, dfinal, dblocks, kept))
+    last = _leaving(x, q, do, dfinal, dblocks, kept)
     if delta_hopper.fits(s, x.k):
-        dv = dread  # of these programs
-        dk, dbeta, dlog = delta_hopper.input_gradients(s, q, x.k, x.v, x.gates, dstates, dv, rest)
+        dk, dv, dbeta, dlog = delta_hopper.input_gradients(s, q, x.k, x.v, readable(do), kept, last, rest)
         dlog = dlog if dlog is None or log_decay is None else _as(dlog, log_decay.dtype)
         return _by_key_head(dk, k), dv, _as(dbeta, beta.dtype), dlog
+    dstates, dread = x.walk_gradients(q, do, last)
     launch = _launch("input_gradients", s, k)
     parts = keys // PART
     dk, dv, dbeta = _heads_like(x.k, s), x.v.new_empty(x.v.shape), flow_like(k, s, parts)

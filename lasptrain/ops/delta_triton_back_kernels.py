@@ -191,36 +191,29 @@ def _decay_gradient(GATES, line, chunk, total, difference, edge, C: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "H"])
 def finish_gradients(
-    SUMS, FLOW, GATES, DBETA, DLOG, T, H,
-    C: tl.constexpr, PARTS: tl.constexpr, SUMS_EACH: tl.constexpr, FLOWS: tl.constexpr,
+    SUMS, FLOW, GATES, DBETA, DLOG, T, H, C: tl.constexpr, SUMS_EACH: tl.constexpr, FLOWS: tl.constexpr
 ):  # fmt: skip
     """Sum DBETA and DLOG [B, T, H] fp32 from what programs of `delta_hopper_kernels` left of chunks; grid B·n·H.
 
-    SUMS [B, H, n, PARTS, SUMS_EACH, C] is that of `input_gradients` there, FLOW [B, H, n, 2, C] of `query_gradients`. A
-    β of zero was replaced by a small one, by which both dv and its sums can be divided.
+    SUMS [B, H, n, SUMS_EACH, C] is that of `input_gradients` there, FLOW [B, H, n, 2, C] of `query_gradients`. U is β
+    times what is missing under a key, which β's gradient multiplies with that of R; and dV is β times that of R. A β of
+    zero was replaced by a small one, by which both can be divided.
     """
     total = tl.cdiv(T, C)
     batch, head, chunk, _ = _place(total, H, 1)
     line = (batch * H + head).to(tl.int64)
     i = tl.arange(0, C)
-    dbeta = tl.zeros([C], tl.float32)
-    difference = tl.zeros([C], tl.float32)
-    edges = tl.zeros([C], tl.float32)
-    for part in tl.static_range(PARTS):
-        at = SUMS + ((line * total + chunk) * PARTS + part) * (SUMS_EACH * C) + i
-        dbeta += tl.load(at) + tl.load(at + C) + tl.load(at + 2 * C)
-        if FLOWS:
-            difference += tl.load(at + 3 * C) + tl.load(at + 4 * C)
-            edges += (tl.load(at + 5 * C) + tl.load(at + 6 * C)) + (tl.load(at + 7 * C) + tl.load(at + 8 * C))
-    if FLOWS:
-        at = FLOW + (line * total + chunk) * (2 * C) + i
-        difference += tl.load(at) + tl.load(at + C)
+    at = SUMS + (line * total + chunk) * (SUMS_EACH * C) + i
     known = chunk * C + i < T
     token = (batch.to(tl.int64) * T + chunk * C + i) * H + head
     beta = tl.load(GATES + (line * total + chunk) * (6 * C) + 4 * C + i)
-    tl.store(DBETA + token, dbeta / tl.where(tl.abs(beta) < LEAST, LEAST, beta), mask=known)
+    beta = tl.where(tl.abs(beta) < LEAST, LEAST, beta)
+    tl.store(DBETA + token, (tl.load(at) + tl.load(at + C)) / beta / beta, mask=known)
     if FLOWS:
-        dlog = _decay_gradient(GATES, line, chunk, total, difference, tl.sum(edges, 0), C)
+        flow = FLOW + (line * total + chunk) * (2 * C) + i
+        difference = (tl.load(at + 2 * C) + tl.load(at + 3 * C)) + (tl.load(flow) + tl.load(flow + C))
+        edge = tl.sum(tl.load(at + 4 * C) + tl.load(at + 5 * C), 0)
+        dlog = _decay_gradient(GATES, line, chunk, total, difference, edge, C)
         tl.store(DLOG + token, dlog, mask=known)
 
 
