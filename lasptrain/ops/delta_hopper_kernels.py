@@ -95,38 +95,22 @@ def _line(GATES, at, number: gl.constexpr):
 
 @gluon.jit
 def _numbers(GATES, at):
-    """Load `inside`, `rest`, `lead`, `fold` and β [C] of the chunk `at`, and the decay over it."""
-    through = gl.load(GATES + at.to(gl.int64) * (NUMBERS * C) + 3 * C - 1)
-    return (
-        _line(GATES, at, 0),
-        _line(GATES, at, 1),
-        _line(GATES, at, 2),
-        _line(GATES, at, 3),
-        _line(GATES, at, 4),
-        through,
-    )
-
-
-@gluon.jit
-def _keep(lines, inside, rest, lead, fold, beta):
-    """Write the numbers of a chunk to shared memory, from which they are read in any layout."""
-    lines.index(0).store(inside)
-    lines.index(1).store(rest)
-    lines.index(2).store(lead)
-    lines.index(3).store(fold)
-    lines.index(4).store(beta)
+    """Load `inside`, `rest`, `lead`, `fold` and β of the chunk `at` as one row, and the decay over the chunk."""
+    here = GATES + at.to(gl.int64) * (NUMBERS * C)
+    i = gl.arange(0, 8 * C, layout=VECTOR)
+    return gl.load(here + i, mask=i < 5 * C, other=0.0), gl.load(here + 3 * C - 1)
 
 
 @gluon.jit
 def _across(lines, number: gl.constexpr, layout: gl.constexpr):
-    """Read a number of each token as a row [1, C]."""
-    return lines.index(number).load(gl.SliceLayout(0, layout))[None, :]
+    """Read a number of each token as a row [1, C], from shared memory, where it is in any layout."""
+    return lines.slice(number * C, C).load(gl.SliceLayout(0, layout))[None, :]
 
 
 @gluon.jit
 def _down(lines, number: gl.constexpr, layout: gl.constexpr):
     """Read a number of each token as a column [C, 1]."""
-    return lines.index(number).load(gl.SliceLayout(1, layout))[:, None]
+    return lines.slice(number * C, C).load(gl.SliceLayout(1, layout))[:, None]
 
 
 @gluon.jit
@@ -156,8 +140,10 @@ def _offset():
 
 
 @gluon.jit
-def _nonzero(beta):
-    return gl.where(gl.abs(beta) < LEAST, LEAST, beta)
+def _nonzero(numbers):
+    """Return the numbers of a chunk with a β that its gradient can be divided by."""
+    beta = gl.arange(0, 8 * C, layout=VECTOR) >= 4 * C
+    return gl.where(beta & (gl.abs(numbers) < LEAST), LEAST, numbers)
 
 
 @gluon.jit
@@ -315,7 +301,7 @@ def summarize_delta(
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     values = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     inverses = gl.allocate_shared_memory(gl.float16, [2, C, C], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
+    lines = gl.allocate_shared_memory(gl.float32, [2 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     written = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
@@ -334,8 +320,8 @@ def summarize_delta(
         sk = keys.index(stage)
         transform = transforms.index(zero)
         x = written.index(zero)
-        lines.index(0).store(lead)
-        lines.index(1).store(fold)
+        lines.slice(0, C).store(lead)
+        lines.slice(C, C).store(fold)
         over = through
         mbarrier.wait(bars.index(stage), phase)
         transform.store(inverses.index(stage).load(EACH_PAIR).to(gl.bfloat16))
@@ -397,7 +383,7 @@ def walk_delta(
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     values = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     inverses = gl.allocate_shared_memory(gl.float16, [2, C, C], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [5, C], LINE)
+    lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     scores = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     outs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
@@ -407,7 +393,7 @@ def walk_delta(
             t = (chunk + stage) * C
             _fetch_walk(q, k, v, inverse, queries, keys, values, inverses, bars, stage, batch, head, key_head, t)
     state = gl.load(PREFIX + (line * (NB + 1) + block) * (D * D) + _offset())
-    inside, rest, lead, fold, beta, through = _numbers(GATES, base + chunk)
+    numbers, through = _numbers(GATES, base + chunk)
     stage = 0
     phase = 0
     while chunk <= last:
@@ -417,7 +403,7 @@ def walk_delta(
         transform = transforms.index(zero)
         score = scores.index(zero)
         so = outs.index(zero)
-        _keep(lines, inside, rest, lead, fold, beta)
+        lines.store(numbers)
         over = through
         low = gl.convert_layout(state.to(gl.bfloat16), OF_TALL)
         tma.store_wait(0)
@@ -426,7 +412,7 @@ def walk_delta(
         read = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         products = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         o = warpgroup_mma(low, sq.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
+        numbers, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
         weights = _transformed(inverses.index(stage), lines, transform)
         state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
@@ -489,7 +475,7 @@ def query_gradients(
     values = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     dos = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     inverses = gl.allocate_shared_memory(gl.float16, [2, C, C], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [5, C], LINE)
+    lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     near = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     outs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
@@ -504,7 +490,7 @@ def query_gradients(
     if FLOWS:
         _fetch_own(q, queries.index(0), bars.index(2), batch, key_head, chunk * C)
     state = gl.load(PREFIX + (line * (NB + 1) + block) * (D * D) + _offset())
-    inside, rest, lead, fold, beta, through = _numbers(GATES, base + chunk)
+    numbers, through = _numbers(GATES, base + chunk)
     stage = 0
     phase = 0
     turn = 0
@@ -519,7 +505,7 @@ def query_gradients(
         low = lows.index(zero)
         su = us.index(zero)
         query = queries.index(zero)
-        _keep(lines, inside, rest, lead, fold, beta)
+        lines.store(numbers)
         over = through
         rounded = state.to(gl.bfloat16)
         tma.store_wait(0)
@@ -528,7 +514,7 @@ def query_gradients(
         mbarrier.wait(bars.index(stage), phase)
         rounded = gl.convert_layout(rounded, OF_TALL)
         read = warpgroup_mma(rounded, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
+        numbers, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
         weights = _transformed(inverses.index(stage), lines, transform)
         state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
@@ -589,7 +575,7 @@ def walk_gradients(
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     dos = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     inverses = gl.allocate_shared_memory(gl.float16, [2, C, C], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [5, C], LINE)
+    lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     scores = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     leads = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
@@ -599,7 +585,7 @@ def walk_gradients(
         if chunk - stage >= first:
             t = (chunk - stage) * C
             _fetch_walk(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
-    inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk, first))
+    numbers, through = _numbers(GATES, base + gl.maximum(chunk, first))
     stage = 0
     phase = 0
     while chunk >= first:
@@ -611,14 +597,14 @@ def walk_gradients(
         score = scores.index(zero)
         leading = leads.index(zero)
         low = lows.index(zero)
-        _keep(lines, inside, rest, lead, fold, beta)
+        lines.store(numbers)
         over = through
         low.store(state.to(gl.bfloat16))
         mbarrier.wait(bars.index(stage), phase)
         products = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         _published()
         du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
+        numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
         weights = _transformed(inverses.index(stage), lines, transform)
         leading.store((sq.load(EACH).to(gl.float32) * _down(lines, 2, EACH)).to(gl.bfloat16))
         state = state * over
@@ -645,18 +631,39 @@ def walk_gradients(
     gl.store(FIRST + (line * NB + block) * (D * D) + _offset(), state)
 
 
+# What the next program loads has no branches: products may be under way.
+@gluon.jit
+def _fetch_keys(q, k, queries, keys, bars, stage, batch, key_head, t, known):
+    bar = bars.index(stage)
+    mbarrier.expect(bar, 2 * C * D * 2, pred=known)
+    _load(k, [batch, key_head, t, 0], bar, keys.index(stage), pred=known)
+    _load(q, [batch, key_head, t, 0], bar, queries.index(stage), pred=known)
+
+
+@gluon.jit
+def _fetch_values(v, inverse, value, transform, bar, batch, head, t, known):
+    mbarrier.expect(bar, C * (D + C) * 2, pred=known)
+    _load(inverse, [batch, head, t, 0], bar, transform, pred=known)
+    _load(v, [batch, head, t, 0], bar, value, pred=known)
+
+
+@gluon.jit
+def _fetch_dos(do, buffer, bar, batch, head, t, known):
+    mbarrier.expect(bar, C * D * 2, pred=known)
+    _load(do, [batch, head, t, 0], bar, buffer, pred=known)
+
+
+@gluon.jit
+def _fetch_states(states, buffer, bar, row, known):
+    mbarrier.expect(bar, D * D * 2, pred=known)
+    _load(states, [row, 0], bar, buffer, pred=known)
+
+
 @gluon.jit
 def _edges(OUT, states, state, known):
     """Store the sums of the rows of a state times its gradient to the last of the sums of a chunk, if it is `known`."""
     rows = gl.arange(0, D, layout=gl.SliceLayout(1, WIDE))
     gl.store(OUT + 4 * C + rows, gl.sum(states * state, 1), mask=(rows >= 0) & known)
-
-
-@gluon.jit
-def _fetch(x, at, bar, buffer, BYTES: gl.constexpr, known):
-    """Load one input, where it is `known`, without a branch: products may be under way."""
-    mbarrier.expect(bar, BYTES, pred=known)
-    _load(x, at, bar, buffer, pred=known)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -682,29 +689,25 @@ def input_gradients(
     inverses = gl.allocate_shared_memory(gl.float16, [1, C, C], TILE)
     dos = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     befores = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [5, C], LINE)
+    lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     nears = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)  # Q Kᵀ, then the gradient of A
     pairs = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
     us = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)  # U, then dk
     dvs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
-    bars = _barriers(8)
+    bars, of_states, of_values, of_dos = _barriers(2), _barriers(1).index(0), _barriers(1).index(0), _barriers(1).index(0)
     for stage in gl.static_range(2):
-        t = (chunk - stage) * C
         known = chunk - stage >= first
-        _fetch(k, (batch, key_head, t, 0), bars.index(stage), keys.index(stage), C * D * 2, known)
-        _fetch(q, (batch, key_head, t, 0), bars.index(2 + stage), queries.index(stage), C * D * 2, known)
-    t = chunk * C
-    _fetch(states, ((base + chunk) * D, 0), bars.index(4), befores.index(0), D * D * 2, True)
-    _fetch(inverse, (batch, head, t, 0), bars.index(5), inverses.index(0), C * C * 2, True)
-    _fetch(v, (batch, head, t, 0), bars.index(6), values.index(0), C * D * 2, True)
-    _fetch(do, (batch, head, t, 0), bars.index(7), dos.index(0), C * D * 2, True)
+        _fetch_keys(q, k, queries, keys, bars, stage, batch, key_head, (chunk - stage) * C, known)
+    _fetch_states(states, befores.index(0), of_states, (base + chunk) * D, True)
+    _fetch_values(v, inverse, values.index(0), inverses.index(0), of_values, batch, head, chunk * C, True)
+    _fetch_dos(do, dos.index(0), of_dos, batch, head, chunk * C, True)
     state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
     if FLOWS:
         leaving = gl.load(PREFIX + (line * (NB + 1) + block + 1) * (D * D) + _offset())
         _edges(SUMS + (base + chunk).to(gl.int64) * (ROWS_OF_SUMS * C), leaving, state, True)
-    inside, rest, lead, fold, beta, through = _numbers(GATES, base + chunk)
+    numbers, through = _numbers(GATES, base + chunk)
     i = gl.arange(0, C, layout=gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, C, layout=gl.SliceLayout(0, PAIRS))
     stage = 0
@@ -726,33 +729,28 @@ def input_gradients(
         su = us.index(zero)
         sdv = dvs.index(zero)
         out = SUMS + at.to(gl.int64) * (ROWS_OF_SUMS * C)
-        _keep(lines, inside, rest, lead, fold, _nonzero(beta))
+        lines.store(_nonzero(numbers))
         over = through
-        rounded = state.to(gl.bfloat16)
-        low.store(rounded)
+        low.store(state.to(gl.bfloat16))
         _published()
         mbarrier.wait(bars.index(stage), phase)
-        mbarrier.wait(bars.index(2 + stage), phase)
         scores = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
-        rounded = gl.convert_layout(rounded, OF_TALL)
-        du = warpgroup_mma(rounded, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        mbarrier.wait(bars.index(4), turn)
-        read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        inside, rest, lead, fold, beta, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
-        mbarrier.wait(bars.index(5), turn)
+        du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
+        numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
+        mbarrier.wait(of_values, turn)
         weights = _transformed(inverses.index(zero), lines, transform)
+        mbarrier.wait(of_states, turn)
+        read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         state = state * over
         scores = warpgroup_mma_wait(2, deps=[scores])
         near.store((scores * weights).to(gl.bfloat16))
-        mbarrier.wait(bars.index(6), turn)
         value = values.index(zero).permute((1, 0)).load(TALL).to(gl.float32)
         tma.store_wait(0)  # of dk and dv, into whose buffers the next are written after the barrier
         du, read = warpgroup_mma_wait(0, deps=[du, read])
         missing = gl.convert_layout((value - read * _across(lines, 2, TALL)).to(gl.bfloat16), OF_TALL)
         _published()
-        _fetch(inverse, (batch, head, t - C, 0), bars.index(5), inverses.index(zero), C * C * 2, more)
-        _fetch(v, (batch, head, t - C, 0), bars.index(6), values.index(zero), C * D * 2, more)
-        mbarrier.wait(bars.index(7), turn)
+        _fetch_values(v, inverse, values.index(zero), inverses.index(zero), of_values, batch, head, t - C, more)
+        mbarrier.wait(of_dos, turn)
         du = warpgroup_mma(sdo.permute((1, 0)), near, du * _across(lines, 3, TALL), is_async=True)
         u = warpgroup_mma(missing, transform.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         leading = sdo.permute((1, 0)).load(TALL).to(gl.float32) * _across(lines, 2, TALL)
@@ -773,7 +771,7 @@ def input_gradients(
         ds.store((dscores * weights).to(gl.bfloat16))
         _published()
         _store(dv, [batch, head, t, 0], sdv)
-        _fetch(do, (batch, head, t - C, 0), bars.index(7), dos.index(zero), C * D * 2, more)
+        _fetch_dos(do, sdo, of_dos, batch, head, t - C, more)
         da = warpgroup_mma(sdv, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         row = warpgroup_mma(sdv, before, _zeros(C, D, ROWS), is_async=True)
         sent = warpgroup_mma_wait(3, deps=[sent])
@@ -786,7 +784,7 @@ def input_gradients(
         row = warpgroup_mma_wait(1, deps=[row])
         row = row * -_down(lines, 2, ROWS)
         _published()
-        _fetch(states, ((at - 1) * D, 0), bars.index(4), before, D * D * 2, more)
+        _fetch_states(states, before, of_states, (at - 1) * D, more)
         row = warpgroup_mma(near, sk, row, is_async=True)
         sent = warpgroup_mma(near.permute((1, 0)), sk, sent, is_async=True)
         if FLOWS:
@@ -795,8 +793,7 @@ def input_gradients(
         su.store((row + sent).to(gl.bfloat16))
         _published()
         _store(dk, [batch, head, t, 0], su)
-        _fetch(k, (batch, key_head, t - 2 * C, 0), bars.index(stage), sk, C * D * 2, chunk - 2 >= first)
-        _fetch(q, (batch, key_head, t - 2 * C, 0), bars.index(2 + stage), sq, C * D * 2, chunk - 2 >= first)
+        _fetch_keys(q, k, queries, keys, bars, stage, batch, key_head, t - 2 * C, chunk - 2 >= first)
         if FLOWS:
             _row_sums(out + 2 * C, own.to(gl.float32) * (row - sent), D)
         chunk -= 1
