@@ -34,7 +34,7 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 C = gl.constexpr(64)
 D = gl.constexpr(128)  # K and V
 NUMBERS = gl.constexpr(6)  # of each token, from `measure_decays`
-ROWS_OF_SUMS = gl.constexpr(6)  # of a chunk, from `input_gradients`
+ROWS_OF_SUMS = gl.constexpr(7)  # of a chunk, from `input_gradients`
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16]))
 TALL = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 16]))
@@ -123,11 +123,17 @@ def _weights(inside_down, inside_across, rest_down, rest_across, layout: gl.cons
 
 
 @gluon.jit
-def _transformed(inverse, lines, transform):
-    """Write T with the decays, times β, of a chunk whose numbers are kept to `transform`; return the decays [C, C]."""
-    weights = _weights(
+def _between(lines):
+    """Compute the decays [C, C] of a chunk whose numbers are kept."""
+    return _weights(
         _down(lines, 0, PAIRS), _across(lines, 0, PAIRS), _down(lines, 1, PAIRS), _across(lines, 1, PAIRS), PAIRS
     )
+
+
+@gluon.jit
+def _transformed(inverse, lines, transform):
+    """Write T with the decays, times β, of a chunk whose numbers are kept to `transform`; return the decays [C, C]."""
+    weights = _between(lines)
     transform.store((inverse.load(PAIRS).to(gl.float32) * weights * _across(lines, 4, PAIRS)).to(gl.bfloat16))
     return weights
 
@@ -633,37 +639,23 @@ def walk_gradients(
 
 # What the next program loads has no branches: products may be under way.
 @gluon.jit
-def _fetch_keys(q, k, queries, keys, bars, stage, batch, key_head, t, known):
-    bar = bars.index(stage)
+def _fetch_one(x, at, buffer, bar, BYTES: gl.constexpr, known):
+    mbarrier.expect(bar, BYTES, pred=known)
+    _load(x, at, bar, buffer, pred=known)
+
+
+@gluon.jit
+def _fetch_two(x, y, one, other, bar, batch, head, t, known):
     mbarrier.expect(bar, 2 * C * D * 2, pred=known)
-    _load(k, [batch, key_head, t, 0], bar, keys.index(stage), pred=known)
-    _load(q, [batch, key_head, t, 0], bar, queries.index(stage), pred=known)
-
-
-@gluon.jit
-def _fetch_values(v, inverse, value, transform, bar, batch, head, t, known):
-    mbarrier.expect(bar, C * (D + C) * 2, pred=known)
-    _load(inverse, [batch, head, t, 0], bar, transform, pred=known)
-    _load(v, [batch, head, t, 0], bar, value, pred=known)
-
-
-@gluon.jit
-def _fetch_dos(do, buffer, bar, batch, head, t, known):
-    mbarrier.expect(bar, C * D * 2, pred=known)
-    _load(do, [batch, head, t, 0], bar, buffer, pred=known)
-
-
-@gluon.jit
-def _fetch_states(states, buffer, bar, row, known):
-    mbarrier.expect(bar, D * D * 2, pred=known)
-    _load(states, [row, 0], bar, buffer, pred=known)
+    _load(x, [batch, head, t, 0], bar, one, pred=known)
+    _load(y, [batch, head, t, 0], bar, other, pred=known)
 
 
 @gluon.jit
 def _edges(OUT, states, state, known):
     """Store the sums of the rows of a state times its gradient to the last of the sums of a chunk, if it is `known`."""
     rows = gl.arange(0, D, layout=gl.SliceLayout(1, WIDE))
-    gl.store(OUT + 4 * C + rows, gl.sum(states * state, 1), mask=(rows >= 0) & known)
+    gl.store(OUT + 5 * C + rows, gl.sum(states * state, 1), mask=(rows >= 0) & known)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -674,10 +666,9 @@ def input_gradients(
     """Walk the gradients of the states of a block against time, and write dk [B, T, H, K] and dv; grid B·NB·H.
 
     LAST [B, H, NB, V, K] fp32 is the gradient of what leaves blocks. U and the gradient of Q Kᵀ are computed again,
-    from the states that enter chunks: to write and read them would take longer. SUMS [B, H, n, 6, C] fp32 gets two rows
-    each, to be added, of ⟨u, dv⟩, which is β² times the gradient of β; of Σ k·dk through what k reads, less that through
-    what is written under it; and of the product of the state that leaves the chunk and its gradient.
-    `finish_gradients` does that.
+    from the states that enter chunks: to write and read them would take longer. SUMS [B, H, n, 7, C] fp32 gets Σ v·dv;
+    two rows each of Σ k·dk through what k reads, and of that less what is sent through what it writes; and two of the
+    product of the state that leaves the chunk and its gradient. `finish_gradients` sums them.
     """
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
@@ -689,20 +680,24 @@ def input_gradients(
     inverses = gl.allocate_shared_memory(gl.float16, [1, C, C], TILE)
     dos = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     befores = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
+    lineses = gl.allocate_shared_memory(gl.float32, [1, 8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     nears = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)  # Q Kᵀ, then the gradient of A
     pairs = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
     us = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)  # U, then dk
     dvs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
-    bars, of_states, of_values, of_dos = _barriers(2), _barriers(1).index(0), _barriers(1).index(0), _barriers(1).index(0)
+    of_keys, of_inverse = _barriers(2), _barriers(1).index(0)
+    of_values, of_states = _barriers(1).index(0), _barriers(1).index(0)
+    t = chunk * C
     for stage in gl.static_range(2):
         known = chunk - stage >= first
-        _fetch_keys(q, k, queries, keys, bars, stage, batch, key_head, (chunk - stage) * C, known)
-    _fetch_states(states, befores.index(0), of_states, (base + chunk) * D, True)
-    _fetch_values(v, inverse, values.index(0), inverses.index(0), of_values, batch, head, chunk * C, True)
-    _fetch_dos(do, dos.index(0), of_dos, batch, head, chunk * C, True)
+        _fetch_two(
+            k, q, keys.index(stage), queries.index(stage), of_keys.index(stage), batch, key_head, t - stage * C, known
+        )
+    _fetch_one(inverse, [batch, head, t, 0], inverses.index(0), of_inverse, C * C * 2, True)
+    _fetch_two(v, do, values.index(0), dos.index(0), of_values, batch, head, t, True)
+    _fetch_one(states, [(base + chunk) * D, 0], befores.index(0), of_states, D * D * 2, True)
     state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
     if FLOWS:
         leaving = gl.load(PREFIX + (line * (NB + 1) + block + 1) * (D * D) + _offset())
@@ -716,11 +711,14 @@ def input_gradients(
     while chunk >= first:
         zero = chunk >> 24
         at = base + chunk
+        lines = lineses.index(zero)
         t = chunk * C
         more = chunk > first
         sk = keys.index(stage)
         sq = queries.index(stage)
+        sv = values.index(zero)
         sdo = dos.index(zero)
+        own = inverses.index(zero)
         before = befores.index(zero)
         transform = transforms.index(zero)
         near = nears.index(zero)
@@ -730,72 +728,73 @@ def input_gradients(
         sdv = dvs.index(zero)
         out = SUMS + at.to(gl.int64) * (ROWS_OF_SUMS * C)
         lines.store(_nonzero(numbers))
-        over = through
         low.store(state.to(gl.bfloat16))
         _published()
-        mbarrier.wait(bars.index(stage), phase)
+        mbarrier.wait(of_keys.index(stage), phase)
         scores = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
-        mbarrier.wait(of_values, turn)
-        weights = _transformed(inverses.index(zero), lines, transform)
+        mbarrier.wait(of_inverse, turn)
+        weights = _transformed(own, lines, transform)
         mbarrier.wait(of_states, turn)
         read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        state = state * over
+        state = state * through
         scores = warpgroup_mma_wait(2, deps=[scores])
         near.store((scores * weights).to(gl.bfloat16))
-        value = values.index(zero).permute((1, 0)).load(TALL).to(gl.float32)
+        mbarrier.wait(of_values, turn)
+        value = sv.permute((1, 0)).load(TALL).to(gl.float32)
         tma.store_wait(0)  # of dk and dv, into whose buffers the next are written after the barrier
         du, read = warpgroup_mma_wait(0, deps=[du, read])
         missing = gl.convert_layout((value - read * _across(lines, 2, TALL)).to(gl.bfloat16), OF_TALL)
         _published()
-        _fetch_values(v, inverse, values.index(zero), inverses.index(zero), of_values, batch, head, t - C, more)
-        mbarrier.wait(of_dos, turn)
+        _fetch_one(inverse, [batch, head, t - C, 0], own, of_inverse, C * C * 2, more)
         du = warpgroup_mma(sdo.permute((1, 0)), near, du * _across(lines, 3, TALL), is_async=True)
         u = warpgroup_mma(missing, transform.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        leading = sdo.permute((1, 0)).load(TALL).to(gl.float32) * _across(lines, 2, TALL)
-        state = warpgroup_mma(gl.convert_layout(leading.to(gl.bfloat16), OF_WIDE), sq, state, is_async=True)
-        du = warpgroup_mma_wait(2, deps=[du])
+        du = warpgroup_mma_wait(1, deps=[du])
         du = gl.convert_layout(du.to(gl.bfloat16), OF_TALL)
         dx = warpgroup_mma(du, transform, _zeros(D, C, TALL), is_async=True)
-        u = warpgroup_mma_wait(2, deps=[u])
+        u = warpgroup_mma_wait(1, deps=[u])
         su.permute((1, 0)).store(u.to(gl.bfloat16))
-        _published()
-        dscores = warpgroup_mma(sdo, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
-        sent = warpgroup_mma(su, low, _zeros(C, D, ROWS), is_async=True)
-        state, dx = warpgroup_mma_wait(2, deps=[state, dx])
+        leading = sdo.permute((1, 0)).load(TALL).to(gl.float32) * _across(lines, 2, TALL)
+        state = warpgroup_mma(gl.convert_layout(leading.to(gl.bfloat16), OF_WIDE), sq, state, is_async=True)
+        dx = warpgroup_mma_wait(1, deps=[dx])
         back = gl.convert_layout((dx * -_across(lines, 2, TALL)).to(gl.bfloat16), OF_WIDE)
         state = warpgroup_mma(back, sk, state, is_async=True)
         sdv.permute((1, 0)).store(dx.to(gl.bfloat16))
-        dscores = warpgroup_mma_wait(2, deps=[dscores])
-        ds.store((dscores * weights).to(gl.bfloat16))
         _published()
         _store(dv, [batch, head, t, 0], sdv)
-        _fetch_dos(do, sdo, of_dos, batch, head, t - C, more)
+        product = sv.load(EACH).to(gl.float32) * sdv.load(EACH).to(gl.float32)
+        gl.store(out + gl.arange(0, C, layout=gl.SliceLayout(1, EACH)), gl.sum(product, 1))
+        numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
+        dscores = warpgroup_mma(sdo, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
+        sent = warpgroup_mma(su, low, _zeros(C, D, ROWS), is_async=True)
         da = warpgroup_mma(sdv, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         row = warpgroup_mma(sdv, before, _zeros(C, D, ROWS), is_async=True)
-        sent = warpgroup_mma_wait(3, deps=[sent])
-        sent = warpgroup_mma(ds.permute((1, 0)), sq, sent * _down(lines, 3, ROWS), is_async=True)
-        state, da = warpgroup_mma_wait(2, deps=[state, da])
+        state, dscores = warpgroup_mma_wait(3, deps=[state, dscores])
+        weights = _between(lines)  # again: kept all along, they would take too many registers
+        ds.store((dscores * weights).to(gl.bfloat16))
+        sent, da = warpgroup_mma_wait(1, deps=[sent, da])
         near.store(gl.where(i[:, None] > j[None, :], da * -weights, 0.0).to(gl.bfloat16))
-        _row_sums(out, gl.where(i[:, None] == j[None, :], da, 0.0), C)
         if FLOWS:
             _edges(out - ROWS_OF_SUMS * C, before.load(WIDE).to(gl.float32), state, more)
-        row = warpgroup_mma_wait(1, deps=[row])
+        sent = sent * _down(lines, 3, ROWS)
+        row = warpgroup_mma_wait(0, deps=[row])
         row = row * -_down(lines, 2, ROWS)
         _published()
-        _fetch_states(states, before, of_states, (at - 1) * D, more)
+        _fetch_two(v, do, sv, sdo, of_values, batch, head, t - C, more)
+        _fetch_one(states, [(at - 1) * D, 0], before, of_states, D * D * 2, more)
         row = warpgroup_mma(near, sk, row, is_async=True)
         sent = warpgroup_mma(near.permute((1, 0)), sk, sent, is_async=True)
-        if FLOWS:
-            own = sk.load(ROWS)
+        sent = warpgroup_mma(ds.permute((1, 0)), sq, sent, is_async=True)
+        key = sk.load(ROWS)
         row, sent = warpgroup_mma_wait(0, deps=[row, sent])
         su.store((row + sent).to(gl.bfloat16))
         _published()
         _store(dk, [batch, head, t, 0], su)
-        _fetch_keys(q, k, queries, keys, bars, stage, batch, key_head, t - 2 * C, chunk - 2 >= first)
+        _fetch_two(k, q, sk, sq, of_keys.index(stage), batch, key_head, t - 2 * C, chunk - 2 >= first)
+        read = key.to(gl.float32) * row
+        _row_sums(out + C, read, D)
         if FLOWS:
-            _row_sums(out + 2 * C, own.to(gl.float32) * (row - sent), D)
+            _row_sums(out + 3 * C, read - key.to(gl.float32) * sent, D)
         chunk -= 1
         phase ^= stage
         stage ^= 1

@@ -195,9 +195,8 @@ def finish_gradients(
 ):  # fmt: skip
     """Sum DBETA and DLOG [B, T, H] fp32 from what programs of `delta_hopper_kernels` left of chunks; grid B·n·H.
 
-    SUMS [B, H, n, SUMS_EACH, C] is that of `input_gradients` there, FLOW [B, H, n, 2, C] of `query_gradients`. U is β
-    times what is missing under a key, which β's gradient multiplies with that of R; and dV is β times that of R. A β of
-    zero was replaced by a small one, by which both can be divided.
+    SUMS [B, H, n, SUMS_EACH, C] is that of `input_gradients` there, FLOW [B, H, n, 2, C] of `query_gradients`. A β of
+    zero was replaced by a small one, by which dv and its sums can be divided.
     """
     total = tl.cdiv(T, C)
     batch, head, chunk, _ = _place(total, H, 1)
@@ -208,11 +207,11 @@ def finish_gradients(
     token = (batch.to(tl.int64) * T + chunk * C + i) * H + head
     beta = tl.load(GATES + (line * total + chunk) * (6 * C) + 4 * C + i)
     beta = tl.where(tl.abs(beta) < LEAST, LEAST, beta)
-    tl.store(DBETA + token, (tl.load(at) + tl.load(at + C)) / beta / beta, mask=known)
+    tl.store(DBETA + token, (tl.load(at) + tl.load(at + C) + tl.load(at + 2 * C)) / beta, mask=known)
     if FLOWS:
         flow = FLOW + (line * total + chunk) * (2 * C) + i
-        difference = (tl.load(at + 2 * C) + tl.load(at + 3 * C)) + (tl.load(flow) + tl.load(flow + C))
-        edge = tl.sum(tl.load(at + 4 * C) + tl.load(at + 5 * C), 0)
+        difference = (tl.load(at + 3 * C) + tl.load(at + 4 * C)) + (tl.load(flow) + tl.load(flow + C))
+        edge = tl.sum(tl.load(at + 5 * C) + tl.load(at + 6 * C), 0)
         dlog = _decay_gradient(GATES, line, chunk, total, difference, edge, C)
         tl.store(DLOG + token, dlog, mask=known)
 
