@@ -208,14 +208,15 @@ def input_gradients(
     k: Tensor,
     v: Tensor,
     do: Tensor,
-    kept: list[Tensor],
+    inverse: Tensor,
+    gates: Tensor,
     last: Tensor,
     rest: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dk by value head, [B, T, H, K], dv [B, T, H, V], and the gradients [B, T, H] fp32 of β and, if it has one,
     of the decay; from those of what leaves blocks, `last`.
     """
-    (inverse, prefix, _, gates), (states, *flow) = kept, rest
+    (states, *flow) = rest
     dk, dv, dbeta, dlog = _by_head(k, s), v.new_empty(v.shape), flow_like(k, s), flow_like(k, s) if flow else None
     rows = _programs().ROWS_OF_SUMS.value
     sums = k.new_empty((s.batch, s.heads, s.chunks, rows, CHUNK), dtype=torch.float32)
@@ -234,7 +235,6 @@ def input_gradients(
         _rows(dk),
         _rows(dv),
         gates,
-        prefix,
         last,
         sums,
         *s.sizes,

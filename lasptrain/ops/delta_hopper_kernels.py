@@ -34,7 +34,7 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 C = gl.constexpr(64)
 D = gl.constexpr(128)  # K and V
 NUMBERS = gl.constexpr(6)  # of each token, from `measure_decays`
-ROWS_OF_SUMS = gl.constexpr(7)  # of a chunk, from `input_gradients`
+ROWS_OF_SUMS = gl.constexpr(9)  # of a chunk, from `input_gradients`
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16]))
 TALL = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 64, 16]))
@@ -651,24 +651,17 @@ def _fetch_two(x, y, one, other, bar, batch, head, t, known):
     _load(y, [batch, head, t, 0], bar, other, pred=known)
 
 
-@gluon.jit
-def _edges(OUT, states, state, known):
-    """Store the sums of the rows of a state times its gradient to the last of the sums of a chunk, if it is `known`."""
-    rows = gl.arange(0, D, layout=gl.SliceLayout(1, WIDE))
-    gl.store(OUT + 5 * C + rows, gl.sum(states * state, 1), mask=(rows >= 0) & known)
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def input_gradients(
-    q, k, v, do, inverse, states, dk, dv, GATES, PREFIX, LAST, SUMS, T, H, NB, L,
+    q, k, v, do, inverse, states, dk, dv, GATES, LAST, SUMS, T, H, NB, L,
     GROUP: gl.constexpr, FLOWS: gl.constexpr,
 ):  # fmt: skip
     """Walk the gradients of the states of a block against time, and write dk [B, T, H, K] and dv; grid B·NB·H.
 
     LAST [B, H, NB, V, K] fp32 is the gradient of what leaves blocks. U and the gradient of Q Kᵀ are computed again,
-    from the states that enter chunks: to write and read them would take longer. SUMS [B, H, n, 7, C] fp32 gets Σ v·dv;
-    two rows each of Σ k·dk through what k reads, and of that less what is sent through what it writes; and two of the
-    product of the state that leaves the chunk and its gradient. `finish_gradients` sums them.
+    from the states that enter chunks: to write and read them would take longer. SUMS [B, H, n, 9, C] fp32 gets Σ v·dv;
+    two rows each of Σ k·dk through what k reads, of that less what is sent through what it writes, and of Σ k·dk through
+    the next state; and two of the product of states and their gradients. `finish_gradients` sums them.
     """
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
@@ -699,9 +692,6 @@ def input_gradients(
     _fetch_two(v, do, values.index(0), dos.index(0), of_values, batch, head, t, True)
     _fetch_one(states, [(base + chunk) * D, 0], befores.index(0), of_states, D * D * 2, True)
     state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
-    if FLOWS:
-        leaving = gl.load(PREFIX + (line * (NB + 1) + block + 1) * (D * D) + _offset())
-        _edges(SUMS + (base + chunk).to(gl.int64) * (ROWS_OF_SUMS * C), leaving, state, True)
     numbers, through = _numbers(GATES, base + chunk)
     i = gl.arange(0, C, layout=gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, C, layout=gl.SliceLayout(0, PAIRS))
@@ -764,6 +754,9 @@ def input_gradients(
         _store(dv, [batch, head, t, 0], sdv)
         product = sv.load(EACH).to(gl.float32) * sdv.load(EACH).to(gl.float32)
         gl.store(out + gl.arange(0, C, layout=gl.SliceLayout(1, EACH)), gl.sum(product, 1))
+        if FLOWS:
+            edges = gl.sum(before.load(WIDE).to(gl.float32) * low.load(WIDE).to(gl.float32), 1)
+            gl.store(out + 7 * C + gl.arange(0, D, layout=gl.SliceLayout(1, WIDE)), edges * through)
         numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
         dscores = warpgroup_mma(sdo, su.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         sent = warpgroup_mma(su, low, _zeros(C, D, ROWS), is_async=True)
@@ -774,9 +767,9 @@ def input_gradients(
         ds.store((dscores * weights).to(gl.bfloat16))
         sent, da = warpgroup_mma_wait(1, deps=[sent, da])
         near.store(gl.where(i[:, None] > j[None, :], da * -weights, 0.0).to(gl.bfloat16))
-        if FLOWS:
-            _edges(out - ROWS_OF_SUMS * C, before.load(WIDE).to(gl.float32), state, more)
         sent = sent * _down(lines, 3, ROWS)
+        if FLOWS:
+            _row_sums(out + 5 * C, sk.load(ROWS).to(gl.float32) * sent, D)
         row = warpgroup_mma_wait(0, deps=[row])
         row = row * -_down(lines, 2, ROWS)
         _published()

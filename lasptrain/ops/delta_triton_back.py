@@ -333,7 +333,7 @@ def grad_inputs(
     s, (keys, _), do = x.cut, padded(x.cut), _as(do, q.dtype)
     last = _leaving(x, q, do, dfinal, dblocks, kept)
     if delta_hopper.fits(s, x.k):
-        dk, dv, dbeta, dlog = delta_hopper.input_gradients(s, q, x.k, x.v, readable(do), kept, last, rest)
+        dk, dv, dbeta, dlog = delta_hopper.input_gradients(s, q, x.k, x.v, readable(do), x.inverse, x.gates, last, rest)
         dlog = dlog if dlog is None or log_decay is None else _as(dlog, log_decay.dtype)
         return _by_key_head(dk, k), dv, _as(dbeta, beta.dtype), dlog
     dstates, dread = x.walk_gradients(q, do, last)

@@ -211,8 +211,8 @@ def finish_gradients(
     if FLOWS:
         flow = FLOW + (line * total + chunk) * (2 * C) + i
         difference = (tl.load(at + 3 * C) + tl.load(at + 4 * C)) + (tl.load(flow) + tl.load(flow + C))
-        edge = tl.sum(tl.load(at + 5 * C) + tl.load(at + 6 * C), 0)
-        dlog = _decay_gradient(GATES, line, chunk, total, difference, edge, C)
+        edges = (tl.load(at + 5 * C) + tl.load(at + 6 * C)) + (tl.load(at + 7 * C) + tl.load(at + 8 * C))
+        dlog = _decay_gradient(GATES, line, chunk, total, difference, tl.sum(edges, 0), C)
         tl.store(DLOG + token, dlog, mask=known)
 
 
