@@ -410,8 +410,8 @@ def walk_delta(
         score = scores.index(zero)
         so = outs.index(zero)
         lines.store(numbers)
-        over = through
         low = gl.convert_layout(state.to(gl.bfloat16), OF_TALL)
+        state = state * through
         tma.store_wait(0)
         _barrier()
         mbarrier.wait(bars.index(stage), phase)
@@ -420,7 +420,6 @@ def walk_delta(
         o = warpgroup_mma(low, sq.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         numbers, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
         weights = _transformed(inverses.index(stage), lines, transform)
-        state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
         read, products = warpgroup_mma_wait(1, deps=[read, products])
         score.store((products * weights).to(gl.bfloat16))
@@ -512,8 +511,8 @@ def query_gradients(
         su = us.index(zero)
         query = queries.index(zero)
         lines.store(numbers)
-        over = through
         rounded = state.to(gl.bfloat16)
+        state = state * through
         tma.store_wait(0)
         _barrier()
         low.store(rounded)
@@ -522,7 +521,6 @@ def query_gradients(
         read = warpgroup_mma(rounded, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         numbers, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
         weights = _transformed(inverses.index(stage), lines, transform)
-        state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
         read = warpgroup_mma_wait(0, deps=[read])
         fence_async_shared()
@@ -604,8 +602,8 @@ def walk_gradients(
         leading = leads.index(zero)
         low = lows.index(zero)
         lines.store(numbers)
-        over = through
         low.store(state.to(gl.bfloat16))
+        state = state * through
         mbarrier.wait(bars.index(stage), phase)
         products = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         _published()
@@ -613,7 +611,6 @@ def walk_gradients(
         numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
         weights = _transformed(inverses.index(stage), lines, transform)
         leading.store((sq.load(EACH).to(gl.float32) * _down(lines, 2, EACH)).to(gl.bfloat16))
-        state = state * over
         products = warpgroup_mma_wait(1, deps=[products])
         score.store((products * weights).to(gl.bfloat16))
         _published()
@@ -719,6 +716,7 @@ def input_gradients(
         out = SUMS + at.to(gl.int64) * (ROWS_OF_SUMS * C)
         lines.store(_nonzero(numbers))
         low.store(state.to(gl.bfloat16))
+        state = state * through
         _published()
         mbarrier.wait(of_keys.index(stage), phase)
         scores = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
@@ -727,7 +725,6 @@ def input_gradients(
         weights = _transformed(own, lines, transform)
         mbarrier.wait(of_states, turn)
         read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        state = state * through
         scores = warpgroup_mma_wait(2, deps=[scores])
         near.store((scores * weights).to(gl.bfloat16))
         mbarrier.wait(of_values, turn)
