@@ -4,7 +4,8 @@
 They compute what the programs of the same names in `delta_triton_kernels` and `delta_triton_back_kernels` do, for
 inputs in bf16 with K = V = 128, whose layouts Triton does not choose well: products of 64 rows by two warpgroups are
 computed twice there, and what is loaded is waited for. Letters and arguments are those of the two modules; a block is
-walked by one program, whose 8 warps hold the state [V, K] in fp32, in registers.
+walked by one program, whose 8 warps hold the state [V, K] in fp32, in registers. It decays before a chunk's first
+product is issued: to read it later, ptxas would wait for all products that are under way.
 
 | layout | of | held by |
 |---|---|---|
@@ -655,10 +656,13 @@ def input_gradients(
 ):  # fmt: skip
     """Walk the gradients of the states of a block against time, and write dk [B, T, H, K] and dv; grid B·NB·H.
 
-    LAST [B, H, NB, V, K] fp32 is the gradient of what leaves blocks. U and the gradient of Q Kᵀ are computed again,
-    from the states that enter chunks: to write and read them would take longer. SUMS [B, H, n, 9, C] fp32 gets Σ v·dv;
-    two rows each of Σ k·dk through what k reads, of that less what is sent through what it writes, and of Σ k·dk through
-    the next state; and two of the product of states and their gradients. `finish_gradients` sums them.
+    LAST [B, H, NB, V, K] fp32 is the gradient of what leaves blocks. U and the gradient of Q Kᵀ are computed again from
+    the states that enter chunks, because memory is what such walks wait for. Each input is loaded into its buffer as
+    soon as that is free, for the next chunk; those that are needed first or last have two.
+
+    SUMS [B, H, n, 9, C] fp32 gets what `finish_gradients` sums the gradients of β and of decays from: Σ v·dv; two rows
+    each of Σ k·dk through what k reads, of that less what is sent through what it writes, and of Σ k·dk through the next
+    state; and two of the product of states and their gradients, rounded as other rows read them, so that errors cancel.
     """
     block, head, batch = _place(NB, H)
     key_head = head // GROUP

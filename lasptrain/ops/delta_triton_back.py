@@ -6,11 +6,13 @@
 | `grad_query` | a walk that writes every chunk's initial state and U; dq, by chunks |
 | `grad_inputs` | the scan, with the gradient of the final state; a walk that writes every chunk's gradients; the rest |
 
+`delta_hopper` takes one walk for each of the last two, where it `fits`, and computes U again instead of reading it.
+
 `kept` is that of `delta_triton_forward`. `dblocks` is what each block's outputs send to its initial state,
 [B, H, NB, V, K] fp32. `rest` is, of every chunk, its initial state [B, H, n, V, K], U [B, H, n, V, C] and the gradient
-of Q Kᵀ [B, H, n, C, C] in the dtype of k, and where the decay is per token Σ q·dq [B, T, H] fp32. States are
-transposed; K and V of what is handed on here are padded. Signatures: `lasptrain.ops.delta_rule`; programs:
-`delta_triton_back_kernels`.
+of Q Kᵀ [B, H, n, C, C] in the dtype of k, and where the decay is per token Σ q·dq [B, T, H] fp32; that of
+`delta_hopper` is only the first and, by chunk, the last. States are transposed; K and V of what is handed on here are
+padded. Signatures: `lasptrain.ops.delta_rule`; programs: `delta_triton_back_kernels`.
 """
 
 from __future__ import annotations
