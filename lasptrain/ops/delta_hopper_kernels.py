@@ -273,13 +273,38 @@ def invert_chunks(k, inverse, BETA, T, H, GROUP: gl.constexpr):
     tma.store_wait(0)
 
 
+# What loads inputs does so where they are `known`, without branches: products may be under way.
 @gluon.jit
-def _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column):
+def _fetch_one(x, at, buffer, bar, BYTES: gl.constexpr, known):
+    mbarrier.expect(bar, BYTES, pred=known)
+    _load(x, at, bar, buffer, pred=known)
+
+
+@gluon.jit
+def _fetch_two(x, y, one, other, bar, batch, head, t, known):
+    mbarrier.expect(bar, 2 * C * D * 2, pred=known)
+    _load(x, [batch, head, t, 0], bar, one, pred=known)
+    _load(y, [batch, head, t, 0], bar, other, pred=known)
+
+
+@gluon.jit
+def _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column, known):
     bar = bars.index(stage)
-    mbarrier.expect(bar, C * (2 * D + C) * 2)
-    _load(inverse, [batch, head, t, 0], bar, inverses.index(stage))
-    _load(k, [batch, key_head, t, 0], bar, keys.index(stage))
-    _load(v, [batch, head, t, column], bar, values.index(stage))
+    mbarrier.expect(bar, C * (2 * D + C) * 2, pred=known)
+    _load(inverse, [batch, head, t, 0], bar, inverses.index(stage), pred=known)
+    _load(k, [batch, key_head, t, 0], bar, keys.index(stage), pred=known)
+    _load(v, [batch, head, t, column], bar, values.index(stage), pred=known)
+
+
+@gluon.jit
+def _fetch_walk(k, x, v, inverse, keys, others, values, inverses, bars, stage, batch, head, key_head, of_x, t, known):
+    """Load a chunk of k, of v or the gradient of outputs, T, and x, q or that gradient, of the head `of_x`."""
+    bar = bars.index(stage)
+    mbarrier.expect(bar, C * (3 * D + C) * 2, pred=known)
+    _load(k, [batch, key_head, t, 0], bar, keys.index(stage), pred=known)
+    _load(x, [batch, of_x, t, 0], bar, others.index(stage), pred=known)
+    _load(inverse, [batch, head, t, 0], bar, inverses.index(stage), pred=known)
+    _load(v, [batch, head, t, 0], bar, values.index(stage), pred=known)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -304,6 +329,7 @@ def summarize_delta(
     if mapping == 1:
         start = gl.where(decay < NOTHING_LOG2, last - first + 1, 0)
     chunk = first + start
+    column = mapping * D
 
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     values = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
@@ -313,9 +339,9 @@ def summarize_delta(
     written = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
-        if chunk + stage <= last:
-            t = (chunk + stage) * C
-            _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, mapping * D)
+        t = (chunk + stage) * C
+        known = chunk + stage <= last
+        _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column, known)
     ahead = base + gl.minimum(chunk, last)
     lead = _line(GATES, ahead, 2)
     fold = _line(GATES, ahead, 3) * _line(GATES, ahead, 4)
@@ -348,9 +374,9 @@ def summarize_delta(
         read = warpgroup_mma_wait(0, deps=[read])
         missing = gl.convert_layout((value - read * _across(lines, 0, TALL)).to(gl.bfloat16), OF_WIDE)
         _barrier()
-        if chunk + 2 <= last:
-            t = (chunk + 2) * C
-            _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, mapping * D)
+        t = (chunk + 2) * C
+        known = chunk + 2 <= last
+        _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column, known)
         state = warpgroup_mma(missing, x, state, is_async=True)
         state = warpgroup_mma_wait(0, deps=[state])
         chunk += 1
@@ -364,17 +390,6 @@ def summarize_delta(
         gl.store(MAPS + here + maps, state)
     else:
         gl.store(ADDED + here + added, state)
-
-
-@gluon.jit
-def _fetch_walk(q, k, v, inverse, queries, keys, values, inverses, bars, stage, batch, head, key_head, t):
-    """Load a chunk of q, k, T, and of v or the gradient of outputs."""
-    bar = bars.index(stage)
-    mbarrier.expect(bar, C * (3 * D + C) * 2)
-    _load(k, [batch, key_head, t, 0], bar, keys.index(stage))
-    _load(q, [batch, key_head, t, 0], bar, queries.index(stage))
-    _load(inverse, [batch, head, t, 0], bar, inverses.index(stage))
-    _load(v, [batch, head, t, 0], bar, values.index(stage))
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -396,9 +411,11 @@ def walk_delta(
     outs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
-        if chunk + stage <= last:
-            t = (chunk + stage) * C
-            _fetch_walk(q, k, v, inverse, queries, keys, values, inverses, bars, stage, batch, head, key_head, t)
+        t = (chunk + stage) * C
+        known = chunk + stage <= last
+        _fetch_walk(
+            k, q, v, inverse, keys, queries, values, inverses, bars, stage, batch, head, key_head, key_head, t, known
+        )
     state = gl.load(PREFIX + (line * (NB + 1) + block) * (D * D) + _offset())
     numbers, through = _numbers(GATES, base + chunk)
     stage = 0
@@ -437,31 +454,17 @@ def walk_delta(
         so.permute((1, 0)).store(o.to(gl.bfloat16))
         _published()
         _store(out, [batch, head, chunk * C, 0], so)
-        if chunk + 2 <= last:
-            t = (chunk + 2) * C
-            _fetch_walk(q, k, v, inverse, queries, keys, values, inverses, bars, stage, batch, head, key_head, t)
+        t = (chunk + 2) * C
+        known = chunk + 2 <= last
+        _fetch_walk(
+            k, q, v, inverse, keys, queries, values, inverses, bars, stage, batch, head, key_head, key_head, t, known
+        )
         chunk += 1
         phase ^= stage
         stage ^= 1
     tma.store_wait(0)
     if block + 1 == NB:
         gl.store(PREFIX + (line * (NB + 1) + NB) * (D * D) + _offset(), state)
-
-
-@gluon.jit
-def _fetch_queries(k, v, do, inverse, keys, values, dos, inverses, bars, stage, batch, head, key_head, t):
-    bar = bars.index(stage)
-    mbarrier.expect(bar, C * (3 * D + C) * 2)
-    _load(k, [batch, key_head, t, 0], bar, keys.index(stage))
-    _load(inverse, [batch, head, t, 0], bar, inverses.index(stage))
-    _load(v, [batch, head, t, 0], bar, values.index(stage))
-    _load(do, [batch, head, t, 0], bar, dos.index(stage))
-
-
-@gluon.jit
-def _fetch_own(q, query, bar, batch, key_head, t):
-    mbarrier.expect(bar, C * D * 2)
-    _load(q, [batch, key_head, t, 0], bar, query)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -490,11 +493,11 @@ def query_gradients(
     queries = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(3)
     for stage in gl.static_range(2):
-        if chunk + stage <= last:
-            t = (chunk + stage) * C
-            _fetch_queries(k, v, do, inverse, keys, values, dos, inverses, bars, stage, batch, head, key_head, t)
+        t = (chunk + stage) * C
+        known = chunk + stage <= last
+        _fetch_walk(k, do, v, inverse, keys, dos, values, inverses, bars, stage, batch, head, key_head, head, t, known)
     if FLOWS:
-        _fetch_own(q, queries.index(0), bars.index(2), batch, key_head, chunk * C)
+        _fetch_one(q, [batch, key_head, chunk * C, 0], queries.index(0), bars.index(2), C * D * 2, True)
     state = gl.load(PREFIX + (line * (NB + 1) + block) * (D * D) + _offset())
     numbers, through = _numbers(GATES, base + chunk)
     stage = 0
@@ -549,12 +552,11 @@ def query_gradients(
         state, gradient = warpgroup_mma_wait(0, deps=[state, gradient])
         so.store(gradient.to(gl.bfloat16))
         _published()
-        if FLOWS:  # noqa: SIM102 - one is known when it is compiled
-            if chunk < last:
-                _fetch_own(q, queries.index(0), bars.index(2), batch, key_head, (chunk + 1) * C)
-        if chunk + 2 <= last:
-            t = (chunk + 2) * C
-            _fetch_queries(k, v, do, inverse, keys, values, dos, inverses, bars, stage, batch, head, key_head, t)
+        if FLOWS:
+            _fetch_one(q, [batch, key_head, (chunk + 1) * C, 0], query, bars.index(2), C * D * 2, chunk < last)
+        t = (chunk + 2) * C
+        known = chunk + 2 <= last
+        _fetch_walk(k, do, v, inverse, keys, dos, values, inverses, bars, stage, batch, head, key_head, head, t, known)
         _store(dq, [batch, head, chunk * C, 0], so)
         if FLOWS:
             _row_sums(FLOW + at.to(gl.int64) * (2 * C), own.to(gl.float32) * gradient, D)
@@ -583,13 +585,14 @@ def walk_gradients(
     lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     scores = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
-    leads = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
-        if chunk - stage >= first:
-            t = (chunk - stage) * C
-            _fetch_walk(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
+        t = (chunk - stage) * C
+        known = chunk - stage >= first
+        _fetch_walk(
+            k, q, do, inverse, keys, queries, dos, inverses, bars, stage, batch, head, key_head, key_head, t, known
+        )
     numbers, through = _numbers(GATES, base + gl.maximum(chunk, first))
     stage = 0
     phase = 0
@@ -600,7 +603,6 @@ def walk_gradients(
         sdo = dos.index(stage)
         transform = transforms.index(zero)
         score = scores.index(zero)
-        leading = leads.index(zero)
         low = lows.index(zero)
         lines.store(numbers)
         low.store(state.to(gl.bfloat16))
@@ -611,13 +613,13 @@ def walk_gradients(
         du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         numbers, through = _numbers(GATES, base + gl.maximum(chunk - 1, first))
         weights = _transformed(inverses.index(stage), lines, transform)
-        leading.store((sq.load(EACH).to(gl.float32) * _down(lines, 2, EACH)).to(gl.bfloat16))
+        leading = sdo.permute((1, 0)).load(TALL).to(gl.float32) * _across(lines, 2, TALL)
         products = warpgroup_mma_wait(1, deps=[products])
         score.store((products * weights).to(gl.bfloat16))
         _published()
         du = warpgroup_mma_wait(0, deps=[du])
         du = warpgroup_mma(sdo.permute((1, 0)), score, du * _across(lines, 3, TALL), is_async=True)
-        state = warpgroup_mma(sdo.permute((1, 0)), leading, state, is_async=True)
+        state = warpgroup_mma(gl.convert_layout(leading.to(gl.bfloat16), OF_WIDE), sq, state, is_async=True)
         du = warpgroup_mma_wait(1, deps=[du])
         du = gl.convert_layout(du.to(gl.bfloat16), OF_TALL)
         dx = warpgroup_mma(du, transform, _zeros(D, C, TALL), is_async=True)
@@ -626,27 +628,15 @@ def walk_gradients(
         state = warpgroup_mma(back, sk, state, is_async=True)
         state = warpgroup_mma_wait(0, deps=[state])
         _barrier()
-        if chunk - 2 >= first:
-            t = (chunk - 2) * C
-            _fetch_walk(q, k, do, inverse, queries, keys, dos, inverses, bars, stage, batch, head, key_head, t)
+        t = (chunk - 2) * C
+        known = chunk - 2 >= first
+        _fetch_walk(
+            k, q, do, inverse, keys, queries, dos, inverses, bars, stage, batch, head, key_head, key_head, t, known
+        )
         chunk -= 1
         phase ^= stage
         stage ^= 1
     gl.store(FIRST + (line * NB + block) * (D * D) + _offset(), state)
-
-
-# What the next program loads has no branches: products may be under way.
-@gluon.jit
-def _fetch_one(x, at, buffer, bar, BYTES: gl.constexpr, known):
-    mbarrier.expect(bar, BYTES, pred=known)
-    _load(x, at, bar, buffer, pred=known)
-
-
-@gluon.jit
-def _fetch_two(x, y, one, other, bar, batch, head, t, known):
-    mbarrier.expect(bar, 2 * C * D * 2, pred=known)
-    _load(x, [batch, head, t, 0], bar, one, pred=known)
-    _load(y, [batch, head, t, 0], bar, other, pred=known)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -661,8 +651,8 @@ def input_gradients(
     soon as that is free, for the next chunk; those that are needed first or last have two.
 
     SUMS [B, H, n, 9, C] fp32 gets what `finish_gradients` sums the gradients of β and of decays from: Σ v·dv; two rows
-    each of Σ k·dk through what k reads, of that less what is sent through what it writes, and of Σ k·dk through the next
-    state; and two of the product of states and their gradients, rounded as other rows read them, so that errors cancel.
+    each of Σ k·dk through what k reads, of that less what is sent through what it writes, and of Σ k·dk through the
+    next state; and two of the product of states and their gradients, rounded as others are, so that errors cancel.
     """
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
