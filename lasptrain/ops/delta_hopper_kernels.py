@@ -281,15 +281,18 @@ def _fetch_one(x, at, buffer, bar, BYTES: gl.constexpr, known):
 
 
 @gluon.jit
-def _fetch_two(x, y, one, other, bar, batch, head, t, known):
+def _fetch_two(x, y, ones, others, bars, stage, batch, head, t, known):
+    bar = bars.index(stage)
     mbarrier.expect(bar, 2 * C * D * 2, pred=known)
-    _load(x, [batch, head, t, 0], bar, one, pred=known)
-    _load(y, [batch, head, t, 0], bar, other, pred=known)
+    _load(x, [batch, head, t, 0], bar, ones.index(stage), pred=known)
+    _load(y, [batch, head, t, 0], bar, others.index(stage), pred=known)
 
 
 @gluon.jit
-def _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column, known):
-    bar = bars.index(stage)
+def _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, place, column, chunk, last):
+    """Load a chunk of k, v and T, if it is not past the last."""
+    batch, head, key_head = place
+    bar, t, known = bars.index(stage), chunk * C, chunk <= last
     mbarrier.expect(bar, C * (2 * D + C) * 2, pred=known)
     _load(inverse, [batch, head, t, 0], bar, inverses.index(stage), pred=known)
     _load(k, [batch, key_head, t, 0], bar, keys.index(stage), pred=known)
@@ -297,9 +300,10 @@ def _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, he
 
 
 @gluon.jit
-def _fetch_walk(k, x, v, inverse, keys, others, values, inverses, bars, stage, batch, head, key_head, of_x, t, known):
-    """Load a chunk of k, of v or the gradient of outputs, T, and x, q or that gradient, of the head `of_x`."""
-    bar = bars.index(stage)
+def _fetch_walk(k, x, v, inverse, keys, others, values, inverses, bars, stage, place, chunk, first, last):
+    """Load a chunk of k, x, T and v; `place` is the batch, and the heads of v, k and x."""
+    batch, head, key_head, of_x = place
+    bar, t, known = bars.index(stage), chunk * C, (chunk >= first) & (chunk <= last)
     mbarrier.expect(bar, C * (3 * D + C) * 2, pred=known)
     _load(k, [batch, key_head, t, 0], bar, keys.index(stage), pred=known)
     _load(x, [batch, of_x, t, 0], bar, others.index(stage), pred=known)
@@ -316,9 +320,9 @@ def summarize_delta(
     M is the last state of a walk from the identity that is written nothing: there v has no more columns, which reads as
     zeros. Chunks of which nothing remains at the end of the block are left out.
     """
-    place, head, batch = _place(NB * TILES, H)
-    mapping, block = place % TILES, place // TILES
-    key_head = head // GROUP
+    tile, head, batch = _place(NB * TILES, H)
+    mapping, block = tile % TILES, tile // TILES
+    place = batch, head, head // GROUP
     line = (batch * H + head).to(gl.int64)
     first, last, base = _chunks(block, line, T, L)
     start, decay = _remaining(GATES, base + first, last - first + 1)
@@ -339,9 +343,7 @@ def summarize_delta(
     written = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
-        t = (chunk + stage) * C
-        known = chunk + stage <= last
-        _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column, known)
+        _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, place, column, chunk + stage, last)
     ahead = base + gl.minimum(chunk, last)
     lead = _line(GATES, ahead, 2)
     fold = _line(GATES, ahead, 3) * _line(GATES, ahead, 4)
@@ -355,18 +357,17 @@ def summarize_delta(
         x = written.index(zero)
         lines.slice(0, C).store(lead)
         lines.slice(C, C).store(fold)
-        over = through
+        low = gl.convert_layout(state.to(gl.bfloat16), OF_TALL)
+        state = state * through
         mbarrier.wait(bars.index(stage), phase)
         transform.store(inverses.index(stage).load(EACH_PAIR).to(gl.bfloat16))
         _published()
         made = warpgroup_mma(transform.permute((1, 0)), sk, _zeros(C, D, ROWS), is_async=True)
-        low = gl.convert_layout(state.to(gl.bfloat16), OF_TALL)
         read = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         ahead = base + gl.minimum(chunk + 1, last)
         lead = _line(GATES, ahead, 2)
         fold = _line(GATES, ahead, 3) * _line(GATES, ahead, 4)
         through = gl.load(GATES + ahead.to(gl.int64) * (NUMBERS * C) + 3 * C - 1)
-        state = state * over
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
         made = warpgroup_mma_wait(1, deps=[made])
         x.store((made * _down(lines, 1, ROWS)).to(gl.bfloat16))
@@ -374,9 +375,7 @@ def summarize_delta(
         read = warpgroup_mma_wait(0, deps=[read])
         missing = gl.convert_layout((value - read * _across(lines, 0, TALL)).to(gl.bfloat16), OF_WIDE)
         _barrier()
-        t = (chunk + 2) * C
-        known = chunk + 2 <= last
-        _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, batch, head, key_head, t, column, known)
+        _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, place, column, chunk + 2, last)
         state = warpgroup_mma(missing, x, state, is_async=True)
         state = warpgroup_mma_wait(0, deps=[state])
         chunk += 1
@@ -399,6 +398,7 @@ def walk_delta(
     """Write outputs, from the states that enter blocks, and the state behind the last block; grid B·NB·H."""
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
+    place = batch, head, key_head, key_head
     line = (batch * H + head).to(gl.int64)
     chunk, last, base = _chunks(block, line, T, L)
     queries = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
@@ -411,11 +411,7 @@ def walk_delta(
     outs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
-        t = (chunk + stage) * C
-        known = chunk + stage <= last
-        _fetch_walk(
-            k, q, v, inverse, keys, queries, values, inverses, bars, stage, batch, head, key_head, key_head, t, known
-        )
+        _fetch_walk(k, q, v, inverse, keys, queries, values, inverses, bars, stage, place, chunk + stage, chunk, last)
     state = gl.load(PREFIX + (line * (NB + 1) + block) * (D * D) + _offset())
     numbers, through = _numbers(GATES, base + chunk)
     stage = 0
@@ -454,11 +450,7 @@ def walk_delta(
         so.permute((1, 0)).store(o.to(gl.bfloat16))
         _published()
         _store(out, [batch, head, chunk * C, 0], so)
-        t = (chunk + 2) * C
-        known = chunk + 2 <= last
-        _fetch_walk(
-            k, q, v, inverse, keys, queries, values, inverses, bars, stage, batch, head, key_head, key_head, t, known
-        )
+        _fetch_walk(k, q, v, inverse, keys, queries, values, inverses, bars, stage, place, chunk + 2, chunk, last)
         chunk += 1
         phase ^= stage
         stage ^= 1
@@ -478,6 +470,7 @@ def query_gradients(
     """
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
+    place = batch, head, key_head, head
     line = (batch * H + head).to(gl.int64)
     chunk, last, base = _chunks(block, line, T, L)
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
@@ -493,9 +486,7 @@ def query_gradients(
     queries = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(3)
     for stage in gl.static_range(2):
-        t = (chunk + stage) * C
-        known = chunk + stage <= last
-        _fetch_walk(k, do, v, inverse, keys, dos, values, inverses, bars, stage, batch, head, key_head, head, t, known)
+        _fetch_walk(k, do, v, inverse, keys, dos, values, inverses, bars, stage, place, chunk + stage, chunk, last)
     if FLOWS:
         _fetch_one(q, [batch, key_head, chunk * C, 0], queries.index(0), bars.index(2), C * D * 2, True)
     state = gl.load(PREFIX + (line * (NB + 1) + block) * (D * D) + _offset())
@@ -554,9 +545,7 @@ def query_gradients(
         _published()
         if FLOWS:
             _fetch_one(q, [batch, key_head, (chunk + 1) * C, 0], query, bars.index(2), C * D * 2, chunk < last)
-        t = (chunk + 2) * C
-        known = chunk + 2 <= last
-        _fetch_walk(k, do, v, inverse, keys, dos, values, inverses, bars, stage, batch, head, key_head, head, t, known)
+        _fetch_walk(k, do, v, inverse, keys, dos, values, inverses, bars, stage, place, chunk + 2, chunk, last)
         _store(dq, [batch, head, chunk * C, 0], so)
         if FLOWS:
             _row_sums(FLOW + at.to(gl.int64) * (2 * C), own.to(gl.float32) * gradient, D)
@@ -574,6 +563,7 @@ def walk_gradients(
     """Write what a block's outputs alone send to its initial state to FIRST [B, H, NB, V, K] fp32; grid B·NB·H."""
     block, head, batch = _place(NB, H)
     key_head = head // GROUP
+    place = batch, head, key_head, key_head
     line = (batch * H + head).to(gl.int64)
     first, last, base = _chunks(block, line, T, L)
     state = _zeros(D, D, WIDE)
@@ -588,11 +578,7 @@ def walk_gradients(
     lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
-        t = (chunk - stage) * C
-        known = chunk - stage >= first
-        _fetch_walk(
-            k, q, do, inverse, keys, queries, dos, inverses, bars, stage, batch, head, key_head, key_head, t, known
-        )
+        _fetch_walk(k, q, do, inverse, keys, queries, dos, inverses, bars, stage, place, chunk - stage, first, chunk)
     numbers, through = _numbers(GATES, base + gl.maximum(chunk, first))
     stage = 0
     phase = 0
@@ -628,11 +614,7 @@ def walk_gradients(
         state = warpgroup_mma(back, sk, state, is_async=True)
         state = warpgroup_mma_wait(0, deps=[state])
         _barrier()
-        t = (chunk - 2) * C
-        known = chunk - 2 >= first
-        _fetch_walk(
-            k, q, do, inverse, keys, queries, dos, inverses, bars, stage, batch, head, key_head, key_head, t, known
-        )
+        _fetch_walk(k, q, do, inverse, keys, queries, dos, inverses, bars, stage, place, chunk - 2, first, chunk)
         chunk -= 1
         phase ^= stage
         stage ^= 1
@@ -671,17 +653,13 @@ def input_gradients(
     lows = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], TILE)
     us = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)  # U, then dk
     dvs = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
-    of_keys, of_inverse = _barriers(2), _barriers(1).index(0)
-    of_values, of_states = _barriers(1).index(0), _barriers(1).index(0)
+    of_keys, of_values, of_inverse, of_states = _barriers(2), _barriers(1), _barriers(1), _barriers(1)
     t = chunk * C
     for stage in gl.static_range(2):
-        known = chunk - stage >= first
-        _fetch_two(
-            k, q, keys.index(stage), queries.index(stage), of_keys.index(stage), batch, key_head, t - stage * C, known
-        )
-    _fetch_one(inverse, [batch, head, t, 0], inverses.index(0), of_inverse, C * C * 2, True)
-    _fetch_two(v, do, values.index(0), dos.index(0), of_values, batch, head, t, True)
-    _fetch_one(states, [(base + chunk) * D, 0], befores.index(0), of_states, D * D * 2, True)
+        _fetch_two(k, q, keys, queries, of_keys, stage, batch, key_head, t - stage * C, chunk - stage >= first)
+    _fetch_one(inverse, [batch, head, t, 0], inverses.index(0), of_inverse.index(0), C * C * 2, True)
+    _fetch_two(v, do, values, dos, of_values, 0, batch, head, t, True)
+    _fetch_one(states, [(base + chunk) * D, 0], befores.index(0), of_states.index(0), D * D * 2, True)
     state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
     numbers, through = _numbers(GATES, base + chunk)
     i = gl.arange(0, C, layout=gl.SliceLayout(1, PAIRS))
@@ -715,19 +693,19 @@ def input_gradients(
         mbarrier.wait(of_keys.index(stage), phase)
         scores = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
         du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        mbarrier.wait(of_inverse, turn)
+        mbarrier.wait(of_inverse.index(0), turn)
         weights = _transformed(own, lines, transform)
-        mbarrier.wait(of_states, turn)
+        mbarrier.wait(of_states.index(0), turn)
         read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         scores = warpgroup_mma_wait(2, deps=[scores])
         near.store((scores * weights).to(gl.bfloat16))
-        mbarrier.wait(of_values, turn)
+        mbarrier.wait(of_values.index(0), turn)
         value = sv.permute((1, 0)).load(TALL).to(gl.float32)
         tma.store_wait(0)  # of dk and dv, into whose buffers the next are written after the barrier
         du, read = warpgroup_mma_wait(0, deps=[du, read])
         missing = gl.convert_layout((value - read * _across(lines, 2, TALL)).to(gl.bfloat16), OF_TALL)
         _published()
-        _fetch_one(inverse, [batch, head, t - C, 0], own, of_inverse, C * C * 2, more)
+        _fetch_one(inverse, [batch, head, t - C, 0], own, of_inverse.index(0), C * C * 2, more)
         du = warpgroup_mma(sdo.permute((1, 0)), near, du * _across(lines, 3, TALL), is_async=True)
         u = warpgroup_mma(missing, transform.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
         du = warpgroup_mma_wait(1, deps=[du])
@@ -764,8 +742,8 @@ def input_gradients(
         row = warpgroup_mma_wait(0, deps=[row])
         row = row * -_down(lines, 2, ROWS)
         _published()
-        _fetch_two(v, do, sv, sdo, of_values, batch, head, t - C, more)
-        _fetch_one(states, [(at - 1) * D, 0], before, of_states, D * D * 2, more)
+        _fetch_two(v, do, values, dos, of_values, zero, batch, head, t - C, more)
+        _fetch_one(states, [(at - 1) * D, 0], before, of_states.index(0), D * D * 2, more)
         row = warpgroup_mma(near, sk, row, is_async=True)
         sent = warpgroup_mma(near.permute((1, 0)), sk, sent, is_async=True)
         sent = warpgroup_mma(ds.permute((1, 0)), sq, sent, is_async=True)
@@ -774,7 +752,7 @@ def input_gradients(
         su.store((row + sent).to(gl.bfloat16))
         _published()
         _store(dk, [batch, head, t, 0], su)
-        _fetch_two(k, q, sk, sq, of_keys.index(stage), batch, key_head, t - 2 * C, chunk - 2 >= first)
+        _fetch_two(k, q, keys, queries, of_keys, stage, batch, key_head, t - 2 * C, chunk - 2 >= first)
         read = key.to(gl.float32) * row
         _row_sums(out + C, read, D)
         if FLOWS:
