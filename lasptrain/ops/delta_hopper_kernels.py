@@ -89,12 +89,6 @@ def _published():
 
 
 @gluon.jit
-def _line(GATES, at, number: gl.constexpr):
-    """Load one number of each token [C] of the chunk `at`."""
-    return gl.load(GATES + at.to(gl.int64) * (NUMBERS * C) + number * C + gl.arange(0, C, layout=VECTOR))
-
-
-@gluon.jit
 def _numbers(GATES, at):
     """Load `inside`, `rest`, `lead`, `fold` and β of the chunk `at` as one row, and the decay over the chunk."""
     here = GATES + at.to(gl.int64) * (NUMBERS * C)
@@ -338,16 +332,13 @@ def summarize_delta(
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     values = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], TILE)
     inverses = gl.allocate_shared_memory(gl.float16, [2, C, C], TILE)
-    lines = gl.allocate_shared_memory(gl.float32, [2 * C], LINE)
+    lines = gl.allocate_shared_memory(gl.float32, [8 * C], LINE)
     transforms = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], TILE)
     written = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], TILE)
     bars = _barriers(2)
     for stage in gl.static_range(2):
         _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, place, column, chunk + stage, last)
-    ahead = base + gl.minimum(chunk, last)
-    lead = _line(GATES, ahead, 2)
-    fold = _line(GATES, ahead, 3) * _line(GATES, ahead, 4)
-    through = gl.load(GATES + ahead.to(gl.int64) * (NUMBERS * C) + 3 * C - 1)
+    numbers, through = _numbers(GATES, base + gl.minimum(chunk, last))
     stage = 0
     phase = 0
     while chunk <= last:
@@ -355,8 +346,7 @@ def summarize_delta(
         sk = keys.index(stage)
         transform = transforms.index(zero)
         x = written.index(zero)
-        lines.slice(0, C).store(lead)
-        lines.slice(C, C).store(fold)
+        lines.store(numbers)
         low = gl.convert_layout(state.to(gl.bfloat16), OF_TALL)
         state = state * through
         mbarrier.wait(bars.index(stage), phase)
@@ -364,16 +354,13 @@ def summarize_delta(
         _published()
         made = warpgroup_mma(transform.permute((1, 0)), sk, _zeros(C, D, ROWS), is_async=True)
         read = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        ahead = base + gl.minimum(chunk + 1, last)
-        lead = _line(GATES, ahead, 2)
-        fold = _line(GATES, ahead, 3) * _line(GATES, ahead, 4)
-        through = gl.load(GATES + ahead.to(gl.int64) * (NUMBERS * C) + 3 * C - 1)
+        numbers, through = _numbers(GATES, base + gl.minimum(chunk + 1, last))
         value = values.index(stage).permute((1, 0)).load(TALL).to(gl.float32)
         made = warpgroup_mma_wait(1, deps=[made])
-        x.store((made * _down(lines, 1, ROWS)).to(gl.bfloat16))
+        x.store((made * (_down(lines, 3, ROWS) * _down(lines, 4, ROWS))).to(gl.bfloat16))
         fence_async_shared()
         read = warpgroup_mma_wait(0, deps=[read])
-        missing = gl.convert_layout((value - read * _across(lines, 0, TALL)).to(gl.bfloat16), OF_WIDE)
+        missing = gl.convert_layout((value - read * _across(lines, 2, TALL)).to(gl.bfloat16), OF_WIDE)
         _barrier()
         _fetch_summary(k, v, inverse, keys, values, inverses, bars, stage, place, column, chunk + 2, last)
         state = warpgroup_mma(missing, x, state, is_async=True)
@@ -630,7 +617,8 @@ def input_gradients(
 
     LAST [B, H, NB, V, K] fp32 is the gradient of what leaves blocks. U and the gradient of Q Kᵀ are computed again from
     the states that enter chunks, because memory is what such walks wait for. Each input is loaded into its buffer as
-    soon as that is free, for the next chunk; those that are needed first or last have two.
+    soon as that is free, for the next chunk; those that are needed first and last have two. A chunk's first products
+    are issued before the last ones of the chunk behind it are waited for.
 
     SUMS [B, H, n, 9, C] fp32 gets what `finish_gradients` sums the gradients of β and of decays from: Σ v·dv; two rows
     each of Σ k·dk through what k reads, of that less what is sent through what it writes, and of Σ k·dk through the
@@ -662,6 +650,14 @@ def input_gradients(
     _fetch_one(states, [(base + chunk) * D, 0], befores.index(0), of_states.index(0), D * D * 2, True)
     state = gl.load(LAST + (line * NB + block) * (D * D) + _offset())
     numbers, through = _numbers(GATES, base + chunk)
+    lineses.index(0).store(_nonzero(numbers))
+    lows.index(0).store(state.to(gl.bfloat16))
+    state = state * through
+    _published()
+    mbarrier.wait(of_keys.index(0), 0)
+    scores = warpgroup_mma(queries.index(0), keys.index(0).permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
+    du = warpgroup_mma(lows.index(0), keys.index(0).permute((1, 0)), _zeros(D, C, TALL), is_async=True)
+    scores, du = warpgroup_mma_wait(0, deps=[scores, du])
     i = gl.arange(0, C, layout=gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, C, layout=gl.SliceLayout(0, PAIRS))
     stage = 0
@@ -686,23 +682,15 @@ def input_gradients(
         su = us.index(zero)
         sdv = dvs.index(zero)
         out = SUMS + at.to(gl.int64) * (ROWS_OF_SUMS * C)
-        lines.store(_nonzero(numbers))
-        low.store(state.to(gl.bfloat16))
-        state = state * through
-        _published()
-        mbarrier.wait(of_keys.index(stage), phase)
-        scores = warpgroup_mma(sq, sk.permute((1, 0)), _zeros(C, C, PAIRS), is_async=True)
-        du = warpgroup_mma(low, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        mbarrier.wait(of_inverse.index(0), turn)
-        weights = _transformed(own, lines, transform)
         mbarrier.wait(of_states.index(0), turn)
         read = warpgroup_mma(before, sk.permute((1, 0)), _zeros(D, C, TALL), is_async=True)
-        scores = warpgroup_mma_wait(2, deps=[scores])
+        mbarrier.wait(of_inverse.index(0), turn)
+        weights = _transformed(own, lines, transform)
         near.store((scores * weights).to(gl.bfloat16))
         mbarrier.wait(of_values.index(0), turn)
         value = sv.permute((1, 0)).load(TALL).to(gl.float32)
         tma.store_wait(0)  # of dk and dv, into whose buffers the next are written after the barrier
-        du, read = warpgroup_mma_wait(0, deps=[du, read])
+        read = warpgroup_mma_wait(0, deps=[read])
         missing = gl.convert_layout((value - read * _across(lines, 2, TALL)).to(gl.bfloat16), OF_TALL)
         _published()
         _fetch_one(inverse, [batch, head, t - C, 0], own, of_inverse.index(0), C * C * 2, more)
@@ -747,18 +735,27 @@ def input_gradients(
         row = warpgroup_mma(near, sk, row, is_async=True)
         sent = warpgroup_mma(near.permute((1, 0)), sk, sent, is_async=True)
         sent = warpgroup_mma(ds.permute((1, 0)), sq, sent, is_async=True)
-        key = sk.load(ROWS)
-        row, sent = warpgroup_mma_wait(0, deps=[row, sent])
+        lines.store(_nonzero(numbers))
+        low.store(state.to(gl.bfloat16))
+        state = state * through
+        _published()
+        phase ^= stage
+        stage ^= 1
+        mbarrier.wait(of_keys.index(stage), phase, pred=more)
+        ahead = keys.index(stage).permute((1, 0))
+        scores = warpgroup_mma(queries.index(stage), ahead, _zeros(C, C, PAIRS), is_async=True)
+        du = warpgroup_mma(low, ahead, _zeros(D, C, TALL), is_async=True)
+        key = sk.load(ROWS).to(gl.float32)
+        row, sent = warpgroup_mma_wait(2, deps=[row, sent])
         su.store((row + sent).to(gl.bfloat16))
         _published()
         _store(dk, [batch, head, t, 0], su)
-        _fetch_two(k, q, keys, queries, of_keys, stage, batch, key_head, t - 2 * C, chunk - 2 >= first)
-        read = key.to(gl.float32) * row
+        _fetch_two(k, q, keys, queries, of_keys, stage ^ 1, batch, key_head, t - 2 * C, chunk - 2 >= first)
+        read = key * row
         _row_sums(out + C, read, D)
         if FLOWS:
-            _row_sums(out + 3 * C, read - key.to(gl.float32) * sent, D)
+            _row_sums(out + 3 * C, read - key * sent, D)
+        scores, du = warpgroup_mma_wait(0, deps=[scores, du])
         chunk -= 1
-        phase ^= stage
-        stage ^= 1
         turn ^= 1
     tma.store_wait(0)
