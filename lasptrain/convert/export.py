@@ -77,7 +77,7 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
     tables.check_sources(table, step.shapes, str(step.folder))
     forms = tables.forms(table, step.shapes, DTYPES[dtype])
     with atomic_folder(out, force, RECORD) as folder:
-        files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype]))
+        files.write(folder, forms, tables.export(table, step.read, DTYPES[dtype], str(step.folder)))
         special = tokenizer.special(recipe.data.tokenizer)
         name = str(DTYPES[dtype]).removeprefix("torch.")
         config = configs.config(target, model, special.ids(), name, order.window(step.meta))

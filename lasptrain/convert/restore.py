@@ -282,11 +282,15 @@ class _Reader:
         """Return one of our tensors by name, in fp32."""
         if name not in self.made:
             rule = self.rules[name]
-            found = [self.folder.read(target, torch.float32) for target in rule.targets]
+            found = [self._found(target) for target in rule.targets]
             made = rule.back(found, [self.shapes[source] for source in rule.sources])
             self.made = dict(zip(rule.sources, made, strict=True))
         tensor = self.made.pop(name)
         return self._slope(name, tensor) if name.endswith("mixer.slope") else tensor
+
+    def _found(self, target: str) -> Tensor:
+        """Return a tensor of the folder, in fp32. ConvertError where it is not finite."""
+        return tables.finite(self.folder.read(target, torch.float32), target, str(self.folder.path))
 
     def _slope(self, name: str, found: Tensor) -> Tensor:
         """Return the recorded slopes, with which the target's must agree; without a record, the target's."""

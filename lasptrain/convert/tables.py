@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -27,13 +28,25 @@ def forms(table: Sequence[Rule], shapes: Shapes, dtype: torch.dtype) -> dict[str
     return found
 
 
-def export(table: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the target, with one rule in memory at a time."""
+def export(
+    table: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dtype, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the target, with one rule in memory at a time. ConvertError for one that is not finite."""
     for rule in table:
         if rule.targets:
-            made = rule.to([read(source) for source in rule.sources])
+            made = rule.to([finite(read(source), source, where) for source in rule.sources])
             kept = torch.float32 if rule.full_precision else dtype
             yield from ((name, y.to(kept)) for name, y in zip(rule.targets, made, strict=True))
+
+
+def finite(tensor: Tensor, name: str, where: str) -> Tensor:
+    """Return `tensor`. ConvertError where an element is NaN or infinite."""
+    if not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax()):  # in no memory of its own
+        return tensor
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise ConvertError(
+        f"{where}: {name}: {bad:,} of {tensor.numel():,} elements are NaN or infinite; expected finite weights"
+    )
 
 
 def check_targets(table: Sequence[Rule], shapes: Shapes, found: Shapes, where: str) -> None:

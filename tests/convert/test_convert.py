@@ -566,6 +566,8 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, exports: Exports)
         "decays": (lambda t: t["model.layers.1.mamba.A_log"].add_(1), "the decays of layers.1.mixer.slope are not"),
         "convolution": (lambda t: t["model.layers.0.mamba.conv1d.weight"].add_(1), "holds other numbers than"),
         "step": (lambda t: t["model.layers.0.mamba.in_proj.weight"].add_(1), "the decay depends on the token"),
+        "nan": (lambda t: t["model.norm.weight"][3:5].fill_(torch.nan), "model.norm.weight: 2 of 32 elements are NaN"),
+        "inf": (lambda t: t["lm_head.weight"][9].fill_(-torch.inf), "lm_head.weight: 32 of 131,072 elements are NaN"),
     }
     for name, (change, message) in cases.items():
         out = shutil.copytree(whole, tmp_path / name)
@@ -573,6 +575,10 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, exports: Exports)
         with pytest.raises(ConvertError, match=re.escape(message)):
             restore(out, tmp_path / "back")
     config = out / "config.json"
+    config.write_text(config.read_text().replace('"hidden_act": "silu"', '"hidden_act": "gelu"'))
+    with pytest.raises(ConvertError, match="hidden_act is 'gelu', the recipe's model has 'silu'"):
+        restore(out, tmp_path / "back")
+    shutil.copyfile(whole / "config.json", config)
     config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     with pytest.raises(ConvertError, match="tie_word_embeddings is True, the recipe's model has False"):
         restore(out, tmp_path / "back")
@@ -580,6 +586,20 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, exports: Exports)
     with pytest.raises(ConvertError, match=r"has unknown lm_head\.weight"):
         restore(out, tmp_path / "back")
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_weights_that_are_no_numbers_do_not_leave(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"arch": "retnet"})
+    step = single.CheckpointReader(run)
+    spoilt = {name: step.read(name) for name in step.shapes}
+    spoilt["layers.1.mlp.down.weight"][0, 0] = torch.nan
+    recipe = loading.load(run / "recipe.yaml")
+    with torch.device("meta"):
+        empty = LanguageModel(recipe.model, 512, ShardedRecurrence("reference"))
+    single.write(run, 8, empty, build_optimizer(empty, recipe.optim), spoilt.__getitem__, step.meta)
+    with pytest.raises(ConvertError, match=r"step-8: layers\.1\.mlp\.down\.weight: 1 of .* are NaN or infinite"):
+        export(run, tmp_path / "out", "retnet", check=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fault("a hostile checkpoint", times=9)

@@ -16,7 +16,7 @@ ADVICE = (
     "`generation_config.json`): with transformers 5.24 flash-linear-attention 0.6.0 loses its cache there."
 )
 GENERATION = {"use_cache": False}  # its cache is lost in generate() of transformers 5.24
-FREE = ("attn_mode", "fuse_norm", "hidden_act")
+FREE = ("attn_mode", "fuse_norm")
 DEMANDS = {
     "num_kv_heads": (None, None),
     "hidden_act": ("swish", "swish"),

@@ -246,7 +246,6 @@ TARGET = Target(
     loads_as="GraniteMoeHybridForCausalLM",
     config=config,
     rules=rules,
-    free=("hidden_act",),
     embedding=EMBEDDING,
     keys=keys,
     reading=reading,

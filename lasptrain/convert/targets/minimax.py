@@ -191,7 +191,6 @@ TARGET = Target(
     loads_as="MiniMaxForCausalLM",
     config=config,
     rules=rules,
-    free=("hidden_act",),
     embedding=EMBEDDING,
     keys=keys,
     reading=reading,
