@@ -19,8 +19,13 @@ from lasptrain.recipe.yaml12 import dump
 from lasptrain.run import base
 
 
-def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, parity: str, folder: str) -> str:
-    """Return the README.md of the export of `step` in a folder of this name."""
+def text(
+    run: Path, recipe: Recipe, step: CheckpointReader, target: Target, tokenizer: str, parity: str, folder: str
+) -> str:
+    """Return the README.md of the export of `step` in a folder of this name.
+
+    `tokenizer` and `parity` say what lies there for texts, and how logits compare.
+    """
     library = "transformers" if "transformers" in target.runs_in else "lasptrain"
     rows = {
         "architecture": recipe.model.arch,
@@ -29,6 +34,7 @@ def text(run: Path, recipe: Recipe, step: CheckpointReader, target: Target, pari
         "data fingerprint": f"`{step.meta['dataset']}`",
         **_losses(run, step.step),
         "format": f"{target.name}, for {target.runs_in}",
+        "tokenizer": tokenizer.replace("|", r"\|"),
         "verified": parity,
     }
     return "\n".join(

@@ -89,7 +89,8 @@ def _export(run: Path, out: Path, to: str, dtype: str, force: bool, check: bool)
         parity = _verify(folder, run, target, dtype) if check else "not compared: --no-verify"
         base.write_terms(run, folder)
         _json(folder / RECORD, _record(step, recipe, target.name, dtype, parity))
-        (folder / "README.md").write_text(card.text(run, recipe, step, target, str(parity), out.name), encoding="utf-8")
+        page = card.text(run, recipe, step, target, told, str(parity), out.name)
+        (folder / "README.md").write_text(page, encoding="utf-8")
     return Exported(out, target, len(forms), sum(form.bytes for form in forms.values()), told, parity)
 
 

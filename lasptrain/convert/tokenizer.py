@@ -18,6 +18,7 @@ from lasptrain.errors import DataError
 
 LINES = 10_000
 MAP = "special_tokens_map.json"
+ALONE = "tokenizer.model only, for sentencepiece; transformers would make other ids of a text"
 
 DEFAULTS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -108,7 +109,8 @@ def _beside(path: Path, name: str) -> Json:
 def export(path: Path, folder: Path) -> str:
     """Write the tokenizer at `path`, or in a folder there, into `folder`; return a line about it.
 
-    A tokenizer.json is copied with the files beside it, which then name BOS, end and padding if they did not.
+    A tokenizer.json is copied with the files beside it, which then name BOS, end and padding if they did not. A
+    sentencepiece model gets one: without it transformers makes a tokenizer of the model's class, with other ids.
     """
     path = tokenizer_file(path)
     if path.suffix == ".json":
@@ -116,16 +118,17 @@ def export(path: Path, folder: Path) -> str:
         _describe(path, folder, _beside(path, CONFIG) or DEFAULTS, _beside(path, MAP))
         return "fast, as it came"
     shutil.copyfile(path, folder / "tokenizer.model")
-    if not installed("tokenizers"):
-        return "tokenizer.model only, for sentencepiece: the package tokenizers is not installed"
     try:
         text = tokenizer_json(path)
     except DataError as error:
-        return f"tokenizer.model only, for sentencepiece: {error}"
-    if (different := _different(path, text)) is not None:
-        return f"tokenizer.model only, for sentencepiece: as a fast tokenizer {different!r} has other ids"
+        return f"{ALONE}: {str(error).removeprefix(f'{path}: ')}"
+    compared = installed("tokenizers")
+    if compared and (different := _different(path, text)) is not None:
+        return f"{ALONE}: as a fast tokenizer {different!r} has other ids"
     (folder / FAST).write_text(text, encoding="utf-8")
     _describe(path, folder, DEFAULTS, {})
+    if not compared:
+        return "fast, not compared: tokenizers is not installed (pip install 'lasptrain[convert]')"
     return f"fast, same ids as tokenizer.model on {LINES:,} lines"
 
 

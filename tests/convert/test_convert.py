@@ -402,6 +402,23 @@ def test_the_tokenizer_keeps_its_ids(tmp_path: Path) -> None:
     assert tokenizer._different(model, json.dumps(parsed)) is not None
 
 
+def test_a_fast_tokenizer_leaves_without_the_package_that_compares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer.model alone transformers makes a tokenizer of the model's class, with other ids."""
+    monkeypatch.setattr("lasptrain.convert.tokenizer.installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    run = make_run(tmp_path, {"arch": "ssd"})
+    told = export(run, tmp_path / "out", "hf", check=False).tokenizer
+    assert told == "fast, not compared: tokenizers is not installed (pip install 'lasptrain[convert]')"
+    assert f"| tokenizer | {told} |" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    pytest.importorskip("tokenizers.models")
+    text = (tmp_path / "out/tokenizer.json").read_text(encoding="utf-8")
+    assert tokenizer._different(ROOT / "tokenizers/python-4k.model", text) is None
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["bos_token"] == "<s>"
+
+
 def test_a_text_ends_where_the_next_would_begin(exports: Exports) -> None:
     """Without these a text from transformers has no end, and a batch no padding."""
     pytest.importorskip("tokenizers.models")
