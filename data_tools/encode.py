@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,10 +18,19 @@ from data_tools.sources import Piece
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain.errors import DataError
 
+ASKING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # signals that ask a program to end; some: not on Windows
+
 
 def end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for its next unit for ever."""
+    """End this worker with its parent only: when that is killed, as it would wait for its next unit for ever.
+
+    A signal to all processes of a group is the parent's to answer: a worker that it ends while it sends ids leaves the
+    parent waiting for their rest.
+    """
     parent = multiprocessing.parent_process()
+    for name in ASKING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def watch() -> None:
         if parent:
@@ -26,6 +38,26 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hear signals at the end of this context only: a worker that is being started would end in a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears them
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @lru_cache(maxsize=1)

@@ -359,10 +359,9 @@ def _in_order(
     with ProcessPoolExecutor(workers, mp_context=server, initializer=worker.end_with_parent) as pool:
         try:
             while True:
-                pending.extend(
-                    (unit, digest, pool.submit(encode, unit))
-                    for unit, digest, _ in islice(found, 2 * workers - len(pending))
-                )
+                for unit, digest, _ in islice(found, 2 * workers - len(pending)):
+                    with worker.undisturbed():
+                        pending.append((unit, digest, pool.submit(encode, unit)))
                 if not pending:
                     return
                 unit, digest, future = pending.popleft()

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
@@ -101,7 +102,12 @@ def _job(
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs each rank it ends
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=START)
+    resource_tracker.ensure_running()  # which would unblock signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals.CODES)  # in ranks until they lead groups of their own
+    try:
+        job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=START)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     number, heard = 0, time.monotonic()
     try:
         while number < len(given):
@@ -144,6 +150,9 @@ def _end_all_of(process: BaseProcess) -> None:
 def _leave_with_parent() -> None:
     """End this rank, and the processes that it has started, when the one that measures is no more."""
     os.setsid()
+    for number in signals.CODES:  # forget those that came to the group of the parent, which ends its ranks
+        signal.signal(number, signal.signal(number, signal.SIG_IGN))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.CODES)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

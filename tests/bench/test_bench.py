@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +105,27 @@ def test_a_trial_that_fails_costs_only_itself_and_those_that_would_fail_too() ->
     found = dict(local_ranks.trials(2, trial, given, skip_after=lambda failed, other: failed[0] == other[0]))
     lacking = local_ranks.TrialFailure("CUDA out of memory. Tried to allocate 2 GiB", memory=True)
     assert found == dict(zip(given, [1, lacking, lacking, 2], strict=True))
+
+
+class Interrupting:
+    """A rank is interrupted when this is read, as by Ctrl-C while it starts, which is for the group of its parent."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _interrupted, ()
+
+
+def _interrupted() -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return 7
+
+
+def given_back(value: int) -> int:
+    return value
+
+
+def test_ctrl_c_while_ranks_start_is_heard_by_their_parent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_ranks, "START", "spawn")
+    assert local_ranks.on_ranks(1, given_back, Interrupting()) == 7
 
 
 def test_methods_that_ran_out_of_memory_are_drawn_and_listed(tmp_path: Path) -> None:

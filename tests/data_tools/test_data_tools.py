@@ -756,6 +756,29 @@ def test_a_killed_prepare_leaves_nothing_visible_and_no_process(
     assert files(prepare(Preparation([str(corpus)], "bytes", workers=1), tmp_path / "out")) == files(whole)
 
 
+def _under_signals(unit: list[Piece]) -> list[Ids]:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    return worker.encode("bytes", unit)
+
+
+def test_a_signal_to_a_whole_group_is_answered_by_the_parent_alone(tmp_path: Path) -> None:
+    """A worker that it ended while ids were on the way left the parent waiting for the rest of them."""
+    units = [[Piece("a.txt", "ab", 2, last=True)] for _ in range(3)]
+    with preparing.Spool(tmp_path, 257, "") as spool:
+        found = list(preparing._in_order(_under_signals, iter(units), spool, 2))
+    assert [counts for _, counts in found] == [[2], [2], [2]]
+
+
+def test_a_signal_while_a_worker_starts_is_heard_behind_it() -> None:
+    """Else the worker ends in a traceback, as what it is to read is gone."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), worker.undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(len(range(99)))
+    assert reached == [99] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("damage", ["none", "half a unit", "half a line", "flipped", "text", "shorter"])
 def test_prepare_goes_on_from_the_units_that_were_finished(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
