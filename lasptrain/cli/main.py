@@ -82,8 +82,8 @@ def main() -> NoReturn:
             )
             code = SetupError.code
     except Exception:
-        traceback.print_exc()
-        code = INTERNAL
+        if (code := signals.heard() or INTERNAL) == INTERNAL:
+            traceback.print_exc()
     if code in (STOPPED, INTERRUPTED):
         signals.ignore()
     sys.exit(code)

@@ -27,6 +27,7 @@ ALL_SAVED = "every step is saved"
 ECHO = 0.5  # seconds within which a signal that comes both directly and through the launcher counts once
 
 _noted, _at, _unsaved = 0, 0.0, False
+_heard: int | None = None  # exit code of the signal that `interrupt` has heard last
 _leave: Callable[[int], object] = int  # of the signal: by default nothing is done
 
 
@@ -37,7 +38,8 @@ def interrupt() -> None:
     """
 
     def hear(number: int, frame: FrameType | None) -> None:
-        code = CODES[signal.Signals(number)]
+        global _heard
+        _heard = code = CODES[signal.Signals(number)]
         if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
             os._exit(code)
         raise KeyboardInterrupt if code == INTERRUPTED else SystemExit(code)
@@ -45,6 +47,11 @@ def interrupt() -> None:
     for number in CODES:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # else our parent has it ignored
             signal.signal(number, hear)
+
+
+def heard() -> int | None:
+    """Return the exit code of the signal that was heard since `interrupt`; some libraries make another error of it."""
+    return _heard
 
 
 def listen(leave: Callable[[int], None] = lambda number: None, now: Callable[[], float] = time.monotonic) -> None:

@@ -303,6 +303,20 @@ def test_a_bug_shows_its_traceback_once_and_ends_with_70(tmp_path: Path) -> None
     assert done.stderr.count("Traceback") == 1
 
 
+def test_a_signal_that_a_library_makes_an_error_of_is_a_signal(tmp_path: Path) -> None:
+    """As pydantic does of what is raised while it builds a class."""
+    program = """import os, signal, lasptrain.cli.main as cli
+def load(*_):
+    try: os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(999)]
+    except SystemExit as error: raise ValueError(f"builds no validator: {error}") from error
+cli.load = load
+cli.main()"""
+    command = [sys.executable, "-c", program, "check", "x.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 def test_benchmarks_are_refused_before_they_measure(tmp_path: Path) -> None:
     sp = ["bench", "sp", QUICKSTART]
     refused(2, "--tokens, --steps: found neither; expected tokens per rank", *sp, cwd=tmp_path)
