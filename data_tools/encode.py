@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,23 @@ from data_tools.sources import Piece
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from lasptrain.errors import DataError
 
-ASKING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # signals that ask a program to end; some: not on Windows
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # some: not on Windows
+ASKING = [signal.Signals[name] for name in NAMES if hasattr(signal, name)]  # signals that ask a program to end
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Start the process that forks workers; it imports once, whatever this process has done. None of them hears ASKING:
+    these signals are this process's to answer, also while the others start.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "data_tools.encode"])
+    resource_tracker.ensure_running()  # which would unblock signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return context
 
 
 def end_with_parent() -> None:
@@ -28,9 +45,8 @@ def end_with_parent() -> None:
     parent waiting for their rest.
     """
     parent = multiprocessing.parent_process()
-    for name in ASKING:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         if parent:

@@ -354,9 +354,7 @@ def _in_order(
     else:
         return
     pending: deque[tuple[list[P], str, Future[list[Ids]]]] = deque()
-    server = multiprocessing.get_context("forkserver")  # imports once, whatever this process has done; then forks
-    server.set_forkserver_preload(["__main__", "data_tools.encode"])
-    with ProcessPoolExecutor(workers, mp_context=server, initializer=worker.end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=worker.server(), initializer=worker.end_with_parent) as pool:
         try:
             while True:
                 for unit, digest, _ in islice(found, 2 * workers - len(pending)):

@@ -33,7 +33,7 @@ from data_tools.files import counted
 from data_tools.packing import BestFit
 from data_tools.prepare import Preparation, ensure_dataset, prepare
 from data_tools.sources import Piece, Reading, open_source
-from data_tools.spool import Ids
+from data_tools.spool import Ids, Spool
 from data_tools.synthetic import Kind
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, check, cut, cuts_safely, load_tokenizer
 from lasptrain.data.dataset import TokenDataset
@@ -765,9 +765,30 @@ def _under_signals(unit: list[Piece]) -> list[Ids]:
 def test_a_signal_to_a_whole_group_is_answered_by_the_parent_alone(tmp_path: Path) -> None:
     """A worker that it ended while ids were on the way left the parent waiting for the rest of them."""
     units = [[Piece("a.txt", "ab", 2, last=True)] for _ in range(3)]
-    with preparing.Spool(tmp_path, 257, "") as spool:
+    with Spool(tmp_path, 257, "") as spool:
         found = list(preparing._in_order(_under_signals, iter(units), spool, 2))
     assert [counts for _, counts in found] == [[2], [2], [2]]
+
+
+HEARD = """
+import signal
+from data_tools import encode
+
+def blocked(number):
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+if __name__ == "__main__":
+    with encode.server().Pool(1) as pool:
+        print(pool.map(blocked, [0])[0] >= set(encode.ASKING), blocked(0) & set(encode.ASKING))
+"""
+
+
+def test_signals_while_the_workers_server_starts_are_the_parents(tmp_path: Path) -> None:
+    (tmp_path / "heard.py").write_text(HEARD)
+    environment = os.environ | {"PYTHONPATH": str(MODEL.parent.parent)}
+    command = [sys.executable, str(tmp_path / "heard.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True set()\n", "")
 
 
 def test_a_signal_while_a_worker_starts_is_heard_behind_it() -> None:
