@@ -189,8 +189,9 @@ class _Source:
 
     def _name(self, name: object) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            found = repr(name if not isinstance(name, str) or len(name) < 60 else name[:56] + "…")
+            found = shown(name, self.written.get(("name",)))
             hint = "" if "name" in self.raw else " (rename the file or write name: …)"
+            hint = f', quote it: "{found}"' if isinstance(name, int | float) else hint
             text = f"found {found}; expected 1 to 100 letters, digits, dots, dashes or underscores{hint}"
             self._add([("name", text)])
 
@@ -255,11 +256,10 @@ _TYPES = {
     "a finite number": ("finite_number",),
     "true or false": ("bool_type",),
     "text": ("string_type", "string_unicode"),
-    "at least {ge:g}": ("greater_than_equal",),
-    "more than {gt:g}": ("greater_than",),
-    "at most {le:g}": ("less_than_equal",),
-    "less than {lt:g}": ("less_than",),
-    "a list such as [0]": ("tuple_type",),
+    "at least {ge}": ("greater_than_equal",),
+    "more than {gt}": ("greater_than",),
+    "at most {le}": ("less_than_equal",),
+    "less than {lt}": ("less_than",),
     "one more value": ("missing",),
     "{max_length} values": ("too_long",),
     "1 to 4096 printable characters": ("string_too_short", "string_too_long", "string_pattern_mismatch"),
@@ -269,10 +269,20 @@ _EXPECTED = {kind: text for text, kinds in _TYPES.items() for kind in kinds}  # 
 
 
 def _expectation(error: ErrorDetails) -> str:
-    context = error.get("ctx", {})
+    context = {name: _figure(limit) for name, limit in error.get("ctx", {}).items()}
     if error["type"] == "literal_error":
         return str(context["expected"]).replace("'", "")
+    if error["type"] == "tuple_type":
+        value = error["input"]
+        return (
+            f"a list such as [{value}]" if isinstance(value, int | float | str) and len(str(value)) < 40 else "a list"
+        )
     return _EXPECTED[error["type"]].format(**context) if error["type"] in _EXPECTED else error["msg"]
+
+
+def _figure(limit: object) -> object:
+    """Format a limit as it can be written in a recipe; what is no number stays."""
+    return f"{limit:g}" if isinstance(limit, float) else limit
 
 
 def _kind(value: object) -> str:

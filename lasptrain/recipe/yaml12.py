@@ -167,5 +167,5 @@ def shown(value: object, written: str | None) -> str:
     if written is not None:
         text = "nothing" if written == "" else written if not isinstance(value, str) else repr(written)
     else:
-        text = repr(value)
+        text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:56] + "…"

@@ -145,6 +145,18 @@ def test_what_yaml_1_1_would_convert_stays_text(write: Write, word: str) -> None
         ("  source: python:source", '  source: "a\\0b"', "found 'a\\x00b'; expected 1 to 4096 printable characters"),
         ("  batch: 4", "  segment: all", "r.yaml:14: train.segment: found 'all'; expected an integer or auto"),
         ("  mlp: 704", "  mlp: 704\n  lrpe: 0", "r.yaml:7: model.lrpe: found 0; expected a list such as [0]"),
+        (
+            "  batch: 4",
+            "  batch: 4\neval: {lengths: 3}",
+            "r.yaml:15: eval.lengths: found 3; expected a list such as [3]",
+        ),
+        ("  batch: 4", f"  batch: {1 << 60}", "expected at most 281474976710656"),
+        ("  batch: 4", "  batch:", "r.yaml:14: train.batch: found nothing; expected an integer"),
+        (
+            "model:",
+            "name: 2024\nmodel:",
+            'name: found 2024; expected 1 to 100 letters, digits, dots, dashes or underscores, quote it: "2024"',
+        ),
         ("  mlp: 704", "  mlp: 704\n  lrpe: [0, x]", "r.yaml:7: model.lrpe.1: found 'x'; expected an integer"),
         ("  lr: 1e-4", "  lr: 1e-4\n  betas: [0.9]", "optim.betas.1: "),
         ("  lr: 1e-4", "  lr: 1e-4\n  betas: [0.9, 1.0]", "optim.betas.1: found 1.0; expected less than 1"),
@@ -159,6 +171,7 @@ def test_one_wrong_value(refused: Refused, line: str, by: str, message: str) -> 
     [
         (["data.window=4097", "mesh.sp=3"], "data.window: 4097 tokens do not split into mesh.sp = 3 equal slices; "
          "nearest: 4095, 4098"),
+        (["train.steps="], "--set train.steps=: train.steps: found nothing; expected an integer"),
         (["train.segment=1000"], "train.segment: 1000 tokens do not divide data.window = 4096; nearest: 512, 1024"),
         (["train.segment=1024", "mesh.sp=3"], "train.segment: 1024 tokens do not split into mesh.sp = 3"),
         (["train.segment=32", "data.window=96", "mesh.sp=3"], "nearest that divide data.window: 24, 48"),
