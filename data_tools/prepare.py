@@ -103,23 +103,9 @@ def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
     Any number of processes on any number of machines may call it at once: one prepares, the others wait for it.
     Raises DataError when the dataset was made with another tokenizer, or is not packed where `packing` is asked.
     """
-    tokenizer, packing = preparation.tokenizer, preparation.packing
     (source,) = preparation.sources
-    folder = Path(source)
     if is_dataset(source):
-        manifest = Manifest.load(folder)
-        made_with = manifest.tokenizer
-        if made_with.sha256 != tokenizer.sha256:
-            raise DataError(
-                f"{folder}: made with tokenizer {made_with.name} (SHA-256 {made_with.sha256[:16]}), "
-                f"the recipe has {tokenizer.name} (SHA-256 {tokenizer.sha256[:16]})"
-            )
-        if packing and (manifest.order.packing, manifest.order.align) != ("best_fit", packing.window):
-            raise DataError(
-                f"{folder}: packed by {manifest.order.packing} for windows of any multiple of {manifest.order.align}, "
-                f"the recipe has data.packing: best_fit with data.window: {packing.window}"
-            )
-        return folder
+        return _as_asked(Path(source), preparation)
     final = _kept(preparation, cache)
     if not (final / FILE).exists():
         with building(final, wait=True) as hidden:
@@ -131,15 +117,32 @@ def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
 def find_dataset(preparation: Preparation, cache: Path) -> Path | None:
     """Find the folder that `ensure_dataset` would; None if it would prepare one, or read more than FOUND of text.
 
-    Raises DataError where there is no such source, or it cannot be read.
+    Raises DataError where there is no such source, or it cannot be read, or is a dataset that does not fit.
     """
     (source,) = preparation.sources
     if is_dataset(source):
-        return Path(source)
+        return _as_asked(Path(source), preparation)
     if preparation.opened[0].revision is None and preparation.opened[0].bytes > FOUND:
         return None
     final = _kept(preparation, cache)
     return final if (final / FILE).exists() else None
+
+
+def _as_asked(folder: Path, preparation: Preparation) -> Path:
+    """Return a dataset's folder. Raises DataError where it was made with another tokenizer, or packed otherwise."""
+    manifest, tokenizer, packing = Manifest.load(folder), preparation.tokenizer, preparation.packing
+    made_with = manifest.tokenizer
+    if made_with.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{folder}: made with tokenizer {made_with.name} (SHA-256 {made_with.sha256[:16]}), "
+            f"the recipe has {tokenizer.name} (SHA-256 {tokenizer.sha256[:16]}); expected the first in data.tokenizer"
+        )
+    if packing and (manifest.order.packing, manifest.order.align) != ("best_fit", packing.window):
+        raise DataError(
+            f"{folder}: packed by {manifest.order.packing} for windows of any multiple of {manifest.order.align}, "
+            f"the recipe has data.packing: best_fit with data.window: {packing.window}"
+        )
+    return folder
 
 
 def _kept(preparation: Preparation, cache: Path) -> Path:

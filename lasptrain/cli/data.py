@@ -222,7 +222,7 @@ def inspect(
             _say(text)
         return
     if step is not None:
-        raise RecipeError("--step: found with a dataset; expected a run")
+        raise RecipeError(f"--step: {folder} holds no {RECIPE}; expected a run")
     if sample is None and at is None:
         _say(commands.inspect(folder, window))
         return

@@ -130,7 +130,7 @@ def test_output_that_finds_no_space_is_one_line(tmp_path: Path) -> None:
             cwd=ROOT,
         )
     assert (done.returncode, done.stderr) == (8, "error: output: no space left; expected some\n")
-    refused(2, "--step: found with a dataset; expected a run", "data", "inspect", ".", "--step", "2", cwd=tmp_path)
+    refused(2, "--step: . holds no recipe.yaml; expected a run", "data", "inspect", ".", "--step", "2", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
@@ -239,7 +239,12 @@ def test_a_tokenizer_that_does_not_match_the_shards(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
     prepared = lasptrain("data", "prepare", "text.txt", "--tokenizer", "bytes", "--out", "shards", cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
-    refused(3, "shards: made with tokenizer bytes", "pretrain", QUICKSTART, "--set", "data.source=shards", cwd=tmp_path)
+    for command in ("check", "pretrain"):
+        said = "; expected the first in data.tokenizer"
+        refused(
+            3, "shards: made with tokenizer bytes", command, QUICKSTART, "--set", "data.source=shards", cwd=tmp_path
+        )
+        refused(3, said, command, QUICKSTART, "--set", "data.source=shards", cwd=tmp_path)
 
 
 def test_data_commands_make_inspect_and_verify_a_dataset(tmp_path: Path) -> None:
