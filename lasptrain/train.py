@@ -108,7 +108,7 @@ def train(recipe: Recipe, run: Path) -> None:
         watchdog.heartbeat(watchdog.STARTUP_GRACE)
         job.close()
         held_out = validation or evaluate(job)
-        told = summarize(job.model, recipe, job.parts, job.dataset, run, held_out, is_main)
+        told = summarize(job.model, recipe, job.parts, job.dataset, run, held_out, is_main, max(start, steps))
         for name, rows in told.items():
             trackers.table(steps, name, rows)
 

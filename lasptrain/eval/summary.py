@@ -37,8 +37,11 @@ def summarize(
     run: Path,
     validation: Validation | None,
     is_main: bool,
+    done: int,
 ) -> dict[str, Rows]:
     """Print the summary on the main rank; return its tables by name, `losses` and `sample`, as far as there are any.
+
+    `done` are the steps of the run, more than the recipe's where that names fewer than were trained before.
 
     Collective over all ranks, because the weights are gathered.
     """
@@ -61,7 +64,7 @@ def summarize(
     if recipe.stages:
         again += ", with another stage in the recipe and its steps added to train.steps"
     else:
-        again += f" --set train.steps={2 * recipe.train.steps}"
+        again += f" --set train.steps={2 * done}"
     curves = f"curves     tensorboard --logdir {run}\n"
     curves += "           from another machine also: ssh -L 6006:localhost:6006 THIS-MACHINE\n"
     show(f"{data}{curves if 'tensorboard' in recipe.track.trackers else ''}continue   {again}{_caution(recipe.optim)}")

@@ -329,6 +329,9 @@ def test_exports_cards_and_reports_carry_the_name_of_the_run_and_no_path(
     assert run == folder / "dir-2" and said[0] == f"run        {run}"
     assert said[-1] == f"run        {run}; --run {run} without --fresh goes on with it"
     assert f"continue   lasptrain pretrain {run}/recipe.yaml --run {run} --set train.steps=4" in said
+    pretrain(f"data.source={folder / 'text'}", "train.steps=1", place=RunLocation(Path("dir-2")))
+    fewer = capsys.readouterr().out.splitlines()
+    assert f"continue   lasptrain pretrain {run}/recipe.yaml --run {run} --set train.steps=4" in fewer
     export(Path("dir-2"), Path("out"), "safetensors", check=False)
     shown = Path("out/README.md").read_text()
     assert "\n# dir-2\n" in shown and "\n  source: text\n" in shown and str(folder) not in shown
