@@ -20,6 +20,7 @@ from lasptrain.console.tables import figures
 from lasptrain.console.words import times
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, SetupError
+from lasptrain.files import whole
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "tex
         raise DataError(f"0 documents in {' + '.join(sources)} to train a tokenizer on")
     model = tokenizer.train(texts, vocab)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(model)
+    with whole(out) as new:
+        new.write_bytes(model)
     trained = tokenizer.load_tokenizer(out)
     sample = texts[:: max(1, len(texts) // 100)]
     tokens = sum(len(trained.encode(piece)) for text in sample for piece in tokenizer.cut(text))

@@ -612,6 +612,21 @@ def test_training_a_tokenizer_is_deterministic(corpus: Path, tmp_path: Path) -> 
         commands.train_tokenizer([str(corpus)], 5000, tmp_path / "c.model")
 
 
+def test_a_tokenizer_that_finds_no_room_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lay there refused the next training."""
+
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        commands.train_tokenizer([str(corpus)], 300, tmp_path / "new" / "a.model")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_the_shipped_tokenizer_is_the_one_its_page_names() -> None:
     assert load_tokenizer(MODEL).sha256 in (MODEL.parent / "README.md").read_text()
 
