@@ -71,10 +71,12 @@ class ShardHeader:
 def misfit(error: ValidationError) -> str:
     """Describe the first value that does not fit: its key, the reason, and what was found, in one short line."""
     first = error.errors(include_url=False)[0]
-    value = first["input"]
+    key, value = ".".join(map(str, first["loc"])) or "content", first["input"]
+    if first["type"] == "missing":
+        return printable(f"{key}: missing"[:400])
     is_short = isinstance(value, str | float | bool | None) or (isinstance(value, int) and abs(value) < 1 << 64)
     found = repr(value if not isinstance(value, str) else value[:80]) if is_short else type(value).__name__
-    return printable(f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}, found {found}"[:400])
+    return printable(f"{key}: {first['msg']}, found {found}"[:400])
 
 
 def token_dtype(vocab_size: int) -> Literal["u16", "u32"]:

@@ -199,6 +199,12 @@ def test_a_manifest_with_odd_values_is_refused_or_as_good(dataset: Path, tmp_pat
         tried(lambda: use(tmp_path))
 
 
+def test_a_manifest_that_lacks_a_key_says_so(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{}")
+    with pytest.raises(DataError, match=r"dataset\.json: [a-z_]+: missing$"):
+        Manifest.load(tmp_path)
+
+
 def test_a_manifest_that_never_ends_is_refused(tmp_path: Path) -> None:
     for name, content in {"deep": b"[" * (1 << 20), "long": b" " * ((1 << 23) + 1), "nulls": bytes(99)}.items():
         (tmp_path / name).mkdir()
