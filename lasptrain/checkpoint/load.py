@@ -71,8 +71,8 @@ def load_origin(
     Returns it with the tokens that it has seen, None where they are not known.
 
     Collective. Where its decays are not the `decays` of `expect`, those that are not learned stay the recipe's, and a
-    warning says so. Raises CheckpointError where that step is gone or damaged, or names, shapes or dtypes of tensors
-    differ.
+    warning says so; another names the keys by which the same weights make another `model`. Raises CheckpointError where
+    that step is gone or damaged, or names, shapes or dtypes of tensors differ.
     """
     begun = vote_of_first(f"{run}: cannot begin", lambda: origin.read(run), group)
     if begun is None:
@@ -82,6 +82,11 @@ def load_origin(
     manifest, reader, problems = _verify(folder, begun.step, group)
     if reader is None:
         raise CheckpointError(f"{folder}, with which {run} begins: {'; '.join(problems)}; expected it whole")
+    there, here = manifest["meta"].get("model", {}), expect.get("model", {})
+    other = {key for key in here if key in there and there[key] != here[key]} - {"decay"}  # of which `decays` tell
+    if other and dist.get_rank(group) == 0:
+        keys = "; ".join(f"model.{key}: {there[key]} there, {here[key]} here" for key in sorted(other))
+        log.warning("%s is of another model: %s", folder, keys)
     same = bool(manifest["meta"].get("decays") == expect.get("decays"))
     fixed = any(True for _ in model.buffers())  # decays that are learned are parameters, and come with the weights
     if not same and fixed and dist.get_rank(group) == 0:

@@ -173,6 +173,19 @@ def test_decays_of_another_window_come_with_the_weights_if_they_are_learned(
     assert ("has other decays than the recipe" in caplog.text) is not kept
 
 
+def test_keys_that_make_another_model_of_the_same_weights_are_named(
+    group: None, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = RunLocation(Path("new"), origin=origins.parse(str(pretrain("model.arch=gdn", "train.steps=1"))))
+    other = ("model.arch=gdn", "model.gate=sigmoid", "model.negative_eigenvalues=true", "train.steps=1")
+    pretrain(*other, place=old)
+    (said,) = [line for line in caplog.messages if "another model" in line]
+    assert said.endswith(
+        "step-1 is of another model: model.gate: silu there, sigmoid here; "
+        "model.negative_eigenvalues: False there, True here"
+    )
+
+
 def test_with_the_optimizer_the_new_run_is_the_old_one_continued(group: None, folder: Path) -> None:
     """On the same windows: one step more of the old run, and the first of a new one whose order begins there."""
     whole = pretrain("train.steps=4", "train.batch=2")
