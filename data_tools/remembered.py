@@ -105,6 +105,12 @@ def revisions(run: Path | None, data: Data) -> list[str | None]:
     return [kept.get(name) for name, _ in sources(data)]
 
 
+def other_tokenizer(run: Path, data: Data, sha256: str) -> Iterator[str]:
+    """Yield a line where a run, whose weights another one takes, was trained with another tokenizer than its own."""
+    if {kept.tokenizer for kept in _kept(run)} - {sha256}:
+        yield f"data.tokenizer: {data.tokenizer} is not the one that {run} was trained with; its ids mean other text"
+
+
 def _kept(run: Path) -> list[Remembered]:
     try:
         return TypeAdapter(list[Remembered]).validate_json(files.read(run / FILE, own=True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.prepared import check_held_out, sources
+from data_tools.remembered import other_tokenizer
 from lasptrain.checkpoint import order
 from lasptrain.checkpoint.load import load, load_origin
 from lasptrain.checkpoint.saver import Saver
@@ -91,6 +92,7 @@ def train(recipe: Recipe, run: Path) -> None:
     if is_main:
         if origin is not None:
             show(f"begins with {origin.what}")
+            show(*other_tokenizer(origin.run, recipe.data, job.dataset.tokenizer_sha256))
         show(*(f"{key}: {old} up to step {start}, {new} from there" for key, (old, new) in changed.items()))
         show(*beginning(job, start, there))
         if start >= steps:

@@ -23,7 +23,8 @@ from lasptrain.convert.export import RECORD
 from lasptrain.convert.rules import Rule, Shapes
 from lasptrain.convert.target import Json, Target
 from lasptrain.convert.targets import TARGETS
-from lasptrain.errors import ConvertError
+from lasptrain.convert.tokenizer import lines
+from lasptrain.errors import ConvertError, DataError
 from lasptrain.files import atomic_folder, replace
 from lasptrain.models.language_model import LanguageModel, on_meta
 from lasptrain.parallel.recurrence import ShardedRecurrence
@@ -84,6 +85,8 @@ def restore(
     given = None if recipe is None else load(recipe)
     if given is None and not (source / RECORD).is_file():
         given = described(foreign(source))
+    elif given is not None and (other := _other_ids(source, given.data.tokenizer)) is not None:
+        tell(f"tokenizer: {given.data.tokenizer} of the recipe makes other ids of {other!r} than the one in {source}")
     weights = open_weights(source, given)
     if weights.left_out:
         tell(f"left out: {len(weights.left_out)} tensors that our model has not: {_families(weights.left_out)}")
@@ -224,6 +227,16 @@ def tokenizer_of(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder.absolute() / name
     raise ConvertError(f"{folder}: holds no tokenizer.model and no tokenizer.json; expected one, or --recipe")
+
+
+def _other_ids(folder: Path, tokenizer: str) -> str | None:
+    """Return a text of which the tokenizer in a folder, where there is one, makes other ids; None if there is none."""
+    try:
+        theirs = load_tokenizer(tokenizer_of(folder))
+    except (ConvertError, DataError):
+        return None
+    ours = load_tokenizer(tokenizer)
+    return next((line for line in lines(1000) if ours.encode(line) != theirs.encode(line)), None)
 
 
 def _loaded(text: str, written: int = FORMAT) -> Recipe:

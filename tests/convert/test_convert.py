@@ -690,6 +690,27 @@ def test_weights_of_others_begin_a_run(tmp_path: Path, exports: Exports) -> None
         Folder(folder)
 
 
+def test_a_recipe_whose_tokenizer_makes_other_ids_is_told(tmp_path: Path, exports: Exports) -> None:
+    """Of as many rows, so nothing else tells."""
+    _, out = exports("tnl")
+    from data_tools.fast_tokenizer import protocol
+
+    model = protocol.ModelProto.FromString((ROOT / "tokenizers/python-4k.model").read_bytes())
+    model.pieces[300].piece, model.pieces[301].piece = model.pieces[301].piece, model.pieces[300].piece
+    (tmp_path / "other.model").write_bytes(model.SerializeToString())
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(4000)))
+    recipe = json.loads(recipe_text(MODELS["tnl"][1]))
+    recipe["data"] |= {"source": str(tmp_path / "text.txt"), "cache": str(tmp_path / "cache"), "validation": 0}
+    for name in (recipe["data"]["tokenizer"], str(tmp_path / "other.model")):
+        recipe["data"]["tokenizer"] = name
+        (tmp_path / "next.yaml").write_text(json.dumps(recipe))
+        told: list[str] = []
+        restore(out, tmp_path / "back", tmp_path / "next.yaml", force=True, tell=told.append)
+        found = [line for line in told if line.startswith("tokenizer: ")]
+        assert len(found) == name.endswith("other.model")
+    assert f"{name} of the recipe makes other ids of " in found[0] and found[0].endswith(f" than the one in {out}")
+
+
 def foreign_model(name: str, folder: Path, **more: Any) -> Any:
     """A model of transformers itself, its numbers drawn so that they hide nothing, saved as its authors would."""
     import transformers

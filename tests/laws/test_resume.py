@@ -186,6 +186,18 @@ def test_keys_that_make_another_model_of_the_same_weights_are_named(
     )
 
 
+def test_weights_of_another_tokenizer_are_told(group: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(program.ROOT / "tokenizers" / "python-4k.model", "a.model")
+    other = ("data.tokenizer=a.model", "data.window=16", "model.vocab=4096", "train.steps=1")
+    old = pretrain(*other)
+    origin = origins.parse(str(old))
+    pretrain(*other, place=RunLocation(Path("same"), origin=origin))
+    assert "data.tokenizer: " not in capsys.readouterr().out
+    pretrain(*other[1:], place=RunLocation(Path("new"), origin=origin))
+    said = f"data.tokenizer: bytes is not the one that {old} was trained with; its ids mean other text"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_with_the_optimizer_the_new_run_is_the_old_one_continued(group: None, folder: Path) -> None:
     """On the same windows: one step more of the old run, and the first of a new one whose order begins there."""
     whole = pretrain("train.steps=4", "train.batch=2")
