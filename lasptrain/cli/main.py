@@ -189,7 +189,10 @@ def _meaning(recipe: Recipe, world: int) -> list[tuple[str, str]]:
     windows = dict.fromkeys(span.recipe.data.window for span in recipe.spans())
     works = dict.fromkeys(figures(plan.flops_per_token(model, vocab, window) / 1e9) for window in windows)
     return [
-        ("recipe", f"{recipe.name}: {model.arch}, {model.layers} layers of {model.dim}, {model.heads} heads"),
+        (
+            "recipe",
+            f"{recipe.name}: {model.arch}, {times(model.layers, 'layer')} of {model.dim}, {times(model.heads, 'head')}",
+        ),
         ("parameters", f"{total:,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())),
         ("vocabulary", f"{vocab:,} rows, {'tied' if model.tie else 'untied'} head"),
         *model.description(),
