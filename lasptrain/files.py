@@ -90,12 +90,24 @@ def utf8(name: str) -> str:
 
 
 @contextmanager
+def told_as(path: Path) -> Iterator[None]:
+    """Give an OSError of a full disk the name of what is written, where it has none: writes do not know theirs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """A hidden path beside `file` that takes its name at the end; after an error nothing is left of it."""
     new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        yield new
-        new.replace(file)
+        with told_as(file):
+            yield new
+            new.replace(file)
     finally:
         new.unlink(missing_ok=True)
 
@@ -153,9 +165,10 @@ def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
     new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
     new.mkdir()
     try:
-        yield new
-        for path in (*new.rglob("*"), new):
-            sync(path)
+        with told_as(out):
+            yield new
+            for path in (*new.rglob("*"), new):
+                sync(path)
         old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
         if out.exists():
             out.rename(old)

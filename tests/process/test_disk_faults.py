@@ -244,6 +244,15 @@ def test_the_end_is_written_into_status_json_where_there_is_no_room_for_another(
     assert (status["state"], status["code"], status["step"]) == ("failed", 8, 7)
 
 
+def test_a_full_disk_is_told_with_the_name_of_what_is_written(tmp_path: Path) -> None:
+    """A write does not know its own: it was said of `output`."""
+    out = tmp_path / "new"
+    for writing in (files.whole(out), files.atomic_folder(out, False, "mark")):
+        with pytest.raises(OSError, match="No space left") as caught, writing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert caught.value.filename == str(out) and not list(tmp_path.iterdir())
+
+
 def test_what_an_error_of_the_disk_means() -> None:
     for number, named, code in (
         (errno.EIO, False, 5),
