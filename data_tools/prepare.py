@@ -357,6 +357,7 @@ def _in_order(
     else:
         return
     pending: deque[tuple[list[P], str, Future[list[Ids]]]] = deque()
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, mp_context=worker.server(), initializer=worker.end_with_parent) as pool:
         try:
             while True:
@@ -368,4 +369,7 @@ def _in_order(
                 unit, digest, future = pending.popleft()
                 yield unit, spool.add(digest, future.result())
         except BrokenProcessPool as error:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()  # the pool waits for workers, which hear no other signal
             raise ResourceError("a process that encoded text was killed, probably for its memory") from error

@@ -785,16 +785,29 @@ def test_a_signal_to_a_whole_group_is_answered_by_the_parent_alone(tmp_path: Pat
     assert [counts for _, counts in found] == [[2], [2], [2]]
 
 
+def _killed_on_b(unit: list[Piece]) -> list[Ids]:
+    if unit[0].text == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return worker.encode("bytes", unit)
+
+
+def test_a_killed_worker_is_told_and_the_others_end(tmp_path: Path) -> None:
+    units = [[Piece("a.txt", text, 1, last=True)] for text in "aaabaaa"]
+    with Spool(tmp_path, 257, "") as spool, pytest.raises(ResourceError, match="probably for its memory"):
+        list(preparing._in_order(_killed_on_b, iter(units), spool, 2))
+
+
 HEARD = """
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from data_tools import encode
 
 def blocked(number):
     return signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 if __name__ == "__main__":
-    with encode.server().Pool(1) as pool:
-        print(pool.map(blocked, [0])[0] >= set(encode.ASKING), blocked(0) & set(encode.ASKING))
+    with ProcessPoolExecutor(1, mp_context=encode.server()) as pool:
+        print(pool.submit(blocked, 0).result() >= set(encode.ASKING), blocked(0) & set(encode.ASKING))
 """
 
 
