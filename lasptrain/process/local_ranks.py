@@ -102,14 +102,15 @@ def _job(
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs each rank it ends
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    others, job = multiprocessing.active_children(), None
     resource_tracker.ensure_running()  # which would unblock signals
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals.CODES)  # in ranks until they lead groups of their own
     try:
-        job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=START)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    number, heard = 0, time.monotonic()
-    try:
+        try:
+            job = start_processes(_rank, (ranks, folder, measure, given), nprocs=ranks, join=False, start_method=START)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        number, heard = 0, time.monotonic()
         while number < len(given):
             end = _end(job, folder)
             signals.check()
@@ -124,7 +125,8 @@ def _job(
         while _end(job, folder) is None and time.monotonic() - heard < GRACE:
             pass
     finally:
-        for process in job.processes:
+        started = job.processes if job else [one for one in multiprocessing.active_children() if one not in others]
+        for process in started:
             _end_all_of(process)
 
 
