@@ -90,12 +90,12 @@ def utf8(name: str) -> str:
 
 
 @contextmanager
-def told_as(path: Path) -> Iterator[None]:
-    """Give an OSError of a full disk the name of what is written, where it has none: writes do not know theirs."""
+def told_as(path: Path, hidden: Path) -> Iterator[None]:
+    """Give an OSError the name of what is written: of a full disk, as writes do not know theirs, and of `hidden`."""
     try:
         yield
     except OSError as error:
-        if error.errno in FULL and error.filename is None:
+        if (error.errno in FULL and error.filename is None) or str(error.filename) == str(hidden):
             error.filename = str(path)
         raise
 
@@ -105,7 +105,7 @@ def whole(file: Path) -> Iterator[Path]:
     """A hidden path beside `file` that takes its name at the end; after an error nothing is left of it."""
     new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with told_as(file):
+        with told_as(file, new):
             yield new
             new.replace(file)
     finally:
@@ -163,9 +163,10 @@ def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
-    new.mkdir()
+    with told_as(out, new):
+        new.mkdir()
     try:
-        with told_as(out):
+        with told_as(out, new):
             yield new
             for path in (*new.rglob("*"), new):
                 sync(path)

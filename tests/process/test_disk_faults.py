@@ -251,6 +251,10 @@ def test_a_full_disk_is_told_with_the_name_of_what_is_written(tmp_path: Path) ->
         with pytest.raises(OSError, match="No space left") as caught, writing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         assert caught.value.filename == str(out) and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="/proc/new"), files.atomic_folder(Path("/proc/new"), False, "mark"):
+        pass
+    with pytest.raises(OSError, match="/proc/new"):
+        files.replace(Path("/proc/new"), "")
 
 
 def test_what_an_error_of_the_disk_means() -> None:
