@@ -100,8 +100,8 @@ def invert(x: Given, inverse: Tensor) -> None:
     )
 
 
-def summarize(x: Given, inverse: Tensor, gates: Tensor, added: Tensor, maps: Tensor | None) -> None:
-    """Write what each block adds to `added`, and to `maps`, if given, its map."""
+def summarize(x: Given, inverse: Tensor, gates: Tensor, added: Tensor, maps: Tensor | None, decays: Tensor) -> None:
+    """Write what each block adds to `added`, and, if `maps` are given, its map there and its decay to `decays`."""
     tiles = 1 if maps is None else 2
     run(
         _programs().summarize_delta,
@@ -115,6 +115,7 @@ def summarize(x: Given, inverse: Tensor, gates: Tensor, added: Tensor, maps: Ten
         gates,
         added,
         added if maps is None else maps,
+        decays,
         *x.s.sizes,
     )
 

@@ -307,9 +307,9 @@ def _fetch_walk(k, x, v, inverse, keys, others, values, inverses, bars, stage, p
 
 @gluon.jit(do_not_specialize=SIZES)
 def summarize_delta(
-    k, v, inverse, GATES, ADDED, MAPS, T, H, NB, L, GROUP: gl.constexpr, TILES: gl.constexpr
+    k, v, inverse, GATES, ADDED, MAPS, DECAYS, T, H, NB, L, GROUP: gl.constexpr, TILES: gl.constexpr
 ):  # fmt: skip
-    """Write U, and with two TILES M, of each block to ADDED and MAPS; grid B·NB·H·TILES.
+    """Write U, and with two TILES M and the decay, of each block to ADDED, MAPS and DECAYS; grid B·NB·H·TILES.
 
     M is the last state of a walk from the identity that is written nothing: there v has no more columns, which reads as
     zeros. Chunks of which nothing remains at the end of the block are left out.
@@ -374,6 +374,7 @@ def summarize_delta(
         gl.store(ADDED + here + added, state)
     elif mapping == 1:
         gl.store(MAPS + here + maps, state)
+        gl.store(DECAYS + line * NB + block, decay)
     else:
         gl.store(ADDED + here + added, state)
 

@@ -174,6 +174,7 @@ def _scan(
     s: Cut,
     sent: Tensor | None,
     maps: Tensor | None,
+    decays: Tensor,
     edge: Tensor | None = None,
     last: Tensor | None = None,
     first: Tensor | None = None,
@@ -199,6 +200,7 @@ def _scan(
         },
         sent,
         maps,
+        decays,
         edge,
         last,
         first,
@@ -238,13 +240,13 @@ def grad_initial_state(
     s, (keys, values) = x.cut, padded(x.cut)
     (sent,) = x.walk_gradients(q, x.v, None)
     first = sent.new_empty((*x.lines, keys, values))
-    maps = whole = None
+    maps, decays, whole = None, kept[4], None
     if wanted == 2 or s.blocks > 1:
         maps = kept[2]
         if not maps.numel():  # of one block, whose outputs need none
-            maps = summarize(k, x.v, beta, log_decay, doc_ids, 2)[2][2]
+            _, _, maps, decays = summarize(k, x.v, beta, log_decay, doc_ids, 2)[2]
         maps, whole = fit(maps, keys, keys), sent.new_empty((*x.lines, keys, keys))
-    _scan(s, sent, maps, first=first, linear=whole)
+    _scan(s, sent, maps, decays, first=first, linear=whole)
     linear = _cropped(whole, *linear.shape[-2:]) if whole is not None and wanted == 2 else if_wanted(linear, False)
     return _cropped(first, *dinitial.shape[-2:]), linear, [sent]
 
@@ -313,7 +315,7 @@ def _leaving(
         maps = fit(kept[2], keys, keys)
     last = sent_like(x.k, s)
     edge = None if dfinal is None else fit(_as(dfinal, torch.float32), keys, values)
-    _scan(s, sent, maps, edge, last)
+    _scan(s, sent, maps, kept[4], edge, last)
     return last
 
 

@@ -141,13 +141,13 @@ def walk_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_gradients(
-    SENT, MAPS, EDGE, LAST, FIRST, LINEAR, NB,
+    SENT, MAPS, DECAYS, EDGE, LAST, FIRST, LINEAR, NB,
     K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, EDGED: tl.constexpr, MAPPED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Scan the blocks from the right, from EDGE [B, H, K, V] where EDGED, else from zero; grid (rows / ROWS, B·H).
 
     SENT [B, H, NB, V, K] is what each block's outputs send to its initial state, MAPS [B, H, NB, K, K] what it does to
-    states: not MAPPED, of one block, there are none. KEEP writes the gradient of what leaves each block to LAST
+    states, DECAYS [B, H, NB] log2 of its decay: not MAPPED, of one block, there are none. KEEP writes the gradient of what leaves each block to LAST
     [B, H, NB, V, K]. Else that of the slice's initial state goes to FIRST [B, H, K, V], from V rows, and from K more,
     where MAPPED, what the slice does to states to LINEAR [B, H, K, K].
     """
@@ -164,7 +164,10 @@ def scan_gradients(
         if KEEP:
             tl.store(LAST + at * (V * K) + offset, state)
         if MAPPED:
-            state = _dot(state, tl.load(MAPS + at * (K * K) + column[:, None] * K + column[None, :]))
+            before = tl.zeros([ROWS, K], tl.float32)
+            if tl.load(DECAYS + at) >= NOTHING_LOG2:
+                before = _dot(state, tl.load(MAPS + at * (K * K) + column[:, None] * K + column[None, :]))
+            state = before
         if MAPPED or not KEEP:
             state += tl.load(SENT + at * (V * K) + offset, mask=written, other=0.0)
     if not KEEP:

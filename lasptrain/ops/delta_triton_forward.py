@@ -7,11 +7,12 @@ Of a slice in n chunks of 64 tokens and NB blocks, made forward and read again b
 | `inverse` | [B, H, n, 64, 64], fp16, of fp32 inputs fp32 | T of each chunk, without decays and documents |
 | `added` | [B, H, NB, V, K] fp32 | state that each block adds, transposed |
 | `maps` | [B, H, NB, K, K] fp32 | what each block does to a state, from the left |
+| `decays` | [B, H, NB] fp32 | log2 of the decay over each block, or zero; where nothing is left, its map is not read |
 | `prefix` | [B, H, NB + 1, V, K] fp32 | state that enters each block, and the last one, transposed |
 | `gates` | [B, H, n, 6, 64] fp32 | what `measure_decays` knows of decays, documents and β of each token |
 
-`blocks` is (inverse, added, maps), `kept` is (inverse, prefix, maps, gates). A slice of one block needs neither
-`added` nor `maps` for its outputs: `kept` has no maps then, and `summarize` makes what is wanted of them.
+`blocks` is (inverse, added, maps, decays), `kept` is (inverse, prefix, maps, gates, decays). A slice of one block needs
+neither `added` nor `maps` for its outputs: `kept` has no maps then, and `summarize` makes what is wanted of them.
 """
 
 from __future__ import annotations
@@ -113,6 +114,12 @@ def kept_maps_like(k: Tensor, v: Tensor) -> Tensor:
     return maps_like(k, v, s.blocks if s.blocks > 1 else 0)
 
 
+def decays_like(k: Tensor, v: Tensor) -> Tensor:
+    """An empty decay of each block, to be written beside its map."""
+    s = cut(k, v)
+    return k.new_empty((s.batch, s.heads, s.blocks), dtype=torch.float32)
+
+
 def prefix_like(k: Tensor, v: Tensor) -> Tensor:
     """Empty states between blocks."""
     s = cut(k, v)
@@ -120,13 +127,14 @@ def prefix_like(k: Tensor, v: Tensor) -> Tensor:
 
 
 def blocks_like(k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, wanted: int) -> list[Tensor]:
-    """`blocks` of `summarize`: T, U and M; nothing if nothing is wanted."""
-    return [inverse_like(k, v), added_like(k, v), _maps_like(k, v, wanted)] if wanted else []
+    """`blocks` of `summarize`: T, U, M and decays; nothing if nothing is wanted."""
+    return [inverse_like(k, v), added_like(k, v), _maps_like(k, v, wanted), decays_like(k, v)] if wanted else []
 
 
 def kept_like(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None) -> list[Tensor]:
-    """`kept` of `attend`: T, the states between blocks, M, and what is known of decays and β."""
-    return [inverse_like(k, v), prefix_like(k, v), kept_maps_like(k, v), gates_like(k, cut(k, v))]
+    """`kept` of `attend`: T, the states between blocks, M, what is known of decays and β, and decays of blocks."""
+    gates = gates_like(k, cut(k, v))
+    return [inverse_like(k, v), prefix_like(k, v), kept_maps_like(k, v), gates, decays_like(k, v)]
 
 
 def _maps_like(k: Tensor, v: Tensor, wanted: int) -> Tensor:
@@ -156,15 +164,18 @@ def invert(x: Given, inverse: Tensor, sums: Tensor | None = None) -> None:
     )
 
 
-def _summarize(x: Given, inverse: Tensor, added: Tensor, maps: Tensor | None, gates: Tensor | None = None) -> None:
-    """Write T of each chunk to `inverse`, what each block adds to `added`, and to `maps`, if given, its map.
+def _summarize(
+    x: Given, inverse: Tensor, added: Tensor, maps: Tensor | None, decays: Tensor, gates: Tensor | None = None
+) -> None:
+    """Write T of each chunk to `inverse`, what each block adds to `added`, and, if `maps` are given, its map there and
+    its decay to `decays`.
 
     `gates` are measured if they are needed and not given.
     """
     s, (keys, values) = x.s, x.s.widths
     if delta_hopper.fits(s, x.k):
         invert(x, inverse)
-        delta_hopper.summarize(x, inverse, measured(x) if gates is None else gates, added, maps)
+        delta_hopper.summarize(x, inverse, measured(x) if gates is None else gates, added, maps, decays)
         return
     sums = added.new_empty((s.batch, s.heads, s.chunks)) if x.forgets else None
     invert(x, inverse, sums)
@@ -183,6 +194,7 @@ def _summarize(x: Given, inverse: Tensor, added: Tensor, maps: Tensor | None, ga
         *x.gates,
         added,
         maps,
+        decays,
         *s.sizes,
     )
 
@@ -191,6 +203,7 @@ def _scan(
     s: Cut,
     added: Tensor,
     maps: Tensor,
+    decays: Tensor,
     edge: Tensor | None,
     prefix: Tensor | None,
     state: Tensor | None,
@@ -213,6 +226,7 @@ def _scan(
         {**s.constants, "PART": PART, "TILES": tiles, "EDGED": edge is not None, "KEEP": prefix is not None},
         added,
         maps,
+        decays,
         edge,
         prefix,
         state,
@@ -252,15 +266,15 @@ def summarize(
     x, state, linear = Given.of(k, v, beta, log_decay, doc_ids), state_like(k, v), linear_like(k, v, beta, log_decay)
     if not wanted:
         return if_wanted(state, False), if_wanted(linear, False), []
-    inverse, added, maps = blocks_like(k, v, beta, log_decay, wanted)
-    _summarize(x, inverse, added, maps if maps.numel() else None)
+    inverse, added, maps, decays = blocks_like(k, v, beta, log_decay, wanted)
+    _summarize(x, inverse, added, maps if maps.numel() else None, decays)
     if x.s.blocks > 1:
-        _scan(x.s, added, maps, None, None, state, linear if wanted == 2 else None)
+        _scan(x.s, added, maps, decays, None, None, state, linear if wanted == 2 else None)
     else:
         state.copy_(added[:, :, 0].mT)
         if wanted == 2:
             linear.copy_(maps[:, :, 0])
-    return state, if_wanted(linear, wanted == 2), [inverse, added, maps]
+    return state, if_wanted(linear, wanted == 2), [inverse, added, maps, decays]
 
 
 def attend(
@@ -274,18 +288,19 @@ def attend(
     blocks: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     x = Given.of(k, v, beta, log_decay, doc_ids)
-    inverse, prefix, maps, gates = kept_like(q, k, v, beta, log_decay)
+    inverse, prefix, maps, gates, decays = kept_like(q, k, v, beta, log_decay)
     measured(x, gates)
     if blocks:  # copied, because an operator may not return what it was given
         added = blocks[1]
         inverse.copy_(blocks[0])
         if x.s.blocks > 1:
             maps.copy_(blocks[2])
+            decays.copy_(blocks[3])
     else:
         added = added_like(k, v)
         if x.s.blocks > 1:
-            _summarize(x, inverse, added, maps, gates)
+            _summarize(x, inverse, added, maps, decays, gates)
         else:
             invert(x, inverse)
-    _scan(x.s, added, maps, initial_state, prefix, None, None)
-    return _walk(x, q, inverse, prefix, gates), [inverse, prefix, maps, gates]
+    _scan(x.s, added, maps, decays, initial_state, prefix, None, None)
+    return _walk(x, q, inverse, prefix, gates), [inverse, prefix, maps, gates, decays]

@@ -24,6 +24,7 @@ Arguments common to the programs, beside those of `triton_kernels`:
 | `SUMS` | [B, H, chunks] fp32: log2 of the decay of each chunk |
 | `ADDED` | U of each block, transposed: [B, H, NB, VALUES, KEYS] fp32 |
 | `MAPS` | M of each block: [B, H, NB, KEYS, KEYS] fp32 |
+| `DECAYS` | log2 of the decay over each block, or zero: [B, H, NB] fp32; where nothing is left, `MAPS` need not be read |
 | `DOC` | doc_ids [B, T] int32, where `DOCS` |
 | `PREFIX` | the state that enters each block, and the last one, transposed: [B, H, NB + 1, VALUES, KEYS] fp32 |
 | `K`, `V` | powers of two that hold the dims `KEYS`, `VALUES` |
@@ -201,12 +202,12 @@ def _kept(SUMS, chunks, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def summarize_delta(
-    k, v, inverse, SUMS, BETA, LOG_DECAY, DOC, ADDED, MAPS, T, H, NB, L,
+    k, v, inverse, SUMS, BETA, LOG_DECAY, DOC, ADDED, MAPS, DECAYS, T, H, NB, L,
     K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, TILE: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, DECAY: tl.constexpr, DOCS: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
-    """Write U and M of each block to ADDED and MAPS; grid B·NB·H·TILES.
+    """Write U and M of each block to ADDED and MAPS, and its decay to DECAYS; grid B·NB·H·TILES.
 
     Both are the last state of one walk of V + K columns, of which the K of M start as the identity and are written
     nothing. Without MAPS the tiles of M are not launched. Where SUM, chunks of which nothing remains at the end of the
@@ -220,7 +221,7 @@ def summarize_delta(
     first = block * L
     state = tl.where((column - V)[:, None] == channel[None, :], 1.0, 0.0)
     chunks = tl.cdiv(tl.minimum(L, T - first), C)
-    start = 0
+    start, decay = 0, 0.0
     if SUM:
         start, decay = _kept(SUMS + line * tl.cdiv(T, C) + first // C, chunks, 128)
         if begin >= V:
@@ -250,11 +251,13 @@ def summarize_delta(
         column -= V
         inside = ((column >= 0) & (column < KEYS))[:, None] & (channel < KEYS)[None, :]
         tl.store(MAPS + here * (KEYS * KEYS) + channel[None, :] * KEYS + column[:, None], state, mask=inside)
+        if begin == V:
+            tl.store(DECAYS + here, decay)
 
 
 @triton.jit(do_not_specialize=["NB"])
 def scan_maps(
-    ADDED, MAPS, EDGE, PREFIX, STATE, LINEAR, NB,
+    ADDED, MAPS, DECAYS, EDGE, PREFIX, STATE, LINEAR, NB,
     K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PART: tl.constexpr,
     TILES: tl.constexpr, EDGED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -280,14 +283,13 @@ def scan_maps(
             tl.store(PREFIX + at + column[:, None] * KEYS + channel[None, :], state, mask=inside)
         if (block + 1 < NB) | (not KEEP):
             here = line * NB + block
-            maps = MAPS + here * (KEYS * KEYS) + channel[None, :] * KEYS + channel[:, None]
             added = ADDED + here * (VALUES * KEYS) + column[:, None] * KEYS + channel[None, :]
-            state = tl.dot(
-                state,
-                tl.load(maps, mask=square, other=0.0),
-                tl.load(added, mask=inside, other=0.0),
-                input_precision=PRECISION,
-            )
+            following = tl.load(added, mask=inside, other=0.0)
+            if tl.load(DECAYS + here) >= NOTHING_LOG2:
+                maps = MAPS + here * (KEYS * KEYS) + channel[None, :] * KEYS + channel[:, None]
+                maps = tl.load(maps, mask=square, other=0.0)
+                following = tl.dot(state, maps, following, input_precision=PRECISION)
+            state = following
     if STATE is not None:
         offset = channel[None, :] * VALUES + column[:, None]
         tl.store(STATE + line * (KEYS * VALUES) + offset, state, mask=inside)

@@ -64,8 +64,8 @@ REST = [
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "rest"])
 def test_in_the_interpreter(few: bool) -> None:
-    told = interpreted(__file__, "few_forward or refused" if few else "rest_forward")
-    assert f"{2 * len(FEW) + 2 if few else 2 * len(REST)} passed" in told
+    told = interpreted(__file__, "few_forward or refused or erased" if few else "rest_forward")
+    assert f"{2 * len(FEW) + 3 if few else 2 * len(REST)} passed" in told
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -113,6 +113,26 @@ def test_few_forward(scene: Scene, dtype: torch.dtype, bound: float) -> None:
 @pytest.mark.parametrize("scene", REST, ids=str)
 def test_rest_forward(scene: Scene, dtype: torch.dtype, bound: float) -> None:
     compare_forward(scene, dtype, bound)
+
+
+@inside
+def test_maps_of_erased_blocks_are_not_read() -> None:
+    from lasptrain.ops import delta_triton
+
+    x = make("gdn", 600, begins=(100,), sizes=(1, 1, 1, 16, 16)).map(lambda y: y.float())
+    inputs = (x.k, x.v, x.beta, x.log_decay)
+    _, _, (inverse, added, maps, decays) = delta_triton.summarize(*inputs, x.doc_ids, 1)
+    erased = decays < -40
+    assert bool(erased.any()) and not bool(erased.all()) and not maps[erased].any() and bool(maps[~erased].any())
+    o, kept = delta_triton.attend(x.q, *inputs, x.doc_ids, x.initial_state, [inverse, added, maps, decays])
+    poisoned = maps.masked_fill(erased[..., None, None], float("nan"))
+    again, _ = delta_triton.attend(x.q, *inputs, x.doc_ids, x.initial_state, [inverse, added, poisoned, decays])
+    assert torch.equal(again, o)
+    gradients = [
+        delta_triton.grad_initial_state(x.q, x.do, x.k, *inputs[2:], x.doc_ids, [*kept[:2], one, *kept[3:]], 1)[0]
+        for one in (kept[2], poisoned)
+    ]
+    assert torch.equal(*gradients)
 
 
 @inside

@@ -49,7 +49,9 @@ def backward(x: Case, handed_on: bool = True, maps: bool = True, wanted: int = 2
     from lasptrain.ops.delta_triton_slice import Given, cut, measured
 
     given = (x.beta, x.log_decay, x.doc_ids)
-    left = [*kept(x, cut(x.k, x.v).length, maps), measured(Given.of(x.k, x.v, *given))]
+    s = cut(x.k, x.v)
+    decays = torch.zeros(s.batch, s.heads, s.blocks)  # which leaves all to the maps
+    left = [*kept(x, s.length, maps), measured(Given.of(x.k, x.v, *given)), decays]
     dinitial, linear, dblocks = triton.grad_initial_state(x.q, x.do, x.k, *given, left, wanted)
     dq, rest = triton.grad_query(x.q, x.k, x.v, x.do, *given, left)
     dk, dv, dbeta, dlog = triton.grad_inputs(
