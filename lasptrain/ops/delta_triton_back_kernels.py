@@ -147,9 +147,9 @@ def scan_gradients(
     """Scan the blocks from the right, from EDGE [B, H, K, V] where EDGED, else from zero; grid (rows / ROWS, B·H).
 
     SENT [B, H, NB, V, K] is what each block's outputs send to its initial state, MAPS [B, H, NB, K, K] what it does to
-    states, DECAYS [B, H, NB] log2 of its decay: not MAPPED, of one block, there are none. KEEP writes the gradient of what leaves each block to LAST
-    [B, H, NB, V, K]. Else that of the slice's initial state goes to FIRST [B, H, K, V], from V rows, and from K more,
-    where MAPPED, what the slice does to states to LINEAR [B, H, K, K].
+    states, DECAYS [B, H, NB] log2 of its decay: not MAPPED, of one block, there are none. KEEP writes the gradient of
+    what leaves each block to LAST [B, H, NB, V, K]. Else that of the slice's initial state goes to FIRST [B, H, K, V],
+    from V rows, and from K more, where MAPPED, what the slice does to states to LINEAR [B, H, K, K].
     """
     line = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

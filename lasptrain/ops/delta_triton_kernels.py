@@ -24,7 +24,7 @@ Arguments common to the programs, beside those of `triton_kernels`:
 | `SUMS` | [B, H, chunks] fp32: log2 of the decay of each chunk |
 | `ADDED` | U of each block, transposed: [B, H, NB, VALUES, KEYS] fp32 |
 | `MAPS` | M of each block: [B, H, NB, KEYS, KEYS] fp32 |
-| `DECAYS` | log2 of the decay over each block, or zero: [B, H, NB] fp32; where nothing is left, `MAPS` need not be read |
+| `DECAYS` | log2 of the decay over each block, or zero: [B, H, NB] fp32; where nothing is left, `MAPS` is not read |
 | `DOC` | doc_ids [B, T] int32, where `DOCS` |
 | `PREFIX` | the state that enters each block, and the last one, transposed: [B, H, NB + 1, VALUES, KEYS] fp32 |
 | `K`, `V` | powers of two that hold the dims `KEYS`, `VALUES` |
