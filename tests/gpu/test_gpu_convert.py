@@ -72,7 +72,7 @@ def lasp(folder: Path, *arguments: str) -> None:
 def steps(folder: Path, run: str, window: int, count: int, *more: str) -> list[dict[str, Any]]:
     """What so many steps on windows of a length tell, in a run that begins with the weights of `run`."""
     given = f"data.window={window}", f"train.steps={count}", "train.batch=1", "optim.warmup=0", "optim.lr=1e-3"
-    keys = [part for key in (*given, "eval.windows=0", *more) for part in ("--set", key)]
+    keys = [part for key in (*given, "eval.windows=0", "eval.sample=0", *more) for part in ("--set", key)]
     lasp(folder, "pretrain", "run/recipe.yaml", "--from", "run", "--run", run, "--nproc", "1", *keys)
     told = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in told if "event" not in line]
