@@ -1,7 +1,8 @@
 """Several datasets → one: parts of a preparation, or an older dataset and what has been added since.
 
 What is made is what one `prepare` of all their sources would have made, shard for shard: documents are put back into
-the order of their sources, and shuffled anew.
+the order of their sources, and shuffled anew. Datasets may have held out other shares, by text or by ids: a document
+that one of them holds out is left out of the training text of all.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ def merge(folders: Sequence[Path], out: Path, packing: BestFit | None = None, pr
         ordered = [member for group in groups for member in group]
         splits, store = _documents(ordered, report)
         dropped = sum((Counter(member.manifest.dropped) for member in ordered), Counter[str]())
+        if len(groups) > 1:
+            splits["train"], there = _without(splits["train"], splits["validation"])
+            dropped["held out elsewhere"] += there
         names = [entry.name for entry in entries]
         check_training(joined(names), splits, dropped)
         writing = Writing(names, first.tokenizer, entries, first.order.seed, packing, report)
@@ -175,6 +179,14 @@ def _documents(members: Sequence[Member], report: Progress) -> tuple[dict[str, D
                 back = np.argsort(shuffle)
                 documents.extend(starts[back], lengths[back], digests[back])
     return splits, Shelf(shards)
+
+
+def _without(documents: Documents, others: Documents) -> tuple[Documents, int]:
+    """Return the documents that are not among others, and how many are."""
+    there = np.isin(np.asarray(documents.digests), np.asarray(others.digests))
+    kept = Documents()
+    kept.extend(*(np.asarray(found)[~there] for found in (documents.starts, documents.lengths, documents.digests)))
+    return kept, int(there.sum())
 
 
 def _verified(member: Member, entry: ShardEntry) -> Shard:

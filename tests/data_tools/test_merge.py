@@ -9,10 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
@@ -23,6 +25,7 @@ from data_tools.parts import FILE, Part
 from data_tools.prepare import Preparation, prepare
 from data_tools.sources import Source
 from lasptrain.data.manifest import Manifest
+from lasptrain.data.shard import Shard
 from lasptrain.errors import DataError, RecipeError, SetupError
 from lasptrain.files import sha256
 from tests.data_tools.test_import import made
@@ -287,3 +290,28 @@ def test_parts_on_the_command_line(sources: list[str], tmp_path: Path) -> None:
         "prepare", *sources, *options, "--out", "x", "--part", "1/2", "--packing", "best_fit", "--window", "64"
     )
     assert code == 2 and "expected --packing of lasptrain data merge" in said
+
+
+def test_what_one_dataset_holds_out_is_no_training_text_of_another(sources: list[str], tmp_path: Path) -> None:
+    rows = tmp_path / "again.jsonl"
+    rows.write_text("".join((tmp_path / "text" / "rows.jsonl").read_text().splitlines(keepends=True)[:60]))
+    old = prepare(replace(preparation(sources), validation_ppm=20_000), tmp_path / "old")
+    new = prepare(replace(preparation([str(rows)]), validation_ppm=700_000), tmp_path / "new")
+    found = Manifest.load(merge([old, new], tmp_path / "merged"))
+    held, trained = (documents(tmp_path / "merged", split) for split in ("validation", "train"))
+    lost = [one for one in documents(old, "train") + documents(new, "train") if one in held]
+    assert len(lost) > 20 and found.dropped["held out elsewhere"] == len(lost)
+    assert not set(trained) & set(held)
+    assert Counter(trained) == Counter(documents(old, "train") + documents(new, "train")) - Counter(lost)
+    assert Counter(held) == Counter(documents(old, "validation") + documents(new, "validation"))
+
+
+def documents(folder: Path, split: str) -> list[tuple[int, ...]]:
+    """The ids of each document of a split."""
+    found = []
+    for entry in Manifest.load(folder).shards:
+        if entry.split == split:
+            shard = Shard(folder / entry.name)
+            ids, starts = shard.read(0, entry.tokens), shard.starts(0, entry.documents)
+            found += [tuple(part.tolist()) for part in np.split(ids, starts[1:])]
+    return found
