@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lasptrain.console.figures import figure_class
 from lasptrain.console.stdio import printable
+from lasptrain.console.words import times
 from lasptrain.eval.runner import PERPLEXITY, Record
 from lasptrain.eval.score import bootstrap, interval
 
@@ -24,6 +25,7 @@ MEASURES = ("score", "exact", "accuracy")  # fractions in [0, 1]
 def cells(records: Iterable[Record]) -> list[Record]:
     """Return one object for each task and length: n, and each measure with its 95 % interval, over all and by depth.
 
+    The interval of nats is None of one sample, which tells no spread.
     A file's object has its number of rows, `rows`, and, where rows differ in length, `by_length`.
     """
     groups: dict[tuple[str, int], list[Record]] = {}
@@ -116,8 +118,8 @@ def curves(found: list[Record]) -> list[Table]:
             points = cell["curve"]
             head = [heads[cell["task"]], *(f"{point['x']:,}" for point in points)]
             nats = ["", *(f"{point['nats']:.3f}" for point in points)]
-            range_ = ["95 %", *("{:.2f} to {:.2f}".format(*point["ci95"]) for point in points)]
-            title = f"{cell['task']}: {cell['n']} documents of {cell['length']:,} tokens"
+            range_ = ["95 %", *("{:.2f} to {:.2f}".format(*at["ci95"]) if at["ci95"] else "-" for at in points)]
+            title = f"{cell['task']}: {times(cell['n'], 'document')} of {cell['length']:,} tokens"
             result.append(_table(title, head, nats, range_))
     return result
 
@@ -287,7 +289,7 @@ def _svg(cell: Record) -> str:
         f'<text x="{x:.1f}" y="195">{short(point["x"])}</text>'
         for (x, y), value, point in zip(places, values, points, strict=True)
     )
-    caption = f"<figcaption>{cell['task']}: nats per token, {cell['n']} documents</figcaption>"
+    caption = f"<figcaption>{cell['task']}: nats per token, {times(cell['n'], 'document')}</figcaption>"
     style = 'font-size="11" text-anchor="middle"'
     path = f'<polyline points="{line}" fill="none" stroke="#369"/>'
     return f'<figure>{caption}<svg width="560" height="205" {style}>{path}{labels}</svg></figure>'

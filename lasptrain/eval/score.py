@@ -74,8 +74,10 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean, by resampling the values 2,000 times."""
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of a mean, by resampling the values 2,000 times; None where they do not differ, as one does not."""
+    if len(set(values)) < 2:
+        return None
     draw = random.Random(f"bootstrap/{seed}")
     n = len(values)
     means = sorted(sum(draw.choices(values, k=n)) / n for _ in range(RESAMPLES))
@@ -83,7 +85,8 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's where every value is 0 or 1, else the bootstrap's."""
-    if all(value in (0.0, 1.0) for value in values):
-        return wilson(sum(values), len(values))
-    return bootstrap(values)
+    """95 % interval of the mean of values from 0 to 1: Wilson's where every one is 0 or 1, and where none differs from
+    the others, as nothing in between can spread wider; else the bootstrap's.
+    """
+    resampled = None if all(value in (0.0, 1.0) for value in values) else bootstrap(values)
+    return resampled or wilson(sum(values), len(values))

@@ -212,9 +212,22 @@ def test_intervals() -> None:
     assert wilson(18, 20) == pytest.approx((0.699, 0.972), abs=5e-4)
     assert wilson(250, 500) == pytest.approx((0.456, 0.544), abs=5e-4)
     values = [i % 4 / 3 for i in range(100)]
-    low, high = bootstrap(values)
+    found = bootstrap(values)
+    assert found is not None
+    low, high = found
     assert 0.40 < low < 0.45 and 0.55 < high < 0.60 and bootstrap(values) == (low, high)
     assert interval([1.0, 0.0, 1.0]) == wilson(2, 3) and interval(values) == (low, high)
+
+
+def test_samples_that_do_not_differ_are_not_certain() -> None:
+    assert interval([0.4]) == wilson(0.4, 1) and interval([0.4] * 3) == pytest.approx(wilson(1.2, 3))
+    assert bootstrap([6.0]) is None and bootstrap([6.0, 6.5]) == (6.0, 6.5)
+    asked = {"index": 0, "tokens": 1024, "seconds": 1.0, "depth": None, "answer_nll": 2.0, "score": 0.4}
+    nats: dict[str, object] = {"task": "ppl_by_position", "length": 1024, "index": 0, "nats": {"256": 6.0}}
+    text, curve = report.cells([{"task": "vt", "length": 1024} | asked, nats])
+    assert text["answer_nll_ci95"] is None and curve["curve"] == [{"x": 256, "nats": 6.0, "ci95": None}]
+    assert "40 ±44" in json.dumps(report._grid([text]), ensure_ascii=False)
+    assert "1 document of" in str(report.curves([curve])[0].title)
 
 
 def tiny(vocab: int = 257) -> LanguageModel:
