@@ -1,6 +1,7 @@
 """Write files and folders that are whole or not there, and tell them by their digests."""
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -149,7 +150,8 @@ def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
     """A temporary sibling that takes the name `out` at the end, synced; after an error nothing is left.
 
     SetupError where `out` exists and is no empty folder, unless `force`, which replaces it at the end if it holds the
-    file `mark`, as what is written does; a link is never followed.
+    file `mark`, as what is written does; a link is never followed. What processes that were killed have left of such
+    siblings is removed.
     """
     if out.is_symlink():
         raise SetupError(f"{out}: is a symbolic link; expected a folder, or a name that is free")
@@ -162,10 +164,11 @@ def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
             raise SetupError(f"{out}: holds no {mark}; --force replaces only what was made like this")
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
-    with told_as(out, new):
-        new.mkdir()
-    try:
+    for left in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
+        with _held(left) as held:
+            if held:
+                shutil.rmtree(left, ignore_errors=True)
+    with _sibling(out) as new:
         with told_as(out, new):
             yield new
             for path in (*new.rglob("*"), new):
@@ -176,5 +179,41 @@ def atomic_folder(out: Path, force: bool, mark: str) -> Iterator[Path]:
         new.rename(out)
         sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _sibling(out: Path) -> Iterator[Path]:
+    """A new hidden folder beside `out`, held, and removed at the end if it still has its name."""
+    while True:
+        new = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
+        with told_as(out, new):
+            new.mkdir()
+        with _held(new) as held:
+            if held is False or not new.is_dir():
+                continue  # another process has taken it for one that was left
+            try:
+                yield new
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+            return
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder. Yields False where another process holds it, None where it is not there, or cannot be locked."""
+    try:
+        found = os.open(folder, os.O_RDONLY | _NO_LINK | _NO_WAIT)
+    except OSError:
+        yield None
+        return
+    held: bool | None = True
+    try:
+        try:
+            lock(found)
+        except BlockingIOError:
+            held = False
+        except (OSError, SetupError):
+            held = None
+        yield held
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        os.close(found)

@@ -257,6 +257,32 @@ def test_a_full_disk_is_told_with_the_name_of_what_is_written(tmp_path: Path) ->
         files.replace(Path("/proc/new"), "")
 
 
+def test_what_a_killed_process_left_is_removed_and_what_is_written_is_not(tmp_path: Path) -> None:
+    out, other = tmp_path / "new[1]", tmp_path / ".new.tmp-0123abcd"
+    code = (
+        "import os, sys; from pathlib import Path; from lasptrain.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1]), False, 'mark') as new:\n"
+        "    (new / 'mark').touch(); print(new, flush=True); sys.stdin.read()"
+    )
+    other.mkdir()
+    writing = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert writing.stdout is not None
+        hidden = Path(writing.stdout.readline().strip())
+        with pytest.raises(OSError, match="stop"), files.atomic_folder(out, False, "mark") as mine:
+            assert hidden.is_dir() and mine != hidden
+            raise OSError("stop")
+        assert sorted(tmp_path.iterdir()) == sorted([other, hidden])
+    finally:
+        writing.kill()
+        writing.communicate()
+    with files.atomic_folder(out, False, "mark"):
+        assert not hidden.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([other, out])
+
+
 def test_what_an_error_of_the_disk_means() -> None:
     for number, named, code in (
         (errno.EIO, False, 5),
