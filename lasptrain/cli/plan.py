@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from lasptrain.cli.options import Overrides, RecipeFile, to_bytes
-from lasptrain.console.tables import show
+from lasptrain.console.tables import figures, show
 from lasptrain.console.words import times
 from lasptrain.cost import links, plan, rates
 from lasptrain.cost.gpus import PLANNED, Rates
@@ -40,11 +40,22 @@ def plan_command(
 
 
 def _lasting(seconds: float) -> str:
-    """Format seconds in days, hours or minutes: the largest unit of which there is at least one."""
-    for length, unit in ((86400, "days"), (3600, "hours")):
+    """Format seconds in days, hours, minutes or seconds: the largest unit of which there is at least one."""
+    for length, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 60:.1f} minutes"
+    return f"{_seconds(seconds)} seconds"
+
+
+def _seconds(seconds: float) -> str:
+    """Format seconds, fewer than one by their first figures."""
+    return f"{seconds:.1f}" if seconds >= 1 else figures(seconds, 2)
+
+
+def _gib(size: int, digits: int = 1) -> str:
+    """Format bytes in GiB; in MiB where so many digits would show nothing of them."""
+    found = size / 2**30
+    return f"{found:.{digits}f} GiB" if not size or found >= 10**-digits else f"{figures(size / 2**20, 2)} MiB"
 
 
 class Hardware(NamedTuple):
@@ -101,26 +112,29 @@ def _plan(recipe: Recipe, gpus: int, hardware: Hardware, given: str | None) -> I
     name = f"{recipe.name}, stages[{span.number}]" if staged.stages else recipe.name
     table = Table(title=f"{name}: predicted for {gpus} × {hardware.name}", show_header=False)
     for name, size in parts.items():
-        table.add_row(name, f"{size / 2**30:.2f} GiB")
+        table.add_row(name, _gib(size, 2))
     table.add_section()
-    table.add_row("peak memory", f"{sum(parts.values()) / 2**30:.1f} of {available / 2**30:.1f} GiB on each")
+    table.add_row("peak memory", f"{_gib(sum(parts.values()))} of {_gib(available)} on each")
     host = plan.host_memory(recipe, vocab, dp, sp, cut.segment)
-    held = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in host.items() if size)
-    table.add_row("host memory", f"{sum(host.values()) / 2**30:.1f} GiB per rank, page-locked: {held}")
+    held = ", ".join(f"{name} {_gib(size)}" for name, size in host.items() if size)
+    table.add_row("host memory", f"{_gib(sum(host.values()))} per rank, page-locked: {held}")
     table.add_row("gradients", f"summed over ranks once per {recipe.parallel.reduce}")
     table.add_row("segments", f"{cut.segments:,} of {cut.segment:,} tokens, slices of {cut.slice:,}")
-    table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {step:.1f} s per step of {tokens:,} tokens")
+    table.add_row("speed", f"{1e-3 / seconds:.1f}k tokens/s per GPU, {_seconds(step)} s per step of {tokens:,} tokens")
     if unbounded := len(recipe.model.unbounded):
-        keys, gradients = (size / 2**30 for size in plan.prefix_bytes(recipe, sp, cut.segment))
-        table.add_row("prefix", f"{recipe.parallel.prefix}: keys and values {keys:.2f}, gradients {gradients:.2f} GiB")
+        keys, gradients = (_gib(size, 2) for size in plan.prefix_bytes(recipe, sp, cut.segment))
+        table.add_row("prefix", f"{recipe.parallel.prefix}: keys and values {keys}, gradients {gradients}")
         share = plan.softmax_share(recipe, vocab, cut.segments, hardware.rates, sp)
         last = f"; the last of {sp} ranks has {plan.uneven(sp, cut.segments):.2f} times the mean" if sp > 1 else ""
         table.add_row("", f"{share:.0%} of the time goes to {times(unbounded, 'layer')} seeing all of it{last}")
     if "triton" not in recipe.model.kernels:
-        table.add_row("", f"with a Triton kernel, which {recipe.model.arch} does not have yet: it will be slower")
-    table.add_row("states sent", f"{sent / 2**20:,.0f} MiB per rank and step, by {scan}")
+        table.add_row(
+            "",
+            f"with a Triton kernel, which {recipe.model.arch} does not have yet: slower without, in more memory",
+        )
+    table.add_row("states sent", f"{_gib(sent)} per rank and step, by {scan}")
     if keys_sent := plan.prefix_sent(recipe, sp, cut.segments) * recipe.train.batch // dp:
-        table.add_row("keys sent", f"{keys_sent / 2**30:,.1f} GiB per rank and step, with their gradients")
+        table.add_row("keys sent", f"{_gib(keys_sent)} per rank and step, with their gradients")
     table.add_row("training", f"{span.tokens:,} tokens, {_lasting(step * span.steps)}")
     yield table
     if gpus > 1:
@@ -132,10 +146,10 @@ def _stages(recipe: Recipe, vocab: int, pairs: Sequence[tuple[int, int]], availa
     """Table of memory, time and tokens by stage, and in all."""
     spans = recipe.spans()
     table = Table(title=f"{recipe.name}: predicted by stage", show_footer=True)
-    rows, seconds_of, peaks = [], list[float](), list[float]()
+    rows, seconds_of, peaks = [], list[float](), list[int]()
     for span, (dp, sp) in zip(spans, pairs, strict=True):
         cut = plan.layout(span.recipe, dp, sp, vocab, available)
-        peaks.append(sum(plan.memory(span.recipe, vocab, dp, sp, cut.segment).values()) / 2**30)
+        peaks.append(sum(plan.memory(span.recipe, vocab, dp, sp, cut.segment).values()))
         seconds = plan.seconds_per_token(span.recipe, vocab, cut.segments, rates, sp)
         seconds_of.append(seconds * span.tokens / (dp * sp))
         rows.append(
@@ -145,9 +159,9 @@ def _stages(recipe: Recipe, vocab: int, pairs: Sequence[tuple[int, int]], availa
                 f"{dp} × {sp}",
                 f"{span.recipe.train.batch:,} × {span.recipe.data.window:,}",
                 f"{cut.segments:,} × {cut.segment:,}",
-                f"{peaks[-1]:.1f} GiB",
+                _gib(peaks[-1]),
                 f"{1e-3 / seconds:.1f}k",
-                f"{seconds_of[-1] / span.steps:.1f} s",
+                f"{_seconds(seconds_of[-1] / span.steps)} s",
                 f"{span.tokens:,}",
                 _lasting(seconds_of[-1]),
             )
@@ -157,7 +171,7 @@ def _stages(recipe: Recipe, vocab: int, pairs: Sequence[tuple[int, int]], availa
         "",
         "",
         "",
-        f"{max(peaks):.1f} GiB",
+        _gib(max(peaks)),
         "",
         "",
         f"{sum(s.tokens for s in spans):,}",

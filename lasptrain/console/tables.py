@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from decimal import Decimal
 
 from rich.console import Console
@@ -33,4 +34,7 @@ def show(*parts: Table | str) -> None:
             lines = [part]
         for line in lines:
             if line:
-                console.print(line, soft_wrap=isinstance(line, str))
+                with nullcontext() if console.is_terminal else console.capture() as captured:
+                    console.print(line, soft_wrap=isinstance(line, str))
+                if captured is not None:  # cells without a frame are filled with blanks, which a file does not need
+                    console.file.writelines(f"{text.rstrip()}\n" for text in captured.get().splitlines())

@@ -35,3 +35,11 @@ def test_documents_that_all_are_cut_are_100_percent(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 20_000)
     found = prepare(Preparation([str(tmp_path / "long.txt")], "bytes", validation_ppm=0, workers=1), tmp_path / "set")
     assert "documents cut: 100 % at 2K, " in str(commands.inspect(found))
+
+
+def test_cells_without_a_frame_have_no_blanks_behind_them_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("key", "a value")
+    table.add_row("another", "b")
+    show(table)
+    assert capsys.readouterr().out == "key      a value\nanother  b\n"

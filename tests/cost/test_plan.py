@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import cast
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lasptrain import train
 from lasptrain.bench.rates import measure
+from lasptrain.cli.main import app
 from lasptrain.cost import gpus, links, plan, rates
 from lasptrain.errors import RecipeError, ResourceError
 from lasptrain.recipe.loading import load
@@ -318,3 +321,16 @@ def test_a_plan_needs_neither_gpu_nor_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     for expected in ("peak memory", "2 × h100", "WARNING"):
         assert expected in done.stdout
+
+
+def test_what_is_small_is_told_too() -> None:
+    given = ("data.window=1024", "train.steps=5", "model.vocab=4096", "train.loss_chunk=64")
+    said = CliRunner().invoke(
+        app, ["plan", str(RECIPES / "quickstart.yaml"), *(x for s in given for x in ("--set", s))]
+    )
+    rows = dict(line.strip("│ \n").split("│", 1) for line in said.output.splitlines() if line.count("│") == 3)
+    told = {key.strip(): value.strip() for key, value in rows.items()}
+    assert told["parameters"] == "0.01 GiB" and told["states"] == "0.53 MiB"
+    assert told["peak memory"].endswith(" of 79.0 GiB on each") and not told["peak memory"].startswith("0.0")
+    assert re.search(r", 0\.0*[1-9]\d? s per step", told["speed"])
+    assert re.search(r" tokens, 0\.0*[1-9]\d? seconds$", told["training"])
