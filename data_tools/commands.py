@@ -111,12 +111,12 @@ def told_left_out(found: Mapping[str, int], dropped: Mapping[str, int]) -> str:
     return "".join(f"\n{name}: {told}" for name, told in lines.items() if told)
 
 
-def train_tokenizer(sources: list[str], vocab: int, out: Path, field: str = "text") -> TrainedTokenizer:
+def train_tokenizer(sources: list[str], vocab: int, out: Path, reading: Reading | None = None) -> TrainedTokenizer:
     """Train a sentencepiece model on `sources` and write it to `out`, which must not exist."""
     if out.exists() or out.is_symlink():
         raise SetupError(f"{out}: it exists; a tokenizer is written to a new file")
     dropped = Counter[str]()
-    texts = _texts(sources, field, dropped)
+    texts = _texts(sources, reading or Reading(), dropped)
     if not texts:
         raise DataError(f"0 documents in {' + '.join(sources)} to train a tokenizer on")
     model = tokenizer.train(texts, vocab)
@@ -146,8 +146,7 @@ def inspect(folder: Path, window: int | None = None) -> Inspection:
     return Inspection(folder, Manifest.load(folder), window)
 
 
-def _texts(sources: list[str], field: str, dropped: Counter[str]) -> list[str]:
-    reading = Reading(field=field)
+def _texts(sources: list[str], reading: Reading, dropped: Counter[str]) -> list[str]:
     return [document.text for source in sources for document in open_source(source).documents(reading, dropped)]
 
 
@@ -159,11 +158,11 @@ def synthesize(
     seed: int,
     prompts: bool,
     out: Path,
-    field: str = "text",
+    reading: Reading | None = None,
 ) -> str:
     """Write documents of a synthetic kind over the text of `sources`, or prompts without the answer."""
     dropped = Counter[str]()
-    made = synthetic.documents(kind, _texts(sources, field, dropped), lengths, count, seed)
+    made = synthetic.documents(kind, _texts(sources, reading or Reading(), dropped), lengths, count, seed)
     written = synthetic.write(out, (one.prompt if prompts else one.row for one in made))
     about = " to ".join(f"{length:,}" for length in sorted(set(lengths)))
     told = f"{out}: {written:,} {'prompts' if prompts else 'documents'} of about {about} characters"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -28,7 +29,8 @@ from data_tools.sources import Piece, Reading, Source, open_source
 from data_tools.spool import Documents, Ids, Spool
 from data_tools.tokenizer import MARK, PIECE, Tokenizer, cuts_safely, keeps_mark, load_tokenizer
 from lasptrain.data.manifest import FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
-from lasptrain.errors import DataError, ResourceError
+from lasptrain.errors import DataError, ResourceError, SetupError
+from lasptrain.files import FULL
 
 UNIT = 1 << 20  # characters a worker encodes at a time
 FOUND = 1 << 28  # bytes of text whose digest is made in a moment, to find what was prepared of it
@@ -108,10 +110,26 @@ def ensure_dataset(preparation: Preparation, cache: Path) -> Path:
         return _as_asked(Path(source), preparation)
     final = _kept(preparation, cache)
     if not (final / FILE).exists():
+        _make(final.parent)
         with building(final, wait=True) as hidden:
             if hidden is not None:
                 _build(hidden, preparation)
     return final
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of the cache. Raises SetupError that names its key where it cannot be made, or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise SetupError(
+            f"data.cache: {error.filename}: {error.strerror}; expected a folder that can be written, as it, "
+            "XDG_CACHE_HOME or HOME names one"
+        ) from None
 
 
 def find_dataset(preparation: Preparation, cache: Path) -> Path | None:

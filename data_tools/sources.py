@@ -56,11 +56,14 @@ Errors = Literal["fail", "replace", "skip"]
 
 @dataclass(frozen=True)
 class Reading:
-    """Options of reading: the policy for text that is not Unicode, the field of rows, and the bad rows tolerated."""
+    """Options of reading: the policy for text that is not Unicode, the field of rows, and the bad rows tolerated;
+    `command` is the one of `lasptrain data` that has them.
+    """
 
     errors: Errors = "fail"
     field: str = "text"
     max_bad: int = 0
+    command: str = "prepare"
 
 
 @dataclass(frozen=True)
@@ -499,7 +502,7 @@ def _malformed(problem: str, reading: Reading, dropped: Counter[str]) -> None:
     """Count a line that holds no text. Raises DataError when there are too many."""
     dropped["malformed"] += 1
     if dropped["malformed"] > reading.max_bad:
-        raise DataError(f"{problem}; {reading.max_bad} such lines are tolerated, see prepare --max-bad")
+        raise DataError(f"{problem}; {reading.max_bad} such lines are tolerated, see {reading.command} --max-bad")
 
 
 def _python(content: bytes) -> str | None:
@@ -565,7 +568,7 @@ def _invalid(problem: str, repaired: str, reading: Reading, dropped: Counter[str
     """Apply the policy to text that is not Unicode: `repaired`, None to leave it out, or DataError."""
     match reading.errors:
         case "fail":
-            raise DataError(f"{problem}; prepare --errors replace, or skip, takes it")
+            raise DataError(f"{problem}; {reading.command} --errors replace, or skip, takes it")
         case "replace":
             dropped["repaired"] += 1
             return repaired

@@ -34,6 +34,8 @@ Sources = Annotated[
 TOKENIZER = "A tokenizer.json, a folder that holds one, a sentencepiece .model, or bytes."
 Tokenizer = Annotated[str, typer.Argument(metavar="FILE", callback=spec, help=TOKENIZER)]
 Field = Annotated[str, typer.Option(help="The key of rows that holds the text, or a path of keys such as doc.text.")]
+Errors = Annotated[Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")]
+MaxBad = Annotated[int, typer.Option(min=0, help="Bad lines of JSON or CSV that are tolerated.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared dataset.")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the shuffle of documents.")]
 HeldOut = Annotated[int, typer.Option(min=0, max=999_999, help="Documents held out, per million.")]
@@ -63,11 +65,9 @@ def prepare(
     seed: Seed = 0,
     validation: HeldOut = 20_000,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
-    errors: Annotated[
-        Literal["fail", "replace", "skip"], typer.Option(help="What to do with text that is not Unicode.")
-    ] = "fail",
+    errors: Errors = "fail",
     field: Field = "text",
-    max_bad: Annotated[int, typer.Option(min=0, help="Bad lines of JSON or CSV that are tolerated.")] = 0,
+    max_bad: MaxBad = 0,
     min_tokens: Shortest = 0,
     max_tokens: Longest = None,
     packing: Packing = "concat",
@@ -241,7 +241,9 @@ def synth(
         typer.Option(help="What is hidden and asked; pairs stand alone, without sources."),
     ] = "recall",
     sources: Annotated[list[str] | None, typer.Argument(callback=spec, help="Text to hide facts in.")] = None,
+    errors: Errors = "fail",
     field: Field = "text",
+    max_bad: MaxBad = 0,
     characters: Annotated[int, typer.Option(min=1, help="Of each document, about.")] = 200_000,
     shortest: Annotated[
         int | None, typer.Option(min=1, help="Lengths from this to --characters, as much text in every octave.")
@@ -252,13 +254,15 @@ def synth(
 ) -> None:
     """Hide facts in real text and ask for them at its end, or repeat pairs: documents that need a long memory."""
     from data_tools import commands
+    from data_tools.sources import Reading
 
     if out.suffix != ".jsonl":  # by which `data prepare` tells JSON lines from other files
         raise RecipeError(f"--out: found {out}; expected a name that ends in .jsonl")
     lengths = (min(shortest or characters, characters), characters)
     if (kind == "pairs") != (not sources):
         raise RecipeError(f"--kind {kind}: found sources {sources or 'none'}; expected some, but none with pairs")
-    _say(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out, field))
+    reading = Reading(errors, field, max_bad, "synth")
+    _say(commands.synthesize(kind, sources or [], lengths, documents, seed, prompts, out, reading))
 
 
 @app.command()
@@ -300,12 +304,15 @@ def train_tokenizer(
     sources: Sources,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The new model.")],
     vocab: Annotated[int, typer.Option(min=300, max=1 << 20, help="Pieces.")] = 16384,
+    errors: Errors = "fail",
     field: Field = "text",
+    max_bad: MaxBad = 0,
 ) -> None:
     """Train a sentencepiece tokenizer on text."""
     from data_tools import commands
+    from data_tools.sources import Reading
 
-    _say(commands.train_tokenizer(sources, vocab, out, field))
+    _say(commands.train_tokenizer(sources, vocab, out, Reading(errors, field, max_bad, "tokenizer train")))
 
 
 @tokenizer_app.command("check")
@@ -315,7 +322,9 @@ def check_tokenizer(
     other: Annotated[
         str | None, typer.Option("--against", metavar="FILE", callback=spec, help="Another one: same ids?")
     ] = None,
+    errors: Errors = "fail",
     field: Field = "text",
+    max_bad: MaxBad = 0,
 ) -> None:
     """Encode text and decode it again: what is lost, unknown, or encoded otherwise by another tokenizer."""
     from collections import Counter
@@ -325,7 +334,8 @@ def check_tokenizer(
     from data_tools.tokenizer import check, load_tokenizer
 
     dropped: Counter[str] = Counter()
-    documents = (d for source in sources for d in open_source(source).documents(Reading(field=field), dropped))
+    reading = Reading(errors, field, max_bad, "tokenizer check")
+    documents = (d for source in sources for d in open_source(source).documents(reading, dropped))
     texts = ((document.place, document.text) for document in documents)
     found = check(load_tokenizer(file), texts, load_tokenizer(other) if other else None)
     for line in found.changed[:20]:

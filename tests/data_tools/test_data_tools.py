@@ -25,6 +25,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
 from data_tools import commands, sources, synthetic, windows
 from data_tools import encode as worker
@@ -36,6 +37,7 @@ from data_tools.sources import Piece, Reading, open_source
 from data_tools.spool import Ids, Spool
 from data_tools.synthetic import Kind
 from data_tools.tokenizer import ByteTokenizer, Tokenizer, check, cut, cuts_safely, load_tokenizer
+from lasptrain.cli.main import app
 from lasptrain.data.dataset import TokenDataset
 from lasptrain.data.manifest import Manifest
 from lasptrain.errors import DataError, LaspError, ResourceError, SetupError
@@ -1057,3 +1059,35 @@ def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
     for source in ("", "/nonexistent", str(tmp_path)):
         with pytest.raises(LaspError):
             ensure_dataset(Preparation([source], "bytes", validation_ppm=0), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("command", ["tokenizer train", "tokenizer check", "synth"])
+def test_commands_that_read_text_have_the_options_that_they_advise(tmp_path: Path, command: str) -> None:
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(
+        json.dumps({"text": "The quick brown fox jumps over a lazy dog of 42. " * 200})
+        + '\n{"text": "a \\ud800"}\nno JSON\n'
+    )
+    given = {
+        "tokenizer train": ["--out", str(tmp_path / "new.model"), "--vocab", "300"],
+        "tokenizer check": ["bytes"],
+        "synth": ["--out", str(tmp_path / "new.jsonl"), "--characters", "300", "--documents", "2"],
+    }[command]
+    asked = ["data", *command.split(), *given[: command == "tokenizer check"], str(rows)]
+    asked += given if command != "tokenizer check" else []
+    said = str(CliRunner().invoke(app, asked).exception)
+    assert said.endswith(f"; {command} --errors replace, or skip, takes it")
+    asked += ["--errors", "replace"]
+    said = str(CliRunner().invoke(app, asked).exception)
+    assert said.endswith(f"0 such lines are tolerated, see {command} --max-bad")
+    done = CliRunner().invoke(app, [*asked, "--max-bad", "1"])
+    assert "1 repaired, 1 malformed" in done.output
+
+
+def test_a_cache_that_cannot_be_made_is_told_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 99)
+    preparation = Preparation([str(tmp_path / "a.txt")], "bytes", workers=1)
+    with pytest.raises(
+        SetupError, match=r"^data\.cache: \S+/a\.txt/lasptrain/datasets: Not a directory; .* HOME names"
+    ):
+        ensure_dataset(preparation, tmp_path / "a.txt" / "lasptrain")

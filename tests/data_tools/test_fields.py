@@ -143,9 +143,10 @@ def test_every_command_and_a_recipe_take_a_field(tmp_path: Path) -> None:
     text = "to be or not to be, that is the question\n" * 200
     source = tmp_path / "a.jsonl"
     source.write_text(json.dumps({"doc": {"body": text}, "text": "other"}) + "\n")
-    trained = commands.train_tokenizer([str(source)], 300, tmp_path / "a.model", "doc.body")
+    trained = commands.train_tokenizer([str(source)], 300, tmp_path / "a.model", Reading(field="doc.body"))
     assert trained.vocab == 300
-    commands.synthesize("recall", [str(source)], (900, 900), 1, 0, False, tmp_path / "out.jsonl", "doc.body")
+    reading = Reading(field="doc.body")
+    commands.synthesize("recall", [str(source)], (900, 900), 1, 0, False, tmp_path / "out.jsonl", reading)
     assert "that is the question" in (tmp_path / "out.jsonl").read_text()
     changes = [f"data.source={source}", "data.tokenizer=bytes", "data.validation=0"]
     kept = []
