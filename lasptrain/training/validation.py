@@ -22,7 +22,7 @@ class Validation:
     loss: float  # nats per token
     bits_per_byte: float
     tokens: int
-    by_position: dict[int, float]  # loss of positions [2^i, 2^(i+1)), key 2^i; positions count from 1
+    by_position: dict[int, float]  # loss behind 2^i to 2^(i+1) − 1 tokens, key 2^i; the last behind 2^(i+1), too
 
     def scalars(self) -> dict[str, float]:
         """Return names and numbers for logs."""
@@ -51,14 +51,14 @@ def validate(
         micro_batches: this rank's slices, as `SliceLoader.validation_slices` gives them, on the model's device.
         token_bytes: [vocab] int64 on the same device, bytes of text each token stands for.
     """
-    buckets = int(math.log2(window)) + 1
+    buckets = (window - 1).bit_length()  # the last token of a window of 2^n has none to itself: one number is noise
     sp, sp_rank = mesh.length("sp"), mesh.rank("sp")
     table: Tensor | None = None  # rows: loss, tokens, bytes; columns: buckets
     for segments in micro_batches:
         for m, labels, losses in token_losses(model, segments):
             length = labels.shape[1]
             position = (m * sp + sp_rank) * length + torch.arange(1, length + 1, device=labels.device)
-            bucket = position.double().log2().floor().long().expand_as(labels).flatten()
+            bucket = position.double().log2().floor().long().clamp(max=buckets - 1).expand_as(labels).flatten()
             valid = labels.flatten() != IGNORED
             size = token_bytes[labels.flatten().clamp(min=0)]
             rows = torch.stack([losses.flatten().double(), valid.double(), size.double()]) * valid

@@ -268,30 +268,36 @@ def test_labels_are_counted_exactly_however_many_there_are(group: None) -> None:
         assert [float(loss), float(model.weight.grad)] == pytest.approx([1, 1], rel=1e-15, abs=0), count
 
 
-def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: None, tmp_path: Path) -> None:
-    """In segments as of whole windows; the same in JSON lines and in TensorBoard."""
-    job = build(load(folder / "tiny.yaml", ["train.segment=60"]))
+@pytest.mark.parametrize("window", [240, 128])
+def test_held_out_loss_is_told_by_position_and_per_byte(folder: Path, group: None, tmp_path: Path, window: int) -> None:
+    """In segments as of whole windows; the same in JSON lines and in TensorBoard. No number is of a window's last token
+    alone.
+    """
+    job = build(load(folder / "tiny.yaml", [f"data.window={window}", f"train.segment={window // 4}"]))
     found = train.evaluate(job)
     job.loader.close()
     by_position, sizes = defaultdict[int, list[float]](list), 0
-    for start in (0, 240):
-        row = job.dataset.whole("validation").read(start, 241)
+    for start in (0, window):
+        row = job.dataset.whole("validation").read(start, window + 1)
         doc_ids = (row[:-1] == job.dataset.bos).cumsum(0).int()
         with torch.no_grad():
             out = job.model(
                 row[None, :-1], row[None, 1:], doc_ids[None], None, output_final_state=False, per_token=True
             )
         for position, loss in enumerate(out.loss.flatten().tolist(), 1):
-            by_position[1 << (position.bit_length() - 1)].append(loss)
+            by_position[1 << (min(position, window - 1).bit_length() - 1)].append(loss)
         sizes += int(job.dataset.token_bytes[row[1:]].sum())
     assert found is not None
     wanted = {f"loss_at_{start}": fmean(losses) for start, losses in by_position.items()}
     total = sum(sum(losses) for losses in by_position.values())
-    wanted |= {"loss": total / 480, "bits_per_byte": total / math.log(2) / sizes}
+    wanted |= {"loss": total / 2 / window, "bits_per_byte": total / math.log(2) / sizes}
     with Metrics(tmp_path, steps=3) as metrics:
         metrics.log_eval(3, **found.scalars())
     (record,) = read_metrics(tmp_path, "eval")
-    assert {key: record[key] for key in wanted} == pytest.approx(wanted, rel=1e-5) and len(wanted) == 10
+    assert {key: record[key] for key in wanted} == pytest.approx(wanted, rel=1e-5) and len(wanted) == (
+        10 if window == 240 else 9
+    )
+    assert len(by_position[64]) == 2 * (64 if window == 240 else 65)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     shown = {key: events.Scalars(f"eval/{key}")[0].value for key in wanted}
