@@ -279,6 +279,11 @@ def compare_meta(folder: Path, expect: Json, meta: Json) -> None:
     lines = [f"{key}: {saved.get(key)!r}, now {value!r}" for key, value in now.items() if saved.get(key) != value]
     if data in now and saved.get(data) != now[data]:
         lines.append("so the text of data.source, or the way it is prepared, has changed since")
+    if any(key.endswith(".mixed") for key, value in now.items() if saved.get(key) != value):
+        lines.append(
+            "so it mixed its sources as lasptrain 0.1.0 did, in whose blocks windows of a source had another order; "
+            "pretrain --from that run goes on with its weights, in a new one"
+        )
     if lines:
         raise CheckpointError("\n  ".join([f"{folder} is of another run:", *lines]))
 

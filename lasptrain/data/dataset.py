@@ -143,6 +143,11 @@ class TokenDataset:
         return (self,)
 
     @property
+    def mixed(self) -> dict[str, str]:
+        """The order in which datasets are mixed, as checkpoints keep it."""
+        return {}
+
+    @property
     def content(self) -> str:
         """SHA-256 over what it was made of; see `Manifest.content`."""
         return self.manifest.content

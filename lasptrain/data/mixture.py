@@ -1,7 +1,8 @@
 """Several datasets in fixed shares: the dataset and the place that a sample reads are a function of (seed, sample).
 
 Of every block of `sum(counts)` samples, dataset k gives exactly counts[k] windows, at places that a permutation of the
-block says; each has its own ring, order and epochs. A window comes from one dataset.
+block says; each has its own ring, order and epochs, and its windows come in that order: all are read before one is read
+again, wherever in a block training ends. A window comes from one dataset.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from itertools import accumulate
 import torch
 
 from lasptrain.data.dataset import Split, TokenDataset
-from lasptrain.data.order import Stretch, permute, splitmix64
+from lasptrain.data.order import Stretch, permuted, splitmix64
 from lasptrain.errors import DataError
 
 SPAN = 1 << 48  # tokens between the places of one dataset and of the next
@@ -49,54 +50,45 @@ def shares(weights: Sequence[float], block: int) -> list[int]:
     return counts
 
 
-@lru_cache(maxsize=16)
-def _dealt(ends: tuple[int, ...], seed: int, block: int, samples: int) -> list[tuple[int, int]]:
-    """Return the datasets of the first samples of a block, each with how many samples of it came before in the block.
+@lru_cache(maxsize=4)
+def _dealt(ends: tuple[int, ...], seed: int, block: int) -> list[tuple[int, int]]:
+    """Return the datasets of the samples of a block, each with how many samples of it came before in the block.
 
     `ends`: of the datasets' shares of the block.
     """
-    slots = (permute(ends[-1], place, splitmix64(seed), block) for place in range(samples))
     seen, found = Counter[int](), []
-    for number in (bisect_right(ends, slot) for slot in slots):
+    for number in (bisect_right(ends, slot) for slot in permuted(ends[-1], splitmix64(seed), block)):
         found.append((number, seen[number]))
         seen[number] += 1
     return found
 
 
 class Mixture:
-    """One split of several datasets. A place is `number of the dataset · SPAN + token of its ring`.
+    """One split of several datasets. A place is `number of the dataset · SPAN + token of its ring`."""
 
-    `samples`: as many as a stage has. Its last block may not be full; windows are counted there, so none is left out.
-    """
-
-    def __init__(self, splits: Sequence[Split], counts: Sequence[int], samples: int | None = None):
-        self.splits, self.counts, self._samples = splits, counts, samples
+    def __init__(self, splits: Sequence[Split], counts: Sequence[int]):
+        self.splits, self.counts = splits, counts
         self.name = splits[0].name
         self.tokens = min(split.tokens for split in splits)
         self.align = math.lcm(*(split.align for split in splits))
-        self._ends = list(accumulate(counts))
+        self._ends = tuple(accumulate(counts))
 
     def sample(self, seed: int, sample: int) -> tuple[int, int]:
         """Map a sample to (number of the dataset, sample of that dataset)."""
         block, place = divmod(sample, self._ends[-1])
-        if self._samples is not None and block == self._samples // self._ends[-1]:
-            number, before = _dealt(tuple(self._ends), seed, block, self._samples % self._ends[-1])[place]
-            return number, block * self.counts[number] + before
-        slot = permute(self._ends[-1], place, splitmix64(seed), block)
-        number = bisect_right(self._ends, slot)
-        first = self._ends[number] - self.counts[number]
-        return number, block * self.counts[number] + slot - first
+        number, before = _dealt(self._ends, seed, block)[place]
+        return number, block * self.counts[number] + before
 
     def counted(self, seed: int, samples: int) -> list[int]:
         """Return the windows that so many samples read of each of its datasets."""
         blocks, rest = divmod(samples, self._ends[-1])
-        last = Counter(number for number, _ in _dealt(tuple(self._ends), seed, blocks, rest))
+        last = Counter(number for number, _ in _dealt(self._ends, seed, blocks)[:rest])
         return [blocks * count + last[number] for number, count in enumerate(self.counts)]
 
     def reading(self, stretches: Sequence[Stretch]) -> Mixture:
         """Return the mixture as a stage reads it, each dataset in its stretch."""
         splits = [split.reading([stretch]) for split, stretch in zip(self.splits, stretches, strict=True)]
-        return Mixture(splits, self.counts, sum(stretch.windows for stretch in stretches))
+        return Mixture(splits, self.counts)
 
     def window_start(self, window: int, seed: int, sample: int) -> int:
         """Place of a sample's window."""
@@ -106,13 +98,8 @@ class Mixture:
     def begins(self, window: int, seed: int, sample: int) -> tuple[int, int] | None:
         """(source, epoch) by number if a sample begins to read tokens of a source again, else None."""
         number, own = self.sample(seed, sample)
-        split, first = self.splits[number], own - own % self.counts[number]
-        epoch = split.epoch(window, own)
-        if epoch == split.epoch(window, first - 1):  # all of the blocks before
-            return None
-        before = (self.sample(seed, other) for other in range(sample - sample % self._ends[-1], sample))
-        begun = any(source == number and split.epoch(window, other) >= epoch for source, other in before)
-        return None if begun else (number, epoch)
+        begun = self.splits[number].begins(window, seed, own)
+        return begun and (number, begun[1])
 
     def validation_starts(self, window: int) -> list[int]:
         """Places of windows from the starts of the splits, the datasets' first ones first."""
@@ -136,6 +123,10 @@ class MixedDataset(TokenDataset):
     @property
     def members(self) -> tuple[TokenDataset, ...]:
         return self.parts
+
+    @property
+    def mixed(self) -> dict[str, str]:
+        return {"mixed": "each in its order"}
 
     @property
     def content(self) -> str:

@@ -252,6 +252,7 @@ def fingerprint_of(job: Job, step: int) -> dict[str, Any]:
     """
     recipe = job.recipe
     read: dict[str, Any] = {"window": recipe.data.window, "batch": recipe.train.batch}
+    read |= job.dataset.mixed if step else {}
     if recipe.stages:
         read = {"stages": {str(s.span.number): _read(s) for s in job.stages if s.span.first < step}}
     return {
@@ -271,7 +272,7 @@ def _read(stage: JobStage) -> dict[str, Any]:
     """Return what a stage reads."""
     recipe = stage.span.recipe
     numbers = {"steps": stage.span.steps, "window": recipe.data.window, "batch": recipe.train.batch}
-    return numbers | {"content": stage.dataset.content}
+    return numbers | {"content": stage.dataset.content} | stage.dataset.mixed
 
 
 def validation_loader(job: Job) -> SliceLoader:

@@ -63,9 +63,21 @@ def test_shares_are_exact_and_each_source_keeps_its_own_order(parts: list[TokenD
         assert [len(by_source[k]) for k in range(3)] == list(COUNTS)
         for k, count in enumerate(COUNTS):
             own = [parts[k].whole("train").window_start(WINDOW, 3, block * count + i) for i in range(count)]
-            assert sorted(own) == sorted(by_source[k])
+            assert own == by_source[k]
     orders = {tuple(mixed.window_start(WINDOW, 3, b * BLOCK + i) // SPAN for i in range(BLOCK)) for b in range(7)}
     assert len(orders) > 4  # sources take other places in every block
+
+
+def test_windows_of_a_source_are_all_read_before_one_is_read_again(parts: list[TokenDataset]) -> None:
+    """In a block of a thousand windows too, which is long for small sources, and may be longer than the run."""
+    mixed = mix(parts, WEIGHTS, 1000).split("train")
+    assert isinstance(mixed, Mixture)
+    last = [-1] * 3
+    for sample in range(1500):
+        number, own = mixed.sample(3, sample)
+        assert own == last[number] + 1
+        last[number] = own
+    assert mixed.counted(3, 1500) == [own + 1 for own in last]
 
 
 def test_a_window_is_of_one_source_and_the_same_on_every_mesh(parts: list[TokenDataset]) -> None:

@@ -25,20 +25,21 @@ from torch import Tensor, nn
 
 from data_tools.dataset import open_dataset
 from lasptrain import train
+from lasptrain.checkpoint.steps import compare_meta
 from lasptrain.cli.main import app
 from lasptrain.console import stdio
 from lasptrain.console.tables import figures
 from lasptrain.data.loader import Slice
-from lasptrain.errors import NumericalError, RecipeError
+from lasptrain.errors import CheckpointError, NumericalError, RecipeError
 from lasptrain.models.language_model import Output
 from lasptrain.ops.cross_entropy import IGNORED
 from lasptrain.parallel import mesh as meshes
 from lasptrain.recipe.loading import load
 from lasptrain.recipe.schema import Recipe
-from lasptrain.recipe.sections import Parallel
+from lasptrain.recipe.sections import Parallel, Part
 from lasptrain.run import auto
 from lasptrain.run.metrics import Metrics, read_metrics
-from lasptrain.training.job import build
+from lasptrain.training.job import build, fingerprint_of
 from tests.recipe.test_recipe import RECIPES
 from tests.support import program
 from tests.support.gloo import PATIENCE, spawn
@@ -371,3 +372,16 @@ def test_an_argument_is_text_in_any_locale() -> None:
     assert stdio.argument("--prompt", os.fsdecode("größer".encode())) == "größer"
     with pytest.raises(RecipeError, match="--prompt: found bytes that are not UTF-8"):
         stdio.argument("--prompt", os.fsdecode(b"\xff"))
+
+
+def test_a_run_that_mixed_its_sources_in_another_order_is_told_how_to_go_on(folder: Path, group: None) -> None:
+    recipe = load(folder / "tiny.yaml")
+    sources = (Part(path=str(recipe.data.source), weight=1), Part(path=str(folder / "text" / "39.txt"), weight=1))
+    job = build(recipe.replace(data={"source": sources, "repeat": True, "validation": 0}))
+    job.loader.close()
+    now = fingerprint_of(job, 3)
+    order = {key: value for key, value in now["order"].items() if key != "mixed"}
+    assert order == fingerprint_of(job, 0)["order"]  # of weights that have read nothing
+    compare_meta(folder, now, now)
+    with pytest.raises(CheckpointError, match=r"order\.mixed: None.*\n.* pretrain --from that run goes on"):
+        compare_meta(folder, now, now | {"order": order})
