@@ -24,7 +24,8 @@ def parameters(model: Architecture, vocab: int) -> dict[str, int]:
 
 def flops_per_token(model: Architecture, vocab: int, window: int) -> int:
     """Model FLOPs per trained token: 6 per matrix parameter (the output head is one, the embedding's lookup is not),
-    and three times the forward of recurrences and of softmax's scores. Recomputation is not work.
+    and three times the forward of recurrences and of softmax's scores, over a window of one document. Recomputation is
+    not work. Left out are convolutions, and the products that give each head one number, such as β: less than 1 %.
     """
     matrices = _matrices(parameters(model, vocab)) + vocab * model.dim
     return 6 * matrices + 3 * sum(model.layer_flops(layer, window) for layer in range(model.layers))
