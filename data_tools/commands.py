@@ -64,12 +64,14 @@ class Inspection:
             f"  packing      {manifest.order.packing}, {_cut(manifest)}",
             f"  entropy      {manifest.unigram_entropy:.4f} nats per token (unigram)",
         ]
+        packed = manifest.order.packing == "best_fit"  # documents were counted before, also those that were left out
         for name, split in manifest.splits.items():
+            twice = f"{times(split.duplicates, 'document')} twice before" if packed else f"{split.duplicates:,} twice"
             rate = split.bytes / max(1, split.tokens)
             fits = f", {times(split.tokens // self.window, 'window')} of {self.window:,}" if self.window else ""
             lines.append(
-                f"  {name:<12} {split.tokens:,} tokens, {times(split.documents, 'document')} "
-                f"({split.duplicates:,} twice), {rate:.2f} bytes per token{fits}"
+                f"  {name:<12} {split.tokens:,} tokens, {times(split.documents, 'piece' if packed else 'document')} "
+                f"({twice}), {rate:.2f} bytes per token{fits}"
             )
         lines.append(f"  dropped      {', '.join(f'{n:,} {why}' for why, n in manifest.dropped.items()) or 'nothing'}")
         if self.left_out is not None:

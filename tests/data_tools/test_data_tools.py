@@ -1091,3 +1091,14 @@ def test_a_cache_that_cannot_be_made_is_told_by_its_key(tmp_path: Path) -> None:
         SetupError, match=r"^data\.cache: \S+/a\.txt/lasptrain/datasets: Not a directory; .* HOME names"
     ):
         ensure_dataset(preparation, tmp_path / "a.txt" / "lasptrain")
+
+
+def test_pieces_of_packed_documents_are_called_so(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": "abc" * length}) for length in (1, 1, 9, 40, 40, 40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    asked = Preparation([str(tmp_path / "a.jsonl")], "bytes", validation_ppm=0, workers=1)
+    assert ", 6 documents (3 twice), " in str(commands.inspect(prepare(asked, tmp_path / "plain")))
+    packed = replace(asked, packing=BestFit(16))
+    said = str(commands.inspect(prepare(packed, tmp_path / "packed")))
+    pieces = Manifest.load(tmp_path / "packed").splits["train"].documents
+    assert pieces > 20 and f", {pieces} pieces (3 documents twice before), " in said
