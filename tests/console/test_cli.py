@@ -162,7 +162,7 @@ def test_check_shows_what_a_recipe_means_without_torch(tmp_path: Path) -> None:
     assert "16,384 tokens: 2 windows" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "torch.py"]
     one = lasptrain("check", QUICKSTART, "--set", "model.heads=1", "--set", "model.layers=1", cwd=tmp_path)
-    assert "tnl, 1 layer of 192, 1 head " in one.stdout
+    assert "tnl, 1 layer of 192, 1 head\n" in one.stdout
 
 
 def test_every_problem_of_a_recipe_is_a_line(tmp_path: Path) -> None:
