@@ -66,7 +66,7 @@ def test_a_kernel_that_an_architecture_does_not_have_is_refused(tmp_path: Path) 
     assert code == 2
     assert "train.kernel: found 'triton', which arch kda does not have; expected auto, chunked or reference" in said
     code, shown, _ = program.end("plan", "r.yaml", "--gpu", "h200")
-    assert code == 0 and "with a Triton kernel, which kda does not have yet: it will be slower" in shown
+    assert code == 0 and "with a Triton kernel, which kda does not have yet: slower without, in more memory" in shown
     assert "at the start of training: data decide later" in shown
     (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", MODELS["gdn"]))
     for command in (("check", "r.yaml"), ("plan", "r.yaml", "--gpu", "h200")):
