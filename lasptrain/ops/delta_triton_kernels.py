@@ -33,7 +33,7 @@ Arguments common to the programs, beside those of `triton_kernels`:
 import triton
 import triton.language as tl
 
-from lasptrain.ops.triton_kernels import LOG2_E, PRECISION, _place, _rows, _store_rows, restarted
+from lasptrain.ops.triton_kernels import LOG2_E, PRECISION, _begins, _place, _rows, _store_rows, restarted
 
 SIZES = ["T", "H", "NB", "L"]  # one compilation serves every length
 NOTHING_LOG2 = tl.constexpr(-40.0)  # what this leaves of a state is invisible in fp32
@@ -64,9 +64,7 @@ def _decays(LOG_DECAY, DOC, batch, head, t, T, H, C: tl.constexpr, DECAY: tl.con
         each = tl.load(LOG_DECAY + at * H + head, mask=known, other=0.0)
     each = tl.maximum(each * LOG2_E, CUT_LOG2)
     if DOCS:
-        doc_ids = tl.load(DOC + at, mask=known, other=0)
-        previous = tl.load(DOC + at - 1, mask=known & (token > 0), other=0)
-        each = tl.where(known & (doc_ids != previous), CUT_LOG2, each)
+        each = tl.where(_begins(DOC, batch, t, T, C, DOCS) != 0, CUT_LOG2, each)
     return each
 
 

@@ -467,9 +467,7 @@ def decay_gradient(
         here = (start + t + i) * H + head
         cuts = tl.load(LOG_DECAY + here, mask=i < n, other=0.0) * LOG2_E <= SMALLEST_LOG2
         if DOCS:
-            doc_ids = tl.load(DOC + start + t + i, mask=i < n, other=-1)
-            previous = tl.load(DOC + start + t + i - 1, mask=(t + i > 0) & (i < n), other=0)
-            cuts = cuts | ((doc_ids != previous) & (i < n))
+            cuts = cuts | (_begins(DOC, batch, t, T, C, DOCS) != 0)
         run = tl.cumsum(cuts.to(tl.int32), 0)
         last = tl.sum(cuts.to(tl.int32), 0)
         same = run[:, None] == run[None, :]

@@ -55,6 +55,14 @@ def compiled(program: Any, like: Tensor, grid: object, launch: Any, constants: d
     assert made.metadata.shared <= 227 << 10, program.__name__
 
 
+HOPPER = [  # programs that a Hopper GPU takes instead
+    "invert_chunks",
+    "summarize_delta",
+    "walk_delta",
+    "query_gradients",
+    "walk_gradients",
+    "input_gradients",
+]
 SLICES = [  # kind, dtype, keys, values, heads, tokens
     ("gdn", torch.bfloat16, 128, 128, (1, 1, 2), 600),
     ("gdn_head", torch.bfloat16, 64, 64, (1, 2, 4), 600),
@@ -128,17 +136,9 @@ def test_compiles_for_hopper(
 
     monkeypatch.setattr(delta_hopper, "fits", lambda s, like: True)
     both_halves(slice_of(of, torch.bfloat16, 128, 128, heads, tokens))
-    programs = [
-        "invert_chunks",
-        "summarize_delta",
-        "walk_delta",
-        "query_gradients",
-        "walk_gradients",
-        "input_gradients",
-    ]
     kept = {"measure_decays", "scan_maps"}, {"scan_gradients", "finish_gradients"}
     assert launched == (
-        {f"delta_hopper_kernels.{name}" for name in programs}
+        {f"delta_hopper_kernels.{name}" for name in HOPPER}
         | {f"delta_triton_kernels.{name}" for name in kept[0]}
         | {f"delta_triton_back_kernels.{name}" for name in kept[1]}
     )

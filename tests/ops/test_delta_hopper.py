@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lasptrain.ops import delta_rule
 from tests.ops.test_delta import Case, low, make, measured
+from tests.ops.test_delta_compiles import HOPPER
 from tests.ops.test_delta_triton import Scene, error
 from tests.support.apart import leaks
 from tests.support.gluon import Hazard, Programs
@@ -33,14 +34,6 @@ FILE = ROOT / "lasptrain/ops/delta_hopper_kernels.py"
 TEXT = FILE.read_text(encoding="utf-8")
 LINES = TEXT.split("\n")
 BOUND = 6e-3  # of bf16, as in test_gpu_delta
-PROGRAMS = [
-    "invert_chunks",
-    "summarize_delta",
-    "walk_delta",
-    "query_gradients",
-    "walk_gradients",
-    "input_gradients",
-]
 FEW = [
     Scene("gdn", 1, 128, 128, (0,), heads=(2, 1, 2)),
     Scene("delta", 1, 128, 128, heads=(1, 1, 1), edge=False),
@@ -155,7 +148,7 @@ def compare(x: Case) -> None:
 @pytest.mark.parametrize("scene", FEW, ids=str)
 def test_programs_are_the_recurrence(scene: Scene, calls: dict[str, Call]) -> None:
     compare(scene.case())
-    assert {*calls} == {*PROGRAMS}
+    assert {*calls} == {*HOPPER}
 
 
 @inside
@@ -266,7 +259,7 @@ def whole(calls: dict[str, Call]) -> dict[str, tuple[Call, list[Tensor]]]:
 @inside
 def test_every_wait_is_needed(whole: dict[str, tuple[Call, list[Tensor]]]) -> None:
     tried, missed = 0, set()
-    for name in PROGRAMS:
+    for name in HOPPER:
         assert not Mutant("", "", TEXT).caught(*whole[name])
         for mutant in (*without_one(name), *without_one("_barriers")):
             tried += 1
@@ -311,7 +304,7 @@ def too_early(function: str) -> Iterator[Mutant]:
 
 @inside
 def test_loads_that_are_issued_too_early_are_seen(whole: dict[str, tuple[Call, list[Tensor]]]) -> None:
-    mutants = [(name, mutant) for name in PROGRAMS for mutant in too_early(name)]
+    mutants = [(name, mutant) for name in HOPPER for mutant in too_early(name)]
     assert len(mutants) == 9
     for name, mutant in mutants:
         assert mutant.caught(*whole[name]), mutant.line
